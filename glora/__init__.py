@@ -1,0 +1,48 @@
+"""GLoRA for PyTorch models: inject, train a supernet, search, merge.
+
+>>> model = glora.inject(timm.create_model("vit_base_patch16_224", pretrained=True), rank=8)
+"""
+
+from .adapter_file import load_adapter, save_adapter
+from .config import LayerShape, PathConfig, SearchSpace
+from .evaluation import Metrics, evaluate, evaluate_merged
+from .injection import inject
+from .layer import GLoRALinear
+from .merging import MergeReport, merge, unmerge
+from .modules import glora_layers
+from .parameters import count_parameters, trainable_parameters
+from .paths import get_paths, sample_paths, set_paths, using_paths
+from .evolution import SearchResult, SearchSettings, evolve, search
+from .training import Recipe, TrainSummary, train
+from .version import __version__
+
+__all__ = [
+    "GLoRALinear",
+    "LayerShape",
+    "MergeReport",
+    "Metrics",
+    "PathConfig",
+    "Recipe",
+    "SearchResult",
+    "SearchSettings",
+    "SearchSpace",
+    "TrainSummary",
+    "__version__",
+    "count_parameters",
+    "evaluate",
+    "evaluate_merged",
+    "evolve",
+    "get_paths",
+    "glora_layers",
+    "inject",
+    "load_adapter",
+    "merge",
+    "sample_paths",
+    "save_adapter",
+    "search",
+    "set_paths",
+    "train",
+    "trainable_parameters",
+    "unmerge",
+    "using_paths",
+]

@@ -1,0 +1,149 @@
+"""Adapters on disk: safetensors, with versioned JSON metadata, written atomically.
+
+The file holds the support tensors of every adapted layer under their names in the model
+(``blocks.0.attn.qkv.Ad``), and every other trainable parameter (the classifier head). The header
+entry ``glora`` holds a JSON object: format (1), product, and for each layer its rank and path.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .config import PathConfig
+from .files import write_atomically
+from .injection import inject
+from .layer import SUPPORT_NAMES, GLoRALinear
+from .modules import glora_layers, require_layers
+from .parameters import trainable_parameters
+from .paths import set_paths
+
+FORMAT = 1
+
+
+def save_adapter(model: nn.Module, file: str | os.PathLike) -> None:
+    """Write the support tensors, the paths and every other trainable parameter of ``model``.
+
+    Raises:
+        ValueError: ``model`` has no adapted layer.
+    """
+    from safetensors.torch import save
+
+    layers = require_layers(model)
+    support = {id(p) for layer in layers.values() for p in layer.support_parameters()}
+    trained = {id(p) for p in trainable_parameters(model)} | support
+    tensors = {name: p.detach().contiguous() for name, p in model.named_parameters() if id(p) in trained}
+    description = {
+        "format": FORMAT,
+        "product": next(iter(layers.values())).product,
+        "layers": {name: {"rank": layer.rank, "path": layer.path.to_dict()} for name, layer in layers.items()},
+    }
+    content = save(tensors, metadata={"glora": json.dumps(description)})
+    write_atomically(file, lambda stream: stream.write(content))
+
+
+def load_adapter(model: nn.Module, file: str | os.PathLike) -> nn.Module:
+    """Load what :func:`save_adapter` wrote, paths included; a model without GLoRA gets it injected.
+
+    Everything is checked before anything is changed.
+
+    Returns:
+        ``model`` itself.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: not an adapter file, damaged, of a later format, or made for another model; the
+            names and shapes that differ are listed.
+    """
+    description, tensors = _read(file)
+    layers = glora_layers(model)
+    expected = _expected_shapes(model, layers, description, tensors, file)
+    _check_tensors(expected, tensors, file)
+    paths = {name: PathConfig.from_dict(entry["path"]) for name, entry in description["layers"].items()}
+    if not layers:
+        ranks = {entry["rank"] for entry in description["layers"].values()}
+        trainable = {name: p.requires_grad for name, p in model.named_parameters()}
+        inject(model, ranks.pop(), targets=list(paths), exclude=(), product=description["product"])
+        for name, parameter in model.named_parameters():
+            if name in tensors and name in trainable:
+                parameter.requires_grad_(trainable[name])
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            parameters[name].copy_(tensor)
+    set_paths(model, paths)
+    return model
+
+
+def _read(file: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    from safetensors import SafetensorError, safe_open
+
+    if not os.path.isfile(file):
+        raise FileNotFoundError(f"file: expected an adapter file, found none at {os.fspath(file)!r}")
+    try:
+        with safe_open(file, framework="pt") as opened:
+            header = opened.metadata() or {}
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}
+        description = json.loads(header["glora"])
+        version = description["format"]
+    except SafetensorError as error:
+        raise ValueError(f"{file}: expected a safetensors file, it is damaged or something else ({error})") from None
+    except (KeyError, TypeError, json.JSONDecodeError):
+        raise ValueError(f"{file}: expected a GLoRA adapter, got a safetensors file without its description") from None
+    if version != FORMAT:
+        raise ValueError(f"{file}: expected adapter format {FORMAT}, got {version!r}; a newer glora may read it")
+    return description, tensors
+
+
+def _expected_shapes(
+    model: nn.Module,
+    layers: dict[str, GLoRALinear],
+    description: dict[str, Any],
+    tensors: dict[str, Tensor],
+    file: str | os.PathLike,
+) -> dict[str, tuple[int, ...]]:
+    """Names and shapes that the file must have to fit ``model``; raises if the layers differ."""
+    wanted, product = description["layers"], description["product"]
+    own = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    if layers:
+        missing, unknown = sorted(set(layers) - set(wanted)), sorted(set(wanted) - set(layers))
+        differing = [
+            f"{name}: rank {layer.rank} {layer.product} in the model, {wanted[name]['rank']} {product} in the file"
+            for name, layer in layers.items()
+            if name in wanted and (layer.rank, layer.product) != (wanted[name]["rank"], product)
+        ]
+        if missing or unknown or differing:
+            raise ValueError(
+                f"{file}: expected the adapted layers of the model; missing {missing}, unknown {unknown}, "
+                f"differing {differing}"
+            )
+    else:
+        modules = dict(model.named_modules())
+        unfit = sorted(name for name in wanted if type(modules.get(name)) is not nn.Linear)
+        if unfit or len({entry["rank"] for entry in wanted.values()}) != 1:
+            raise ValueError(f"{file}: made for another model: expected an nn.Linear at {unfit}")
+        for name, entry in wanted.items():
+            with torch.device("meta"):
+                linear = modules[name]
+                twin = GLoRALinear(linear.in_features, linear.out_features, False, rank=entry["rank"], product=product)  # type: ignore[arg-type]
+            own.update({f"{name}.{s}": tuple(getattr(twin, s).shape) for s in SUPPORT_NAMES})
+    support = {f"{name}.{s}" for name in wanted for s in SUPPORT_NAMES}
+    return {name: shape for name, shape in own.items() if name in support or name in tensors}
+
+
+def _check_tensors(expected: dict[str, tuple[int, ...]], tensors: dict[str, Tensor], file: str | os.PathLike) -> None:
+    missing, unknown = sorted(set(expected) - set(tensors)), sorted(set(tensors) - set(expected))
+    differing = [
+        f"{name}: {shape} in the model, {tuple(tensors[name].shape)} in the file"
+        for name, shape in expected.items()
+        if name in tensors and tuple(tensors[name].shape) != shape
+    ]
+    if missing or unknown or differing:
+        raise ValueError(
+            f"{file}: made for another model: missing tensors {missing}, unknown tensors {unknown}, "
+            f"shapes that differ {differing}"
+        )

@@ -1,0 +1,197 @@
+"""What a layer does with its support tensors, and what a search may choose from: plain frozen data."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from functools import cached_property, lru_cache
+from typing import NamedTuple
+
+import torch
+
+SLOTS = ("A", "B", "C", "D", "E")
+KINDS = {
+    "A": ("lora", "vector", "constant", "none"),
+    "B": ("lora", "vector", "constant", "none"),
+    "C": ("lora", "vector", "none"),
+    "D": ("vector", "constant", "none"),
+    "E": ("vector", "constant", "none"),
+}
+
+
+class Choice(NamedTuple):
+    """One support tensor's kind; ``rank`` is 0 unless the kind is ``lora``."""
+
+    kind: str
+    rank: int = 0
+
+
+class LayerShape(NamedTuple):
+    """What parameter counts depend on."""
+
+    out_features: int
+    in_features: int
+    bias: bool = True
+    product: str = "hadamard"
+
+
+@lru_cache(maxsize=None)
+def parse_choice(slot: str, text: str) -> Choice:
+    """``"lora_8"``, ``"vector"``, ``"constant"`` or ``"none"``, in any case (the official code writes ``LoRA_8``).
+
+    Raises:
+        ValueError: a kind that ``slot`` does not have, or a rank that is not a positive integer.
+    """
+    match = re.fullmatch(r"(lora)_([0-9]+)|(vector|constant|none)", text.lower())
+    choice = None if match is None else Choice(match[3]) if match[3] else Choice(match[1], int(match[2]))
+    if choice is None or choice.kind not in KINDS[slot] or (choice.kind == "lora" and choice.rank < 1):
+        allowed = ", ".join("lora_<rank from 1>" if kind == "lora" else kind for kind in KINDS[slot])
+        raise ValueError(f"{slot}: expected one of {allowed}; got {text!r}")
+    return choice
+
+
+@dataclass(frozen=True)
+class PathConfig:
+    """The kind of each support tensor of one layer: one of the 432 paths (for one rank).
+
+    ``y = (W0 + W0 * A + B) x + W0 c + b0 * D + E + b0``; see :class:`glora_kernels.Terms`.
+
+    Args:
+        A, B: ``"lora_<rank>"``, ``"vector"``, ``"constant"`` or ``"none"``.
+        C: ``"lora_<rank>"``, ``"vector"`` or ``"none"``.
+        D, E: ``"vector"``, ``"constant"`` or ``"none"``.
+
+    Raises:
+        TypeError: a value that is not a string.
+        ValueError: an unknown kind, or one that the tensor does not have.
+    """
+
+    A: str = "none"
+    B: str = "none"
+    C: str = "none"
+    D: str = "none"
+    E: str = "none"
+
+    def __post_init__(self) -> None:
+        for slot in SLOTS:
+            text = getattr(self, slot)
+            if not isinstance(text, str):
+                raise TypeError(f"{slot}: expected a string such as 'lora_8', got {type(text).__name__}")
+            kind, rank = parse_choice(slot, text)
+            object.__setattr__(self, slot, f"{kind}_{rank}" if kind == "lora" else kind)
+
+    @cached_property
+    def choices(self) -> dict[str, Choice]:
+        return {slot: parse_choice(slot, getattr(self, slot)) for slot in SLOTS}
+
+    @property
+    def rank(self) -> int:
+        """The largest rank of any tensor; 0 if none is low rank."""
+        return max(choice.rank for choice in self.choices.values())
+
+    def count(self, shape: LayerShape) -> int:
+        """Parameters this path reads in a layer of ``shape``: what a search's limit counts."""
+        return sum(count_choice(slot, getattr(self, slot), shape) for slot in SLOTS)
+
+    def to_dict(self) -> dict[str, str]:
+        return asdict(self)
+
+    @staticmethod
+    def from_dict(data: Mapping[str, str]) -> PathConfig:
+        """The inverse of :meth:`to_dict`. Raises ValueError for missing or unknown tensors."""
+        if set(data) != set(SLOTS):
+            raise ValueError(f"path: expected exactly the keys {list(SLOTS)}, got {sorted(data)}")
+        return PathConfig(**data)
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict())
+
+    @staticmethod
+    def from_json(text: str) -> PathConfig:
+        data = json.loads(text)
+        if not isinstance(data, dict):
+            raise ValueError(f"path: expected a JSON object, got {type(data).__name__}")
+        return PathConfig.from_dict(data)
+
+
+@lru_cache(maxsize=None)
+def count_choice(slot: str, text: str, shape: LayerShape) -> int:
+    """Parameters one support tensor reads. D of a layer without bias has nothing to scale: 0."""
+    kind, rank = parse_choice(slot, text)
+    if kind == "none" or (slot == "D" and not shape.bias):
+        return 0
+    if kind == "constant":
+        return 1
+    columns = 1 if slot == "C" else shape.in_features
+    input_side = slot == "C" or (slot == "A" and shape.product == "matmul")
+    rows = shape.in_features if input_side else shape.out_features
+    return rank * (rows + columns) if kind == "lora" else rows
+
+
+@dataclass(frozen=True)
+class SearchSpace:
+    """The kinds and ranks that each support tensor may take; the default is the paper's.
+
+    Args:
+        ranks: the ranks a low-rank tensor may take, each once.
+        A, B, C, D, E: the kinds allowed, out of those the tensor has.
+
+    Raises:
+        ValueError: no rank, a rank below 1 or given twice, no kind, or one the tensor does not have.
+    """
+
+    ranks: tuple[int, ...] = (8, 4)
+    A: tuple[str, ...] = field(default=KINDS["A"])
+    B: tuple[str, ...] = field(default=KINDS["B"])
+    C: tuple[str, ...] = field(default=KINDS["C"])
+    D: tuple[str, ...] = field(default=KINDS["D"])
+    E: tuple[str, ...] = field(default=KINDS["E"])
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "ranks", tuple(self.ranks))
+        positive = all(isinstance(rank, int) and rank >= 1 for rank in self.ranks)
+        if not self.ranks or not positive or len(set(self.ranks)) != len(self.ranks):
+            raise ValueError(f"ranks: expected distinct integers from 1, got {self.ranks}")
+        for slot in SLOTS:
+            kinds = tuple(kind.lower() for kind in getattr(self, slot))
+            if not kinds or len(set(kinds)) != len(kinds) or not set(kinds) <= set(KINDS[slot]):
+                raise ValueError(f"{slot}: expected distinct kinds out of {KINDS[slot]}, got {getattr(self, slot)}")
+            object.__setattr__(self, slot, kinds)
+
+    @cached_property
+    def options(self) -> dict[str, tuple[str, ...]]:
+        """What each tensor may be, ``"lora"`` spelled out for every rank."""
+        return {slot: tuple(self._spelled_out(getattr(self, slot))) for slot in SLOTS}
+
+    def _spelled_out(self, kinds: tuple[str, ...]) -> list[str]:
+        return [text for kind in kinds for text in ([f"lora_{r}" for r in self.ranks] if kind == "lora" else [kind])]
+
+    def count(self, layers: int = 1) -> int:
+        """How many paths a model of so many layers has: 432 a layer for one rank, 900 for two."""
+        return math.prod(len(options) for options in self.options.values()) ** layers
+
+    def sample(self, generator: torch.Generator) -> PathConfig:
+        """A path drawn uniformly."""
+        return self.sample_many(1, generator)[0]
+
+    def sample_many(self, layers: int, generator: torch.Generator) -> list[PathConfig]:
+        """Paths drawn uniformly and independently, one a layer, from one call of the generator."""
+        draws = torch.rand(layers, len(SLOTS), generator=generator, dtype=torch.float64).tolist()
+        options = [self.options[slot] for slot in SLOTS]
+        return [make_path(*(o[int(u * len(o))] for o, u in zip(options, row))) for row in draws]
+
+    def to_dict(self) -> dict:
+        return {name: list(value) for name, value in asdict(self).items()}
+
+    @staticmethod
+    def from_dict(data: Mapping) -> SearchSpace:
+        return SearchSpace(**{name: tuple(value) for name, value in data.items()})
+
+
+@lru_cache(maxsize=None)
+def make_path(a: str, b: str, c: str, d: str, e: str) -> PathConfig:
+    """One shared :class:`PathConfig` for each combination: drawing paths builds nothing twice."""
+    return PathConfig(a, b, c, d, e)

@@ -1,0 +1,63 @@
+"""Loss and accuracy of a classifier, and of a candidate path at merged speed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset
+
+from .config import PathConfig
+from .modules import replaced_modules, require_layers
+from .paths import check_names
+
+
+class Metrics(NamedTuple):
+    """Mean cross-entropy and accuracy (0 to 1) over ``samples``."""
+
+    loss: float
+    accuracy: float
+    samples: int
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, dataset: Dataset, batch_size: int = 256) -> Metrics:
+    """Mean cross-entropy and accuracy of ``model`` on ``(input, class)`` pairs, in eval mode.
+
+    Raises:
+        ValueError: an empty data set.
+    """
+    device = next(model.parameters()).device
+    training = {module: module.training for module in model.modules()}
+    model.eval()
+    loss, right, samples = 0.0, 0, 0
+    try:
+        for x, target in DataLoader(dataset, batch_size):
+            logits = model(x.to(device))
+            target = target.to(device)
+            loss += float(F.cross_entropy(logits.float(), target, reduction="sum"))
+            right += int((logits.argmax(-1) == target).sum())
+            samples += len(target)
+    finally:
+        for module, flag in training.items():
+            module.training = flag
+    if not samples:
+        raise ValueError("dataset: expected at least one sample, got none")
+    return Metrics(loss / samples, right / samples, samples)
+
+
+def evaluate_merged(
+    model: nn.Module, paths: Mapping[str, PathConfig], dataset: Dataset, batch_size: int = 256
+) -> Metrics:
+    """As :func:`evaluate`, with every layer merged under ``paths`` for the time of the call.
+
+    Each W_eff is assembled once, not once a batch. The model and its paths are left as they are.
+    """
+    layers = require_layers(model)
+    check_names("paths", paths, layers)
+    merged: dict[nn.Module, nn.Module] = {layer: layer.merge(paths[name], safe=False) for name, layer in layers.items()}
+    with replaced_modules(model, merged):
+        return evaluate(model, dataset, batch_size)

@@ -1,0 +1,322 @@
+"""Evolutionary search for the best path of every layer under a parameter limit (arXiv 2306.07967, Appendix B).
+
+A population of random paths is scored; then, generation after generation, the best so far are
+crossed and mutated, and the offspring scored. Beyond the official code: every candidate that was
+scored counts, the last generation too; none is scored twice; the limit is checked for feasibility
+first and can neither hang nor be broken; and every score is in a journal as soon as it is known.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.utils.data import Dataset
+from tqdm.auto import tqdm
+
+from .config import LayerShape, PathConfig, SearchSpace
+from .evaluation import evaluate_merged
+from .files import write_atomically
+from .modules import require_layers
+from .paths import Paths, sampler_for
+from .sampling import PathSampler
+
+JOURNAL_FORMAT = 1
+_TRIES = 50
+Key = tuple[PathConfig, ...]
+Evaluate = Callable[[Paths], float]
+
+
+@dataclass(frozen=True)
+class SearchSettings:
+    """The evolution's settings; the defaults are the paper's.
+
+    Args:
+        population: candidates of the first generation, all random.
+        top: the best so far, from which offspring come.
+        crossover: offspring a generation that take each layer's path from one of two parents.
+        mutation: offspring a generation that redraw some layers' paths of one parent.
+        mutation_probability: the chance of each layer to be redrawn.
+        generations: generations of offspring after the first.
+        seed: of every draw.
+
+    Raises:
+        ValueError: a value out of range.
+    """
+
+    population: int = 50
+    top: int = 10
+    crossover: int = 25
+    mutation: int = 25
+    mutation_probability: float = 0.2
+    generations: int = 20
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, least in (("population", 1), ("top", 1), ("crossover", 0), ("mutation", 0), ("generations", 0)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < least:
+                raise ValueError(f"{name}: expected an integer from {least}, got {value!r}")
+        if not 0 < self.mutation_probability <= 1:
+            raise ValueError(f"mutation_probability: expected above 0 and up to 1, got {self.mutation_probability}")
+
+
+class Candidate(NamedTuple):
+    """A scored path of the whole model."""
+
+    paths: Paths
+    score: float
+    parameters: int
+    generation: int
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """What a search found.
+
+    Attributes:
+        best: the candidate of the highest score; of equals the smaller, then the earlier.
+        history: every candidate, in the order of evaluation.
+        evaluated: evaluations made by this call; the others were in the journal.
+        seconds: of this call.
+        limit: the parameter limit, or None.
+    """
+
+    best: Candidate
+    history: tuple[Candidate, ...]
+    evaluated: int
+    seconds: float
+    limit: int | None
+
+    def to_dict(self) -> dict:
+        """Plain data for JSON."""
+        return {
+            "best": _describe(self.best),
+            "limit": self.limit,
+            "evaluations": len(self.history),
+            "evaluated_now": self.evaluated,
+            "seconds": self.seconds,
+            "history": [[c.generation, c.parameters, c.score] for c in self.history],
+        }
+
+    def save(self, file: str | os.PathLike) -> None:
+        """Write :meth:`to_dict` as JSON, atomically."""
+        content = json.dumps(self.to_dict(), indent=1).encode()
+        write_atomically(file, lambda stream: stream.write(content))
+
+
+def _describe(candidate: Candidate) -> dict:
+    paths = {name: path.to_dict() for name, path in candidate.paths.items()}
+    return {**candidate._asdict(), "paths": paths}
+
+
+def search(
+    model: nn.Module,
+    space: SearchSpace,
+    validation: Dataset,
+    *,
+    limit: int | None = None,
+    settings: SearchSettings = SearchSettings(),
+    metric: str = "accuracy",
+    journal: str | os.PathLike | None = None,
+    progress: bool = True,
+    batch_size: int = 256,
+) -> SearchResult:
+    """The best path of every layer of a trained supernet, by its score on ``validation`` alone.
+
+    Every candidate is merged into plain layers for its evaluation. ``model`` is left as it is; call
+    ``set_paths(model, result.best.paths)`` to take the result.
+
+    Args:
+        space: what each tensor may be.
+        validation: pairs of input and class; never the test split.
+        limit: the most support parameters a path may read.
+        metric: ``"accuracy"``, or ``"loss"`` where few samples make accuracy too coarse.
+        journal: a file that holds every score; an interrupted search continues from it.
+
+    Raises:
+        ValueError: a limit that no path meets, a space that does not fit the model, an unknown
+            metric, or a journal of another search.
+    """
+    if metric not in ("accuracy", "loss"):
+        raise ValueError(f"metric: expected 'accuracy' or 'loss', got {metric!r}")
+
+    def score(paths: Paths) -> float:
+        metrics = evaluate_merged(model, paths, validation, batch_size)
+        return metrics.accuracy if metric == "accuracy" else -metrics.loss
+
+    sampler_for(model, space, limit)  # its checks name the model's layers
+    layers = {name: layer.shape for name, layer in require_layers(model).items()}
+    return evolve(layers, space, score, limit=limit, settings=settings, journal=journal, progress=progress)
+
+
+def evolve(
+    layers: Mapping[str, LayerShape],
+    space: SearchSpace,
+    evaluate: Evaluate,
+    *,
+    limit: int | None = None,
+    settings: SearchSettings = SearchSettings(),
+    journal: str | os.PathLike | None = None,
+    progress: bool = True,
+) -> SearchResult:
+    """The evolution itself, for any score: ``evaluate(paths)``, higher is better.
+
+    The candidates depend on the arguments and on the scores alone; a resumed search therefore
+    replays the journal's scores and goes on as if it had not been cut.
+    """
+    sampler = PathSampler(layers, space, limit)
+    evolution = _Evolution(sampler, settings)
+    scores = _Scores(evaluate, None if journal is None else _Journal(journal, layers, space, settings, limit))
+    started = time.perf_counter()
+    total = settings.population + settings.generations * (settings.crossover + settings.mutation)
+    history: list[Candidate] = []
+    with tqdm(total=total, desc="search", unit="path", disable=not progress) as bar:
+        for generation in range(settings.generations + 1):
+            offspring = evolution.first() if generation == 0 else evolution.next(history)
+            for key in offspring:
+                paths = dict(zip(sampler.layers, key))
+                history.append(Candidate(paths, scores.of(key, paths), sampler.count(paths), generation))
+                bar.update()
+            best = min(history, key=rank)
+            bar.set_postfix_str(f"best {best.score:.4f} with {best.parameters:,} parameters")
+    return SearchResult(best, tuple(history), scores.evaluated, time.perf_counter() - started, limit)
+
+
+def rank(candidate: Candidate) -> tuple[float, int]:
+    """Sort key: the best first. A NaN score comes last."""
+    score = candidate.score if candidate.score == candidate.score else -float("inf")
+    return -score, candidate.parameters
+
+
+class _Evolution:
+    """Draws candidates that were not drawn before; fewer where the space has no more to give."""
+
+    def __init__(self, sampler: PathSampler, settings: SearchSettings):
+        self.sampler, self.settings = sampler, settings
+        self.generator = torch.Generator().manual_seed(settings.seed)
+        self.seen: set[Key] = set()
+
+    def first(self) -> list[Key]:
+        return self._fresh(self.settings.population, self._random)
+
+    def next(self, history: list[Candidate]) -> list[Key]:
+        parents = [tuple(c.paths.values()) for c in sorted(history, key=rank)[: self.settings.top]]
+        crossed = self._fresh(self.settings.crossover, lambda: self._cross(parents))
+        mutated = self._fresh(self.settings.mutation, lambda: self._mutate(parents))
+        wanted = self.settings.crossover + self.settings.mutation
+        return crossed + mutated + self._fresh(wanted - len(crossed) - len(mutated), self._random)
+
+    def _fresh(self, count: int, draw: Callable[[], Key]) -> list[Key]:
+        found: list[Key] = []
+        for _ in range(_TRIES * count):
+            if len(found) == count:
+                break
+            key = draw()
+            if key not in self.seen:
+                self.seen.add(key)
+                found.append(key)
+        return found
+
+    def _random(self) -> Key:
+        return tuple(self.sampler.sample(self.generator).values())
+
+    def _cross(self, parents: list[Key]) -> Key:
+        one, other = (parents[self._index(len(parents))] for _ in range(2))
+        coins = torch.rand(len(one), generator=self.generator).tolist()
+        return self._legal(tuple(a if coin < 0.5 else b for a, b, coin in zip(one, other, coins)))
+
+    def _mutate(self, parents: list[Key]) -> Key:
+        parent = parents[self._index(len(parents))]
+        coins = torch.rand(len(parent), generator=self.generator).tolist()
+        redrawn = (
+            self.sampler.sample_layer(name, self.generator) if coin < self.settings.mutation_probability else path
+            for name, path, coin in zip(self.sampler.layers, parent, coins)
+        )
+        return self._legal(tuple(redrawn))
+
+    def _legal(self, key: Key) -> Key:
+        return tuple(self.sampler.repair(dict(zip(self.sampler.layers, key)), self.generator).values())
+
+    def _index(self, count: int) -> int:
+        return int(torch.randint(count, (), generator=self.generator))
+
+
+class _Scores:
+    """Scores from the journal where it has them, else from ``evaluate``, and into the journal."""
+
+    def __init__(self, evaluate: Evaluate, journal: _Journal | None):
+        self.evaluate, self.journal, self.evaluated = evaluate, journal, 0
+        self.known = {} if journal is None else journal.read()
+
+    def of(self, key: Key, paths: Paths) -> float:
+        text = _encode(key)
+        if text not in self.known:
+            self.known[text] = float(self.evaluate(paths))
+            self.evaluated += 1
+            if self.journal is not None:
+                self.journal.append(text, self.known[text])
+        return self.known[text]
+
+
+def _encode(key: Key) -> str:
+    return ";".join(",".join(path.to_dict().values()) for path in key)
+
+
+class _Journal:
+    """One line of JSON a score, after a first line that says which search this is.
+
+    A process killed while it writes leaves at most one incomplete line, which is cut off on resume.
+    """
+
+    def __init__(
+        self,
+        file: str | os.PathLike,
+        layers: Mapping[str, LayerShape],
+        space: SearchSpace,
+        settings: SearchSettings,
+        limit: int | None,
+    ):
+        self.file = Path(file)
+        self.header = {
+            "format": JOURNAL_FORMAT,
+            "layers": {name: list(shape) for name, shape in layers.items()},
+            "space": space.to_dict(),
+            "settings": asdict(settings),
+            "limit": limit,
+        }
+
+    def read(self) -> dict[str, float]:
+        """Scores so far; starts the file if there is none. Raises ValueError for another search's."""
+        content = self.file.read_bytes() if self.file.exists() else b""
+        complete = content[: content.rfind(b"\n") + 1]
+        if not complete:
+            line = json.dumps(self.header).encode() + b"\n"
+            write_atomically(self.file, lambda stream: stream.write(line))
+            return {}
+        try:
+            header, *entries = [json.loads(line) for line in complete.splitlines()]
+            scores = {text: score for text, score in entries}
+        except (ValueError, TypeError) as error:
+            raise ValueError(
+                f"{self.file}: expected a search journal, it is damaged or something else ({error})"
+            ) from None
+        if header != self.header:
+            raise ValueError(f"{self.file}: journal of another search; expected {self.header}, got {header}")
+        if len(complete) < len(content):
+            with open(self.file, "rb+") as stream:
+                stream.truncate(len(complete))
+        return scores
+
+    def append(self, text: str, score: float) -> None:
+        with open(self.file, "a", encoding="utf-8") as stream:
+            stream.write(json.dumps([text, score]) + "\n")
+            stream.flush()
+            os.fsync(stream.fileno())

@@ -1,0 +1,112 @@
+"""Putting GLoRA into a model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import nn
+
+from .layer import GLoRALinear
+from .modules import glora_layers, matches, replace_modules
+
+DEFAULT_EXCLUDE = ("head",)
+
+
+def inject(
+    model: nn.Module,
+    rank: int = 8,
+    *,
+    targets: Iterable[str] | None = None,
+    exclude: Iterable[str] = DEFAULT_EXCLUDE,
+    product: str = "hadamard",
+) -> nn.Module:
+    """Replace linear layers of ``model`` by :class:`GLoRALinear`, in place; outputs stay the same.
+
+    Then only support tensors require grad, and whatever the excluded modules left trainable (the
+    classifier head). A name selects a module if its dotted components occur in a row in the
+    module's: ``"qkv"``, ``"mlp.fc1"``, ``"blocks.11"``; never by a part of a component.
+
+    Args:
+        rank: the largest rank a path may ask for.
+        targets: names of layers to adapt; None for every ``nn.Linear``.
+        exclude: names of modules that are left exactly as they are.
+        product: ``"hadamard"`` or ``"matmul"``.
+
+    Returns:
+        ``model`` itself.
+
+    Raises:
+        ValueError: an empty, repeated or unmatched name; nothing to adapt; a model adapted
+            before. The model is unchanged then.
+        TypeError: a target that is an ``nn.Linear`` subclass, which may compute something else.
+    """
+    targets = None if targets is None else _checked_names("targets", targets)
+    excluded = _checked_names("exclude", exclude)
+    if glora_layers(model):
+        raise ValueError("model: expected a model without GLoRA, it holds GLoRALinear layers already")
+    if isinstance(model, nn.Linear):
+        raise ValueError(
+            "model: expected a model that contains linear layers; use GLoRALinear.from_linear for one layer"
+        )
+    names = [name for name, _ in model.named_modules() if name]
+    if targets is not None:
+        _check_matched("targets", targets, names)
+    if excluded != DEFAULT_EXCLUDE:
+        _check_matched("exclude", excluded, names)
+
+    left_alone = [name for name in names if any(matches(name, pattern) for pattern in excluded)]
+    chosen = _choose(model, targets, set(left_alone))
+    kept = {id(p) for name in left_alone for p in model.get_submodule(name).parameters()}
+    replacements: dict[nn.Module, nn.Module] = {}
+    requires_grad = {p: p.requires_grad for linear in chosen.values() for p in linear.parameters()}
+    try:
+        for linear in chosen.values():
+            replacements[linear] = GLoRALinear.from_linear(linear, rank, product)
+    except Exception:
+        for parameter, flag in requires_grad.items():
+            parameter.requires_grad_(flag)
+        raise
+    for parameter in model.parameters():
+        if id(parameter) not in kept:
+            parameter.requires_grad_(False)
+    replace_modules(model, replacements)
+    return model
+
+
+def _choose(model: nn.Module, targets: tuple[str, ...] | None, left_alone: set[str]) -> dict[str, nn.Linear]:
+    chosen = {}
+    for name, module in model.named_modules():
+        if name in left_alone or not isinstance(module, nn.Linear):
+            continue
+        if targets is None:
+            if type(module) is nn.Linear:
+                chosen[name] = module
+        elif any(matches(name, pattern) for pattern in targets):
+            if type(module) is not nn.Linear:
+                kind = f"{type(module).__module__}.{type(module).__qualname__}"
+                raise TypeError(f"targets: expected exactly torch.nn.Linear at {name!r}, got its subclass {kind}")
+            chosen[name] = module
+    if not chosen:
+        scope = "" if targets is None else f" among targets {list(targets)}"
+        raise ValueError(f"model: expected at least one nn.Linear to adapt{scope}, found none")
+    return chosen
+
+
+def _checked_names(argument: str, names: Iterable[str]) -> tuple[str, ...]:
+    if isinstance(names, str):
+        raise ValueError(f"{argument}: expected a list of names, got the string {names!r}; write ({names!r},)")
+    checked = tuple(names)
+    for name in checked:
+        if not isinstance(name, str) or not name:
+            raise ValueError(f"{argument}: expected non-empty names, got {name!r}")
+    repeated = sorted({name for name in checked if checked.count(name) > 1})
+    if repeated:
+        raise ValueError(f"{argument}: expected each name once, got {repeated} more than once")
+    return checked
+
+
+def _check_matched(argument: str, patterns: tuple[str, ...], names: list[str]) -> None:
+    missing = [pattern for pattern in patterns if not any(matches(name, pattern) for name in names)]
+    if missing:
+        leaves = sorted({name.rsplit(".", 1)[-1] for name in names} - {str(i) for i in range(1000)})
+        raise ValueError(f"{argument}: {missing} match no module; components of this model's names: {leaves}")

@@ -1,0 +1,183 @@
+"""The drop-in layer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from glora_kernels import Constant, LowRank, Terms, Vector, glora_linear, glora_merge
+
+from .config import SLOTS, Choice, LayerShape, PathConfig
+
+STORAGES = {"A": ("Ad", "Au"), "B": ("Bd", "Bu"), "C": ("Cd", "Cu"), "D": ("D",), "E": ("E",)}
+SUPPORT_NAMES = tuple(name for names in STORAGES.values() for name in names)
+
+
+class GLoRALinear(nn.Module):
+    """A frozen linear layer with five support tensors (arXiv 2306.07967, Eq. 10).
+
+    ``y = (W0 + W0 * A + B) x + W0 c + b0 * D + E + b0``, or ``W0 @ A`` for the matmul product.
+    :attr:`path` says which kind each tensor is; it is set from outside, never inside forward. A
+    freshly made layer computes what the linear layer does, whatever its path.
+
+    Args:
+        in_features, out_features, bias, device, dtype: as for :class:`torch.nn.Linear`.
+        rank: the largest rank a path may ask for.
+        product: ``"hadamard"`` (the paper, the official code, PEFT) or ``"matmul"`` (RepAdapter, LyCORIS).
+
+    Parameters:
+        weight (N, K), bias (N,): frozen.
+        Ad (N, R) or, for the matmul product, (K, R); Au (R, K); Bd (N, R); Bu (R, K); Cd (K, R);
+        Cu (R, 1); D (N,); E (N,): trainable, under the official names. In fp32 where ``dtype``
+        is a half type, whose resolution would swallow their updates.
+
+    Raises:
+        ValueError: a rank below 1, or an unknown product.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        rank: int = 8,
+        product: str = "hadamard",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        self._adopt(nn.Linear(in_features, out_features, bias, device=device, dtype=dtype), rank, product)
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, rank: int = 8, product: str = "hadamard") -> GLoRALinear:
+        """A layer around the very parameters of ``linear``, which are frozen; nothing is copied.
+
+        Raises:
+            TypeError: ``linear`` is not exactly an :class:`torch.nn.Linear`: a subclass may compute
+                something else.
+        """
+        if type(linear) is not nn.Linear:
+            raise TypeError(f"linear: expected exactly torch.nn.Linear, got {_qualified_name(type(linear))}")
+        layer = cls.__new__(cls)
+        nn.Module.__init__(layer)
+        layer._adopt(linear, rank, product)
+        return layer
+
+    def _adopt(self, linear: nn.Linear, rank: int, product: str) -> None:
+        if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+            raise ValueError(f"rank: expected an integer from 1, got {rank!r}")
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.rank, self.product = rank, Terms(product=product).product
+        self.weight = linear.weight.requires_grad_(False)
+        self.register_parameter("bias", None if linear.bias is None else linear.bias.requires_grad_(False))
+        a_rows = self.out_features if product == "hadamard" else self.in_features
+        shapes = {
+            "Ad": (a_rows, rank),
+            "Au": (rank, self.in_features),
+            "Bd": (self.out_features, rank),
+            "Bu": (rank, self.in_features),
+            "Cd": (self.in_features, rank),
+            "Cu": (rank, 1),
+            "D": (self.out_features,),
+            "E": (self.out_features,),
+        }
+        wide = torch.promote_types(self.weight.dtype, torch.float32)
+        for name, shape in shapes.items():
+            self.register_parameter(name, nn.Parameter(torch.empty(shape, device=self.weight.device, dtype=wide)))
+        self.path = PathConfig(f"lora_{rank}", f"lora_{rank}", f"lora_{rank}", "vector", "vector")
+        self.training = linear.training
+        self.reset_support()
+
+    def reset_support(self) -> None:
+        """Back to the identity, as the official code initialises: right factors random, all else zero."""
+        with torch.no_grad():
+            for name in SUPPORT_NAMES:
+                parameter = getattr(self, name)
+                if name in ("Au", "Bu", "Cu"):
+                    nn.init.kaiming_uniform_(parameter, a=math.sqrt(5))
+                else:
+                    parameter.zero_()
+
+    @property
+    def path(self) -> PathConfig:
+        """The kind of each support tensor; may be set at any time to any path of up to :attr:`rank`."""
+        return self._path
+
+    @path.setter
+    def path(self, path: PathConfig) -> None:
+        if not isinstance(path, PathConfig):
+            raise TypeError(f"path: expected glora.PathConfig, got {type(path).__name__}")
+        if path.rank > self.rank:
+            raise ValueError(f"path: expected ranks up to {self.rank} (the rank of the storage), got {path}")
+        self._path = path
+
+    @property
+    def shape(self) -> LayerShape:
+        return LayerShape(self.out_features, self.in_features, self.bias is not None, self.product)
+
+    def support_parameters(self, path: PathConfig | None = None) -> Iterator[nn.Parameter]:
+        """The support tensors: all of them, or those that ``path`` reads."""
+        for slot in SLOTS:
+            kind = "all" if path is None else path.choices[slot].kind
+            if kind == "none" or (path is not None and slot == "D" and self.bias is None):
+                continue
+            names = STORAGES[slot] if kind in ("all", "lora") else STORAGES[slot][:1]
+            for name in names:
+                yield getattr(self, name)
+
+    def terms(self, path: PathConfig | None = None) -> Terms:
+        """The storages and how much of each ``path`` (default: :attr:`path`) reads."""
+        choices = (self._path if path is None else path).choices
+        active = {slot: self._term(slot, choice) for slot, choice in choices.items() if choice.kind != "none"}
+        return Terms(**active, product=self.product)
+
+    def _term(self, slot: str, choice: Choice) -> LowRank | Vector | Constant:
+        storages = [getattr(self, name) for name in STORAGES[slot]]
+        if choice.kind == "lora":
+            return LowRank(*storages, choice.rank)
+        return Vector(storages[0]) if choice.kind == "vector" else Constant(storages[0])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(..., K) -> (..., N)``."""
+        return glora_linear(x, self.weight, self.bias, self.terms())
+
+    def merge(self, path: PathConfig | None = None, safe: bool = True) -> nn.Linear:
+        """A plain linear layer, sharing nothing with this one, that computes what this one does.
+
+        Formed in fp32 (fp64 for fp64), rounded once. It has a bias if this layer has one or if the
+        path makes one (C or E). Its parameters are frozen, as the base's are.
+
+        Raises:
+            ValueError: with ``safe``, a NaN or infinity in the merged weight or bias.
+        """
+        weight, bias = glora_merge(self.weight, self.bias, self.terms(path), safe)
+        linear = nn.Linear(
+            self.in_features, self.out_features, bias is not None, device="meta", dtype=weight.dtype
+        )  # on meta: nothing is allocated or drawn at random
+        linear.weight = nn.Parameter(weight, requires_grad=False)
+        if bias is not None:
+            linear.bias = nn.Parameter(bias, requires_grad=False)
+        return linear.train(self.training)
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors):
+        """Also takes the state dict of an ``nn.Linear``: the support tensors then stay as they are."""
+        before = len(missing)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
+        support = [prefix + name for name in SUPPORT_NAMES]
+        if prefix + "weight" in state_dict and not any(name in state_dict for name in support):
+            missing[before:] = [name for name in missing[before:] if name not in support]
+
+    def extra_repr(self) -> str:
+        path = ", ".join(f"{slot}={text}" for slot, text in self.path.to_dict().items())
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"rank={self.rank}, product={self.product}, path=({path})"
+        )
+
+
+def _qualified_name(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"

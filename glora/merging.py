@@ -1,0 +1,168 @@
+"""From adapted layers to plain linear ones, with a report of what that cost, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from glora_kernels import reference
+
+from .config import PathConfig
+from .layer import GLoRALinear
+from .modules import replace_modules, replaced_modules, require_layers
+
+_PROBE_TOKENS = 16
+
+
+@dataclass(frozen=True)
+class LayerMerge:
+    """One merged layer.
+
+    Attributes:
+        name, path: which layer, and what it had learnt.
+        difference: largest absolute difference between merged and unmerged outputs on random
+            tokens; 0 where both multiply by the same bits, as the torch backend does.
+        error: largest absolute error of the merged output against the formula in fp64.
+        bias_created: the linear layer has a bias that the base had not (C or E).
+    """
+
+    name: str
+    path: PathConfig
+    difference: float
+    error: float
+    bias_created: bool
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What :func:`merge` did.
+
+    Attributes:
+        layers: one entry a layer, in the model's order.
+        largest_difference, largest_error: over all layers.
+        model_difference: largest absolute difference of the model's output on the sample, if given.
+        originals: the layers that :func:`unmerge` puts back, if they were kept.
+    """
+
+    layers: tuple[LayerMerge, ...]
+    model_difference: float | None = None
+    originals: Mapping[str, GLoRALinear] | None = field(default=None, repr=False)
+
+    @property
+    def largest_difference(self) -> float:
+        return max(layer.difference for layer in self.layers)
+
+    @property
+    def largest_error(self) -> float:
+        return max(layer.error for layer in self.layers)
+
+    def to_dict(self) -> dict:
+        """Plain data for JSON; without the originals."""
+        return {
+            "layers": [asdict(layer) for layer in self.layers],
+            "largest_difference": self.largest_difference,
+            "largest_error": self.largest_error,
+            "model_difference": self.model_difference,
+        }
+
+    def __str__(self) -> str:
+        model = "not measured" if self.model_difference is None else f"{self.model_difference:.2e}"
+        return (
+            f"merged {len(self.layers)} layers: largest difference to the unmerged layer "
+            f"{self.largest_difference:.2e}, largest error against fp64 {self.largest_error:.2e}, "
+            f"difference of the model's output {model}"
+        )
+
+
+def merge(model: nn.Module, sample: Tensor | None = None, *, keep: bool = False, safe: bool = True) -> MergeReport:
+    """Replace every adapted layer of ``model`` by a plain ``nn.Linear``, in place.
+
+    The merged model has the names, shapes and module types that it had before ``inject``, and so
+    its cost. Effective weights are formed in fp32 (fp64 for fp64) and rounded once.
+
+    Args:
+        sample: an input of the model; the difference of its output is reported.
+        keep: keep the adapted layers in the report, so that :func:`unmerge` restores them exactly.
+        safe: refuse a merged weight, bias or output that is not finite.
+
+    Raises:
+        ValueError: nothing to merge, or (with ``safe``) a result that is not finite, by layer. The
+            model is unchanged then.
+    """
+    layers = require_layers(model)
+    if "" in layers:
+        raise ValueError("model: expected a model that contains GLoRALinear layers; call .merge() on a single layer")
+    merged: dict[str, nn.Linear] = {}
+    for name, layer in layers.items():
+        try:
+            merged[name] = layer.merge(safe=safe)
+        except ValueError as error:
+            raise ValueError(f"layer {name!r}: {error}") from None
+    entries = tuple(_measure(name, layers[name], linear) for name, linear in merged.items())
+    replacements: dict[nn.Module, nn.Module] = {layers[name]: linear for name, linear in merged.items()}
+    difference = None if sample is None else _model_difference(model, replacements, sample)
+    if safe and difference is not None and not difference < float("inf"):
+        raise ValueError(f"sample: expected finite outputs of the merged model, got a difference of {difference}")
+    replace_modules(model, replacements)
+    return MergeReport(entries, difference, layers if keep else None)
+
+
+def unmerge(model: nn.Module, report: MergeReport) -> None:
+    """Undo ``merge(model, keep=True)``: the very layers that were there, with no bit changed.
+
+    Raises:
+        ValueError: the report kept no layers, or ``model`` has something else than an ``nn.Linear``
+            of the right shape in one of their places; the model is unchanged then.
+    """
+    if report.originals is None:
+        raise ValueError("report: expected one of merge(model, keep=True), got one that kept no layers")
+    modules = dict(model.named_modules())
+    replacements: dict[nn.Module, nn.Module] = {}
+    for name, layer in report.originals.items():
+        found = modules.get(name)
+        expected = f"nn.Linear({layer.in_features}, {layer.out_features})"
+        if type(found) is not nn.Linear or found.weight.shape != layer.weight.shape:
+            raise ValueError(f"model: expected a merged {expected} at {name!r}, got {found!r}")
+        replacements[found] = layer
+    replace_modules(model, replacements)
+
+
+@torch.no_grad()
+def _measure(name: str, layer: GLoRALinear, linear: nn.Linear) -> LayerMerge:
+    """Both layers on random tokens of unit variance, and the formula in fp64."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(_PROBE_TOKENS, layer.in_features, generator=generator).to(layer.weight)
+    y = linear(x).double()
+    wide = [None if t is None else t.double() for t in (x, layer.weight, layer.bias)]
+    exact = reference.glora_linear(*wide, layer.terms().map(lambda storage: storage.double()))  # type: ignore[arg-type]
+    return LayerMerge(
+        name,
+        layer.path,
+        _largest(y - layer(x).double()),
+        _largest(y - exact),
+        linear.bias is not None and layer.bias is None,
+    )
+
+
+@torch.no_grad()
+def _model_difference(model: nn.Module, replacements: Mapping[nn.Module, nn.Module], sample: Tensor) -> float:
+    training = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        before = model(sample)
+        with replaced_modules(model, replacements):
+            model.eval()
+            after = model(sample)
+    finally:
+        for module, flag in training.items():
+            module.training = flag
+    if not isinstance(before, Tensor):
+        raise ValueError(f"sample: expected a model that returns a tensor, got {type(before).__name__}")
+    return _largest((before - after).double())
+
+
+def _largest(tensor: Tensor) -> float:
+    return float(tensor.abs().max()) if tensor.numel() else 0.0

@@ -1,0 +1,52 @@
+"""Finding and exchanging modules of a model, by type and by whole name components."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+from torch import nn
+
+from .layer import GLoRALinear
+
+
+def glora_layers(model: nn.Module) -> dict[str, GLoRALinear]:
+    """The adapted layers of ``model`` by name, in the model's own order, each once."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, GLoRALinear)}
+
+
+def require_layers(model: nn.Module) -> dict[str, GLoRALinear]:
+    """As :func:`glora_layers`. Raises ValueError if there are none."""
+    layers = glora_layers(model)
+    if not layers:
+        raise ValueError("model: expected at least one GLoRALinear, found none; call glora.inject(model) first")
+    return layers
+
+
+def matches(name: str, pattern: str) -> bool:
+    """Whether the dotted components of ``pattern`` occur in a row in those of ``name``.
+
+    ``"head"`` selects ``head`` and ``head.fc`` but not ``overhead``; ``"qkv"`` selects
+    ``blocks.3.attn.qkv``; ``"blocks.1"`` all of block 1 and nothing of block 10.
+    """
+    parts, wanted = name.split("."), pattern.split(".")
+    return any(parts[i : i + len(wanted)] == wanted for i in range(len(parts) - len(wanted) + 1))
+
+
+def replace_modules(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:
+    """Put each new module in every place where its old one stands (a shared module has several)."""
+    for parent in list(model.modules()):
+        # not named_children(), which passes over a second reference to the same module
+        for name, child in list(parent._modules.items()):
+            if child is not None and child in replacements:
+                setattr(parent, name, replacements[child])
+
+
+@contextmanager
+def replaced_modules(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> Iterator[None]:
+    """As :func:`replace_modules`, undone at the end of the ``with`` block."""
+    replace_modules(model, replacements)
+    try:
+        yield
+    finally:
+        replace_modules(model, {new: old for old, new in replacements.items()})

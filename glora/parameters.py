@@ -1,0 +1,42 @@
+"""What is trained, and how much of it a path reads; asked of the layers, never read off names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import nn
+
+from .config import PathConfig
+from .modules import glora_layers, require_layers
+from .paths import check_names, get_paths
+
+
+def trainable_parameters(model: nn.Module, paths: Mapping[str, PathConfig] | None = None) -> list[nn.Parameter]:
+    """Every parameter that requires grad: support tensors, and whatever else was left trainable.
+
+    Args:
+        paths: leave out the support tensors that these paths do not read.
+
+    Raises:
+        ValueError: ``paths`` does not name exactly the model's adapted layers.
+    """
+    layers = glora_layers(model)
+    left_out: set[int] = set()
+    if paths is not None:
+        check_names("paths", paths, layers)
+        for name, layer in layers.items():
+            left_out |= {id(p) for p in layer.support_parameters()}
+            left_out -= {id(p) for p in layer.support_parameters(paths[name])}
+    return [p for p in model.parameters() if p.requires_grad and id(p) not in left_out]
+
+
+def count_parameters(model: nn.Module, paths: Mapping[str, PathConfig] | None = None) -> int:
+    """How many support values the paths read (default: the current ones): the budget a search obeys.
+
+    A sliced rank counts its slice only. The classifier head and anything else trained beside GLoRA
+    does not count.
+    """
+    layers = require_layers(model)
+    paths = get_paths(model) if paths is None else paths
+    check_names("paths", paths, layers)
+    return sum(paths[name].count(layer.shape) for name, layer in layers.items())

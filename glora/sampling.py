@@ -1,0 +1,140 @@
+"""Random paths within a parameter limit, in bounded time however tight the limit is."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+
+from .config import SLOTS, LayerShape, PathConfig, SearchSpace, count_choice, make_path
+
+_TRIES = 16
+
+
+class PathSampler:
+    """Draws a path for every layer so that together they read at most ``limit`` parameters.
+
+    Where uniform paths are within the limit on average (or there is no limit), the draw is uniform.
+    Otherwise every option of a tensor is drawn with probability proportional to ``exp(-t * count)``,
+    with the one ``t`` that brings the expected count to the limit: of all distributions with that
+    expected count, the one of greatest entropy. A draw above the limit is repeated a few times and
+    then repaired: tensors in random order take a random cheaper option until the limit holds.
+
+    Args:
+        layers: shapes by name.
+        space: what each tensor may be.
+        limit: the largest count allowed, or None.
+
+    Raises:
+        ValueError: no path of the space is within the limit; the smallest count is named.
+    """
+
+    def __init__(self, layers: Mapping[str, LayerShape], space: SearchSpace, limit: int | None = None):
+        self.layers, self.space, self.limit = dict(layers), space, limit
+        self._options = [space.options[slot] for slot in SLOTS]
+        self._counts = {
+            shape: [[count_choice(slot, text, shape) for text in space.options[slot]] for slot in SLOTS]
+            for shape in set(self.layers.values())
+        }
+        self.smallest = self._total(min)
+        self.largest = self._total(max)
+        if limit is not None and self.smallest > limit:
+            raise ValueError(
+                f"limit: expected at least {self.smallest:,} parameters (the smallest path of this space), got {limit:,}"
+            )
+        temperature = 0.0 if limit is None else self._temperature(limit)
+        self._cumulative = {shape: self._distributions(shape, temperature) for shape in self._counts}
+
+    def _total(self, choose) -> int:
+        return sum(choose(counts) for shape in self.layers.values() for counts in self._counts[shape])
+
+    @property
+    def mean(self) -> float:
+        """The mean count of uniform paths."""
+        return self._expected(0.0)
+
+    def _expected(self, temperature: float) -> float:
+        per_shape = {
+            shape: sum(
+                sum(w * c for w, c in zip(_weights(counts, temperature), counts)) for counts in self._counts[shape]
+            )
+            for shape in self._counts
+        }
+        return sum(per_shape[shape] for shape in self.layers.values())
+
+    def _temperature(self, limit: int) -> float:
+        """The t of the class docstring, by bisection; 0 where uniform paths will do."""
+        if self._expected(0.0) <= limit:
+            return 0.0
+        low, high = 0.0, 1.0
+        while self._expected(high) > limit and high < 1e3:
+            high *= 2
+        for _ in range(60):
+            middle = (low + high) / 2
+            low, high = (middle, high) if self._expected(middle) > limit else (low, middle)
+        return high
+
+    def _distributions(self, shape: LayerShape, temperature: float) -> list[list[float]]:
+        cumulative = []
+        for counts in self._counts[shape]:
+            total, sums = 0.0, []
+            for weight in _weights(counts, temperature):
+                total += weight
+                sums.append(total)
+            cumulative.append(sums)
+        return cumulative
+
+    def sample(self, generator: torch.Generator) -> dict[str, PathConfig]:
+        """Paths for all layers, by name, drawn from ``generator`` alone."""
+        paths: dict[str, PathConfig] = {}
+        for _ in range(_TRIES):
+            draws = torch.rand(len(self.layers), len(SLOTS), generator=generator, dtype=torch.float64).tolist()
+            paths = {
+                name: make_path(*map(_pick, self._options, self._cumulative[shape], row))
+                for (name, shape), row in zip(self.layers.items(), draws)
+            }
+            if self.fits(paths):
+                return paths
+        return self.repair(paths, generator)
+
+    def sample_layer(self, name: str, generator: torch.Generator) -> PathConfig:
+        """A path for one layer, from the same distribution."""
+        draws = torch.rand(len(SLOTS), generator=generator, dtype=torch.float64).tolist()
+        return make_path(*map(_pick, self._options, self._cumulative[self.layers[name]], draws))
+
+    def count(self, paths: Mapping[str, PathConfig]) -> int:
+        return sum(paths[name].count(shape) for name, shape in self.layers.items())
+
+    def fits(self, paths: Mapping[str, PathConfig]) -> bool:
+        return self.limit is None or self.count(paths) <= self.limit
+
+    def repair(self, paths: Mapping[str, PathConfig], generator: torch.Generator) -> dict[str, PathConfig]:
+        """``paths`` with randomly chosen tensors made cheaper, until they are within the limit."""
+        repaired = dict(paths)
+        excess = 0 if self.limit is None else self.count(repaired) - self.limit
+        places = [(name, index) for name in self.layers for index in range(len(SLOTS))]
+        while excess > 0:
+            for position in torch.randperm(len(places), generator=generator).tolist():
+                name, index = places[position]
+                choices = list(repaired[name].to_dict().values())
+                counts = dict(zip(self._options[index], self._counts[self.layers[name]][index]))
+                cheaper = [text for text in counts if counts[text] < counts[choices[index]]]
+                if excess <= 0 or not cheaper:
+                    continue
+                text = cheaper[int(torch.randint(len(cheaper), (), generator=generator))]
+                excess -= counts[choices[index]] - counts[text]
+                choices[index] = text
+                repaired[name] = make_path(*choices)
+        return repaired
+
+
+def _weights(counts: list[int], temperature: float) -> list[float]:
+    """Probabilities proportional to ``exp(-temperature * count)``."""
+    least = min(counts)
+    raw = [math.exp(-temperature * (count - least)) for count in counts]
+    return [weight / sum(raw) for weight in raw]
+
+
+def _pick(options: tuple[str, ...], cumulative: list[float], draw: float) -> str:
+    return next((option for option, bound in zip(options, cumulative) if draw < bound), options[-1])

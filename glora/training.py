@@ -1,0 +1,294 @@
+"""Training: of a supernet, with a random path per layer and step, or of a fixed path or plain model.
+
+Everything that a step depends on is a function of the seed and of a state that is checkpointed:
+the batch of step t is a pure function of (seed, t), paths are drawn outside forward from one
+generator, and dropout uses torch's global one. A run that was cut and resumed therefore has the
+same bits as one that was not (on one device type; with data loading that is itself repeatable).
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset, Sampler, TensorDataset
+from tqdm.auto import tqdm
+
+from .config import SearchSpace
+from .files import write_atomically
+from .parameters import trainable_parameters
+from .paths import get_paths, sampler_for, set_paths
+
+CHECKPOINT_FORMAT = 1
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to train.
+
+    Args:
+        steps: optimiser steps.
+        batch_size: samples a step.
+        lr: peak learning rate of AdamW; cosine decay to 0 after a linear warm-up.
+        weight_decay: AdamW's, on every trained tensor.
+        warmup: the share of the steps that warms up.
+        seed: of batches, paths and dropout.
+        checkpoint_every: steps between checkpoints.
+
+    Raises:
+        ValueError: a value out of range.
+    """
+
+    steps: int = 500
+    batch_size: int = 32
+    lr: float = 1e-2
+    weight_decay: float = 1e-4
+    warmup: float = 0.02
+    seed: int = 0
+    checkpoint_every: int = 100
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "checkpoint_every"):
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected an integer from 1, got {getattr(self, name)!r}")
+        if not self.lr > 0 or not self.weight_decay >= 0 or not 0 <= self.warmup < 1:
+            raise ValueError(
+                "recipe: expected lr > 0, weight_decay >= 0 and 0 <= warmup < 1, got "
+                f"lr={self.lr}, weight_decay={self.weight_decay}, warmup={self.warmup}"
+            )
+
+
+@dataclass(frozen=True)
+class TrainSummary:
+    """What a run did; ``losses`` has one entry a step, those before a resume included."""
+
+    steps: int
+    losses: tuple[float, ...]
+    seconds: float
+    images_per_second: float
+    resumed_from: int
+
+
+class StepSampler(Sampler[list[int]]):
+    """The indices of each step's batch: consecutive pieces of an endless row of shuffled epochs.
+
+    The batch of step t depends on ``(size, batch_size, seed, t)`` alone, so that a resumed run
+    continues without replaying the epochs before.
+    """
+
+    def __init__(self, size: int, batch_size: int, seed: int, start: int, stop: int):
+        self.size, self.batch_size, self.seed, self.start, self.stop = size, batch_size, seed, start, stop
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    def __iter__(self) -> Iterator[list[int]]:
+        epoch, order = -1, []
+        for step in range(self.start, self.stop):
+            batch = []
+            for position in range(step * self.batch_size, (step + 1) * self.batch_size):
+                if position // self.size != epoch:
+                    epoch = position // self.size
+                    generator = torch.Generator().manual_seed(_mix(self.seed, epoch))
+                    order = torch.randperm(self.size, generator=generator).tolist()
+                batch.append(order[position % self.size])
+            yield batch
+
+
+def train(
+    model: nn.Module,
+    dataset: Dataset,
+    recipe: Recipe,
+    *,
+    space: SearchSpace | None = None,
+    loss_fn: Loss = F.cross_entropy,
+    checkpoint: str | os.PathLike | None = None,
+    progress: bool = True,
+    on_step: Callable[[int, float], object] | None = None,
+) -> TrainSummary:
+    """Train every parameter of ``model`` that requires grad.
+
+    With a ``space`` the model is a supernet: each step draws a path for every layer from it, and
+    only the tensors read get a gradient. The others keep ``grad`` None and the optimiser does not
+    touch them: neither value, nor moments, nor weight decay. Afterwards the paths are as before.
+
+    Args:
+        dataset: a map-style data set of ``(input, target)``.
+        recipe: how to train.
+        space: draw paths from it; None trains the model as it is.
+        loss_fn: ``(output, target) -> scalar``.
+        checkpoint: a file to resume from, if it exists, and to save to; written atomically.
+        progress: show a bar with loss, accuracy (for class targets) and images per second.
+        on_step: called with the step and its loss after each step and its checkpoint.
+
+    Raises:
+        ValueError: nothing to train, an empty data set, a space that does not fit the model, a
+            checkpoint of another run, or a loss that is not finite.
+    """
+    parameters = trainable_parameters(model)
+    if not parameters:
+        raise ValueError("model: expected parameters that require grad, found none")
+    if not len(dataset):  # type: ignore[arg-type]
+        raise ValueError("dataset: expected at least one sample, got none")
+    sampler = None if space is None else sampler_for(model, space)
+    run = _Run(model, parameters, recipe, space)
+    if checkpoint is not None and Path(checkpoint).exists():
+        run.load(checkpoint)
+    paths_before = get_paths(model)
+    model.train()
+    resumed_from, started = run.step, time.perf_counter()
+    bar = tqdm(total=recipe.steps, initial=run.step, desc="train", unit="step", disable=not progress)
+    meter = _Meter(recipe.batch_size)
+    try:
+        for x, target in _batches(dataset, recipe, run.step):
+            if sampler is not None:
+                set_paths(model, sampler.sample(run.generator))
+            loss, output = _step(run, x, target, loss_fn)
+            meter.update(loss, output, target)
+            bar.update()
+            bar.set_postfix_str(meter.text(), refresh=False)
+            if checkpoint is not None and (run.step % recipe.checkpoint_every == 0 or run.step == recipe.steps):
+                run.save(checkpoint)
+            if on_step is not None:
+                on_step(run.step, loss)
+    finally:
+        bar.close()
+        if paths_before:
+            set_paths(model, paths_before)
+    seconds = time.perf_counter() - started
+    images = (run.step - resumed_from) * recipe.batch_size
+    return TrainSummary(run.step, tuple(run.losses), seconds, images / seconds if seconds else 0.0, resumed_from)
+
+
+def _step(run: _Run, x: Tensor, target: Tensor, loss_fn: Loss) -> tuple[float, Tensor]:
+    device = run.parameters[0].device
+    run.scheduler.step_update(run.step)
+    run.optimizer.zero_grad(set_to_none=True)
+    output = run.model(x.to(device))
+    loss = loss_fn(output, target.to(device))
+    value = float(loss.detach())
+    if not math.isfinite(value):
+        raise ValueError(f"loss: expected a finite value, got {value} at step {run.step}; try a smaller lr")
+    loss.backward()
+    run.optimizer.step()
+    run.losses.append(value)
+    run.step += 1
+    return value, output.detach()
+
+
+def _batches(dataset: Dataset, recipe: Recipe, start: int) -> DataLoader:
+    sampler = StepSampler(len(dataset), recipe.batch_size, recipe.seed, start, recipe.steps)  # type: ignore[arg-type]
+    # A generator of its own: without it the loader draws from torch's, which dropout uses.
+    generator = torch.Generator().manual_seed(_mix(recipe.seed, start))
+    if isinstance(dataset, TensorDataset):  # indexes a whole batch at once
+        return DataLoader(dataset, batch_size=None, sampler=sampler, generator=generator)
+    return DataLoader(dataset, batch_sampler=sampler, generator=generator)
+
+
+def _mix(seed: int, index: int) -> int:
+    """A seed for the ``index``-th use of ``seed``."""
+    return (seed * 1_000_003 + index * 7_919 + 12_345) % 2**63
+
+
+class _Run:
+    """A training run's state: everything a checkpoint holds."""
+
+    def __init__(self, model: nn.Module, parameters: list[nn.Parameter], recipe: Recipe, space: SearchSpace | None):
+        from timm.scheduler import CosineLRScheduler  # here: timm takes seconds to import
+
+        self.model, self.parameters, self.recipe, self.space = model, parameters, recipe, space
+        self.step = 0
+        self.losses: list[float] = []
+        self.optimizer = torch.optim.AdamW(parameters, lr=recipe.lr, weight_decay=recipe.weight_decay)
+        warmup = round(recipe.warmup * recipe.steps)
+        self.scheduler = CosineLRScheduler(
+            self.optimizer, recipe.steps, warmup_t=warmup, warmup_lr_init=recipe.lr / (warmup + 1), t_in_epochs=False
+        )
+        self.generator = torch.Generator().manual_seed(_mix(recipe.seed, -1))
+        torch.manual_seed(recipe.seed)
+
+    def _identity(self) -> dict[str, Any]:
+        """What a checkpoint must agree on to be continued; steps between checkpoints may differ."""
+        recipe = {name: value for name, value in asdict(self.recipe).items() if name != "checkpoint_every"}
+        return {"recipe": recipe, "space": None if self.space is None else self.space.to_dict()}
+
+    def _tensors(self) -> dict[str, Tensor]:
+        trained = {id(parameter) for parameter in self.parameters}
+        named = {name: p.detach() for name, p in self.model.named_parameters() if id(p) in trained}
+        return {**named, **dict(self.model.named_buffers())}
+
+    def save(self, file: str | os.PathLike) -> None:
+        state = {
+            "format": CHECKPOINT_FORMAT,
+            "identity": self._identity(),
+            "step": self.step,
+            "losses": self.losses,
+            "tensors": self._tensors(),
+            "optimizer": self.optimizer.state_dict(),
+            "path_generator": self.generator.get_state(),
+            "torch_generator": torch.get_rng_state(),
+            "cuda_generators": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        }
+        write_atomically(file, lambda stream: torch.save(state, stream))
+
+    def load(self, file: str | os.PathLike) -> None:
+        state = _read_checkpoint(file)
+        if state["identity"] != self._identity():
+            raise ValueError(f"{file}: checkpoint of another run: {state['identity']}, expected {self._identity()}")
+        own = self._tensors()
+        shapes = {name: tuple(tensor.shape) for name, tensor in own.items()}
+        saved = {name: tuple(tensor.shape) for name, tensor in state["tensors"].items()}
+        if saved != shapes:
+            differing = sorted(name for name in {*shapes, *saved} if shapes.get(name) != saved.get(name))
+            raise ValueError(f"{file}: checkpoint of another model: missing, unknown or differing tensors {differing}")
+        with torch.no_grad():
+            for name, tensor in state["tensors"].items():
+                own[name].copy_(tensor)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.generator.set_state(state["path_generator"])
+        torch.set_rng_state(state["torch_generator"])
+        if torch.cuda.is_available() and state["cuda_generators"]:
+            torch.cuda.set_rng_state_all(state["cuda_generators"])
+        self.step, self.losses = state["step"], list(state["losses"])
+
+
+def _read_checkpoint(file: str | os.PathLike) -> dict[str, Any]:
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True)
+        version = state["format"]
+    except Exception as error:
+        raise ValueError(f"{file}: expected a training checkpoint, it is damaged or something else ({error})") from None
+    if version != CHECKPOINT_FORMAT:
+        raise ValueError(f"{file}: expected checkpoint format {CHECKPOINT_FORMAT}, got {version!r}")
+    return state
+
+
+class _Meter:
+    """Running loss, accuracy and speed for the progress bar, over the last 50 steps."""
+
+    def __init__(self, batch_size: int):
+        self.batch_size = batch_size
+        self.recent: deque[tuple[float, float, float]] = deque(maxlen=50)
+
+    def update(self, loss: float, output: Tensor, target: Tensor) -> None:
+        classes = not target.is_floating_point() and output.dim() == 2 and target.dim() == 1
+        accuracy = float((output.argmax(-1) == target.to(output.device)).float().mean()) if classes else math.nan
+        self.recent.append((time.perf_counter(), loss, accuracy))
+
+    def text(self) -> str:
+        times, losses, accuracies = zip(*self.recent)
+        steps, elapsed = len(times) - 1, times[-1] - times[0]
+        speed = f", {steps * self.batch_size / elapsed:.0f} images/s" if elapsed else ""
+        accuracy = sum(accuracies) / len(accuracies)
+        right = "" if math.isnan(accuracy) else f", accuracy {accuracy:.1%}"
+        return f"loss {sum(losses) / len(losses):.3f}{right}{speed}"

@@ -1,0 +1,24 @@
+"""GLoRA on tensors: the adapted linear layer, its gradients and its merge.
+
+Knows tensors, never modules or configurations. Importing it loads no Triton and starts no CUDA.
+"""
+
+from . import reference
+from .dispatch import available_backends, use_backend
+from .plan import Explanation, explain
+from .ops import glora_linear, glora_merge
+from .terms import Constant, LowRank, Terms, Vector
+
+__all__ = [
+    "Constant",
+    "Explanation",
+    "LowRank",
+    "Terms",
+    "Vector",
+    "available_backends",
+    "explain",
+    "glora_linear",
+    "glora_merge",
+    "reference",
+    "use_backend",
+]

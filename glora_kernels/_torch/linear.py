@@ -1,0 +1,98 @@
+"""The differentiable layer of the torch backend: save, call, return."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .. import reference
+from ..terms import Structure, Terms
+from .assemble import assemble
+from .gradients import backward, reuses_output
+
+
+def glora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, terms: Terms) -> Tensor:
+    """See :func:`glora_kernels.glora_linear`."""
+    if not torch.is_grad_enabled():
+        return _forward(x, weight, bias, terms)
+    storages, structure = terms.flatten()
+    return _GLoRALinear.apply(structure, x, weight, bias, *storages)
+
+
+def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, terms: Terms) -> Tensor:
+    w_eff, b_eff = assemble(weight, bias, terms)
+    return F.linear(x, w_eff, b_eff)
+
+
+class _GLoRALinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, structure: Structure, x: Tensor, weight: Tensor, bias: Tensor | None, *storages: Tensor):
+        terms = Terms.unflatten(storages, structure)
+        y = _forward(x, weight, bias, terms)
+        ctx.structure = structure
+        ctx.wanted = _wanted_slots(terms, ctx.needs_input_grad[4:], bias is not None)
+        ctx.x_shape = x.shape
+        ctx.save_for_backward(x if ctx.wanted & {"A", "B"} else None, weight, bias, *storages)
+        ctx.output = None
+        tokens = y.numel() // max(y.shape[-1], 1)
+        if "A" in ctx.wanted and reuses_output(tokens, x.shape[-1], terms) and _output_can_be_kept(y):
+            ctx.output = y.detach()  # shares y's version counter, is in no reference cycle with ctx
+            ctx.output_version = y._version
+        return y
+
+    @staticmethod
+    def backward(ctx, dy: Tensor):
+        x, weight, bias, *storages = ctx.saved_tensors
+        output, ctx.output = ctx.output, None
+        if torch.is_grad_enabled():
+            return _differentiable_backward(ctx, dy, x, weight, bias, storages)
+        # A successor such as ReLU(inplace=True) may have overwritten y: then z is formed anew.
+        if output is not None and output._version != ctx.output_version:
+            output = None
+        terms = Terms.unflatten(storages, ctx.structure)
+        dx, grads = backward(
+            dy.reshape(-1, weight.shape[0]),
+            x if x is None else x.reshape(-1, weight.shape[1]),
+            weight,
+            bias,
+            terms,
+            None if output is None else output.reshape(-1, weight.shape[0]),
+            ctx.wanted,
+            ctx.needs_input_grad[1],
+        )
+        per_storage = [grad for slot, term in terms.active for grad in grads.get(slot, (None,) * len(term.storages))]
+        masked = (g if needed else None for g, needed in zip(per_storage, ctx.needs_input_grad[4:]))
+        return None, None if dx is None else dx.reshape(ctx.x_shape), None, None, *masked
+
+
+def _wanted_slots(terms: Terms, needs_grad: tuple[bool, ...], has_bias: bool) -> frozenset[str]:
+    """Slots with a storage that wants a gradient; D has none where there is no bias to scale."""
+    wanted, rest = set(), iter(needs_grad)
+    for slot, term in terms.active:
+        needed = [next(rest) for _ in term.storages]
+        if any(needed) and (slot != "D" or has_bias):
+            wanted.add(slot)
+    return frozenset(wanted)
+
+
+def _output_can_be_kept(y: Tensor) -> bool:
+    """Whether keeping y outside ``save_for_backward`` is safe.
+
+    Under saved-tensor hooks (checkpointing, offloading) it would defeat their purpose, and a change
+    in place could not be seen. On meta tensors the route depends on values that do not exist.
+    """
+    return y.device.type != "meta" and torch._C._autograd._top_saved_tensors_default_hooks(True) is None
+
+
+def _differentiable_backward(ctx, dy, x, weight, bias, storages):
+    """The same gradients through the reference formula, for ``create_graph=True``."""
+    if x is None:  # neither A nor B: no gradient depends on the values of x
+        x = dy.new_zeros(ctx.x_shape).requires_grad_(ctx.needs_input_grad[1])
+    inputs = [x, *storages]
+    needed = [ctx.needs_input_grad[1], *ctx.needs_input_grad[4:]]
+    y = reference.glora_linear(x, weight, bias, Terms.unflatten(storages, ctx.structure))
+    wanted = [tensor for tensor, need in zip(inputs, needed) if need]
+    found = iter(torch.autograd.grad(y, wanted, dy, create_graph=True, allow_unused=True))
+    dx, *grads = (next(found) if need else None for need in needed)
+    return None, dx, None, None, *grads
