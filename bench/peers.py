@@ -41,7 +41,7 @@ def peft_model(model: nn.Module, method: str, rank: int, targets: list[str]) -> 
         )
     adapted = peft.get_peft_model(model, config)
     with torch.no_grad():  # off the zero initialisation: zeros run faster
-        for name, parameter in adapted.named_parameters():
+        for _name, parameter in adapted.named_parameters():
             if parameter.requires_grad:
                 parameter.normal_(std=0.01)
     return adapted

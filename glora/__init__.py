@@ -6,13 +6,13 @@
 from .adapter_file import load_adapter, save_adapter
 from .config import LayerShape, PathConfig, SearchSpace
 from .evaluation import Metrics, evaluate, evaluate_merged
+from .evolution import SearchResult, SearchSettings, evolve, search
 from .injection import inject
 from .layer import GLoRALinear
 from .merging import MergeReport, merge, unmerge
 from .modules import glora_layers
 from .parameters import count_parameters, trainable_parameters
 from .paths import get_paths, sample_paths, set_paths, using_paths
-from .evolution import SearchResult, SearchSettings, evolve, search
 from .training import Recipe, TrainSummary, train
 from .version import __version__
 

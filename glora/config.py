@@ -7,7 +7,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from functools import cached_property, lru_cache
+from functools import cache, cached_property
 from typing import NamedTuple
 
 import torch
@@ -38,7 +38,7 @@ class LayerShape(NamedTuple):
     product: str = "hadamard"
 
 
-@lru_cache(maxsize=None)
+@cache
 def parse_choice(slot: str, text: str) -> Choice:
     """``"lora_8"``, ``"vector"``, ``"constant"`` or ``"none"``, in any case (the official code writes ``LoRA_8``).
 
@@ -117,7 +117,7 @@ class PathConfig:
         return PathConfig.from_dict(data)
 
 
-@lru_cache(maxsize=None)
+@cache
 def count_choice(slot: str, text: str, shape: LayerShape) -> int:
     """Parameters one support tensor reads. D of a layer without bias has nothing to scale: 0."""
     kind, rank = parse_choice(slot, text)
@@ -191,7 +191,7 @@ class SearchSpace:
         return SearchSpace(**{name: tuple(value) for name, value in data.items()})
 
 
-@lru_cache(maxsize=None)
+@cache
 def make_path(a: str, b: str, c: str, d: str, e: str) -> PathConfig:
     """One shared :class:`PathConfig` for each combination: drawing paths builds nothing twice."""
     return PathConfig(a, b, c, d, e)

@@ -303,7 +303,7 @@ class _Journal:
             return {}
         try:
             header, *entries = [json.loads(line) for line in complete.splitlines()]
-            scores = {text: score for text, score in entries}
+            scores = dict(entries)
         except (ValueError, TypeError) as error:
             raise ValueError(
                 f"{self.file}: expected a search journal, it is damaged or something else ({error})"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +38,9 @@ class GLoRALinear(nn.Module):
     Raises:
         ValueError: a rank below 1, or an unknown product.
     """
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
 
     def __init__(
         self,
@@ -72,8 +76,9 @@ class GLoRALinear(nn.Module):
             raise ValueError(f"rank: expected an integer from 1, got {rank!r}")
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.rank, self.product = rank, Terms(product=product).product
-        self.weight = linear.weight.requires_grad_(False)
-        self.register_parameter("bias", None if linear.bias is None else linear.bias.requires_grad_(False))
+        linear.requires_grad_(False)
+        self.weight = linear.weight
+        self.register_parameter("bias", linear.bias)
         a_rows = self.out_features if product == "hadamard" else self.in_features
         shapes = {
             "Ad": (a_rows, rank),
@@ -132,14 +137,17 @@ class GLoRALinear(nn.Module):
     def terms(self, path: PathConfig | None = None) -> Terms:
         """The storages and how much of each ``path`` (default: :attr:`path`) reads."""
         choices = (self._path if path is None else path).choices
-        active = {slot: self._term(slot, choice) for slot, choice in choices.items() if choice.kind != "none"}
+        active: dict[str, Any] = {
+            slot: self._term(slot, choice) for slot, choice in choices.items() if choice.kind != "none"
+        }
         return Terms(**active, product=self.product)
 
     def _term(self, slot: str, choice: Choice) -> LowRank | Vector | Constant:
-        storages = [getattr(self, name) for name in STORAGES[slot]]
+        names = STORAGES[slot]
+        storage = getattr(self, names[0])
         if choice.kind == "lora":
-            return LowRank(*storages, choice.rank)
-        return Vector(storages[0]) if choice.kind == "vector" else Constant(storages[0])
+            return LowRank(storage, getattr(self, names[1]), choice.rank)
+        return Vector(storage) if choice.kind == "vector" else Constant(storage)
 
     def forward(self, x: Tensor) -> Tensor:
         """``(..., K) -> (..., N)``."""

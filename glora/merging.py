@@ -136,8 +136,8 @@ def _measure(name: str, layer: GLoRALinear, linear: nn.Linear) -> LayerMerge:
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(_PROBE_TOKENS, layer.in_features, generator=generator).to(layer.weight)
     y = linear(x).double()
-    wide = [None if t is None else t.double() for t in (x, layer.weight, layer.bias)]
-    exact = reference.glora_linear(*wide, layer.terms().map(lambda storage: storage.double()))  # type: ignore[arg-type]
+    bias = None if layer.bias is None else layer.bias.double()
+    exact = reference.glora_linear(x.double(), layer.weight.double(), bias, layer.terms())
     return LayerMerge(
         name,
         layer.path,

@@ -5,8 +5,8 @@ Knows tensors, never modules or configurations. Importing it loads no Triton and
 
 from . import reference
 from .dispatch import available_backends, use_backend
-from .plan import Explanation, explain
 from .ops import glora_linear, glora_merge
+from .plan import Explanation, explain
 from .terms import Constant, LowRank, Terms, Vector
 
 __all__ = [

@@ -67,7 +67,8 @@ def explain(x: Tensor, weight: Tensor, bias: Tensor | None, terms: Terms) -> Exp
     tokens = x.numel() // max(inputs, 1)
     wanted = frozenset(slot for slot, term in terms.active if any(s.requires_grad for s in term.storages))
     if decision.backend == "reference":
-        strategy, saved = "dense A, B and W_eff, differentiated by autograd", ("x", "W_eff", "dense A and B")
+        strategy = "dense A, B and W_eff, differentiated by autograd"
+        saved: tuple[str, ...] = ("x", "W_eff", "dense A and B")
         units = 1, bool(x.requires_grad) + bool(wanted & {"A", "B"})
         saved_numbers = x.numel() + 3 * weight.numel()
         flops = _forward_flops(tokens, outputs, inputs, terms), units[1] * 2 * tokens * outputs * inputs

@@ -51,7 +51,7 @@ def needs_weight_gradient(terms: Terms, wanted: frozenset[str]) -> bool:
 
 def backward(
     dy: Tensor,
-    x: Tensor,
+    x: Tensor | None,
     weight: Tensor,
     bias: Tensor | None,
     terms: Terms,
@@ -61,10 +61,13 @@ def backward(
 ) -> tuple[Tensor | None, SlotGradients]:
     """Gradients of ``x`` (if ``wants_x``) and of the storages of the slots in ``wanted``.
 
-    ``output`` is y if it is at hand and unchanged; ``x`` is not read if neither A nor B is wanted.
+    ``output`` is y if it is at hand and unchanged; ``x`` may be None if neither A nor B is wanted.
     """
     db = dy.sum(0, dtype=compute_dtype(dy.dtype)) if wanted & {"C", "D", "E"} or output is not None else None
     grads = {slot: _bias_gradient(slot, db, weight, bias, terms) for slot in wanted & {"C", "D", "E"}}
+    if x is None:
+        assert not wanted & {"A", "B"}
+        return _input_gradient(dy, weight, terms) if wants_x else None, grads
 
     if needs_weight_gradient(terms, wanted):
         grads.update(_dense_gradients(dy, x, weight, terms, wanted))
