@@ -77,7 +77,7 @@ class GLoRALinear(nn.Module):
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.rank, self.product = rank, Terms(product=product).product
         linear.requires_grad_(False)
-        self.weight = linear.weight
+        self.weight = linear.weight  # type: ignore[assignment]
         self.register_parameter("bias", linear.bias)
         a_rows = self.out_features if product == "hadamard" else self.in_features
         shapes = {
@@ -137,10 +137,9 @@ class GLoRALinear(nn.Module):
     def terms(self, path: PathConfig | None = None) -> Terms:
         """The storages and how much of each ``path`` (default: :attr:`path`) reads."""
         choices = (self._path if path is None else path).choices
-        active: dict[str, Any] = {
-            slot: self._term(slot, choice) for slot, choice in choices.items() if choice.kind != "none"
-        }
-        return Terms(**active, product=self.product)
+        active = {slot: choice for slot, choice in choices.items() if choice.kind != "none"}
+        terms: dict[str, Any] = {slot: self._term(slot, choice) for slot, choice in active.items()}
+        return Terms(**terms, product=self.product)
 
     def _term(self, slot: str, choice: Choice) -> LowRank | Vector | Constant:
         names = STORAGES[slot]

@@ -41,7 +41,7 @@ class PathSampler:
         self.largest = self._total(max)
         if limit is not None and self.smallest > limit:
             raise ValueError(
-                f"limit: expected at least {self.smallest:,} parameters (the smallest path of this space), got {limit:,}"
+                f"limit: expected at least {self.smallest:,} parameters (the space's smallest path), got {limit:,}"
             )
         temperature = 0.0 if limit is None else self._temperature(limit)
         self._cumulative = {shape: self._distributions(shape, temperature) for shape in self._counts}

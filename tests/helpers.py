@@ -90,9 +90,7 @@ def results(function, x, weight, bias, terms, dy) -> dict[str, Tensor | None]:
     leaves = [x, *storages]
     y = function(x, weight, bias, terms)
     wanted = [leaf for leaf in leaves if leaf.requires_grad]
-    grads = (
-        torch.autograd.grad(y, wanted, dy, allow_unused=True) if wanted and y.requires_grad else [None] * len(wanted)
-    )
+    grads = torch.autograd.grad(y, wanted, dy, allow_unused=True) if wanted else ()
     by_leaf = iter(grads)
     names = ["x", *(f"{slot}{i}" for slot, term in terms.active for i in range(len(term.storages)))]
     found = {name: next(by_leaf) for name, leaf in zip(names, leaves) if leaf.requires_grad}
