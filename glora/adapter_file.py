@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .config import PathConfig
 from .files import write_atomically
-from .injection import inject
+from .injection import adapt
 from .layer import SUPPORT_NAMES, GLoRALinear
 from .modules import glora_layers, require_layers
 from .parameters import trainable_parameters
@@ -66,11 +66,9 @@ def load_adapter(model: nn.Module, file: str | os.PathLike) -> nn.Module:
     paths = {name: PathConfig.from_dict(entry["path"]) for name, entry in description["layers"].items()}
     if not layers:
         ranks = {entry["rank"] for entry in description["layers"].values()}
-        trainable = {name: p.requires_grad for name, p in model.named_parameters()}
-        inject(model, ranks.pop(), targets=list(paths), exclude=(), product=description["product"])
-        for name, parameter in model.named_parameters():
-            if name in tensors and name in trainable:
-                parameter.requires_grad_(trainable[name])
+        linears: list[Any] = [model.get_submodule(name) for name in paths]
+        kept = {id(p) for name, p in model.named_parameters() if name in tensors}
+        adapt(model, linears, ranks.pop(), description["product"], kept)
     parameters = dict(model.named_parameters())
     with torch.no_grad():
         for name, tensor in tensors.items():

@@ -152,11 +152,11 @@ class SearchSpace:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "ranks", tuple(self.ranks))
-        positive = all(isinstance(rank, int) and rank >= 1 for rank in self.ranks)
+        positive = all(type(rank) is int and rank >= 1 for rank in self.ranks)
         if not self.ranks or not positive or len(set(self.ranks)) != len(self.ranks):
             raise ValueError(f"ranks: expected distinct integers from 1, got {self.ranks}")
         for slot in SLOTS:
-            kinds = tuple(kind.lower() for kind in getattr(self, slot))
+            kinds = tuple(str(kind).lower() for kind in getattr(self, slot))
             if not kinds or len(set(kinds)) != len(kinds) or not set(kinds) <= set(KINDS[slot]):
                 raise ValueError(f"{slot}: expected distinct kinds out of {KINDS[slot]}, got {getattr(self, slot)}")
             object.__setattr__(self, slot, kinds)

@@ -35,7 +35,8 @@ def evaluate(model: nn.Module, dataset: Dataset, batch_size: int = 256) -> Metri
     model.eval()
     loss, right, samples = 0.0, 0, 0
     try:
-        for x, target in DataLoader(dataset, batch_size):
+        # a generator of its own: without it the loader draws from torch's, which dropout uses
+        for x, target in DataLoader(dataset, batch_size, generator=torch.Generator()):
             logits = model(x.to(device))
             target = target.to(device)
             loss += float(F.cross_entropy(logits.float(), target, reduction="sum"))
@@ -60,4 +61,4 @@ def evaluate_merged(
     check_names("paths", paths, layers)
     merged: dict[nn.Module, nn.Module] = {layer: layer.merge(paths[name], safe=False) for name, layer in layers.items()}
     with replaced_modules(model, merged):
-        return evaluate(model, dataset, batch_size)
+        return evaluate(merged.get(model, model), dataset, batch_size)

@@ -154,7 +154,16 @@ def search(
 
     sampler_for(model, space, limit)  # its checks name the model's layers
     layers = {name: layer.shape for name, layer in require_layers(model).items()}
-    return evolve(layers, space, score, limit=limit, settings=settings, journal=journal, progress=progress)
+    return evolve(
+        layers,
+        space,
+        score,
+        limit=limit,
+        settings=settings,
+        journal=journal,
+        score_name=metric,
+        progress=progress,
+    )
 
 
 def evolve(
@@ -165,16 +174,19 @@ def evolve(
     limit: int | None = None,
     settings: SearchSettings = SearchSettings(),
     journal: str | os.PathLike | None = None,
+    score_name: str = "score",
     progress: bool = True,
 ) -> SearchResult:
     """The evolution itself, for any score: ``evaluate(paths)``, higher is better.
 
     The candidates depend on the arguments and on the scores alone; a resumed search therefore
-    replays the journal's scores and goes on as if it had not been cut.
+    replays the journal's scores and goes on as if it had not been cut. A journal whose scores bear
+    another ``score_name`` is refused.
     """
     sampler = PathSampler(layers, space, limit)
     evolution = _Evolution(sampler, settings)
-    scores = _Scores(evaluate, None if journal is None else _Journal(journal, layers, space, settings, limit))
+    book = None if journal is None else _Journal(journal, layers, space, settings, limit, score_name)
+    scores = _Scores(evaluate, book)
     started = time.perf_counter()
     total = settings.population + settings.generations * (settings.crossover + settings.mutation)
     history: list[Candidate] = []
@@ -283,24 +295,26 @@ class _Journal:
         space: SearchSpace,
         settings: SearchSettings,
         limit: int | None,
+        score_name: str,
     ):
         self.file = Path(file)
         self.header = {
             "format": JOURNAL_FORMAT,
-            "layers": {name: list(shape) for name, shape in layers.items()},
+            "layers": [[name, *shape] for name, shape in layers.items()],
             "space": space.to_dict(),
             "settings": asdict(settings),
             "limit": limit,
+            "score": score_name,
         }
 
     def read(self) -> dict[str, float]:
         """Scores so far; starts the file if there is none. Raises ValueError for another search's."""
         content = self.file.read_bytes() if self.file.exists() else b""
-        complete = content[: content.rfind(b"\n") + 1]
-        if not complete:
+        if not content:
             line = json.dumps(self.header).encode() + b"\n"
             write_atomically(self.file, lambda stream: stream.write(line))
             return {}
+        complete = content[: content.rfind(b"\n") + 1]
         try:
             header, *entries = [json.loads(line) for line in complete.splitlines()]
             scores = dict(entries)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from torch import nn
 
@@ -48,19 +48,28 @@ def inject(
         raise ValueError(
             "model: expected a model that contains linear layers; use GLoRALinear.from_linear for one layer"
         )
-    names = [name for name, _ in model.named_modules() if name]
+    # with every name of a shared module: each of them may be a target, or excluded
+    named = {name: module for name, module in model.named_modules(remove_duplicate=False) if name}
     if targets is not None:
-        _check_matched("targets", targets, names)
+        _check_matched("targets", targets, list(named))
     if excluded != DEFAULT_EXCLUDE:
-        _check_matched("exclude", excluded, names)
+        _check_matched("exclude", excluded, list(named))
 
-    left_alone = [name for name in names if any(matches(name, pattern) for pattern in excluded)]
-    chosen = _choose(model, targets, set(left_alone))
-    kept = {id(p) for name in left_alone for p in model.get_submodule(name).parameters()}
+    left_alone = {module for name, module in named.items() if any(matches(name, pattern) for pattern in excluded)}
+    kept = {id(p) for module in left_alone for p in module.parameters()}
+    adapt(model, _choose(named, targets, left_alone), rank, product, kept)
+    return model
+
+
+def adapt(model: nn.Module, linears: Iterable[nn.Linear], rank: int, product: str, kept: set[int]) -> None:
+    """Replace exactly ``linears``, and freeze every parameter of ``model`` whose id is not ``kept``.
+
+    On an error the model is unchanged.
+    """
     replacements: dict[nn.Module, nn.Module] = {}
-    requires_grad = {p: p.requires_grad for linear in chosen.values() for p in linear.parameters()}
+    requires_grad = {p: p.requires_grad for p in model.parameters()}
     try:
-        for linear in chosen.values():
+        for linear in linears:
             replacements[linear] = GLoRALinear.from_linear(linear, rank, product)
     except Exception:
         for parameter, flag in requires_grad.items():
@@ -70,26 +79,27 @@ def inject(
         if id(parameter) not in kept:
             parameter.requires_grad_(False)
     replace_modules(model, replacements)
-    return model
 
 
-def _choose(model: nn.Module, targets: tuple[str, ...] | None, left_alone: set[str]) -> dict[str, nn.Linear]:
-    chosen = {}
-    for name, module in model.named_modules():
-        if name in left_alone or not isinstance(module, nn.Linear):
+def _choose(
+    named: Mapping[str, nn.Module], targets: tuple[str, ...] | None, left_alone: set[nn.Module]
+) -> list[nn.Linear]:
+    chosen: dict[nn.Linear, None] = {}
+    for name, module in named.items():
+        if module in left_alone or not isinstance(module, nn.Linear):
             continue
         if targets is None:
             if type(module) is nn.Linear:
-                chosen[name] = module
+                chosen[module] = None
         elif any(matches(name, pattern) for pattern in targets):
             if type(module) is not nn.Linear:
                 kind = f"{type(module).__module__}.{type(module).__qualname__}"
                 raise TypeError(f"targets: expected exactly torch.nn.Linear at {name!r}, got its subclass {kind}")
-            chosen[name] = module
+            chosen[module] = None
     if not chosen:
         scope = "" if targets is None else f" among targets {list(targets)}"
         raise ValueError(f"model: expected at least one nn.Linear to adapt{scope}, found none")
-    return chosen
+    return list(chosen)
 
 
 def _checked_names(argument: str, names: Iterable[str]) -> tuple[str, ...]:

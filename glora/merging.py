@@ -149,7 +149,7 @@ def _measure(name: str, layer: GLoRALinear, linear: nn.Linear) -> LayerMerge:
 
 @torch.no_grad()
 def _model_difference(model: nn.Module, replacements: Mapping[nn.Module, nn.Module], sample: Tensor) -> float:
-    training = {module: module.training for module in model.modules()}
+    training = {module: module.training for module in (*model.modules(), *replacements.values())}
     model.eval()
     try:
         before = model(sample)

@@ -41,13 +41,14 @@ def set_paths(model: nn.Module, paths: Mapping[str, PathConfig]) -> None:
 
 @contextmanager
 def using_paths(model: nn.Module, paths: Mapping[str, PathConfig]) -> Iterator[nn.Module]:
-    """Set paths for a ``with`` block and restore the previous ones at its end."""
-    before = get_paths(model)
+    """Set paths for a ``with`` block and restore the previous ones at its end, also if it merges the model."""
+    before = {layer: layer.path for layer in glora_layers(model).values()}
     set_paths(model, paths)
     try:
         yield model
     finally:
-        set_paths(model, before)
+        for layer, path in before.items():
+            layer.path = path
 
 
 def sample_paths(model: nn.Module, space: SearchSpace, generator: torch.Generator, limit: int | None = None) -> Paths:

@@ -179,7 +179,8 @@ def _step(run: _Run, x: Tensor, target: Tensor, loss_fn: Loss) -> tuple[float, T
     value = float(loss.detach())
     if not math.isfinite(value):
         raise ValueError(f"loss: expected a finite value, got {value} at step {run.step}; try a smaller lr")
-    loss.backward()
+    if loss.requires_grad or run.space is None:  # a random path may read nothing at all
+        loss.backward()
     run.optimizer.step()
     run.losses.append(value)
     run.step += 1
@@ -220,7 +221,9 @@ class _Run:
     def _identity(self) -> dict[str, Any]:
         """What a checkpoint must agree on to be continued; steps between checkpoints may differ."""
         recipe = {name: value for name, value in asdict(self.recipe).items() if name != "checkpoint_every"}
-        return {"recipe": recipe, "space": None if self.space is None else self.space.to_dict()}
+        if self.space is not None:
+            return {"recipe": recipe, "space": self.space.to_dict()}
+        return {"recipe": recipe, "paths": {name: path.to_dict() for name, path in get_paths(self.model).items()}}
 
     def _tensors(self) -> dict[str, Tensor]:
         trained = {id(parameter) for parameter in self.parameters}

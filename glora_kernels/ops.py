@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 
@@ -36,10 +38,18 @@ def glora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, terms: Terms) -
         TypeError, ValueError: an argument that does not fit, by name, before anything is computed.
         RuntimeError: a backend was chosen that cannot be used here.
     """
-    if torch.is_autocast_enabled(x.device.type if isinstance(x, Tensor) else "cpu"):
+    if isinstance(x, Tensor) and _under_autocast(x.device.type):
         return _autocast_linear(x, weight, bias, terms)
     check_call(x, weight, bias, terms)
     return _LINEAR[decide().backend](x, weight, bias, terms)
+
+
+def _under_autocast(device_type: str) -> bool:
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+
+
+def _without_autocast(device_type: str) -> AbstractContextManager:
+    return torch.autocast(device_type, enabled=False) if _under_autocast(device_type) else nullcontext()
 
 
 def _autocast_linear(x: Tensor, weight: Tensor, bias: Tensor | None, terms: Terms) -> Tensor:
@@ -50,7 +60,7 @@ def _autocast_linear(x: Tensor, weight: Tensor, bias: Tensor | None, terms: Term
     def cast(tensor: Tensor) -> Tensor:  # fp64 is left alone by autocast everywhere
         return tensor.to(dtype) if tensor.is_floating_point() and tensor.dtype != torch.float64 else tensor
 
-    with torch.autocast(device_type, enabled=False):
+    with _without_autocast(device_type):
         return glora_linear(cast(x), cast(weight), None if bias is None else cast(bias), terms)
 
 
@@ -71,7 +81,7 @@ def glora_merge(weight: Tensor, bias: Tensor | None, terms: Terms, safe: bool = 
             ``W_eff`` or ``b_eff``.
     """
     check_layer(weight, bias, terms)
-    with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
+    with torch.no_grad(), _without_autocast(weight.device.type):
         w_eff, b_eff = _merge(weight, bias, terms)
     if safe:
         for name, tensor in (("weight", w_eff), ("bias", b_eff)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 
 from torch import Tensor
@@ -64,7 +65,7 @@ def explain(x: Tensor, weight: Tensor, bias: Tensor | None, terms: Terms) -> Exp
     check_call(x, weight, bias, terms)
     decision = dispatch.decide()
     outputs, inputs = weight.shape
-    tokens = x.numel() // max(inputs, 1)
+    tokens = math.prod(x.shape[:-1])
     wanted = frozenset(slot for slot, term in terms.active if any(s.requires_grad for s in term.storages))
     if decision.backend == "reference":
         strategy = "dense A, B and W_eff, differentiated by autograd"
@@ -117,8 +118,8 @@ def _forward_flops(tokens: int, outputs: int, inputs: int, terms: Terms) -> int:
     return 2 * tokens * outputs * inputs + _assembly_flops(outputs, inputs, terms) + prompt
 
 
-def _assembly_flops(outputs: int, inputs: int, terms: Terms) -> int:
-    a_products = 1 if terms.product == "hadamard" else 2
+def _assembly_flops(outputs: int, inputs: int, terms: Terms, projected: bool = False) -> int:
+    a_products = 1 if terms.product == "hadamard" or projected else 2
     return 2 * outputs * inputs * (a_products * _rank(terms.A) + _rank(terms.B))
 
 
@@ -132,7 +133,7 @@ def _backward_flops(
     scales_dx = "A" in wanted and (not isinstance(terms.A, LowRank)) and units == 1
     scales_dx = scales_dx and not (isinstance(terms.A, Vector) and terms.product == "hadamard")
     if wants_x and not scales_dx:
-        total += _assembly_flops(outputs, inputs, terms)
+        total += _assembly_flops(outputs, inputs, terms, projected=True)
     if scales_dx and terms.B is not None:
         total += 2 * tokens * (outputs + inputs) * _rank(terms.B)
     if needs_weight_gradient(terms, wanted):
@@ -141,7 +142,7 @@ def _backward_flops(
         if "B" in wanted:
             total += thin * _rank(terms.B) if isinstance(terms.B, LowRank) else one_sided
         if "A" in wanted:
-            total += (thin + 2 * on_weight) * _rank(terms.A)
+            total += (thin + on_weight) * _rank(terms.A)
     if "C" in wanted:
         total += on_weight + 4 * inputs * _rank(terms.C)
     return total

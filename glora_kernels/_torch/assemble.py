@@ -12,11 +12,16 @@ from torch import Tensor
 from ..terms import Constant, LowRank, Term, Terms, Vector, compute_dtype
 
 
-def assemble(weight: Tensor, bias: Tensor | None, terms: Terms) -> tuple[Tensor, Tensor | None]:
-    """``(W_eff, b_eff)`` in the dtype of ``weight``; an operand that no term changes is returned as it is."""
+def assemble(
+    weight: Tensor, bias: Tensor | None, terms: Terms, projected: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """``(W_eff, b_eff)`` in the dtype of ``weight``; an operand that no term changes is returned as it is.
+
+    ``projected`` is what :func:`project` returned for these arguments, if it is at hand.
+    """
     dtype = weight.dtype
     wide_weight = weight.to(compute_dtype(dtype)) if terms.adapts_weight or terms.C is not None else weight
-    w_eff = _effective_weight(wide_weight, terms).to(dtype) if terms.adapts_weight else weight
+    w_eff = _effective_weight(wide_weight, terms, projected).to(dtype) if terms.adapts_weight else weight
     b_eff = effective_bias(wide_weight, bias, terms)
     return w_eff, None if b_eff is None else b_eff.to(dtype)
 
@@ -63,7 +68,15 @@ def row_scale(terms: Terms, dtype: torch.dtype) -> Tensor:
     return scale[:, None] if isinstance(terms.A, Vector) and terms.product == "hadamard" else scale
 
 
-def _effective_weight(weight: Tensor, terms: Terms) -> Tensor:
+def project(weight: Tensor, terms: Terms) -> Tensor | None:
+    """``V = W0 Ad``, (N, r), where A is a low rank of the matmul product: the term is then ``V Au``."""
+    if terms.product != "matmul" or not isinstance(terms.A, LowRank):
+        return None
+    wide = compute_dtype(weight.dtype)
+    return weight.to(wide) @ factors_as(terms.A, wide)[0]
+
+
+def _effective_weight(weight: Tensor, terms: Terms, projected: Tensor | None) -> Tensor:
     """W_eff in the dtype of ``weight``, as a new tensor, in as few passes over it as the kinds allow."""
     if terms.B is not None and not isinstance(terms.B, LowRank):
         shift = _per_row(terms.B, weight.dtype)
@@ -72,21 +85,21 @@ def _effective_weight(weight: Tensor, terms: Terms) -> Tensor:
             return weight + shift
         if not isinstance(terms.A, LowRank):
             return torch.addcmul(shift, weight, row_scale(terms, weight.dtype))
-        return _scaled(weight, terms).add_(shift)
+        return _scaled(weight, terms, projected).add_(shift)
     if terms.B is None:
-        return _scaled(weight, terms)
+        return _scaled(weight, terms, projected)
     down, up = factors_as(terms.B, weight.dtype)
     if terms.A is None:
         return torch.addmm(weight, down, up)
-    return _scaled(weight, terms).addmm_(down, up)
+    return _scaled(weight, terms, projected).addmm_(down, up)
 
 
-def _scaled(weight: Tensor, terms: Terms) -> Tensor:
+def _scaled(weight: Tensor, terms: Terms, projected: Tensor | None) -> Tensor:
     """``W0 + W0 * A`` or ``W0 + W0 @ A``, as a new tensor."""
     if not isinstance(terms.A, LowRank):
         return weight * row_scale(terms, weight.dtype)
     down, up = factors_as(terms.A, weight.dtype)
     if terms.product == "matmul":
-        return torch.addmm(weight, weight @ down, up)
+        return torch.addmm(weight, weight @ down if projected is None else projected, up)
     product = down @ up
     return torch.addcmul(weight, weight, product, out=product)

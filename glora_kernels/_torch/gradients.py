@@ -56,32 +56,34 @@ def backward(
     bias: Tensor | None,
     terms: Terms,
     output: Tensor | None,
+    projected: Tensor | None,
     wanted: frozenset[str],
     wants_x: bool,
 ) -> tuple[Tensor | None, SlotGradients]:
     """Gradients of ``x`` (if ``wants_x``) and of the storages of the slots in ``wanted``.
 
-    ``output`` is y if it is at hand and unchanged; ``x`` may be None if neither A nor B is wanted.
+    ``output`` is y if it is at hand and unchanged, ``projected`` what ``assemble.project`` returned;
+    ``x`` may be None if neither A nor B is wanted.
     """
     db = dy.sum(0, dtype=compute_dtype(dy.dtype)) if wanted & {"C", "D", "E"} or output is not None else None
     grads = {slot: _bias_gradient(slot, db, weight, bias, terms) for slot in wanted & {"C", "D", "E"}}
     if x is None:
         assert not wanted & {"A", "B"}
-        return _input_gradient(dy, weight, terms) if wants_x else None, grads
+        return _input_gradient(dy, weight, terms, projected) if wants_x else None, grads
 
     if needs_weight_gradient(terms, wanted):
         grads.update(_dense_gradients(dy, x, weight, terms, wanted))
-        return _input_gradient(dy, weight, terms) if wants_x else None, grads
+        return _input_gradient(dy, weight, terms, projected) if wants_x else None, grads
 
     thin = _thin_b(dy, x, terms.B) if terms.B is not None and ("B" in wanted or output is not None) else None
     if "B" in wanted:
         assert terms.B is not None and thin is not None
         grads["B"] = _b_gradient(dy, x, terms.B, thin)
     if "A" not in wanted:
-        return _input_gradient(dy, weight, terms) if wants_x else None, grads
+        return _input_gradient(dy, weight, terms, projected) if wants_x else None, grads
 
     if isinstance(terms.A, LowRank):
-        grads["A"] = _matmul_low_rank_gradient(dy, x, weight, terms.A)
+        grads["A"] = _matmul_low_rank_gradient(dy, x, weight, terms.A, projected)
     elif terms.product == "hadamard" and isinstance(terms.A, Vector):
         da = _row_scale_gradient(dy, x, weight, bias, terms, output, db, thin)
         grads["A"] = _into_storages(terms.A, da)
@@ -89,11 +91,11 @@ def backward(
         dx, da = _scaled_input_gradient(dy, x, weight, terms)
         grads["A"] = _into_storages(terms.A, da)
         return dx if wants_x else None, grads
-    return _input_gradient(dy, weight, terms) if wants_x else None, grads
+    return _input_gradient(dy, weight, terms, projected) if wants_x else None, grads
 
 
-def _input_gradient(dy: Tensor, weight: Tensor, terms: Terms) -> Tensor:
-    w_eff, _ = assemble(weight, None, Terms(A=terms.A, B=terms.B, product=terms.product))
+def _input_gradient(dy: Tensor, weight: Tensor, terms: Terms, projected: Tensor | None) -> Tensor:
+    w_eff, _ = assemble(weight, None, Terms(A=terms.A, B=terms.B, product=terms.product), projected)
     return dy @ w_eff
 
 
@@ -147,12 +149,14 @@ def _b_gradient(dy: Tensor, x: Tensor, term: Term, thin: _Thin) -> tuple[Tensor,
     return _into_storages(term, thin.contracted[0])
 
 
-def _matmul_low_rank_gradient(dy: Tensor, x: Tensor, weight: Tensor, term: LowRank) -> tuple[Tensor, ...]:
+def _matmul_low_rank_gradient(
+    dy: Tensor, x: Tensor, weight: Tensor, term: LowRank, projected: Tensor | None
+) -> tuple[Tensor, ...]:
     """A of ``W0 @ Ad @ Au``: with V = W0 Ad it is a low-rank term ``V @ Au``, and ``dAd = W0^T dV``."""
-    down, up = factors_as(term, x.dtype)
+    assert projected is not None
+    _, up = factors_as(term, x.dtype)
     dv = (up @ x.t()) @ dy
-    projected = down.t() @ weight.t()
-    return _into_storages(term, (dv @ weight).t(), (projected @ dy.t()) @ x)
+    return _into_storages(term, (dv @ weight).t(), (projected.t().to(dy.dtype) @ dy.t()) @ x)
 
 
 def _scaled_input_gradient(dy: Tensor, x: Tensor, weight: Tensor, terms: Terms) -> tuple[Tensor, Tensor]:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from .. import reference
 from ..terms import Structure, Terms
-from .assemble import assemble
+from .assemble import assemble, project
 from .gradients import backward, reuses_output
 
 
@@ -21,21 +23,21 @@ def glora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, terms: Terms) -
 
 
 def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, terms: Terms) -> Tensor:
-    w_eff, b_eff = assemble(weight, bias, terms)
-    return F.linear(x, w_eff, b_eff)
+    return F.linear(x, *assemble(weight, bias, terms))
 
 
 class _GLoRALinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, structure: Structure, x: Tensor, weight: Tensor, bias: Tensor | None, *storages: Tensor):
         terms = Terms.unflatten(storages, structure)
-        y = _forward(x, weight, bias, terms)
+        projected = project(weight, terms)
+        y = F.linear(x, *assemble(weight, bias, terms, projected))
         ctx.structure = structure
         ctx.wanted = _wanted_slots(terms, ctx.needs_input_grad[4:], bias is not None)
         ctx.x_shape = x.shape
-        ctx.save_for_backward(x if ctx.wanted & {"A", "B"} else None, weight, bias, *storages)
+        ctx.save_for_backward(x if ctx.wanted & {"A", "B"} else None, projected, weight, bias, *storages)
         ctx.output = None
-        tokens = y.numel() // max(y.shape[-1], 1)
+        tokens = math.prod(x.shape[:-1])
         if "A" in ctx.wanted and reuses_output(tokens, x.shape[-1], terms) and _output_can_be_kept(y):
             ctx.output = y.detach()  # shares y's version counter, is in no reference cycle with ctx
             ctx.output_version = y._version
@@ -43,7 +45,7 @@ class _GLoRALinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy: Tensor):
-        x, weight, bias, *storages = ctx.saved_tensors
+        x, projected, weight, bias, *storages = ctx.saved_tensors
         output, ctx.output = ctx.output, None
         if torch.is_grad_enabled():
             return _differentiable_backward(ctx, dy, x, weight, bias, storages)
@@ -51,13 +53,15 @@ class _GLoRALinear(torch.autograd.Function):
         if output is not None and output._version != ctx.output_version:
             output = None
         terms = Terms.unflatten(storages, ctx.structure)
+        tokens = math.prod(ctx.x_shape[:-1])
         dx, grads = backward(
-            dy.reshape(-1, weight.shape[0]),
-            x if x is None else x.reshape(-1, weight.shape[1]),
+            dy.reshape(tokens, weight.shape[0]),
+            x if x is None else x.reshape(tokens, weight.shape[1]),
             weight,
             bias,
             terms,
-            None if output is None else output.reshape(-1, weight.shape[0]),
+            None if output is None else output.reshape(tokens, weight.shape[0]),
+            projected,
             ctx.wanted,
             ctx.needs_input_grad[1],
         )

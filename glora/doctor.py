@@ -1,0 +1,64 @@
+"""What this machine offers GLoRA: versions, devices, backends and why others are not available."""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+
+from glora_kernels import available_backends
+
+from .version import __version__
+
+REQUIRED = ("torch", "triton", "timm", "numpy", "safetensors", "tqdm")
+OPTIONAL = {"scikit-learn": "quickstart", "matplotlib": "quickstart", "peft": "benchmarks"}
+
+
+def examine() -> dict[str, Any]:
+    """The findings as plain data; ``problems`` is empty on a sound installation."""
+    packages = {name: _version(name) for name in (*REQUIRED, *OPTIONAL)}
+    problems = [f"{name} is not installed" for name in REQUIRED if packages[name] is None]
+    if platform.system() != "Linux":  # Triton exists for Linux only; the torch backend does without
+        problems = [problem for problem in problems if not problem.startswith("triton")]
+    return {
+        "glora": __version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": packages,
+        "devices": _devices(),
+        "cpu_threads": torch.get_num_threads(),
+        "backends": available_backends(),
+        "problems": problems,
+    }
+
+
+def format_findings(findings: dict[str, Any]) -> str:
+    """The findings as text."""
+    lines = [f"glora {findings['glora']}, Python {findings['python']}, {findings['platform']}", "", "packages"]
+    for name, found in findings["packages"].items():
+        use = f" (for {OPTIONAL[name]})" if name in OPTIONAL else ""
+        lines.append(f"  {name:<14} {found or 'not installed'}{use}")
+    lines += ["", "devices", *(f"  {device}" for device in findings["devices"]), "", "backends"]
+    for name, why_not in findings["backends"].items():
+        lines.append(f"  {name:<14} {'available' if why_not is None else 'not available: ' + why_not}")
+    problems = findings["problems"]
+    return "\n".join([*lines, "", "no problems found" if not problems else "problems: " + "; ".join(problems)])
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _devices() -> list[str]:
+    devices = [f"cpu ({platform.processor() or platform.machine()}, {torch.get_num_threads()} threads)"]
+    for index in range(torch.cuda.device_count()):
+        found = torch.cuda.get_device_properties(index)
+        devices.append(f"cuda:{index} ({found.name}, {found.total_memory / 2**30:.0f} GiB)")
+    if torch.backends.mps.is_available():
+        devices.append("mps")
+    return devices

@@ -1,0 +1,206 @@
+"""Every row of the demonstration's table: one way to adapt the backbone, trained and tested.
+
+All rows share the backbone, a fresh head, the steps, the batches and the schedule; each has the
+learning rate that suits it. Beside GLoRA's search, each trains once and is tested once.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from statistics import fmean
+
+import torch
+from torch import nn
+from torch.utils.data import ConcatDataset, Dataset, TensorDataset
+
+from ..config import PathConfig, SearchSpace
+from ..evaluation import evaluate, evaluate_merged
+from ..evolution import SearchSettings, search
+from ..injection import inject
+from ..merging import merge
+from ..modules import glora_layers
+from ..parameters import count_parameters
+from ..paths import get_paths, sampler_for, set_paths
+from ..training import Recipe, train
+from .digits import CLASSES, FewShot
+
+RANK = 4
+SPACE = SearchSpace(ranks=(RANK,))
+SEARCH = SearchSettings(population=20, top=10, crossover=10, mutation=10, generations=8)
+RANDOM_PATHS = 10
+STEPS = 500
+SSF = PathConfig(A="vector", D="vector", E="vector")
+LORA_RANK = 3
+LORA = PathConfig(B=f"lora_{LORA_RANK}")
+
+Progress = Callable[[int], object]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method on one few-shot draw; accuracies from 0 to 1, seconds of training and search."""
+
+    method: str
+    parameters: float
+    test: float
+    generalisation: float
+    seconds: float
+    details: dict = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Task:
+    """What every method is given."""
+
+    backbone: nn.Module
+    data: FewShot
+    seed: int
+    progress: Progress
+
+    def model(self) -> nn.Module:
+        """A copy of the backbone with a fresh head."""
+        model = copy.deepcopy(self.backbone)
+        torch.manual_seed(self.seed)
+        model.reset_classifier(CLASSES)  # type: ignore[operator]
+        return model
+
+    def train(
+        self, model: nn.Module, lr: float, space: SearchSpace | None = None, data: Dataset | None = None
+    ) -> float:
+        recipe = Recipe(steps=STEPS, batch_size=32, lr=lr, seed=self.seed)
+        dataset = self.data.train if data is None else data
+        return train(model, dataset, recipe, space=space, progress=False, on_step=lambda *_: self.progress(1)).seconds
+
+    def train_and_validation(self) -> TensorDataset:
+        parts = [self.data.train.tensors, self.data.validation.tensors]
+        return TensorDataset(*(torch.cat(tensors) for tensors in zip(*parts)))
+
+    def row(self, method: str, model: nn.Module, parameters: float, seconds: float, **details) -> Row:
+        """Test ``model``, once."""
+        test = evaluate(model, self.data.test).accuracy
+        general = fmean(evaluate(model, shifted).accuracy for shifted in self.data.shifted_tests.values())
+        return Row(method, parameters, test, general, seconds, details)
+
+
+def linear_probe(task: Task) -> list[Row]:
+    model = task.model()
+    _train_only(model, lambda name: name.startswith("head."))
+    return [task.row("linear probe", model, 0, task.train(model, 2e-2))]
+
+
+def bitfit(task: Task) -> list[Row]:
+    model = task.model()
+    _train_only(model, lambda name: name.startswith("head.") or name.endswith("bias"))
+    trained = sum(p.numel() for name, p in model.named_parameters() if p.requires_grad and not name.startswith("head."))
+    return [task.row("BitFit", model, trained, task.train(model, 2e-2))]
+
+
+def full_fine_tuning(task: Task) -> list[Row]:
+    model = task.model()
+    trained = sum(p.numel() for name, p in model.named_parameters() if not name.startswith("head."))
+    return [task.row("full fine-tuning", model, trained, task.train(model, 2e-3))]
+
+
+def ssf(task: Task) -> list[Row]:
+    return [_fixed_path(task, "SSF (A, D, E vectors)", SSF, 1, task.data.train)]
+
+
+def lora(task: Task) -> list[Row]:
+    both = task.train_and_validation()
+    return [
+        _fixed_path(task, f"LoRA r{LORA_RANK}", LORA, LORA_RANK, task.data.train),
+        _fixed_path(task, f"LoRA r{LORA_RANK} (train+val)", LORA, LORA_RANK, both),
+    ]
+
+
+def glora(task: Task) -> list[Row]:
+    """A supernet, random paths of it, the searched path, and the proof that merging changes nothing."""
+    model = inject(task.model(), RANK)
+    torch.manual_seed(task.seed)
+    train_seconds = task.train(model, 1e-2, SPACE)
+    limit = round(sampler_for(model, SPACE).mean)
+    random_row = _random_paths(task, model, limit, train_seconds)
+
+    result = search(model, SPACE, task.data.validation, limit=limit, settings=SEARCH, metric="loss", progress=False)
+    task.progress(len(result.history))
+    set_paths(model, result.best.paths)
+    parameters = count_parameters(model)
+    details = {
+        "limit": limit,
+        "evaluations": len(result.history),
+        "search_seconds": result.seconds,
+        "validation_loss": -result.best.score,
+        "paths": {name: path.to_dict() for name, path in get_paths(model).items()},
+        "merge": prove_merge(task, model),
+    }
+    seconds = train_seconds + result.seconds
+    return [random_row, task.row("GLoRA, searched", model, parameters, seconds, **details)]
+
+
+METHODS = (linear_probe, bitfit, ssf, lora, full_fine_tuning, glora)
+TRAININGS = 7  # LoRA trains twice
+UNITS = TRAININGS * STEPS + SEARCH.population + SEARCH.generations * (SEARCH.crossover + SEARCH.mutation)
+
+
+def prove_merge(task: Task, model: nn.Module) -> dict:
+    """Merge ``model`` in place and hold it against the backbone and against itself unmerged."""
+    images = task.data.test.tensors[0]
+    before = _predict(model, images)
+    report = merge(model, images)
+    after = _predict(model, images)
+    original = task.model()
+    return {
+        "same_parameters": _parameters(model) == _parameters(original),
+        "same_modules": _modules(model) == _modules(original),
+        "parameter_count": sum(p.numel() for p in model.parameters()),
+        "largest_layer_error": report.largest_error,
+        "largest_output_difference": report.model_difference,
+        "agreement": float((before == after).float().mean()),
+    }
+
+
+def _fixed_path(task: Task, method: str, path: PathConfig, rank: int, data: Dataset) -> Row:
+    model = inject(task.model(), rank)
+    set_paths(model, dict.fromkeys(glora_layers(model), path))
+    return task.row(method, model, count_parameters(model), task.train(model, 2e-2, data=data))
+
+
+def _random_paths(task: Task, model: nn.Module, limit: int, seconds: float) -> Row:
+    """Random paths of the trained supernet within the limit: what the search has to beat."""
+    sampler = sampler_for(model, SPACE, limit)
+    generator = torch.Generator().manual_seed(task.seed)
+    drawn = [sampler.sample(generator) for _ in range(RANDOM_PATHS)]
+    test = fmean(evaluate_merged(model, paths, task.data.test).accuracy for paths in drawn)
+    shifted: Dataset = ConcatDataset(list(task.data.shifted_tests.values()))  # equal sizes: the mean over shifts
+    general = fmean(evaluate_merged(model, paths, shifted).accuracy for paths in drawn)
+    mean_count = fmean(sampler.count(paths) for paths in drawn)
+    return Row("random path of the supernet", mean_count, test, general, seconds)
+
+
+def _train_only(model: nn.Module, chosen: Callable[[str], bool]) -> None:
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(chosen(name))
+
+
+@torch.no_grad()
+def _predict(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
+    return model.eval()(images).argmax(-1)
+
+
+def _parameters(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(p.shape) for name, p in model.named_parameters()}
+
+
+def _modules(model: nn.Module) -> dict[str, type]:
+    return {name: type(module) for name, module in model.named_modules()}
+
+
+def run_methods(task: Task) -> list[Row]:
+    """All rows for one few-shot draw."""
+    started = time.perf_counter()
+    rows = [row for method in METHODS for row in method(task)]
+    rows[-1].details["all_methods_seconds"] = time.perf_counter() - started
+    return rows

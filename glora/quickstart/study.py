@@ -1,0 +1,240 @@
+"""The demonstration as a whole: pre-train once, run every method on every draw, sum up."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from ..evaluation import evaluate
+from ..files import write_atomically
+from ..training import Recipe, train
+from .digits import CLASSES, TASKS, draw_few_shot, load_source
+from .methods import UNITS, Task, run_methods
+
+PRETRAINING = Recipe(steps=1000, batch_size=64, lr=2e-3, weight_decay=0.05)
+FEW_SHOT_CURVE = (1, 2, 4, 8, 16)
+_TICK = 20
+STUDY_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class StudySettings:
+    """What to run.
+
+    Args:
+        tasks: target tasks, out of ``inverted`` and ``rotated90``.
+        shots: images a class to train on, one run for each entry.
+        seeds: few-shot draws (and fresh heads, supernets, searches) for each task and entry.
+        seed: the first of the seeds; pre-training takes it too.
+        workers: processes, one thread each; None for one a core.
+
+    Raises:
+        ValueError: no or unknown tasks, or a number below 1.
+    """
+
+    tasks: tuple[str, ...] = ("inverted",)
+    shots: tuple[int, ...] = (16,)
+    seeds: int = 3
+    seed: int = 0
+    workers: int | None = None
+
+    def __post_init__(self) -> None:
+        if not self.tasks or not set(self.tasks) <= set(TASKS) or len(set(self.tasks)) != len(self.tasks):
+            raise ValueError(f"tasks: expected distinct names out of {sorted(TASKS)}, got {list(self.tasks)}")
+        if not self.shots or len(set(self.shots)) != len(self.shots):
+            raise ValueError(f"shots: expected distinct numbers, got {list(self.shots)}")
+        for name in ("seeds", "workers"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}: expected at least 1, got {value}")
+
+
+@dataclass(frozen=True)
+class _Job:
+    task: str
+    shots: int
+    seed: int
+
+
+def make_backbone() -> nn.Module:
+    """A ViT of 201,536 parameters beside its head, 16 linear layers to adapt."""
+    from timm.models.vision_transformer import VisionTransformer
+
+    return VisionTransformer(
+        img_size=8, patch_size=4, in_chans=1, embed_dim=64, depth=4, num_heads=4, num_classes=CLASSES
+    )
+
+
+def run_study(settings: StudySettings, folder: str | os.PathLike, progress: bool = True) -> dict[str, Any]:
+    """Run the demonstration and return its figures as plain data for JSON.
+
+    Args:
+        folder: where the pre-trained backbone is kept; an interrupted pre-training continues.
+        progress: show progress bars.
+    """
+    for task in settings.tasks:  # bad arguments fail here, before any work
+        for shots in settings.shots:
+            draw_few_shot(task, shots, settings.seed)
+    started = time.perf_counter()
+    file = Path(folder) / f"backbone-seed{settings.seed}.pt"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with _threads(1):
+        backbone, pretraining = _pretrain(settings.seed, file, progress)
+    seeds = range(settings.seed, settings.seed + settings.seeds)
+    jobs = [_Job(task, shots, seed) for task in settings.tasks for shots in settings.shots for seed in seeds]
+    runs = _run_jobs(jobs, backbone, settings.workers or os.cpu_count() or 1, progress)
+    return {
+        "format": STUDY_FORMAT,
+        "settings": asdict(settings),
+        "pretraining": pretraining,
+        "runs": [{**asdict(job), "rows": runs[job]} for job in jobs],
+        "summary": [_summarise(task, shots, jobs, runs) for task in settings.tasks for shots in settings.shots],
+        "seconds": time.perf_counter() - started,
+    }
+
+
+def save_study(study: dict[str, Any], folder: str | os.PathLike) -> Path:
+    """Write ``quickstart.json`` into ``folder``, atomically."""
+    file = Path(folder) / "quickstart.json"
+    content = json.dumps(study, indent=1).encode()
+    write_atomically(file, lambda stream: stream.write(content))
+    return file
+
+
+def load_study(file: str | os.PathLike) -> dict[str, Any]:
+    """Read what :func:`save_study` wrote. Raises ValueError for any other file."""
+    try:
+        study = json.loads(Path(file).read_text())
+    except ValueError as error:
+        raise ValueError(
+            f"{file}: expected the JSON of a quickstart, it is damaged or something else ({error})"
+        ) from None
+    expected = {"format", "settings", "pretraining", "runs", "summary", "seconds"}
+    if not isinstance(study, dict) or set(study) != expected or study["format"] != STUDY_FORMAT:
+        raise ValueError(f"{file}: expected the JSON of a quickstart (format {STUDY_FORMAT}), got something else")
+    return study
+
+
+def _pretrain(seed: int, file: Path, progress: bool) -> tuple[nn.Module, dict[str, Any]]:
+    torch.manual_seed(seed)
+    model = make_backbone()
+    source, upright = load_source()
+    recipe = Recipe(**{**asdict(PRETRAINING), "seed": seed})
+    summary = train(model, source, recipe, checkpoint=file, progress=progress)
+    accuracy = evaluate(model, upright).accuracy
+    backbone = sum(p.numel() for name, p in model.named_parameters() if not name.startswith("head."))
+    return model, {"seconds": summary.seconds, "accuracy": accuracy, "parameters": backbone}
+
+
+def _run_jobs(jobs: Sequence[_Job], backbone: nn.Module, workers: int, progress: bool) -> dict[_Job, list[dict]]:
+    """Every job's rows; one process a worker, so that each has a core of its own."""
+    state = {name: tensor.clone() for name, tensor in backbone.state_dict().items()}
+    context = get_context("spawn")
+    runs: dict[_Job, list[dict]] = {}
+    with (
+        context.Manager() as manager,
+        ProcessPoolExecutor(min(workers, len(jobs)), mp_context=context) as pool,
+        tqdm(total=UNITS * len(jobs), desc="adapt", unit="step", disable=not progress) as bar,
+    ):
+        ticks = manager.Queue()
+        futures = {pool.submit(_run_job, job, state, ticks): job for job in jobs}
+        pending = set(futures)
+        while pending:
+            done = {future for future in pending if future.done()}
+            for future in as_completed(done):
+                runs[futures[future]] = future.result()
+            pending -= done
+            _drain(ticks, bar)
+        bar.update(bar.total - bar.n)
+    return runs
+
+
+def _drain(ticks: Any, bar: tqdm) -> None:
+    from queue import Empty
+
+    try:
+        bar.update(ticks.get(timeout=0.2))
+        while True:
+            bar.update(ticks.get_nowait())
+    except Empty:
+        return
+
+
+def _run_job(job: _Job, state: dict[str, torch.Tensor], ticks: Any) -> list[dict]:
+    torch.set_num_threads(1)
+    backbone = make_backbone()
+    backbone.load_state_dict(state)
+    waiting = 0
+
+    def tick(units: int) -> None:
+        nonlocal waiting
+        waiting += units
+        if waiting >= _TICK:
+            ticks.put(waiting)
+            waiting = 0
+
+    rows = run_methods(Task(backbone, draw_few_shot(job.task, job.shots, job.seed), job.seed, tick))
+    return [asdict(row) for row in rows]
+
+
+def _summarise(task: str, shots: int, jobs: Sequence[_Job], runs: dict[_Job, list[dict]]) -> dict[str, Any]:
+    """Means and sample standard deviations over the seeds, and differences to GLoRA seed by seed."""
+    per_seed = [runs[job] for job in jobs if (job.task, job.shots) == (task, shots)]
+    by_method = list(zip(*per_seed))
+    searched = [row["test"] for row in by_method[-1]]
+    return {
+        "task": task,
+        "shots": shots,
+        "rows": [_summarise_method(rows, searched) for rows in by_method],
+        "merge": _summarise_merge([row["details"]["merge"] for row in by_method[-1]]),
+    }
+
+
+def _summarise_method(rows: Sequence[dict], searched: Sequence[float]) -> dict[str, Any]:
+    accuracies = [row["test"] for row in rows]
+    differences = [glora - other for glora, other in zip(searched, accuracies)]
+    return {
+        "method": rows[0]["method"],
+        "parameters": fmean(row["parameters"] for row in rows),
+        "test": fmean(accuracies),
+        "test_std": stdev(accuracies) if len(accuracies) > 1 else None,
+        "generalisation": fmean(row["generalisation"] for row in rows),
+        "seconds": fmean(row["seconds"] for row in rows),
+        "glora_minus": fmean(differences),
+        "glora_wins": sum(difference > 0 for difference in differences),
+        "seeds": len(rows),
+    }
+
+
+def _summarise_merge(proofs: Sequence[dict]) -> dict[str, Any]:
+    return {
+        "same_parameters": all(proof["same_parameters"] for proof in proofs),
+        "same_modules": all(proof["same_modules"] for proof in proofs),
+        "parameter_count": proofs[0]["parameter_count"],
+        "largest_layer_error": max(proof["largest_layer_error"] for proof in proofs),
+        "largest_output_difference": max(proof["largest_output_difference"] for proof in proofs),
+        "agreement": min(proof["agreement"] for proof in proofs),
+    }
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
