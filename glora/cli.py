@@ -54,6 +54,8 @@ def _add_quickstart(commands) -> None:
     command.add_argument("--shots", nargs="+", type=int, default=[16], metavar="K", help="images a class to train on")
     command.add_argument("--seeds", type=int, default=3, metavar="N", help="few-shot draws to average over")
     command.add_argument("--seed", type=int, default=0, help="the first seed")
+    command.add_argument("--steps", type=int, default=500, help="optimiser steps of every method")
+    command.add_argument("--pretraining-steps", type=int, default=1000, help="optimiser steps of pre-training")
     command.add_argument("--full", action="store_true", help="both tasks, 5 seeds, 1 to 16 shots; about 40 minutes")
     command.add_argument("--workers", type=int, default=None, help="processes; the default is one a core")
     command.add_argument("--out", type=Path, default=Path("runs/quickstart"), metavar="FOLDER", help="where files go")
@@ -66,12 +68,12 @@ def _quickstart(options: argparse.Namespace) -> int:
     from .quickstart.study import FEW_SHOT_CURVE, StudySettings, run_study, save_study
     from .quickstart.table import format_study
 
+    tasks, shots, seeds = tuple(options.tasks), tuple(options.shots), options.seeds
     if options.full:
-        settings = StudySettings(("inverted", "rotated90"), FEW_SHOT_CURVE, 5, options.seed, options.workers)
-    else:
-        settings = StudySettings(
-            tuple(options.tasks), tuple(options.shots), options.seeds, options.seed, options.workers
-        )
+        tasks, shots, seeds = ("inverted", "rotated90"), FEW_SHOT_CURVE, 5
+    settings = StudySettings(
+        tasks, shots, seeds, options.seed, options.steps, options.pretraining_steps, options.workers
+    )
     study = run_study(settings, options.out, progress=not options.json)
     file = save_study(study, options.out)
     figures = save_figures(study, options.out)

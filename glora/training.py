@@ -42,6 +42,7 @@ class Recipe:
         lr: peak learning rate of AdamW; cosine decay to 0 after a linear warm-up.
         weight_decay: AdamW's, on every trained tensor.
         warmup: the share of the steps that warms up.
+        clip_norm: scale gradients down to this norm over all trained tensors; None leaves them.
         seed: of batches, paths and dropout.
         checkpoint_every: steps between checkpoints.
 
@@ -54,6 +55,7 @@ class Recipe:
     lr: float = 1e-2
     weight_decay: float = 1e-4
     warmup: float = 0.02
+    clip_norm: float | None = None
     seed: int = 0
     checkpoint_every: int = 100
 
@@ -61,6 +63,8 @@ class Recipe:
         for name in ("steps", "batch_size", "checkpoint_every"):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected an integer from 1, got {getattr(self, name)!r}")
+        if self.clip_norm is not None and not self.clip_norm > 0:
+            raise ValueError(f"clip_norm: expected a number above 0 or None, got {self.clip_norm}")
         if not self.lr > 0 or not self.weight_decay >= 0 or not 0 <= self.warmup < 1:
             raise ValueError(
                 "recipe: expected lr > 0, weight_decay >= 0 and 0 <= warmup < 1, got "
@@ -181,6 +185,8 @@ def _step(run: _Run, x: Tensor, target: Tensor, loss_fn: Loss) -> tuple[float, T
         raise ValueError(f"loss: expected a finite value, got {value} at step {run.step}; try a smaller lr")
     if loss.requires_grad or run.space is None:  # a random path may read nothing at all
         loss.backward()
+    if run.recipe.clip_norm is not None:
+        nn.utils.clip_grad_norm_(run.parameters, run.recipe.clip_norm)
     run.optimizer.step()
     run.losses.append(value)
     run.step += 1

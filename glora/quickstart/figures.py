@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from ..config import SLOTS, PathConfig
+from .methods import SEARCHED
 
 # Colour-blind safe (Okabe and Ito); one colour a method, the same in every picture.
-_COLOURS = ("#999999", "#E69F00", "#56B4E9", "#009E73", "#117733", "#000000", "#CC79A7", "#D55E00")
+_COLOURS = ("#999999", "#E69F00", "#56B4E9", "#009E73", "#117733", "#000000", "#CC79A7", "#D55E00", "#882255")
 _KINDS = ("none", "constant", "vector", "lora")
 _KIND_COLOURS = ("#f0f0f0", "#c6dbef", "#6baed6", "#08519c")
 
@@ -37,7 +38,7 @@ def _save_accuracy(summary: dict[str, Any], file: Path) -> Path:
 
     figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
     for row, colour in zip(summary["rows"], _COLOURS):
-        searched = row["method"] == "GLoRA, searched"
+        searched = row["method"] == SEARCHED
         axes.errorbar(
             max(row["parameters"], 1),
             100 * row["test"],
@@ -70,7 +71,8 @@ def _save_paths(runs: Sequence[dict[str, Any]], file: Path) -> Path:
         1, len(runs), figsize=(2.2 + 1.9 * len(runs), 6), layout="constrained", sharey=True, squeeze=False
     )
     for axes, run in zip(panels[0], runs):
-        paths = {name: PathConfig.from_dict(data) for name, data in run["rows"][-1]["details"]["paths"].items()}
+        searched = next(row for row in run["rows"] if row["method"] == SEARCHED)
+        paths = {name: PathConfig.from_dict(data) for name, data in searched["details"]["paths"].items()}
         codes = [[_KINDS.index(path.choices[slot].kind) for slot in SLOTS] for path in paths.values()]
         axes.imshow(codes, cmap=ListedColormap(_KIND_COLOURS), vmin=0, vmax=len(_KINDS) - 1, aspect="auto")
         for i, path in enumerate(paths.values()):
@@ -101,7 +103,7 @@ def _save_curve(curve: Sequence[dict[str, Any]], file: Path) -> Path:
     shots = [summary["shots"] for summary in curve]
     for index, colour in enumerate(_COLOURS):
         rows = [summary["rows"][index] for summary in curve]
-        searched = rows[0]["method"] == "GLoRA, searched"
+        searched = rows[0]["method"] == SEARCHED
         axes.plot(
             shots,
             [100 * row["test"] for row in rows],

@@ -22,9 +22,8 @@ from ..evaluation import evaluate
 from ..files import write_atomically
 from ..training import Recipe, train
 from .digits import CLASSES, TASKS, draw_few_shot, load_source
-from .methods import UNITS, Task, run_methods
+from .methods import SEARCHED, Task, run_methods, units_of_work
 
-PRETRAINING = Recipe(steps=1000, batch_size=64, lr=2e-3, weight_decay=0.05)
 FEW_SHOT_CURVE = (1, 2, 4, 8, 16)
 _TICK = 20
 STUDY_FORMAT = 1
@@ -39,6 +38,7 @@ class StudySettings:
         shots: images a class to train on, one run for each entry.
         seeds: few-shot draws (and fresh heads, supernets, searches) for each task and entry.
         seed: the first of the seeds; pre-training takes it too.
+        steps, pretraining_steps: optimiser steps of every method, and of pre-training.
         workers: processes, one thread each; None for one a core.
 
     Raises:
@@ -49,6 +49,8 @@ class StudySettings:
     shots: tuple[int, ...] = (16,)
     seeds: int = 3
     seed: int = 0
+    steps: int = 500
+    pretraining_steps: int = 1000
     workers: int | None = None
 
     def __post_init__(self) -> None:
@@ -56,7 +58,7 @@ class StudySettings:
             raise ValueError(f"tasks: expected distinct names out of {sorted(TASKS)}, got {list(self.tasks)}")
         if not self.shots or len(set(self.shots)) != len(self.shots):
             raise ValueError(f"shots: expected distinct numbers, got {list(self.shots)}")
-        for name in ("seeds", "workers"):
+        for name in ("seeds", "steps", "pretraining_steps", "workers"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}: expected at least 1, got {value}")
@@ -67,6 +69,7 @@ class _Job:
     task: str
     shots: int
     seed: int
+    steps: int
 
 
 def make_backbone() -> nn.Module:
@@ -92,9 +95,11 @@ def run_study(settings: StudySettings, folder: str | os.PathLike, progress: bool
     file = Path(folder) / f"backbone-seed{settings.seed}.pt"
     file.parent.mkdir(parents=True, exist_ok=True)
     with _threads(1):
-        backbone, pretraining = _pretrain(settings.seed, file, progress)
+        backbone, pretraining = _pretrain(settings, file, progress)
     seeds = range(settings.seed, settings.seed + settings.seeds)
-    jobs = [_Job(task, shots, seed) for task in settings.tasks for shots in settings.shots for seed in seeds]
+    jobs = [
+        _Job(task, shots, seed, settings.steps) for task in settings.tasks for shots in settings.shots for seed in seeds
+    ]
     runs = _run_jobs(jobs, backbone, settings.workers or os.cpu_count() or 1, progress)
     return {
         "format": STUDY_FORMAT,
@@ -128,11 +133,11 @@ def load_study(file: str | os.PathLike) -> dict[str, Any]:
     return study
 
 
-def _pretrain(seed: int, file: Path, progress: bool) -> tuple[nn.Module, dict[str, Any]]:
-    torch.manual_seed(seed)
+def _pretrain(settings: StudySettings, file: Path, progress: bool) -> tuple[nn.Module, dict[str, Any]]:
+    torch.manual_seed(settings.seed)
     model = make_backbone()
     source, upright = load_source()
-    recipe = Recipe(**{**asdict(PRETRAINING), "seed": seed})
+    recipe = Recipe(settings.pretraining_steps, batch_size=64, lr=2e-3, weight_decay=0.05, seed=settings.seed)
     summary = train(model, source, recipe, checkpoint=file, progress=progress)
     accuracy = evaluate(model, upright).accuracy
     backbone = sum(p.numel() for name, p in model.named_parameters() if not name.startswith("head."))
@@ -147,7 +152,7 @@ def _run_jobs(jobs: Sequence[_Job], backbone: nn.Module, workers: int, progress:
     with (
         context.Manager() as manager,
         ProcessPoolExecutor(min(workers, len(jobs)), mp_context=context) as pool,
-        tqdm(total=UNITS * len(jobs), desc="adapt", unit="step", disable=not progress) as bar,
+        tqdm(total=units_of_work(jobs[0].steps) * len(jobs), desc="adapt", unit="step", disable=not progress) as bar,
     ):
         ticks = manager.Queue()
         futures = {pool.submit(_run_job, job, state, ticks): job for job in jobs}
@@ -186,20 +191,20 @@ def _run_job(job: _Job, state: dict[str, torch.Tensor], ticks: Any) -> list[dict
             ticks.put(waiting)
             waiting = 0
 
-    rows = run_methods(Task(backbone, draw_few_shot(job.task, job.shots, job.seed), job.seed, tick))
+    rows = run_methods(Task(backbone, draw_few_shot(job.task, job.shots, job.seed), job.seed, job.steps, tick))
     return [asdict(row) for row in rows]
 
 
 def _summarise(task: str, shots: int, jobs: Sequence[_Job], runs: dict[_Job, list[dict]]) -> dict[str, Any]:
     """Means and sample standard deviations over the seeds, and differences to GLoRA seed by seed."""
     per_seed = [runs[job] for job in jobs if (job.task, job.shots) == (task, shots)]
-    by_method = list(zip(*per_seed))
-    searched = [row["test"] for row in by_method[-1]]
+    by_method = {rows[0]["method"]: rows for rows in zip(*per_seed)}
+    searched = [row["test"] for row in by_method[SEARCHED]]
     return {
         "task": task,
         "shots": shots,
-        "rows": [_summarise_method(rows, searched) for rows in by_method],
-        "merge": _summarise_merge([row["details"]["merge"] for row in by_method[-1]]),
+        "rows": [_summarise_method(rows, searched) for rows in by_method.values()],
+        "merge": _summarise_merge([row["details"]["merge"] for row in by_method[SEARCHED]]),
     }
 
 
