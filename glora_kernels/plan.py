@@ -8,7 +8,8 @@ from dataclasses import asdict, dataclass
 from torch import Tensor
 
 from . import dispatch
-from ._torch.gradients import needs_weight_gradient, reuses_output
+from ._torch.gradients import needs_weight_gradient, scales_inputs
+from ._torch.row_scale import reuses_output
 from .checks import check_call
 from .terms import LowRank, Terms, Vector
 
@@ -130,8 +131,7 @@ def _backward_flops(
     thin = 4 * tokens * (outputs + inputs)  # both gradients of a low-rank term, for each rank
     one_sided = 2 * tokens * outputs  # the gradient of a vector or constant B
     on_weight = 2 * outputs * inputs
-    scales_dx = "A" in wanted and (not isinstance(terms.A, LowRank)) and units == 1
-    scales_dx = scales_dx and not (isinstance(terms.A, Vector) and terms.product == "hadamard")
+    scales_dx = "A" in wanted and scales_inputs(terms)
     if wants_x and not scales_dx:
         total += _assembly_flops(outputs, inputs, terms, projected=True)
     if scales_dx and terms.B is not None:

@@ -11,7 +11,8 @@ from torch.nn import functional as F
 from .. import reference
 from ..terms import Structure, Terms
 from .assemble import assemble, project
-from .gradients import backward, reuses_output
+from .gradients import Step, backward
+from .row_scale import reuses_output
 
 
 def glora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, terms: Terms) -> Tensor:
@@ -54,9 +55,9 @@ class _GLoRALinear(torch.autograd.Function):
             output = None
         terms = Terms.unflatten(storages, ctx.structure)
         tokens = math.prod(ctx.x_shape[:-1])
-        dx, grads = backward(
+        step = Step(
             dy.reshape(tokens, weight.shape[0]),
-            x if x is None else x.reshape(tokens, weight.shape[1]),
+            None if x is None else x.reshape(tokens, weight.shape[1]),
             weight,
             bias,
             terms,
@@ -65,6 +66,7 @@ class _GLoRALinear(torch.autograd.Function):
             ctx.wanted,
             ctx.needs_input_grad[1],
         )
+        dx, grads = backward(step)
         per_storage = [grad for slot, term in terms.active for grad in grads.get(slot, (None,) * len(term.storages))]
         masked = (g if needed else None for g, needed in zip(per_storage, ctx.needs_input_grad[4:]))
         return None, None if dx is None else dx.reshape(ctx.x_shape), None, None, *masked

@@ -1,0 +1,27 @@
+"""Gradients in the shape of the storages they belong to."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..terms import LowRank, Term, Vector
+
+
+def into_storages(term: Term, *values: Tensor) -> tuple[Tensor, ...]:
+    """Gradients in the shape and dtype of the term's storages: ``values`` where they are read, else zero.
+
+    A constant takes one value a row and is given their sum.
+    """
+    if isinstance(term, LowRank):
+        rank = term.factors[1].shape[0]
+        down, up = (torch.zeros_like(storage) for storage in term.storages)
+        down[:, :rank] = values[0]
+        up[:rank] = values[1]
+        return down, up
+    grad = torch.zeros_like(term.value)
+    if isinstance(term, Vector):
+        (grad if grad.dim() == 1 else grad[:, 0]).copy_(values[0])
+    else:
+        grad[(0,) * grad.dim()] = values[0].sum()
+    return (grad,)
