@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -98,12 +97,12 @@ class GLoRALinear(nn.Module):
         self.reset_support()
 
     def reset_support(self) -> None:
-        """Back to the identity, as the official code initialises: right factors random, all else zero."""
+        """Back to the identity, as the official code initialises: right factors Xavier-uniform, all else zero."""
         with torch.no_grad():
             for name in SUPPORT_NAMES:
                 parameter = getattr(self, name)
                 if name in ("Au", "Bu", "Cu"):
-                    nn.init.kaiming_uniform_(parameter, a=math.sqrt(5))
+                    nn.init.xavier_uniform_(parameter)
                 else:
                     parameter.zero_()
 

@@ -1,0 +1,225 @@
+"""Paths and spaces: spelling, JSON, counts, uniform draws."""
+
+import dataclasses
+import json
+import math
+import pickle
+from collections import Counter
+
+import pytest
+
+from glora import LayerShape, PathConfig, SearchSpace
+from glora.config import SLOTS, make_path
+from tests.glora.toys import every_path, generator
+
+SHAPES = [
+    LayerShape(out_features, in_features, bias, product)
+    for out_features, in_features in ((7, 5), (4, 9))
+    for bias in (True, False)
+    for product in ("hadamard", "matmul")
+]
+SHAPE_IDS = ["-".join(map(str, shape)) for shape in SHAPES]
+
+
+# -- PathConfig ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text", ["lora_8", "LoRA_8", "LORA_8", "lora_08"])
+def test_spellings_of_a_rank_are_one(text):
+    path = PathConfig(A=text)
+    assert path.A == "lora_8"
+    assert path == PathConfig(A="lora_8")
+    assert hash(path) == hash(PathConfig(A="lora_8"))
+
+
+def test_default_is_none_throughout():
+    assert PathConfig().to_dict() == dict.fromkeys("ABCDE", "none")
+
+
+def test_is_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        PathConfig().A = "vector"
+
+
+@pytest.mark.parametrize(
+    ("kinds", "rank"),
+    [({}, 0), ({"A": "lora_3"}, 3), ({"A": "lora_3", "B": "lora_5", "C": "lora_4"}, 5), ({"D": "vector"}, 0)],
+)
+def test_rank_is_the_largest(kinds, rank):
+    assert PathConfig(**kinds).rank == rank
+
+
+@pytest.mark.parametrize(
+    ("slot", "text"),
+    [
+        ("A", "dense"),
+        ("B", ""),
+        ("A", "lora"),
+        ("A", "lora_0"),
+        ("B", "lora_-1"),
+        ("B", "lora_1.5"),
+        ("C", "lora_0"),
+        ("C", "constant"),
+        ("D", "lora_4"),
+        ("E", "lora_4"),
+        ("E", " vector"),
+    ],
+)
+def test_refuses_a_kind_it_does_not_have(slot, text):
+    with pytest.raises(ValueError, match=rf"^{slot}: expected one of .*; got {text!r}$"):
+        PathConfig(**{slot: text})
+
+
+@pytest.mark.parametrize("value", [None, 8, ("lora", 8), b"vector"])
+def test_refuses_what_is_no_string(value):
+    with pytest.raises(TypeError, match=f"^B: expected a string .* got {type(value).__name__}$"):
+        PathConfig(B=value)
+
+
+def through_json(path):
+    return PathConfig.from_json(path.to_json())
+
+
+def through_pickle(path):
+    return pickle.loads(pickle.dumps(path))
+
+
+@pytest.mark.parametrize("copy", [through_json, through_pickle])
+def test_survives_a_round_trip(copy):
+    assert all(copy(path) == path for path in every_path(4))
+
+
+def test_json_is_plain():
+    path = PathConfig(A="LoRA_4", C="vector")
+    assert json.loads(path.to_json()) == {"A": "lora_4", "B": "none", "C": "vector", "D": "none", "E": "none"}
+
+
+@pytest.mark.parametrize(
+    "text",
+    ['{"A": "none"}', '{"A":"none","B":"none","C":"none","D":"none","E":"none","F":"none"}', "[]", '"lora_8"', "{"],
+    ids=["missing", "unknown", "list", "string", "cut"],
+)
+def test_refuses_other_json(text):
+    with pytest.raises(ValueError):
+        PathConfig.from_json(text)
+
+
+# -- how many parameters a path reads --------------------------------------------------------------
+
+
+def literal_count(path: PathConfig, shape: LayerShape) -> int:
+    """As the official code counts, from the shapes of the storages."""
+    n, k, r = shape.out_features, shape.in_features, 3
+    rows = n if shape.product == "hadamard" else k
+    return (
+        {"lora_3": rows * r + r * k, "vector": rows, "constant": 1, "none": 0}[path.A]
+        + {"lora_3": n * r + r * k, "vector": n, "constant": 1, "none": 0}[path.B]
+        + {"lora_3": k * r + r, "vector": k, "none": 0}[path.C]
+        + {"vector": n, "constant": 1, "none": 0}[path.D] * shape.bias
+        + {"vector": n, "constant": 1, "none": 0}[path.E]
+    )
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=SHAPE_IDS)
+def test_counts_every_path(shape):
+    wrong = [path for path in every_path(3) if path.count(shape) != literal_count(path, shape)]
+    assert not wrong
+
+
+def test_d_of_a_layer_without_bias_counts_nothing():
+    assert PathConfig(D="vector").count(LayerShape(7, 5, bias=False)) == 0
+
+
+# -- SearchSpace -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("ranks", "count"), [((8,), 432), ((8, 4), 900), ((8, 4, 2), 1620)])
+def test_size_of_the_papers_space(ranks, count):
+    assert SearchSpace(ranks).count() == count
+    assert SearchSpace(ranks).count(layers=3) == count**3
+
+
+def test_options_are_the_432_paths():
+    space = SearchSpace((2,))
+    assert [make_path(a, b, c, d, e) for a, b, c, d, e in _product(space)] == every_path(2)
+
+
+def _product(space):
+    rows = [()]
+    for slot in SLOTS:
+        rows = [(*row, option) for row in rows for option in space.options[slot]]
+    return rows
+
+
+def test_spells_every_rank_out():
+    assert SearchSpace((8, 4), A=("LoRA", "none")).options["A"] == ("lora_8", "lora_4", "none")
+
+
+def test_takes_lists():
+    assert SearchSpace([8, 4], A=["vector"]) == SearchSpace((8, 4), A=("vector",))
+
+
+@pytest.mark.parametrize("ranks", [(), (0,), (-2,), (8, 8), (4.0,), (True,), ("8",)], ids=str)
+def test_refuses_ranks(ranks):
+    with pytest.raises(ValueError, match=r"^ranks: expected distinct integers from 1"):
+        SearchSpace(ranks)
+
+
+@pytest.mark.parametrize(
+    "kinds",
+    [
+        {"A": ()},
+        {"A": ("lora", "lora")},
+        {"A": ("lora", "LoRA")},
+        {"B": ("dense",)},
+        {"C": ("constant",)},
+        {"D": ("lora",)},
+        {"E": "vector"},
+        {"A": (1,)},
+    ],
+    ids=str,
+)
+def test_refuses_kinds(kinds):
+    (slot,) = kinds
+    with pytest.raises(ValueError, match=rf"^{slot}: expected distinct kinds out of"):
+        SearchSpace(**kinds)
+
+
+def test_space_survives_json():
+    space = SearchSpace((8, 2), A=("lora", "none"), E=("constant",))
+    assert SearchSpace.from_dict(json.loads(json.dumps(space.to_dict()))) == space
+
+
+# -- drawing ---------------------------------------------------------------------------------------
+
+
+def chi_square_in_sigmas(counts, cells, draws):
+    """How far Pearson's statistic of a uniform draw lies from its mean, in standard deviations."""
+    expected = draws / cells
+    statistic = sum((count - expected) ** 2 for count in counts) / expected + (cells - len(counts)) * expected
+    return (statistic - (cells - 1)) / math.sqrt(2 * (cells - 1))
+
+
+def test_draws_all_paths_uniformly():
+    draws = 43_200
+    counts = Counter(SearchSpace((8,)).sample_many(draws, generator()))
+    assert abs(chi_square_in_sigmas(counts.values(), 432, draws)) < 4
+
+
+@pytest.mark.parametrize("slot", SLOTS)
+def test_draws_the_options_of_a_tensor_uniformly(slot):
+    space, draws = SearchSpace((8, 4)), 20_000
+    counts = Counter(getattr(path, slot) for path in space.sample_many(draws, generator()))
+    assert set(counts) == set(space.options[slot])
+    assert chi_square_in_sigmas(counts.values(), len(space.options[slot]), draws) < 4
+
+
+def test_same_seed_same_draws():
+    space = SearchSpace()
+    assert space.sample_many(20, generator(3)) == space.sample_many(20, generator(3))
+    assert space.sample_many(20, generator(3)) != space.sample_many(20, generator(4))
+
+
+def test_one_draw_after_another_equals_many_at_once():
+    space, gen = SearchSpace(), generator()
+    assert [space.sample(gen) for _ in range(5)] == space.sample_many(5, generator())

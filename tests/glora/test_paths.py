@@ -1,0 +1,121 @@
+"""Reading, setting and drawing the paths of a model."""
+
+import pytest
+
+from glora import PathConfig, SearchSpace, count_parameters, get_paths, merge, sample_paths, set_paths, using_paths
+from tests.glora.toys import adapted_mlp, generator, mlp, unchanged
+
+OLD = {"fc1": PathConfig("lora_2"), "fc2": PathConfig(B="vector")}
+NEW = {"fc1": PathConfig("vector", "lora_1"), "fc2": PathConfig(E="constant")}
+WRONG = {
+    "missing": ({"fc1": NEW["fc1"]}, ValueError, r"missing \['fc2'\], unknown \[\]"),
+    "unknown": ({**NEW, "fc3": PathConfig()}, ValueError, r"missing \[\], unknown \['fc3'\]"),
+    "head": ({**NEW, "head": PathConfig()}, ValueError, r"unknown \['head'\]"),
+    "empty": ({}, ValueError, r"missing \['fc1', 'fc2'\]"),
+    "rank": ({**NEW, "fc2": PathConfig("lora_3")}, ValueError, r"ranks up to 2 .*\(layer 'fc2'\)"),
+    "type": ({**NEW, "fc2": "lora_2"}, TypeError, r"expected glora.PathConfig, got str \(layer 'fc2'\)"),
+}
+each_wrong = pytest.mark.parametrize(("paths", "error", "message"), WRONG.values(), ids=WRONG)
+
+
+@pytest.fixture
+def model():
+    model = adapted_mlp(rank=2)
+    set_paths(model, OLD)
+    return model
+
+
+def test_gets_what_was_set(model):
+    assert get_paths(model) == OLD
+    set_paths(model, NEW)
+    assert get_paths(model) == NEW
+
+
+def test_order_of_names_does_not_matter(model):
+    set_paths(model, dict(reversed(NEW.items())))
+    assert get_paths(model) == NEW
+
+
+@each_wrong
+def test_setting_is_all_or_nothing(model, paths, error, message):
+    with unchanged(model), pytest.raises(error, match=message):
+        set_paths(model, paths)
+
+
+@pytest.mark.parametrize(("function", "arguments"), [(set_paths, ({},)), (sample_paths, (SearchSpace(), generator()))])
+def test_a_model_without_layers_is_refused(function, arguments):
+    with pytest.raises(ValueError, match="at least one GLoRALinear, found none"):
+        function(mlp(), *arguments)
+
+
+def test_a_model_without_layers_has_no_paths():
+    assert get_paths(mlp()) == {}
+
+
+# -- for a block -----------------------------------------------------------------------------------
+
+
+def test_using_paths_for_a_block_only(model):
+    with using_paths(model, NEW) as used:
+        assert used is model
+        assert get_paths(model) == NEW
+    assert get_paths(model) == OLD
+
+
+def test_using_paths_restores_after_an_error(model):
+    with pytest.raises(KeyError), using_paths(model, NEW):
+        raise KeyError
+    assert get_paths(model) == OLD
+
+
+def test_merging_inside_of_using_paths(model):
+    layer = model.fc1
+    with using_paths(model, NEW):
+        report = merge(model, keep=True)
+    assert report.layers[0].path == NEW["fc1"]
+    assert layer.path == OLD["fc1"]
+    assert get_paths(model) == {}
+
+
+@each_wrong
+def test_using_paths_refuses_before_the_block(model, paths, error, message):
+    with unchanged(model), pytest.raises(error, match=message), using_paths(model, paths):
+        pytest.fail("entered")
+
+
+# -- drawing ---------------------------------------------------------------------------------------
+
+
+def test_draws_for_every_layer_from_the_generator_alone(model):
+    space = SearchSpace((2, 1))
+    draws = [sample_paths(model, space, generator(5)) for _ in range(2)]
+    assert draws[0] == draws[1]
+    assert list(draws[0]) == ["fc1", "fc2"]
+
+
+def test_drawing_goes_on_where_it_stopped(model):
+    gen = generator()
+    assert len({tuple(sample_paths(model, SearchSpace((2, 1)), gen).values()) for _ in range(10)}) == 10
+
+
+@pytest.mark.parametrize("limit", [None, 60])
+def test_drawing_leaves_the_model_alone(model, limit):
+    with unchanged(model):
+        sample_paths(model, SearchSpace((2,)), generator(), limit)
+
+
+@pytest.mark.parametrize("limit", [0, 1, 10, 40, 90, 10_000])
+def test_a_limit_always_holds(model, limit):
+    gen = generator()
+    counts = [count_parameters(model, sample_paths(model, SearchSpace((2,)), gen, limit)) for _ in range(100)]
+    assert max(counts) <= limit
+
+
+def test_refuses_ranks_above_the_storage(model):
+    with pytest.raises(ValueError, match=r"ranks up to 2 \(storage of layer 'fc1'\), got \(4, 2\)"):
+        sample_paths(model, SearchSpace((4, 2)), generator())
+
+
+def test_ranks_that_no_tensor_takes_do_not_matter(model):
+    narrow = dict.fromkeys("ABC", ("vector", "none"))
+    assert sample_paths(model, SearchSpace((64,), **narrow), generator())

@@ -1,0 +1,194 @@
+"""Drawing under a limit: always legal, in bounded time, uniform where that is possible."""
+
+import time
+from collections import Counter
+
+import pytest
+import torch
+
+from glora import LayerShape, PathConfig, SearchSpace, glora_layers, inject
+from glora.paths import sampler_for
+from glora.sampling import PathSampler
+from tests.glora.toys import generator
+
+# The 48 layers of a ViT-B: qkv, proj, fc1 and fc2 of 12 blocks, as (out, in).
+SIDES = {"qkv": (2304, 768), "proj": (768, 768), "fc1": (3072, 768), "fc2": (768, 3072)}
+VIT_B = {f"blocks.{i}.{name}": LayerShape(*sides) for i in range(12) for name, sides in SIDES.items()}
+SMALL = {"fc1": LayerShape(8, 6), "fc2": LayerShape(5, 8, False), "fc3": LayerShape(7, 7, True, "matmul")}
+PAPER = SearchSpace((2,))
+# Without "none" nothing is free: the smallest path reads 1 + 1 + K + 1 + 1 a layer (K for C).
+COSTLY = SearchSpace((2,), **dict.fromkeys("ABDE", ("vector", "constant")), C=("lora", "vector"))
+
+
+def smallest_costly_count():
+    return sum(2 + shape.in_features + shape.bias + 1 for shape in SMALL.values())
+
+
+def draws(sampler, count, seed=0):
+    gen = generator(seed)
+    return [sampler.sample(gen) for _ in range(count)]
+
+
+# -- limits ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("ranks", "limit"),
+    [((4,), 290_000), ((8,), 440_000), ((4, 2), 440_000), ((8, 4), 860_000), ((8, 4), 50_000), ((8,), 0)],
+    ids=str,
+)
+def test_tight_limits_are_quick_and_always_hold(ranks, limit):
+    started = time.perf_counter()
+    sampler = PathSampler(VIT_B, SearchSpace(ranks), limit)
+    counts = [sampler.count(paths) for paths in draws(sampler, 200)]
+    assert max(counts) <= limit
+    assert sum(counts) / len(counts) >= 0.75 * limit  # the budget is used
+    assert time.perf_counter() - started < 10  # 0.2 s on an idle core; the official code never ends
+
+
+@pytest.mark.parametrize("extra", [0, 1, 5, 50])
+def test_limits_at_and_just_above_the_smallest_count(extra):
+    sampler = PathSampler(SMALL, COSTLY, smallest_costly_count() + extra)
+    assert all(sampler.fits(paths) for paths in draws(sampler, 50))
+
+
+def test_at_the_smallest_count_every_tensor_is_the_cheapest():
+    sampler = PathSampler(SMALL, COSTLY, smallest_costly_count())
+    kinds = {(path.A, path.B, path.C, path.E) for paths in draws(sampler, 20) for path in paths.values()}
+    assert kinds == {("constant", "constant", "vector", "constant")}
+
+
+def test_refuses_a_limit_that_no_path_meets():
+    smallest = smallest_costly_count()
+    with pytest.raises(ValueError, match=rf"at least {smallest:,} parameters .*, got {smallest - 1:,}"):
+        PathSampler(SMALL, COSTLY, smallest - 1)
+
+
+def test_smallest_and_largest_counts():
+    sampler = PathSampler(SMALL, PAPER)
+    assert sampler.smallest == 0
+    full = PathConfig("lora_2", "lora_2", "lora_2", "vector", "vector")
+    assert sampler.largest == sum(full.count(shape) for shape in SMALL.values())
+
+
+def test_no_limit_fits_everything():
+    sampler = PathSampler(SMALL, PAPER)
+    assert all(sampler.fits(paths) for paths in draws(sampler, 20))
+
+
+# -- the distribution ------------------------------------------------------------------------------
+
+
+def test_draws_are_uniform_without_a_limit():
+    counts = Counter(tuple(paths["fc1"].to_dict().items()) for paths in draws(PathSampler(SMALL, PAPER), 12_960))
+    assert len(counts) == 432
+    assert max(abs(count - 30) for count in counts.values()) < 5 * 30**0.5
+
+
+def test_a_limit_above_every_path_changes_nothing():
+    free, limited = PathSampler(SMALL, PAPER), PathSampler(SMALL, PAPER, PathSampler(SMALL, PAPER).largest)
+    assert draws(free, 20) == draws(limited, 20)
+
+
+def test_a_limit_above_the_mean_keeps_the_uniform_draws_that_fit():
+    free = PathSampler(SMALL, PAPER)
+    limited = PathSampler(SMALL, PAPER, int(free.mean) + 1)
+    kept = 0
+    for seed in range(100):
+        (uniform,), (drawn,) = draws(free, 1, seed), draws(limited, 1, seed)
+        if limited.fits(uniform):
+            assert drawn == uniform
+            kept += 1
+    assert kept > 30
+
+
+@pytest.mark.parametrize("share", [0.2, 0.5, 0.8])
+def test_draws_of_one_layer_meet_the_limit_on_average(share):
+    free = PathSampler(SMALL, PAPER)
+    limited, gen = PathSampler(SMALL, PAPER, int(share * free.mean)), generator()
+    means = [
+        sum(limited.sample_layer(name, gen).count(shape) for _ in range(2_000)) / 2_000 for name, shape in SMALL.items()
+    ]
+    assert sum(means) == pytest.approx(share * free.mean, rel=0.08)
+
+
+def test_same_seed_same_draws():
+    sampler = PathSampler(SMALL, PAPER, 40)
+    assert draws(sampler, 10, seed=3) == draws(sampler, 10, seed=3)
+    assert draws(sampler, 10, seed=3) != draws(sampler, 10, seed=4)
+
+
+# -- repair ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("limit", [0, 1, 17, 60, 200])
+def test_repair_brings_any_paths_within_the_limit(limit):
+    sampler, gen = PathSampler(SMALL, PAPER, limit), generator()
+    for paths in draws(PathSampler(SMALL, PAPER), 50):
+        assert sampler.count(sampler.repair(paths, gen)) <= limit
+
+
+def test_repair_only_makes_cheaper():
+    sampler = PathSampler(SMALL, PAPER, 60)
+    (paths,) = draws(PathSampler(SMALL, PAPER), 1, seed=1)
+    repaired = sampler.repair(paths, generator())
+    assert sampler.count(paths) > 60
+    for name, shape in SMALL.items():
+        for slot, kind in repaired[name].to_dict().items():
+            old = PathConfig(**{slot: getattr(paths[name], slot)})
+            assert kind == getattr(old, slot) or PathConfig(**{slot: kind}).count(shape) < old.count(shape)
+
+
+@pytest.mark.parametrize("limit", [None, 10_000])
+def test_repair_leaves_alone_what_fits(limit):
+    (paths,) = draws(PathSampler(SMALL, PAPER), 1)
+    given = dict(paths)
+    assert PathSampler(SMALL, PAPER, limit).repair(paths, generator()) == given
+    assert paths == given
+
+
+def test_repair_leaves_its_argument_alone():
+    (paths,) = draws(PathSampler(SMALL, PAPER), 1)
+    given = dict(paths)
+    PathSampler(SMALL, PAPER, 0).repair(paths, generator())
+    assert paths == given
+
+
+# -- the published means (shared/guides/quickstart.md, drawn there at random) ------------------------
+
+
+def exact_mean(layers, ranks):
+    """The mean count of uniform paths, by hand."""
+
+    def mean(costs):
+        return sum(costs) / len(costs)
+
+    total = 0.0
+    for n, k, bias, _ in layers.values():
+        weight = mean([*(r * (n + k) for r in ranks), n, 1, 0])
+        prompt = mean([*(r * (k + 1) for r in ranks), k, 0])
+        total += 2 * weight + prompt + (1 + bias) * mean([n, 1, 0])
+    return total
+
+
+@pytest.mark.parametrize(
+    ("ranks", "millions"), [((2,), 0.310), ((4,), 0.500), ((8,), 0.882), ((4, 2), 0.557), ((8, 4), 1.009)], ids=str
+)
+def test_mean_path_of_a_vit_b(ranks, millions):
+    mean = PathSampler(VIT_B, SearchSpace(ranks)).mean
+    assert mean == pytest.approx(exact_mean(VIT_B, ranks))
+    assert mean / 1e6 == pytest.approx(millions, rel=0.005)
+
+
+@pytest.mark.parametrize(
+    ("name", "ranks", "millions"),
+    [("vit_base_patch16_224", (8,), 0.882), ("swin_base_patch4_window7_224", (8,), 1.188)],
+)
+def test_mean_path_of_a_model_on_meta(name, ranks, millions):
+    import timm
+
+    with torch.device("meta"):
+        model = inject(timm.create_model(name), max(ranks))
+    mean = sampler_for(model, SearchSpace(ranks)).mean
+    assert mean == pytest.approx(exact_mean({n: layer.shape for n, layer in glora_layers(model).items()}, ranks))
+    assert mean / 1e6 == pytest.approx(millions, rel=0.005)
