@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import json
 import os
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from glora_kernels.terms import PRODUCTS
 
 from .config import PathConfig
 from .files import write_atomically
@@ -20,7 +22,7 @@ from .injection import adapt
 from .layer import SUPPORT_NAMES, GLoRALinear
 from .modules import glora_layers, require_layers
 from .parameters import trainable_parameters
-from .paths import set_paths
+from .paths import Paths, set_paths
 
 FORMAT = 1
 
@@ -63,21 +65,27 @@ def load_adapter(model: nn.Module, file: str | os.PathLike) -> nn.Module:
     layers = glora_layers(model)
     expected = _expected_shapes(model, layers, description, tensors, file)
     _check_tensors(expected, tensors, file)
-    paths = {name: PathConfig.from_dict(entry["path"]) for name, entry in description["layers"].items()}
     if not layers:
-        ranks = {entry["rank"] for entry in description["layers"].values()}
-        linears: list[Any] = [model.get_submodule(name) for name in paths]
+        linears: list[Any] = [model.get_submodule(name) for name in description.ranks]
         kept = {id(p) for name, p in model.named_parameters() if name in tensors}
-        adapt(model, linears, ranks.pop(), description["product"], kept)
+        adapt(model, linears, next(iter(description.ranks.values())), description.product, kept)
     parameters = dict(model.named_parameters())
     with torch.no_grad():
         for name, tensor in tensors.items():
             parameters[name].copy_(tensor)
-    set_paths(model, paths)
+    set_paths(model, description.paths)
     return model
 
 
-def _read(file: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Tensor]]:
+class _Description(NamedTuple):
+    """The checked content of the header."""
+
+    product: str
+    ranks: dict[str, int]
+    paths: Paths
+
+
+def _read(file: str | os.PathLike) -> tuple[_Description, dict[str, Tensor]]:
     from safetensors import SafetensorError, safe_open
 
     if not os.path.isfile(file):
@@ -86,33 +94,47 @@ def _read(file: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Tensor]]:
         with safe_open(file, framework="pt") as opened:
             header = opened.metadata() or {}
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}
-        description = json.loads(header["glora"])
-        version = description["format"]
+        content = json.loads(header["glora"])
+        version = content["format"]
     except SafetensorError as error:
         raise ValueError(f"{file}: expected a safetensors file, it is damaged or something else ({error})") from None
     except (KeyError, TypeError, json.JSONDecodeError):
         raise ValueError(f"{file}: expected a GLoRA adapter, got a safetensors file without its description") from None
     if version != FORMAT:
         raise ValueError(f"{file}: expected adapter format {FORMAT}, got {version!r}; a newer glora may read it")
-    return description, tensors
+    try:
+        return _parse(content), tensors
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{file}: expected a GLoRA adapter, its description is damaged ({error!r})") from None
+
+
+def _parse(content: dict[str, Any]) -> _Description:
+    ranks = {name: entry["rank"] for name, entry in content["layers"].items()}
+    paths = {name: PathConfig.from_dict(entry["path"]) for name, entry in content["layers"].items()}
+    if not ranks or content["product"] not in PRODUCTS:
+        raise ValueError(f"layers {list(ranks)}, product {content['product']!r}")
+    for name, rank in ranks.items():
+        if not isinstance(rank, int) or not 1 <= max(rank, paths[name].rank) <= rank:
+            raise ValueError(f"layer {name!r} of rank {rank!r} with {paths[name]}")
+    return _Description(content["product"], ranks, paths)
 
 
 def _expected_shapes(
     model: nn.Module,
     layers: dict[str, GLoRALinear],
-    description: dict[str, Any],
+    description: _Description,
     tensors: dict[str, Tensor],
     file: str | os.PathLike,
 ) -> dict[str, tuple[int, ...]]:
     """Names and shapes that the file must have to fit ``model``; raises if the layers differ."""
-    wanted, product = description["layers"], description["product"]
+    ranks, product = description.ranks, description.product
     own = {name: tuple(p.shape) for name, p in model.named_parameters()}
     if layers:
-        missing, unknown = sorted(set(layers) - set(wanted)), sorted(set(wanted) - set(layers))
+        missing, unknown = sorted(set(layers) - set(ranks)), sorted(set(ranks) - set(layers))
         differing = [
-            f"{name}: rank {layer.rank} {layer.product} in the model, {wanted[name]['rank']} {product} in the file"
+            f"{name}: rank {layer.rank} {layer.product} in the model, {ranks[name]} {product} in the file"
             for name, layer in layers.items()
-            if name in wanted and (layer.rank, layer.product) != (wanted[name]["rank"], product)
+            if name in ranks and (layer.rank, layer.product) != (ranks[name], product)
         ]
         if missing or unknown or differing:
             raise ValueError(
@@ -121,16 +143,24 @@ def _expected_shapes(
             )
     else:
         modules = dict(model.named_modules())
-        unfit = sorted(name for name in wanted if type(modules.get(name)) is not nn.Linear)
-        if unfit or len({entry["rank"] for entry in wanted.values()}) != 1:
+        unfit = sorted(name for name in ranks if type(modules.get(name)) is not nn.Linear)
+        if unfit:
             raise ValueError(f"{file}: made for another model: expected an nn.Linear at {unfit}")
-        for name, entry in wanted.items():
-            with torch.device("meta"):
-                linear = modules[name]
-                twin = GLoRALinear(linear.in_features, linear.out_features, False, rank=entry["rank"], product=product)  # type: ignore[arg-type]
-            own.update({f"{name}.{s}": tuple(getattr(twin, s).shape) for s in SUPPORT_NAMES})
-    support = {f"{name}.{s}" for name in wanted for s in SUPPORT_NAMES}
+        if len(set(ranks.values())) != 1:
+            raise ValueError(f"{file}: layers of ranks {sorted(set(ranks.values()))}; inject each rank before loading")
+        own.update(_support_shapes(modules, ranks, product))
+    support = {f"{name}.{s}" for name in ranks for s in SUPPORT_NAMES}
     return {name: shape for name, shape in own.items() if name in support or name in tensors}
+
+
+def _support_shapes(modules: dict[str, Any], ranks: dict[str, int], product: str) -> dict[str, tuple[int, ...]]:
+    """What injecting into these linear layers would make."""
+    shapes = {}
+    for name, rank in ranks.items():
+        linear = modules[name]
+        twin = GLoRALinear(linear.in_features, linear.out_features, rank=rank, product=product, device="meta")
+        shapes.update({f"{name}.{support}": tuple(getattr(twin, support).shape) for support in SUPPORT_NAMES})
+    return shapes
 
 
 def _check_tensors(expected: dict[str, tuple[int, ...]], tensors: dict[str, Tensor], file: str | os.PathLike) -> None:

@@ -12,7 +12,8 @@ from typing import NamedTuple
 
 import torch
 
-SLOTS = ("A", "B", "C", "D", "E")
+from glora_kernels.terms import SLOTS
+
 KINDS = {
     "A": ("lora", "vector", "constant", "none"),
     "B": ("lora", "vector", "constant", "none"),

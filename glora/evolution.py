@@ -11,10 +11,11 @@ from __future__ import annotations
 import json
 import os
 import time
+import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -143,7 +144,7 @@ def search(
 
     Raises:
         ValueError: a limit that no path meets, a space that does not fit the model, an unknown
-            metric, or a journal of another search.
+            metric, or a journal of another search (other weights, validation size or metric included).
     """
     if metric not in ("accuracy", "loss"):
         raise ValueError(f"metric: expected 'accuracy' or 'loss', got {metric!r}")
@@ -161,9 +162,18 @@ def search(
         limit=limit,
         settings=settings,
         journal=journal,
-        score_name=metric,
+        scored_by={"metric": metric, "samples": len(validation), "weights": _checksum(model)},  # type: ignore[arg-type]
         progress=progress,
     )
+
+
+def _checksum(model: nn.Module) -> int:
+    """Of every parameter's bytes: scores of other weights are not to be taken for this model's."""
+    checksum = 0
+    for parameter in model.parameters():
+        data = parameter.detach().cpu().contiguous().flatten().view(torch.uint8)
+        checksum = zlib.crc32(data.numpy().tobytes(), checksum)
+    return checksum
 
 
 def evolve(
@@ -174,18 +184,18 @@ def evolve(
     limit: int | None = None,
     settings: SearchSettings = SearchSettings(),
     journal: str | os.PathLike | None = None,
-    score_name: str = "score",
+    scored_by: Mapping[str, Any] | None = None,
     progress: bool = True,
 ) -> SearchResult:
     """The evolution itself, for any score: ``evaluate(paths)``, higher is better.
 
     The candidates depend on the arguments and on the scores alone; a resumed search therefore
-    replays the journal's scores and goes on as if it had not been cut. A journal whose scores bear
-    another ``score_name`` is refused.
+    replays the journal's scores and goes on as if it had not been cut. What ``evaluate`` itself
+    depends on goes into ``scored_by`` (plain data): a journal with something else there is refused.
     """
     sampler = PathSampler(layers, space, limit)
     evolution = _Evolution(sampler, settings)
-    book = None if journal is None else _Journal(journal, layers, space, settings, limit, score_name)
+    book = None if journal is None else _Journal(journal, layers, space, settings, limit, scored_by)
     scores = _Scores(evaluate, book)
     started = time.perf_counter()
     total = settings.population + settings.generations * (settings.crossover + settings.mutation)
@@ -295,7 +305,7 @@ class _Journal:
         space: SearchSpace,
         settings: SearchSettings,
         limit: int | None,
-        score_name: str,
+        scored_by: Mapping[str, Any] | None,
     ):
         self.file = Path(file)
         self.header = {
@@ -304,7 +314,7 @@ class _Journal:
             "space": space.to_dict(),
             "settings": asdict(settings),
             "limit": limit,
-            "score": score_name,
+            "scored_by": dict(scored_by or {}),
         }
 
     def read(self) -> dict[str, float]:

@@ -137,15 +137,17 @@ def train(
 
     Raises:
         ValueError: nothing to train, an empty data set, a space that does not fit the model, a
-            checkpoint of another run, or a loss that is not finite.
+            checkpoint of another run or in no folder, or a loss or parameters that are not finite.
     """
     parameters = trainable_parameters(model)
     if not parameters:
         raise ValueError("model: expected parameters that require grad, found none")
     if not len(dataset):  # type: ignore[arg-type]
         raise ValueError("dataset: expected at least one sample, got none")
+    if checkpoint is not None and not Path(checkpoint).parent.is_dir():
+        raise ValueError(f"checkpoint: expected an existing folder, got {Path(checkpoint).parent}")
     sampler = None if space is None else sampler_for(model, space)
-    run = _Run(model, parameters, recipe, space)
+    run = _Run(model, parameters, recipe, space, len(dataset))  # type: ignore[arg-type]
     if checkpoint is not None and Path(checkpoint).exists():
         run.load(checkpoint)
     paths_before = get_paths(model)
@@ -210,10 +212,18 @@ def _mix(seed: int, index: int) -> int:
 class _Run:
     """A training run's state: everything a checkpoint holds."""
 
-    def __init__(self, model: nn.Module, parameters: list[nn.Parameter], recipe: Recipe, space: SearchSpace | None):
+    def __init__(
+        self,
+        model: nn.Module,
+        parameters: list[nn.Parameter],
+        recipe: Recipe,
+        space: SearchSpace | None,
+        samples: int,
+    ):
         from timm.scheduler import CosineLRScheduler  # here: timm takes seconds to import
 
         self.model, self.parameters, self.recipe, self.space = model, parameters, recipe, space
+        self.samples = samples
         self.step = 0
         self.losses: list[float] = []
         self.optimizer = torch.optim.AdamW(parameters, lr=recipe.lr, weight_decay=recipe.weight_decay)
@@ -227,9 +237,10 @@ class _Run:
     def _identity(self) -> dict[str, Any]:
         """What a checkpoint must agree on to be continued; steps between checkpoints may differ."""
         recipe = {name: value for name, value in asdict(self.recipe).items() if name != "checkpoint_every"}
+        common = {"recipe": recipe, "samples": self.samples}
         if self.space is not None:
-            return {"recipe": recipe, "space": self.space.to_dict()}
-        return {"recipe": recipe, "paths": {name: path.to_dict() for name, path in get_paths(self.model).items()}}
+            return {**common, "space": self.space.to_dict()}
+        return {**common, "paths": {name: path.to_dict() for name, path in get_paths(self.model).items()}}
 
     def _tensors(self) -> dict[str, Tensor]:
         trained = {id(parameter) for parameter in self.parameters}
@@ -237,6 +248,12 @@ class _Run:
         return {**named, **dict(self.model.named_buffers())}
 
     def save(self, file: str | os.PathLike) -> None:
+        """Write a checkpoint; raises ValueError, and keeps the previous one, if training has diverged."""
+        diverged = [name for name, tensor in self._tensors().items() if not bool(torch.isfinite(tensor).all())]
+        if diverged:
+            raise ValueError(
+                f"parameters: expected finite values at step {self.step}, not so in {diverged}; try a smaller lr"
+            )
         state = {
             "format": CHECKPOINT_FORMAT,
             "identity": self._identity(),

@@ -8,7 +8,7 @@ not read never influences a result, and the gradient has the shape of the storag
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import NamedTuple, Union
 
 import torch
@@ -182,6 +182,3 @@ class Terms:
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """Effective weights are formed in fp64 for fp64 layers and in fp32 for all others."""
     return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-assert tuple(field.name for field in fields(Terms))[:5] == SLOTS

@@ -40,7 +40,7 @@ def main() -> None:
     print(f"{cases} cases, GLORA_TEST_SEED={TEST_SEED}, torch {torch.__version__}, {torch.get_num_threads()} thread")
     for dtype, found in survey(cases).items():
         values = "  ".join(f"{name} {found[name]:.2f}" for name in sorted(found))
-        print(f"{str(dtype):16} allowed {CONTRACT[dtype]:.0f}, worst {max(found.values()):.2f}:  {values}")
+        print(f"{dtype!s:16} allowed {CONTRACT[dtype]:.0f}, worst {max(found.values()):.2f}:  {values}")
 
 
 if __name__ == "__main__":

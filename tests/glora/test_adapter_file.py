@@ -146,6 +146,31 @@ def test_description_is_versioned_json(saved):
     }
 
 
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda d: d.pop("layers"),
+        lambda d: d.pop("product"),
+        lambda d: d.update(product="kronecker"),
+        lambda d: d.update(layers={}),
+        lambda d: d.update(layers=[]),
+        lambda d: d["layers"]["fc1"].update(rank="2"),
+        lambda d: d["layers"]["fc1"].pop("path"),
+        lambda d: d["layers"]["fc1"]["path"].update(A="lora_9"),
+        lambda d: d["layers"]["fc1"]["path"].update(C="constant"),
+    ],
+)
+def test_damaged_description_is_refused(saved, damage):
+    with safe_open(saved, "pt") as opened:
+        description = json.loads(opened.metadata()["glora"])
+        tensors = {name: opened.get_tensor(name) for name in opened.keys()}
+    damage(description)
+    save_file(tensors, saved, {"glora": json.dumps(description)})
+    for model in (mlp(), trained_mlp(seed=1)):
+        with unchanged(model), pytest.raises(ValueError, match="its description is damaged"):
+            load_adapter(model, saved)
+
+
 def test_file_may_be_given_as_text(file):
     save_adapter(trained_mlp(), str(file))
     load_adapter(mlp(), str(file))

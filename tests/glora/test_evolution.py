@@ -292,7 +292,7 @@ def test_killed_at_random_moments(journal):
         {"space": NARROW},
         {"settings": settings(seed=1)},
         {"limit": 100},
-        {"score_name": "loss"},
+        {"scored_by": {"metric": "loss"}},
     ],
     ids=["shape", "order", "space", "settings", "limit", "score"],
 )
@@ -430,3 +430,10 @@ def test_is_quick_under_a_limit_that_almost_nothing_meets():
     started = time.perf_counter()
     run(settings=SearchSettings(), limit=3)
     assert time.perf_counter() - started < 20
+
+
+def test_a_journal_of_another_supernet_is_refused(journal):
+    """Scores of weights that have been trained on since would be wrong."""
+    search_model(trained_mlp(), journal=journal)
+    with pytest.raises(ValueError, match="journal of another search"):
+        search_model(trained_mlp(seed=1), journal=journal)

@@ -470,6 +470,34 @@ def test_refuses_a_space_for_a_plain_model():
         run(mlp(), space=SPACE)
 
 
+def test_a_diverged_run_keeps_its_last_good_checkpoint(tmp_path):
+    """A gradient that is not finite reaches the parameters before the loss: that state is not saved."""
+    file = tmp_path / "run.pt"
+    model = adapted_mlp()
+    saved = []
+
+    def loss_fn(output, target):
+        factor = math.inf if len(saved) == 2 else 1.0
+        return ((output * factor).tanh() / factor if factor > 1 else output).square().mean()
+
+    with pytest.raises(ValueError, match=r"^parameters: expected finite values at step 3, not so in"):
+        run(
+            model,
+            recipe=Recipe(steps=4, batch_size=4, checkpoint_every=1),
+            space=None,
+            loss_fn=loss_fn,
+            checkpoint=file,
+            on_step=lambda *_: saved.append(file.read_bytes()),
+        )
+    assert len(saved) == 2
+    assert file.read_bytes() == saved[-1]
+
+
+def test_checkpoint_folder_has_to_exist(tmp_path):
+    with pytest.raises(ValueError, match=r"^checkpoint: expected an existing folder, got .*nowhere"):
+        run(adapted_mlp(), checkpoint=tmp_path / "nowhere" / "run.pt")
+
+
 def test_stops_at_a_loss_that_is_not_finite():
     x, target = points().tensors
     model = adapted_mlp()
