@@ -40,6 +40,14 @@ class GLoRALinear(nn.Module):
 
     weight: nn.Parameter
     bias: nn.Parameter | None
+    Ad: nn.Parameter
+    Au: nn.Parameter
+    Bd: nn.Parameter
+    Bu: nn.Parameter
+    Cd: nn.Parameter
+    Cu: nn.Parameter
+    D: nn.Parameter
+    E: nn.Parameter
 
     def __init__(
         self,

@@ -7,6 +7,7 @@ learning rate that suits it. Beside GLoRA's search, each trains once and is test
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from statistics import fmean
@@ -185,6 +186,8 @@ def prove_merge(task: Task, model: nn.Module) -> dict:
 
 def _fixed_path(task: Task, method: str, path: PathConfig, rank: int, data: Dataset) -> Row:
     model = inject(task.model(), rank)
+    for layer in glora_layers(model).values():  # as LoRA initialises; SSF does not read Bu
+        nn.init.kaiming_uniform_(layer.Bu, a=math.sqrt(5))
     set_paths(model, dict.fromkeys(glora_layers(model), path))
     return task.row(method, model, count_parameters(model), task.train(model, 2e-2, data=data))
 
