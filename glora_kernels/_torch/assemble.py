@@ -22,11 +22,11 @@ def assemble(
     dtype = weight.dtype
     wide_weight = weight.to(compute_dtype(dtype)) if terms.adapts_weight or terms.C is not None else weight
     w_eff = _effective_weight(wide_weight, terms, projected).to(dtype) if terms.adapts_weight else weight
-    b_eff = effective_bias(wide_weight, bias, terms)
+    b_eff = _effective_bias(wide_weight, bias, terms)
     return w_eff, None if b_eff is None else b_eff.to(dtype)
 
 
-def effective_bias(weight: Tensor, bias: Tensor | None, terms: Terms) -> Tensor | None:
+def _effective_bias(weight: Tensor, bias: Tensor | None, terms: Terms) -> Tensor | None:
     """``b0 + b0 * D + E + W0 c`` in the compute dtype; ``weight`` is read only if C is there."""
     if not terms.adapts_bias:
         return bias

@@ -18,42 +18,17 @@ Shapes: dy (M, N), x (M, K), weight (N, K).
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from ..terms import Constant, LowRank, Term, Terms, Vector, compute_dtype
 from .assemble import assemble, factors_as, row_scale
 from .row_scale import row_scale_gradient
+from .step import Step
 from .storages import into_storages
 from .thin import b_gradient, contract_b, matmul_a_gradient
 
 SlotGradients = dict[str, tuple[Tensor, ...]]
-
-
-class Step(NamedTuple):
-    """One backward pass.
-
-    Attributes:
-        dy: the gradient of y, (M, N).
-        x: (M, K), or None if neither A nor B wants a gradient.
-        weight, bias, terms: as in the forward pass.
-        output: y, (M, N), if it is at hand and unchanged.
-        projected: what ``assemble.project`` returned.
-        wanted: the slots that want a gradient.
-        wants_x: whether x does.
-    """
-
-    dy: Tensor
-    x: Tensor | None
-    weight: Tensor
-    bias: Tensor | None
-    terms: Terms
-    output: Tensor | None
-    projected: Tensor | None
-    wanted: frozenset[str]
-    wants_x: bool
 
 
 def needs_weight_gradient(terms: Terms, wanted: frozenset[str]) -> bool:
@@ -135,7 +110,7 @@ def _thin_gradients(step: Step, db: Tensor | None) -> SlotGradients:
         if "B" in step.wanted:
             grads["B"] = b_gradient(dy, x, terms.B, thin)
     assert terms.A is not None
-    da = row_scale_gradient(dy, x, weight, step.bias, terms, step.output, db, thin)
+    da = row_scale_gradient(step, db, thin)
     return {"A": into_storages(terms.A, da), **grads}
 
 

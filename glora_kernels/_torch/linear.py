@@ -11,8 +11,9 @@ from torch.nn import functional as F
 from .. import reference
 from ..terms import Structure, Terms
 from .assemble import assemble, project
-from .gradients import Step, backward
+from .gradients import backward
 from .row_scale import reuses_output
+from .step import Step
 
 
 def glora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, terms: Terms) -> Tensor:
@@ -32,21 +33,22 @@ class _GLoRALinear(torch.autograd.Function):
     def forward(ctx, structure: Structure, x: Tensor, weight: Tensor, bias: Tensor | None, *storages: Tensor):
         terms = Terms.unflatten(storages, structure)
         projected = project(weight, terms)
-        y = F.linear(x, *assemble(weight, bias, terms, projected))
+        w_eff, b_eff = assemble(weight, bias, terms, projected)
+        y = F.linear(x, w_eff, b_eff)
         ctx.structure = structure
         ctx.wanted = _wanted_slots(terms, ctx.needs_input_grad[4:], bias is not None)
         ctx.x_shape = x.shape
-        ctx.save_for_backward(x if ctx.wanted & {"A", "B"} else None, projected, weight, bias, *storages)
-        ctx.output = None
         tokens = math.prod(x.shape[:-1])
-        if "A" in ctx.wanted and reuses_output(tokens, x.shape[-1], terms) and _output_can_be_kept(y):
-            ctx.output = y.detach()  # shares y's version counter, is in no reference cycle with ctx
-            ctx.output_version = y._version
+        keep = "A" in ctx.wanted and reuses_output(tokens, x.shape[-1], terms) and _output_can_be_kept(y)
+        ctx.output = y.detach() if keep else None  # shares y's version counter, is in no cycle with ctx
+        ctx.output_version = y._version if keep else None
+        kept_x = x if ctx.wanted & {"A", "B"} else None
+        ctx.save_for_backward(kept_x, projected, b_eff if keep else None, weight, bias, *storages)
         return y
 
     @staticmethod
     def backward(ctx, dy: Tensor):
-        x, projected, weight, bias, *storages = ctx.saved_tensors
+        x, projected, b_eff, weight, bias, *storages = ctx.saved_tensors
         output, ctx.output = ctx.output, None
         if torch.is_grad_enabled():
             return _differentiable_backward(ctx, dy, x, weight, bias, storages)
@@ -62,6 +64,7 @@ class _GLoRALinear(torch.autograd.Function):
             bias,
             terms,
             None if output is None else output.reshape(tokens, weight.shape[0]),
+            b_eff,
             projected,
             ctx.wanted,
             ctx.needs_input_grad[1],

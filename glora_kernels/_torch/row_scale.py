@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from ..terms import Terms, Vector, compute_dtype
-from .assemble import effective_bias, row_scale
+from .assemble import row_scale
+from .step import Step
 from .thin import Thin
 
 # Solving da from the output pays off, and its rounding errors average out, from this size on.
@@ -29,34 +30,25 @@ def reuses_output(tokens: int, inputs: int, terms: Terms) -> bool:
     return scaled_rows and tokens >= MIN_TOKENS_TO_REUSE and inputs >= MIN_INPUTS_TO_REUSE
 
 
-def row_scale_gradient(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    terms: Terms,
-    output: Tensor | None,
-    db: Tensor | None,
-    thin: Thin | None,
-) -> Tensor:
+def row_scale_gradient(step: Step, db: Tensor | None, thin: Thin | None) -> Tensor:
     """``da_n = sum_m dy_mn z_mn``, ``z = x W0^T``, of shape (N,).
 
     From ``y = s z + x B^T + b_eff`` with ``s = 1 + a``:
     ``s da = sum_m dy y - b_eff db - sum_k B dW``; rows where this loses digits are formed from z.
     """
-    if output is None:
+    dy, x, weight = step.dy, step.x, step.weight
+    assert x is not None
+    if step.output is None:
         return _column_dots(dy, x @ weight.t())
     assert db is not None
     wide = compute_dtype(dy.dtype)
-    scale = row_scale(terms, wide)[:, 0]
-    b_eff = effective_bias(weight.to(wide) if terms.C is not None else weight, bias, terms)
-    # The forward pass added the rounded bias, so the rounded one is taken off.
-    b_eff = torch.zeros_like(scale) if b_eff is None else b_eff.to(dy.dtype).to(wide)
-    da = _column_dots(dy, output) - b_eff * db
+    scale = row_scale(step.terms, wide)[:, 0]
+    b_eff = torch.zeros_like(scale) if step.b_eff is None else step.b_eff.to(wide)
+    da = _column_dots(dy, step.output) - b_eff * db
     if thin is not None:
         da -= (thin.rows * thin.contracted).sum(0, dtype=wide)
     da /= scale
-    lost = _unreliable_rows(dy, x, weight, output, scale, b_eff, thin)
+    lost = _unreliable_rows(dy, x, weight, step.output, scale, b_eff, thin)
     if lost.any():
         da[lost] = _column_dots(dy[:, lost], x @ weight[lost].t())
     return da
