@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
-
 import torch
 from torch import Tensor
 
 from . import _torch, reference
+from .autocast import cast_operands, without_autocast
 from .checks import check_call, check_layer
 from .dispatch import decide
 from .terms import Terms
@@ -30,7 +29,8 @@ def glora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, terms: Terms) -
 
     Returns:
         ``(..., N)`` in the dtype of ``x``; under ``torch.autocast``, in the autocast dtype. W_eff and
-        b_eff are formed in fp32 (fp64 for fp64) and rounded once. Differentiable in ``x`` and in
+        b_eff are formed in fp32 (fp64 for fp64) and rounded once (the reference backend computes in the
+        dtype it is given). Differentiable in ``x`` and in
         every storage in ``terms``, to any order; a gradient has the shape and dtype of its storage
         and is zero where the storage is not read. ``x`` may be empty.
 
@@ -38,37 +38,18 @@ def glora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, terms: Terms) -
         TypeError, ValueError: an argument that does not fit, by name, before anything is computed.
         RuntimeError: a backend was chosen that cannot be used here.
     """
-    if isinstance(x, Tensor) and _under_autocast(x.device.type):
-        return _autocast_linear(x, weight, bias, terms)
+    x, weight, bias = cast_operands(x, weight, bias)
     check_call(x, weight, bias, terms)
-    return _LINEAR[decide().backend](x, weight, bias, terms)
-
-
-def _under_autocast(device_type: str) -> bool:
-    return device_type != "meta" and torch.is_autocast_enabled(device_type)  # autocast does not know meta
-
-
-def _without_autocast(device_type: str) -> AbstractContextManager:
-    return torch.autocast(device_type, enabled=False) if _under_autocast(device_type) else nullcontext()
-
-
-def _autocast_linear(x: Tensor, weight: Tensor, bias: Tensor | None, terms: Terms) -> Tensor:
-    """As ``F.linear`` under autocast: x, W0 and b0 in the autocast dtype; the terms stay as they are."""
-    device_type = x.device.type
-    dtype = torch.get_autocast_dtype(device_type)
-
-    def cast(tensor: Tensor) -> Tensor:  # fp64 is left alone by autocast everywhere
-        return tensor.to(dtype) if tensor.is_floating_point() and tensor.dtype != torch.float64 else tensor
-
-    with _without_autocast(device_type):
-        return glora_linear(cast(x), cast(weight), None if bias is None else cast(bias), terms)
+    with without_autocast(x.device.type):
+        return _LINEAR[decide().backend](x, weight, bias, terms)
 
 
 def glora_merge(weight: Tensor, bias: Tensor | None, terms: Terms, safe: bool = True) -> tuple[Tensor, Tensor | None]:
     """``(W_eff, b_eff)`` as new tensors: one plain linear layer that does what the adapted one did.
 
     Formed in fp32 (fp64 for fp64) and rounded once to the dtype of ``weight``; these are the very
-    bits that :func:`glora_linear` multiplies by. The arguments are left as they are.
+    bits that :func:`glora_linear` multiplies by (the reference backend: every operation in the dtype
+    of ``weight``). The arguments are left as they are.
 
     Args:
         weight: ``W0``, ``(N, K)``.
@@ -81,7 +62,7 @@ def glora_merge(weight: Tensor, bias: Tensor | None, terms: Terms, safe: bool = 
             ``W_eff`` or ``b_eff``.
     """
     check_layer(weight, bias, terms)
-    with torch.no_grad(), _without_autocast(weight.device.type):
+    with torch.no_grad(), without_autocast(weight.device.type):
         w_eff, b_eff = _merge(weight, bias, terms)
     if safe:
         for name, tensor in (("weight", w_eff), ("bias", b_eff)):

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from . import dispatch
 from ._torch.gradients import needs_weight_gradient, scales_inputs
-from ._torch.row_scale import reuses_output
+from ._torch.row_scale import PROBED_TOKENS, reuses_output
+from .autocast import cast_operands
 from .checks import check_call
 from .terms import LowRank, Terms, Vector
 
@@ -42,7 +43,7 @@ class Explanation:
     saved: tuple[str, ...]
     saved_bytes: int
 
-    def as_dict(self) -> dict:
+    def to_dict(self) -> dict:
         return asdict(self)
 
     def __str__(self) -> str:
@@ -63,6 +64,7 @@ def explain(x: Tensor, weight: Tensor, bias: Tensor | None, terms: Terms) -> Exp
     Arguments, shapes and errors are those of :func:`glora_kernels.glora_linear`. Backward is
     planned for the tensors that require grad now.
     """
+    x, weight, bias = cast_operands(x, weight, bias)
     check_call(x, weight, bias, terms)
     decision = dispatch.decide()
     outputs, inputs = weight.shape
@@ -82,7 +84,8 @@ def explain(x: Tensor, weight: Tensor, bias: Tensor | None, terms: Terms) -> Exp
         units = 1, _backward_units(terms, wanted, x.requires_grad, keeps_output)
         flops = (
             _forward_flops(tokens, outputs, inputs, terms),
-            _backward_flops(tokens, outputs, inputs, terms, wanted, x.requires_grad, units[1]),
+            _backward_flops(tokens, outputs, inputs, terms, wanted, x.requires_grad, units[1])
+            + 2 * PROBED_TOKENS * outputs * inputs * keeps_output,
         )
     return Explanation(
         *decision, strategy, tokens, outputs, inputs, *units, *flops, saved, saved_numbers * x.element_size()

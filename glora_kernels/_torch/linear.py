@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .. import reference
+from ..autocast import without_autocast
 from ..terms import Structure, Terms
 from .assemble import assemble, project
 from .gradients import backward
@@ -48,31 +49,42 @@ class _GLoRALinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy: Tensor):
-        x, projected, b_eff, weight, bias, *storages = ctx.saved_tensors
-        output, ctx.output = ctx.output, None
-        if torch.is_grad_enabled():
-            return _differentiable_backward(ctx, dy, x, weight, bias, storages)
-        # A successor such as ReLU(inplace=True) may have overwritten y: then z is formed anew.
-        if output is not None and output._version != ctx.output_version:
-            output = None
-        terms = Terms.unflatten(storages, ctx.structure)
-        tokens = math.prod(ctx.x_shape[:-1])
-        step = Step(
-            dy.reshape(tokens, weight.shape[0]),
-            None if x is None else x.reshape(tokens, weight.shape[1]),
-            weight,
-            bias,
-            terms,
-            None if output is None else output.reshape(tokens, weight.shape[0]),
-            b_eff,
-            projected,
-            ctx.wanted,
-            ctx.needs_input_grad[1],
-        )
-        dx, grads = backward(step)
-        per_storage = [grad for slot, term in terms.active for grad in grads.get(slot, (None,) * len(term.storages))]
-        masked = (g if needed else None for g, needed in zip(per_storage, ctx.needs_input_grad[4:]))
-        return None, None if dx is None else dx.reshape(ctx.x_shape), None, None, *masked
+        with without_autocast(dy.device.type):  # backward may run inside the block that forward ran in
+            return _backward(ctx, dy)
+
+
+def _backward(ctx, dy: Tensor):
+    x, projected, b_eff, weight, bias, *storages = ctx.saved_tensors
+    output, ctx.output = ctx.output, None
+    # Second derivatives, and gradients batched by vmap, go through plainly composed operations.
+    if torch.is_grad_enabled() or _batched(dy):
+        return _differentiable_backward(ctx, dy, x, weight, bias, storages)
+    # A successor such as ReLU(inplace=True) may have overwritten y: then z is formed anew.
+    if output is not None and output._version != ctx.output_version:
+        output = None
+    terms = Terms.unflatten(storages, ctx.structure)
+    tokens = math.prod(ctx.x_shape[:-1])
+    step = Step(
+        dy.reshape(tokens, weight.shape[0]),
+        None if x is None else x.reshape(tokens, weight.shape[1]),
+        weight,
+        bias,
+        terms,
+        None if output is None else output.reshape(tokens, weight.shape[0]),
+        b_eff,
+        projected,
+        ctx.wanted,
+        ctx.needs_input_grad[1],
+    )
+    dx, grads = backward(step)
+    per_storage = [grad for slot, term in terms.active for grad in grads.get(slot, (None,) * len(term.storages))]
+    masked = (g if needed else None for g, needed in zip(per_storage, ctx.needs_input_grad[4:]))
+    return None, None if dx is None else dx.reshape(ctx.x_shape), None, None, *masked
+
+
+def _batched(dy: Tensor) -> bool:
+    functorch = torch._C._functorch
+    return functorch.is_legacy_batchedtensor(dy) or functorch.is_batchedtensor(dy)
 
 
 def _wanted_slots(terms: Terms, needs_grad: tuple[bool, ...], has_bias: bool) -> frozenset[str]:
@@ -86,22 +98,29 @@ def _wanted_slots(terms: Terms, needs_grad: tuple[bool, ...], has_bias: bool) ->
 
 
 def _output_can_be_kept(y: Tensor) -> bool:
-    """Whether keeping y outside ``save_for_backward`` is safe.
+    """Whether y may be kept outside ``save_for_backward``, and the route of its reuse be taken.
 
-    Under saved-tensor hooks (checkpointing, offloading) it would defeat their purpose, and a change
-    in place could not be seen. On meta tensors the route depends on values that do not exist.
+    Under saved-tensor hooks (checkpointing, offloading) keeping it would defeat their purpose, and a
+    change in place could not be seen. The route depends on values, which meta and fake tensors do not
+    have and a CUDA graph capture cannot look at.
     """
-    return y.device.type != "meta" and torch._C._autograd._top_saved_tensors_default_hooks(True) is None
+    if type(y) is not Tensor or y.device.type == "meta":
+        return False
+    if y.is_cuda and torch.cuda.is_current_stream_capturing():
+        return False
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is None
 
 
 def _differentiable_backward(ctx, dy, x, weight, bias, storages):
-    """The same gradients through the reference formula, for ``create_graph=True``."""
+    """The same gradients through the reference formula; differentiable again if grad mode is on."""
+    create_graph = torch.is_grad_enabled()
     if x is None:  # neither A nor B: no gradient depends on the values of x
         x = dy.new_zeros(ctx.x_shape).requires_grad_(ctx.needs_input_grad[1])
     inputs = [x, *storages]
     needed = [ctx.needs_input_grad[1], *ctx.needs_input_grad[4:]]
-    y = reference.glora_linear(x, weight, bias, Terms.unflatten(storages, ctx.structure))
+    with torch.enable_grad():
+        y = reference.glora_linear(x, weight, bias, Terms.unflatten(storages, ctx.structure))
     wanted = [tensor for tensor, need in zip(inputs, needed) if need]
-    found = iter(torch.autograd.grad(y, wanted, dy, create_graph=True, allow_unused=True))
+    found = iter(torch.autograd.grad(y, wanted, dy, create_graph=create_graph, allow_unused=True))
     dx, *grads = (next(found) if need else None for need in needed)
     return None, dx, None, None, *grads

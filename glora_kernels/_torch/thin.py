@@ -21,6 +21,7 @@ class Thin(NamedTuple):
     """B as ``rows^T columns``, of rank r (1 for a vector or constant), and its contraction with dW."""
 
     rows: Tensor  # (r, N)
+    columns: Tensor | None  # (r, K); None stands for ones
     tokens: Tensor  # (r, M): columns x^T
     contracted: Tensor  # (r, N): columns dW^T
 
@@ -28,11 +29,11 @@ class Thin(NamedTuple):
 def contract_b(dy: Tensor, x: Tensor, term: Term) -> Thin:
     if isinstance(term, LowRank):
         down, up = factors_as(term, x.dtype)
-        rows, tokens = down.t(), up @ x.t()
-    else:
-        entries = term.entries[None] if isinstance(term, Vector) else term.entry.expand(1, dy.shape[1])
-        rows, tokens = entries.to(x.dtype), x.sum(1)[None]
-    return Thin(rows, tokens, tokens @ dy)
+        tokens = up @ x.t()
+        return Thin(down.t(), up, tokens, tokens @ dy)
+    entries = term.entries[None] if isinstance(term, Vector) else term.entry.expand(1, dy.shape[1])
+    tokens = x.sum(1)[None]
+    return Thin(entries.to(x.dtype), None, tokens, tokens @ dy)
 
 
 def b_gradient(dy: Tensor, x: Tensor, term: Term, thin: Thin) -> tuple[Tensor, ...]:

@@ -101,3 +101,11 @@ def test_kind_a_slot_does_not_have(slot, term, message):
 def test_unknown_product():
     with pytest.raises(ValueError, match=r"product: expected one of .* got 'kronecker'"):
         Terms(product="kronecker")
+
+
+@pytest.mark.parametrize("function", [glora_linear, explain])
+def test_autocast_keeps_the_messages(function):
+    with torch.autocast("cpu", torch.bfloat16):
+        with pytest.raises(TypeError, match=r"weight: expected a torch.Tensor, got str"):
+            function(GOOD["x"], "W", GOOD["bias"], GOOD["terms"])
+        function(GOOD["x"].half(), GOOD["weight"], GOOD["bias"], GOOD["terms"])  # mixed, as F.linear allows there

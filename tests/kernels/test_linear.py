@@ -240,6 +240,23 @@ def test_contract_near_a_of_minus_one(dtype, scale):
     check((x, weight, b0, terms))
 
 
+@pytest.mark.parametrize("spread", [0.02, 0.3, 3.0])
+@pytest.mark.parametrize("scale", [1.0, 0.1])
+@pytest.mark.parametrize("b", ["lora_3", "vector", "constant"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_contract_after_a_layer_norm(dtype, b, scale, spread):
+    """Inputs of mean zero: x B^T of a vector or constant B cancels, the rounding errors of its terms do not."""
+    x, weight, b0, terms = make_call(("vector", b, "none", "none", "none"), (256, 24, 96), dtype=dtype)
+    gen = generator_for("layer norm", b, scale, spread)
+    tokens = torch.randn(256, 96, generator=gen) * 0.5 + torch.randn(96, generator=gen)
+    x = torch.nn.functional.layer_norm(tokens, (96,)).to(dtype).requires_grad_()
+    with torch.no_grad():
+        terms.A.value.mul_(0.02).add_(scale - 1)
+        terms.B.storages[0].mul_(2 * spread)
+    dy = torch.randn(256, 24, generator=gen) + torch.randn(24, generator=gen)
+    check((x, weight * 0.02, b0 * 0.1, terms), (0.1 * dy).to(dtype))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_contract_for_a_gradient_of_few_tokens(dtype):
     """As from a loss on class tokens: most tokens carry no gradient."""
@@ -318,6 +335,44 @@ def test_autocast(dtype):
     assert torch.equal(y, want["y"])
     for g, (name, w) in zip(got, [(n, w) for n, w in want.items() if n != "y"]):
         assert torch.equal(g, w.float()), name
+
+
+@pytest.mark.parametrize("a", ["lora_3", "vector", "constant", "none"])
+def test_backward_inside_autocast(a):
+    """The same bits as outside, where it belongs; nn.Linear allows it too."""
+    x, weight, b0, terms = make_call((a, "lora_3", "vector", "vector", "vector"), REUSED, dtype=torch.float32)
+    leaves = [x, *terms.flatten()[0]]
+    grads = []
+    for inside in (True, False):
+        with torch.autocast("cpu", torch.bfloat16):
+            y = glora_linear(x, weight, b0, terms)
+            dy = torch.ones_like(y)
+            if inside:
+                grads.append(torch.autograd.grad(y, leaves, dy))
+        if not inside:
+            grads.append(torch.autograd.grad(y, leaves, dy))
+    assert all(torch.equal(one, other) for one, other in zip(*grads))
+
+
+@pytest.mark.parametrize("shape", [(5, 7, 6), REUSED], ids=str)
+@pytest.mark.parametrize("a", ["lora_3", "vector", "constant", "none"])
+def test_batched_gradients(a, shape):
+    call = make_call((a, "lora_3", "vector", "vector", "vector"), shape)
+    leaves = [call[0], *call[3].flatten()[0]]
+    batch = torch.stack([upstream(call, seed) for seed in range(3)])
+    got = torch.autograd.grad(glora_linear(*call), leaves, batch, is_grads_batched=True)
+    for index, dy in enumerate(batch):
+        for g, w in zip(got, torch.autograd.grad(glora_linear(*call), leaves, dy)):
+            torch.testing.assert_close(g[index], w, rtol=1e-9, atol=1e-9)
+
+
+def test_fake_tensors():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        value = torch.randn(24, requires_grad=True)
+        glora_linear(torch.randn(256, 96), torch.randn(24, 96), None, Terms(A=Vector(value))).sum().backward()
+        assert value.grad.shape == (24,)
 
 
 def test_func_transforms_and_forward_mode():

@@ -11,7 +11,7 @@ UNIT = 2 * TOKENS * SIZE * SIZE
 
 
 def storage(*shape):
-    return (torch.randn(*shape) * 0.05).requires_grad_()
+    return (torch.randn(*shape) * 0.01).requires_grad_()  # W0 has entries of 0.03
 
 
 def weight_term(kind):
@@ -52,9 +52,7 @@ def test_counted_operations(product, a, b):
     assert (forward + backward) / UNIT <= limit(product, a, b)
     assert plan.forward_units + plan.backward_units == round((forward + backward) / UNIT)
     assert plan.forward_flops == pytest.approx(forward, rel=0.01)
-    # Where rows are in doubt, the exact scale of their rounding errors is formed on 64 tokens.
-    probe = 2 * 64 * SIZE * SIZE if "y" in plan.saved else 0
-    assert 0.99 * backward - probe <= plan.backward_flops <= 1.01 * backward
+    assert plan.backward_flops == pytest.approx(backward, rel=0.01)
 
 
 def limit(product, a, b):
@@ -109,4 +107,4 @@ def test_explain_counts_what_wants_a_gradient():
 def test_explain_is_plain_data():
     import json
 
-    assert json.loads(json.dumps(explain(*make("vector", "none")).as_dict()))["backend"] == "torch"
+    assert json.loads(json.dumps(explain(*make("vector", "none")).to_dict()))["backend"] == "torch"

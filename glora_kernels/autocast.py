@@ -1,0 +1,33 @@
+"""What ``torch.autocast`` means here: as for ``F.linear``, x, W0 and b0 are cast; the terms stay as they are."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+
+def without_autocast(device_type: str) -> AbstractContextManager:
+    """A block in which operations keep the dtypes they are given."""
+    return torch.autocast(device_type, enabled=False) if _active(device_type) else nullcontext()
+
+
+def cast_operands(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The three in the autocast dtype where autocast is active; fp64, as everywhere, is left alone.
+
+    Comes before the checks, so anything that is not a floating tensor passes through to them.
+    """
+    if not isinstance(x, Tensor) or not _active(x.device.type):
+        return x, weight, bias
+    dtype = torch.get_autocast_dtype(x.device.type)
+    return _cast(x, dtype), _cast(weight, dtype), _cast(bias, dtype)
+
+
+def _active(device_type: str) -> bool:
+    return device_type != "meta" and torch.is_autocast_enabled(device_type)  # autocast does not know meta
+
+
+def _cast(tensor, dtype: torch.dtype):
+    castable = isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.dtype != torch.float64
+    return tensor.to(dtype) if castable else tensor
