@@ -62,6 +62,8 @@ def load_adapter(model: nn.Module, file: str | os.PathLike) -> nn.Module:
             names and shapes that differ are listed.
     """
     description, tensors = _read(file)
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise ValueError("model: expected real tensors, got parameters on meta; load the base weights first")
     layers = glora_layers(model)
     expected = _expected_shapes(model, layers, description, tensors, file)
     _check_tensors(expected, tensors, file)
@@ -149,8 +151,10 @@ def _expected_shapes(
         if len(set(ranks.values())) != 1:
             raise ValueError(f"{file}: layers of ranks {sorted(set(ranks.values()))}; inject each rank before loading")
         own.update(_support_shapes(modules, ranks, product))
-    support = {f"{name}.{s}" for name in ranks for s in SUPPORT_NAMES}
-    return {name: shape for name, shape in own.items() if name in support or name in tensors}
+    needed = {f"{name}.{s}" for name in ranks for s in SUPPORT_NAMES}
+    if layers:  # a plain model's parameters all require grad: only an adapted one says what is trained
+        needed |= {name for name, p in model.named_parameters() if p.requires_grad}
+    return {name: shape for name, shape in own.items() if name in needed or name in tensors}
 
 
 def _support_shapes(modules: dict[str, Any], ranks: dict[str, int], product: str) -> dict[str, tuple[int, ...]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cache, cached_property
 from typing import NamedTuple
@@ -152,6 +152,8 @@ class SearchSpace:
     E: tuple[str, ...] = field(default=KINDS["E"])
 
     def __post_init__(self) -> None:
+        if not isinstance(self.ranks, Iterable):
+            raise ValueError(f"ranks: expected distinct integers from 1, got {self.ranks!r}")
         object.__setattr__(self, "ranks", tuple(self.ranks))
         positive = all(type(rank) is int and rank >= 1 for rank in self.ranks)
         if not self.ranks or not positive or len(set(self.ranks)) != len(self.ranks):

@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import os
 import time
-import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,9 +18,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, TensorDataset
 from tqdm.auto import tqdm
 
+from .checksum import checksum
 from .config import LayerShape, PathConfig, SearchSpace
 from .evaluation import evaluate_merged
 from .files import write_atomically
@@ -65,8 +65,9 @@ class SearchSettings:
             value = getattr(self, name)
             if not isinstance(value, int) or value < least:
                 raise ValueError(f"{name}: expected an integer from {least}, got {value!r}")
-        if not 0 < self.mutation_probability <= 1:
-            raise ValueError(f"mutation_probability: expected above 0 and up to 1, got {self.mutation_probability}")
+        probability = self.mutation_probability
+        if not isinstance(probability, (int, float)) or not 0 < probability <= 1:
+            raise ValueError(f"mutation_probability: expected a number above 0 and up to 1, got {probability!r}")
 
 
 class Candidate(NamedTuple):
@@ -162,18 +163,17 @@ def search(
         limit=limit,
         settings=settings,
         journal=journal,
-        scored_by={"metric": metric, "samples": len(validation), "weights": _checksum(model)},  # type: ignore[arg-type]
+        scored_by=_scored_by(model, validation, metric),
         progress=progress,
     )
 
 
-def _checksum(model: nn.Module) -> int:
-    """Of every parameter's bytes: scores of other weights are not to be taken for this model's."""
-    checksum = 0
-    for parameter in model.parameters():
-        data = parameter.detach().cpu().contiguous().flatten().view(torch.uint8)
-        checksum = zlib.crc32(data.numpy().tobytes(), checksum)
-    return checksum
+def _scored_by(model: nn.Module, validation: Dataset, metric: str) -> dict[str, Any]:
+    """What scores depend on beside the paths: those of other weights or images are not this model's."""
+    tensors = [*model.parameters(), *model.buffers()]
+    if isinstance(validation, TensorDataset):
+        tensors += validation.tensors
+    return {"metric": metric, "samples": len(validation), "tensors": checksum(tensors)}  # type: ignore[arg-type]
 
 
 def evolve(
@@ -308,6 +308,8 @@ class _Journal:
         scored_by: Mapping[str, Any] | None,
     ):
         self.file = Path(file)
+        if not self.file.parent.is_dir():
+            raise ValueError(f"journal: expected an existing folder, got {self.file.parent}")
         self.header = {
             "format": JOURNAL_FORMAT,
             "layers": [[name, *shape] for name, shape in layers.items()],

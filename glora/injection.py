@@ -38,7 +38,8 @@ def inject(
     Raises:
         ValueError: an empty, repeated or unmatched name; nothing to adapt; a model adapted
             before. The model is unchanged then.
-        TypeError: a target that is an ``nn.Linear`` subclass, which may compute something else.
+        TypeError: a target that is an ``nn.Linear`` subclass, which may compute something else; one
+            with hooks, pruning or weight norm; one that an ``nn.TransformerEncoderLayer`` reads directly.
     """
     targets = None if targets is None else _checked_names("targets", targets)
     excluded = _checked_names("exclude", exclude)
@@ -85,13 +86,25 @@ def _choose(
     named: Mapping[str, nn.Module], targets: tuple[str, ...] | None, left_alone: set[nn.Module]
 ) -> list[nn.Linear]:
     chosen: dict[nn.Linear, None] = {}
+    read_directly = {
+        child
+        for module in named.values()
+        if isinstance(module, nn.TransformerEncoderLayer)
+        for child in (module.linear1, module.linear2)
+    }
     for name, module in named.items():
         if module in left_alone or not isinstance(module, nn.Linear):
             continue
+        selected = targets is None or any(matches(name, pattern) for pattern in targets)
+        if selected and module in read_directly:
+            raise TypeError(
+                f"model: {name!r} belongs to an nn.TransformerEncoderLayer, whose fast path reads its weight without "
+                "calling it; exclude it"
+            )
         if targets is None:
             if type(module) is nn.Linear:
                 chosen[module] = None
-        elif any(matches(name, pattern) for pattern in targets):
+        elif selected:
             if type(module) is not nn.Linear:
                 kind = f"{type(module).__module__}.{type(module).__qualname__}"
                 raise TypeError(f"targets: expected exactly torch.nn.Linear at {name!r}, got its subclass {kind}")
@@ -103,8 +116,9 @@ def _choose(
 
 
 def _checked_names(argument: str, names: Iterable[str]) -> tuple[str, ...]:
-    if isinstance(names, str):
-        raise ValueError(f"{argument}: expected a list of names, got the string {names!r}; write ({names!r},)")
+    if isinstance(names, str) or not isinstance(names, Iterable):
+        got = f"the string {names!r}; write ({names!r},)" if isinstance(names, str) else repr(names)
+        raise ValueError(f"{argument}: expected a list of names, got {got}")
     checked = tuple(names)
     for name in checked:
         if not isinstance(name, str) or not name:

@@ -32,7 +32,7 @@ class GLoRALinear(nn.Module):
         weight (N, K), bias (N,): frozen.
         Ad (N, R) or, for the matmul product, (K, R); Au (R, K); Bd (N, R); Bu (R, K); Cd (K, R);
         Cu (R, 1); D (N,); E (N,): trainable, under the official names. In fp32 where ``dtype``
-        is a half type, whose resolution would swallow their updates.
+        is a half type, whose resolution would swallow their updates (``.to(dtype)`` casts all).
 
     Raises:
         ValueError: a rank below 1, or an unknown product.
@@ -73,6 +73,9 @@ class GLoRALinear(nn.Module):
         """
         if type(linear) is not nn.Linear:
             raise TypeError(f"linear: expected exactly torch.nn.Linear, got {_qualified_name(type(linear))}")
+        hooked = linear._forward_hooks or linear._forward_pre_hooks or linear._backward_hooks
+        if hooked or "forward" in vars(linear) or "weight" not in linear._parameters:
+            raise TypeError("linear: expected one without hooks, pruning or weight norm; they would be lost")
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
         layer._adopt(linear, rank, product)

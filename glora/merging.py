@@ -80,8 +80,9 @@ class MergeReport:
 def merge(model: nn.Module, sample: Tensor | None = None, *, keep: bool = False, safe: bool = True) -> MergeReport:
     """Replace every adapted layer of ``model`` by a plain ``nn.Linear``, in place.
 
-    The merged model has the names, shapes and module types that it had before ``inject``, and so
-    its cost. Effective weights are formed in fp32 (fp64 for fp64) and rounded once.
+    The merged model has the names, shapes and module types that it had before ``inject``, and so its
+    cost; only a weight that was tied to another module is a parameter of its own afterwards.
+    Effective weights are formed in fp32 (fp64 for fp64) and rounded once.
 
     Args:
         sample: an input of the model; the difference of its output is reported.
@@ -135,13 +136,14 @@ def _measure(name: str, layer: GLoRALinear, linear: nn.Linear) -> LayerMerge:
     """Both layers on random tokens of unit variance, and the formula in fp64."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(_PROBE_TOKENS, layer.in_features, generator=generator).to(layer.weight)
-    y = linear(x).double()
+    with torch.autocast(x.device.type, enabled=False):
+        y, unmerged = linear(x).double(), layer(x).double()
     bias = None if layer.bias is None else layer.bias.double()
     exact = reference.glora_linear(x.double(), layer.weight.double(), bias, layer.terms())
     return LayerMerge(
         name,
         layer.path,
-        _largest(y - layer(x).double()),
+        _largest(y - unmerged),
         _largest(y - exact),
         linear.bias is not None and layer.bias is None,
     )

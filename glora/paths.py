@@ -23,6 +23,9 @@ def get_paths(model: nn.Module) -> Paths:
 def set_paths(model: nn.Module, paths: Mapping[str, PathConfig]) -> None:
     """Set the path of every adapted layer.
 
+    Under activation checkpointing, which runs forward again during backward, keep the paths as they
+    are until backward is done: forward always uses the paths of its own time.
+
     Raises:
         ValueError: names missing from or unknown to the model, or a rank above a layer's storage;
             no path is changed then.
@@ -72,11 +75,14 @@ def sampler_for(model: nn.Module, space: SearchSpace, limit: int | None = None) 
     return PathSampler({name: layer.shape for name, layer in layers.items()}, space, limit)
 
 
-def check_names(argument: str, got: Mapping, expected: Mapping) -> None:
-    """Raise ValueError, listing them, if the two mappings differ in their keys."""
+def check_names(argument: str, got: Mapping[str, PathConfig], expected: Mapping) -> None:
+    """Raise ValueError, listing them, if the two mappings differ in their keys; TypeError for no path."""
     missing, unknown = [n for n in expected if n not in got], [n for n in got if n not in expected]
     if missing or unknown:
         raise ValueError(
             f"{argument}: expected exactly the {len(expected)} adapted layers of the model; "
             f"missing {missing}, unknown {unknown}"
         )
+    for name, path in got.items():
+        if not isinstance(path, PathConfig):
+            raise TypeError(f"{argument}: expected glora.PathConfig for {name!r}, got {type(path).__name__}")

@@ -31,6 +31,8 @@ class PathSampler:
     """
 
     def __init__(self, layers: Mapping[str, LayerShape], space: SearchSpace, limit: int | None = None):
+        if limit is not None and type(limit) is not int:
+            raise ValueError(f"limit: expected an integer or None, got {limit!r}")
         self.layers, self.space, self.limit = dict(layers), space, limit
         self._options = [space.options[slot] for slot in SLOTS]
         self._counts = {

@@ -11,8 +11,10 @@ from __future__ import annotations
 import math
 import os
 import time
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,8 +25,10 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, Sampler, TensorDataset
 from tqdm.auto import tqdm
 
+from .checksum import checksum
 from .config import SearchSpace
 from .files import write_atomically
+from .modules import glora_layers
 from .parameters import trainable_parameters
 from .paths import get_paths, sampler_for, set_paths
 
@@ -61,8 +65,15 @@ class Recipe:
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "checkpoint_every"):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
+            if type(getattr(self, name)) is not int or getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected an integer from 1, got {getattr(self, name)!r}")
+        if type(self.seed) is not int:
+            raise ValueError(f"seed: expected an integer, got {self.seed!r}")
+        for name in ("lr", "weight_decay", "warmup", "clip_norm"):
+            if not isinstance(getattr(self, name), (int, float)) and not (
+                name == "clip_norm" and self.clip_norm is None
+            ):
+                raise ValueError(f"{name}: expected a number, got {getattr(self, name)!r}")
         if self.clip_norm is not None and not self.clip_norm > 0:
             raise ValueError(f"clip_norm: expected a number above 0 or None, got {self.clip_norm}")
         if not self.lr > 0 or not self.weight_decay >= 0 or not 0 <= self.warmup < 1:
@@ -124,7 +135,8 @@ def train(
 
     With a ``space`` the model is a supernet: each step draws a path for every layer from it, and
     only the tensors read get a gradient. The others keep ``grad`` None and the optimiser does not
-    touch them: neither value, nor moments, nor weight decay. Afterwards the paths are as before.
+    touch them: neither value, nor moments, nor weight decay. Afterwards the paths are as before, and
+    the model is in training mode.
 
     Args:
         dataset: a map-style data set of ``(input, target)``.
@@ -150,6 +162,8 @@ def train(
     run = _Run(model, parameters, recipe, space, len(dataset))  # type: ignore[arg-type]
     if checkpoint is not None and Path(checkpoint).exists():
         run.load(checkpoint)
+    else:
+        torch.manual_seed(recipe.seed)
     paths_before = get_paths(model)
     model.train()
     resumed_from, started = run.step, time.perf_counter()
@@ -159,7 +173,8 @@ def train(
         for x, target in _batches(dataset, recipe, run.step):
             if sampler is not None:
                 set_paths(model, sampler.sample(run.generator))
-            loss, output = _step(run, x, target, loss_fn)
+            with _all_layers_run(model) if run.step == resumed_from else nullcontext():
+                loss, output = _step(run, x, target, loss_fn)
             meter.update(loss, output, target)
             bar.update()
             bar.set_postfix_str(meter.text(), refresh=False)
@@ -174,6 +189,28 @@ def train(
     seconds = time.perf_counter() - started
     images = (run.step - resumed_from) * recipe.batch_size
     return TrainSummary(run.step, tuple(run.losses), seconds, images / seconds if seconds else 0.0, resumed_from)
+
+
+@contextmanager
+def _all_layers_run(model: nn.Module) -> Iterator[None]:
+    """Warn of adapted layers whose forward is not called in the block: nothing they hold has an effect."""
+    idle: dict[nn.Module, str] = {layer: name for name, layer in glora_layers(model).items()}
+
+    def ran(layer: nn.Module, *_: object) -> None:
+        idle.pop(layer, None)
+
+    hooks = [layer.register_forward_hook(ran) for layer in idle]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if idle:
+        warnings.warn(
+            f"these layers did not run in the first step: {sorted(idle.values())}; if the model reads their weight "
+            "instead of calling them, GLoRA has no effect there: exclude them in glora.inject",
+            stacklevel=3,
+        )
 
 
 def _step(run: _Run, x: Tensor, target: Tensor, loss_fn: Loss) -> tuple[float, Tensor]:
@@ -224,6 +261,8 @@ class _Run:
 
         self.model, self.parameters, self.recipe, self.space = model, parameters, recipe, space
         self.samples = samples
+        trained = {id(parameter) for parameter in parameters}
+        self.frozen = checksum(p for p in model.parameters() if id(p) not in trained)
         self.step = 0
         self.losses: list[float] = []
         self.optimizer = torch.optim.AdamW(parameters, lr=recipe.lr, weight_decay=recipe.weight_decay)
@@ -232,12 +271,11 @@ class _Run:
             self.optimizer, recipe.steps, warmup_t=warmup, warmup_lr_init=recipe.lr / (warmup + 1), t_in_epochs=False
         )
         self.generator = torch.Generator().manual_seed(_mix(recipe.seed, -1))
-        torch.manual_seed(recipe.seed)
 
     def _identity(self) -> dict[str, Any]:
         """What a checkpoint must agree on to be continued; steps between checkpoints may differ."""
         recipe = {name: value for name, value in asdict(self.recipe).items() if name != "checkpoint_every"}
-        common = {"recipe": recipe, "samples": self.samples}
+        common = {"recipe": recipe, "samples": self.samples, "frozen": self.frozen}
         if self.space is not None:
             return {**common, "space": self.space.to_dict()}
         return {**common, "paths": {name: path.to_dict() for name, path in get_paths(self.model).items()}}
@@ -249,11 +287,8 @@ class _Run:
 
     def save(self, file: str | os.PathLike) -> None:
         """Write a checkpoint; raises ValueError, and keeps the previous one, if training has diverged."""
-        diverged = [name for name, tensor in self._tensors().items() if not bool(torch.isfinite(tensor).all())]
-        if diverged:
-            raise ValueError(
-                f"parameters: expected finite values at step {self.step}, not so in {diverged}; try a smaller lr"
-            )
+        if not all(bool(torch.isfinite(parameter).all()) for parameter in self.parameters):
+            raise ValueError(f"parameters: expected finite values, not so at step {self.step}; try a smaller lr")
         state = {
             "format": CHECKPOINT_FORMAT,
             "identity": self._identity(),

@@ -84,7 +84,23 @@ def test_a_frozen_head_is_not_in_the_file(file):
     model.head.requires_grad_(False)
     save_adapter(model, file)
     assert "head.weight" not in load_file(file)
-    assert torch.equal(load_adapter(adapted_mlp(), file).head.weight, mlp().head.weight)
+    assert torch.equal(load_adapter(mlp(), file).head.weight, mlp().head.weight)
+
+
+def test_a_trainable_head_has_to_be_in_the_file(file):
+    """Else a fresh head would pass for a trained one."""
+    model = trained_mlp()
+    model.head.requires_grad_(False)
+    save_adapter(model, file)
+    with pytest.raises(ValueError, match=r"missing tensors \['head.bias', 'head.weight'\]"):
+        load_adapter(adapted_mlp(), file)
+
+
+def test_a_model_on_meta_is_refused(saved):
+    with torch.device("meta"):
+        model = mlp()
+    with pytest.raises(ValueError, match="model: expected real tensors, got parameters on meta"):
+        load_adapter(model, saved)
 
 
 def test_support_frozen_by_hand_is_in_the_file(file):

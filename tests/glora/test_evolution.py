@@ -437,3 +437,16 @@ def test_a_journal_of_another_supernet_is_refused(journal):
     search_model(trained_mlp(), journal=journal)
     with pytest.raises(ValueError, match="journal of another search"):
         search_model(trained_mlp(seed=1), journal=journal)
+
+
+def test_a_journal_of_other_images_is_refused(journal):
+    model = trained_mlp()
+    x, target = points().tensors
+    search(model, SPACE, TensorDataset(x, target), journal=journal, progress=False, settings=QUICK)
+    with pytest.raises(ValueError, match="journal of another search"):
+        search(model, SPACE, TensorDataset(x + 1, target), journal=journal, progress=False, settings=QUICK)
+
+
+def test_journal_folder_has_to_exist(tmp_path):
+    with pytest.raises(ValueError, match="journal: expected an existing folder"):
+        search_model(trained_mlp(), journal=tmp_path / "nowhere" / "search.jsonl")

@@ -235,3 +235,30 @@ def test_refuses_a_bare_linear():
     model = linear()
     with unchanged(model), pytest.raises(ValueError, match=r"use GLoRALinear.from_linear for one layer"):
         inject(model)
+
+
+def test_refuses_what_a_transformer_encoder_layer_reads_directly():
+    """In eval mode its fast path takes linear1.weight, past the adapter."""
+    model = nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16), nn.Linear(8, 3))
+    with unchanged(model), pytest.raises(TypeError, match=r"'0.linear1' belongs to an nn.TransformerEncoderLayer"):
+        inject(model, 2)
+    assert list(glora_layers(inject(model, 2, exclude=("0",)))) == ["1"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda linear: linear.register_forward_hook(lambda *_: None),
+        lambda linear: nn.utils.prune.l1_unstructured(linear, "weight", 0.5),
+        lambda linear: setattr(linear, "forward", linear.forward),
+    ],
+    ids=["hook", "pruned", "patched"],
+)
+def test_refuses_a_linear_that_would_lose_something(change):
+    import torch.nn.utils.prune  # noqa: F401
+
+    model = nn.Sequential(nn.Linear(8, 3))
+    change(model[0])
+    with pytest.raises(TypeError, match="linear: expected one without hooks, pruning or weight norm"):
+        inject(model, 2)
+    assert type(model[0]) is nn.Linear

@@ -13,7 +13,7 @@ WRONG = {
     "head": ({**NEW, "head": PathConfig()}, ValueError, r"unknown \['head'\]"),
     "empty": ({}, ValueError, r"missing \['fc1', 'fc2'\]"),
     "rank": ({**NEW, "fc2": PathConfig("lora_3")}, ValueError, r"ranks up to 2 .*\(layer 'fc2'\)"),
-    "type": ({**NEW, "fc2": "lora_2"}, TypeError, r"expected glora.PathConfig, got str \(layer 'fc2'\)"),
+    "type": ({**NEW, "fc2": "lora_2"}, TypeError, r"expected glora.PathConfig for 'fc2', got str"),
 }
 each_wrong = pytest.mark.parametrize(("paths", "error", "message"), WRONG.values(), ids=WRONG)
 

@@ -480,7 +480,7 @@ def test_a_diverged_run_keeps_its_last_good_checkpoint(tmp_path):
         factor = math.inf if len(saved) == 2 else 1.0
         return ((output * factor).tanh() / factor if factor > 1 else output).square().mean()
 
-    with pytest.raises(ValueError, match=r"^parameters: expected finite values at step 3, not so in"):
+    with pytest.raises(ValueError, match=r"^parameters: expected finite values, not so at step 3"):
         run(
             model,
             recipe=Recipe(steps=4, batch_size=4, checkpoint_every=1),
@@ -530,3 +530,42 @@ def test_stops_at_a_loss_that_is_not_finite():
 def test_refuses_a_recipe(name, value):
     with pytest.raises(ValueError, match=f"{name}.*{value}"):
         Recipe(**{name: value})
+
+
+def test_a_buffer_may_be_infinite(file):
+    """Attention masks are."""
+    model = adapted_mlp()
+    model.register_buffer("mask", torch.full((3, 3), -math.inf).triu(1))
+    assert run(model, checkpoint=file).steps == RECIPE.steps
+
+
+def test_checkpoint_of_another_backbone_is_refused(file):
+    run(adapted_mlp(), checkpoint=file)
+    other = adapted_mlp()
+    with torch.no_grad():
+        other.fc1.weight.add_(1)
+    with unchanged(other), pytest.raises(ValueError, match="checkpoint of another run"):
+        run(other, checkpoint=file)
+
+
+def test_a_refused_checkpoint_does_not_reseed_torch(file):
+    run(adapted_mlp(), checkpoint=file)
+    before = torch.get_rng_state()
+    with pytest.raises(ValueError, match="checkpoint of another run"):
+        run(adapted_mlp(), recipe=recipe(seed=99), checkpoint=file)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_layers_that_are_read_and_not_called_are_named():
+    class Reader(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.called, self.read = torch.nn.Linear(2, 4), torch.nn.Linear(4, 3)
+
+        def forward(self, x):
+            return torch.nn.functional.linear(self.called(x), self.read.weight)
+
+    model = inject(Reader(), 2)
+    data = TensorDataset(torch.randn(8, 2), torch.zeros(8, dtype=torch.long))
+    with pytest.warns(UserWarning, match=r"did not run in the first step: \['read'\]"):
+        run(model, dataset=data)
