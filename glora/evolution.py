@@ -13,7 +13,7 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -25,11 +25,11 @@ from .checksum import checksum
 from .config import LayerShape, PathConfig, SearchSpace
 from .evaluation import evaluate_merged
 from .files import write_atomically
+from .journal import Journal, Scores
 from .modules import require_layers
 from .paths import Paths, sampler_for
 from .sampling import PathSampler
 
-JOURNAL_FORMAT = 1
 _TRIES = 50
 Key = tuple[PathConfig, ...]
 Evaluate = Callable[[Paths], float]
@@ -195,8 +195,14 @@ def evolve(
     """
     sampler = PathSampler(layers, space, limit)
     evolution = _Evolution(sampler, settings)
-    book = None if journal is None else _Journal(journal, layers, space, settings, limit, scored_by)
-    scores = _Scores(evaluate, book)
+    description = {
+        "layers": [[name, *shape] for name, shape in layers.items()],
+        "space": space.to_dict(),
+        "settings": asdict(settings),
+        "limit": limit,
+        "scored_by": dict(scored_by or {}),
+    }
+    scores = Scores(None if journal is None else Journal(journal, description))
     started = time.perf_counter()
     total = settings.population + settings.generations * (settings.crossover + settings.mutation)
     history: list[Candidate] = []
@@ -205,7 +211,8 @@ def evolve(
             offspring = evolution.first() if generation == 0 else evolution.next(history)
             for key in offspring:
                 paths = dict(zip(sampler.layers, key))
-                history.append(Candidate(paths, scores.of(key, paths), sampler.count(paths), generation))
+                score = scores.of(_encode(key), partial(evaluate, paths))
+                history.append(Candidate(paths, score, sampler.count(paths), generation))
                 bar.update()
             best = min(history, key=rank)
             bar.set_postfix_str(f"best {best.score:.4f} with {best.parameters:,} parameters")
@@ -271,78 +278,5 @@ class _Evolution:
         return int(torch.randint(count, (), generator=self.generator))
 
 
-class _Scores:
-    """Scores from the journal where it has them, else from ``evaluate``, and into the journal."""
-
-    def __init__(self, evaluate: Evaluate, journal: _Journal | None):
-        self.evaluate, self.journal, self.evaluated = evaluate, journal, 0
-        self.known = {} if journal is None else journal.read()
-
-    def of(self, key: Key, paths: Paths) -> float:
-        text = _encode(key)
-        if text not in self.known:
-            self.known[text] = float(self.evaluate(paths))
-            self.evaluated += 1
-            if self.journal is not None:
-                self.journal.append(text, self.known[text])
-        return self.known[text]
-
-
 def _encode(key: Key) -> str:
     return ";".join(",".join(path.to_dict().values()) for path in key)
-
-
-class _Journal:
-    """One line of JSON a score, after a first line that says which search this is.
-
-    A process killed while it writes leaves at most one incomplete line, which is cut off on resume.
-    """
-
-    def __init__(
-        self,
-        file: str | os.PathLike,
-        layers: Mapping[str, LayerShape],
-        space: SearchSpace,
-        settings: SearchSettings,
-        limit: int | None,
-        scored_by: Mapping[str, Any] | None,
-    ):
-        self.file = Path(file)
-        if not self.file.parent.is_dir():
-            raise ValueError(f"journal: expected an existing folder, got {self.file.parent}")
-        self.header = {
-            "format": JOURNAL_FORMAT,
-            "layers": [[name, *shape] for name, shape in layers.items()],
-            "space": space.to_dict(),
-            "settings": asdict(settings),
-            "limit": limit,
-            "scored_by": dict(scored_by or {}),
-        }
-
-    def read(self) -> dict[str, float]:
-        """Scores so far; starts the file if there is none. Raises ValueError for another search's."""
-        content = self.file.read_bytes() if self.file.exists() else b""
-        if not content:
-            line = json.dumps(self.header).encode() + b"\n"
-            write_atomically(self.file, lambda stream: stream.write(line))
-            return {}
-        complete = content[: content.rfind(b"\n") + 1]
-        try:
-            header, *entries = [json.loads(line) for line in complete.splitlines()]
-            scores = dict(entries)
-        except (ValueError, TypeError) as error:
-            raise ValueError(
-                f"{self.file}: expected a search journal, it is damaged or something else ({error})"
-            ) from None
-        if header != self.header:
-            raise ValueError(f"{self.file}: journal of another search; expected {self.header}, got {header}")
-        if len(complete) < len(content):
-            with open(self.file, "rb+") as stream:
-                stream.truncate(len(complete))
-        return scores
-
-    def append(self, text: str, score: float) -> None:
-        with open(self.file, "a", encoding="utf-8") as stream:
-            stream.write(json.dumps([text, score]) + "\n")
-            stream.flush()
-            os.fsync(stream.fileno())

@@ -37,7 +37,8 @@ def use_backend(name: str) -> Iterator[None]:
     """Send the calls inside the ``with`` block to one backend (``"auto"``: as if not chosen).
 
     The environment variable ``GLORA_BACKEND`` does the same for a whole process; the innermost
-    ``use_backend`` wins. The choice belongs to the thread (or task) that made it.
+    ``use_backend`` wins. The choice belongs to the thread (or task) that made it. ``torch.compile``
+    traces the reference formula, whatever was chosen.
 
     Raises:
         ValueError: an unknown name.
