@@ -42,7 +42,7 @@ def _parser() -> argparse.ArgumentParser:
 def _add_quickstart(commands) -> None:
     command = commands.add_parser(
         "quickstart",
-        help="the whole pipeline on real data, on a CPU, in about two minutes",
+        help="the whole pipeline on real data, on a CPU, in about three minutes",
         description=(
             "Pre-train a small ViT on handwritten digits, then adapt it to a shifted task from a few images: "
             "linear probe, BitFit, SSF, LoRA, full fine-tuning, and GLoRA (supernet, search, merge). "
@@ -56,7 +56,7 @@ def _add_quickstart(commands) -> None:
     command.add_argument("--seed", type=int, default=0, help="the first seed")
     command.add_argument("--steps", type=int, default=500, help="optimiser steps of every method")
     command.add_argument("--pretraining-steps", type=int, default=1000, help="optimiser steps of pre-training")
-    command.add_argument("--full", action="store_true", help="both tasks, 5 seeds, 1 to 16 shots; about 40 minutes")
+    command.add_argument("--full", action="store_true", help="both tasks, 5 seeds, 1 to 16 shots; about half an hour")
     command.add_argument("--workers", type=int, default=None, help="processes; the default is one a core")
     command.add_argument("--out", type=Path, default=Path("runs/quickstart"), metavar="FOLDER", help="where files go")
     command.add_argument("--json", action="store_true", help="print JSON alone, no progress bars")
