@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
 from .config import PathConfig
-from .modules import replaced_modules, require_layers
+from .modules import evaluating, replaced_modules, require_layers
 from .paths import check_names
 
 
@@ -31,10 +31,8 @@ def evaluate(model: nn.Module, dataset: Dataset, batch_size: int = 256) -> Metri
         ValueError: an empty data set.
     """
     device = next(model.parameters()).device
-    training = {module: module.training for module in model.modules()}
-    model.eval()
     loss, right, samples = 0.0, 0, 0
-    try:
+    with evaluating(model):
         # a generator of its own: without it the loader draws from torch's, which dropout uses
         for x, target in DataLoader(dataset, batch_size, generator=torch.Generator()):
             logits = model(x.to(device))
@@ -42,9 +40,6 @@ def evaluate(model: nn.Module, dataset: Dataset, batch_size: int = 256) -> Metri
             loss += float(F.cross_entropy(logits.float(), target, reduction="sum"))
             right += int((logits.argmax(-1) == target).sum())
             samples += len(target)
-    finally:
-        for module, flag in training.items():
-            module.training = flag
     if not samples:
         raise ValueError("dataset: expected at least one sample, got none")
     return Metrics(loss / samples, right / samples, samples)

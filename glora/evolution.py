@@ -145,7 +145,7 @@ def search(
 
     Raises:
         ValueError: a limit that no path meets, a space that does not fit the model, an unknown
-            metric, or a journal of another search (other weights, validation size or metric included).
+            metric, or a journal of another search (of other weights, images or metric).
     """
     if metric not in ("accuracy", "loss"):
         raise ValueError(f"metric: expected 'accuracy' or 'loss', got {metric!r}")
@@ -163,7 +163,7 @@ def search(
         limit=limit,
         settings=settings,
         journal=journal,
-        scored_by=_scored_by(model, validation, metric),
+        scored_by=None if journal is None else _scored_by(model, validation, metric),
         progress=progress,
     )
 

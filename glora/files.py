@@ -28,6 +28,13 @@ def write_atomically(file: str | os.PathLike, write: Callable[[BinaryIO], object
     _sync_folder(target.parent)
 
 
+def require_folder(argument: str, file: str | os.PathLike) -> None:
+    """Raise ValueError, naming the argument, if the folder of ``file`` does not exist."""
+    folder = Path(file).parent
+    if not folder.is_dir():
+        raise ValueError(f"{argument}: expected an existing folder, got {folder}")
+
+
 def _sync_folder(folder: Path) -> None:
     """Make the rename itself durable, where the platform can."""
     try:

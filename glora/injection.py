@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 
 from torch import nn
 
-from .layer import GLoRALinear
+from .layer import GLoRALinear, qualified_name
 from .modules import glora_layers, matches, replace_modules
 
 DEFAULT_EXCLUDE = ("head",)
@@ -96,19 +96,18 @@ def _choose(
         if module in left_alone or not isinstance(module, nn.Linear):
             continue
         selected = targets is None or any(matches(name, pattern) for pattern in targets)
-        if selected and module in read_directly:
+        if not selected:
+            continue
+        if module in read_directly:
             raise TypeError(
                 f"model: {name!r} belongs to an nn.TransformerEncoderLayer, whose fast path reads its weight without "
                 "calling it; exclude it"
             )
-        if targets is None:
-            if type(module) is nn.Linear:
-                chosen[module] = None
-        elif selected:
-            if type(module) is not nn.Linear:
-                kind = f"{type(module).__module__}.{type(module).__qualname__}"
-                raise TypeError(f"targets: expected exactly torch.nn.Linear at {name!r}, got its subclass {kind}")
+        if type(module) is nn.Linear:
             chosen[module] = None
+        elif targets is not None:
+            kind = qualified_name(type(module))
+            raise TypeError(f"targets: expected exactly torch.nn.Linear at {name!r}, got its subclass {kind}")
     if not chosen:
         scope = "" if targets is None else f" among targets {list(targets)}"
         raise ValueError(f"model: expected at least one nn.Linear to adapt{scope}, found none")

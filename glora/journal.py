@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from .files import write_atomically
+from .files import require_folder, write_atomically
 
 JOURNAL_FORMAT = 1
 
@@ -44,8 +44,7 @@ class Journal:
 
     def __init__(self, file: str | os.PathLike, description: Mapping[str, Any]):
         self.file = Path(file)
-        if not self.file.parent.is_dir():
-            raise ValueError(f"journal: expected an existing folder, got {self.file.parent}")
+        require_folder("journal", file)
         self.header = {"format": JOURNAL_FORMAT, **description}
 
     def read(self) -> dict[str, float]:

@@ -72,7 +72,7 @@ class GLoRALinear(nn.Module):
                 something else.
         """
         if type(linear) is not nn.Linear:
-            raise TypeError(f"linear: expected exactly torch.nn.Linear, got {_qualified_name(type(linear))}")
+            raise TypeError(f"linear: expected exactly torch.nn.Linear, got {qualified_name(type(linear))}")
         hooked = linear._forward_hooks or linear._forward_pre_hooks or linear._backward_hooks
         if hooked or "forward" in vars(linear) or "weight" not in linear._parameters:
             raise TypeError("linear: expected one without hooks, pruning or weight norm; they would be lost")
@@ -196,5 +196,5 @@ class GLoRALinear(nn.Module):
         )
 
 
-def _qualified_name(kind: type) -> str:
+def qualified_name(kind: type) -> str:
     return f"{kind.__module__}.{kind.__qualname__}"

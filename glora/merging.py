@@ -12,7 +12,7 @@ from glora_kernels import reference
 
 from .config import PathConfig
 from .layer import GLoRALinear
-from .modules import replace_modules, replaced_modules, require_layers
+from .modules import evaluating, replace_modules, replaced_modules, require_layers
 
 _PROBE_TOKENS = 16
 
@@ -151,16 +151,10 @@ def _measure(name: str, layer: GLoRALinear, linear: nn.Linear) -> LayerMerge:
 
 @torch.no_grad()
 def _model_difference(model: nn.Module, replacements: Mapping[nn.Module, nn.Module], sample: Tensor) -> float:
-    training = {module: module.training for module in (*model.modules(), *replacements.values())}
-    model.eval()
-    try:
+    with evaluating(model):
         before = model(sample)
-        with replaced_modules(model, replacements):
-            model.eval()
+        with replaced_modules(model, replacements), evaluating(model):
             after = model(sample)
-    finally:
-        for module, flag in training.items():
-            module.training = flag
     if not isinstance(before, Tensor):
         raise ValueError(f"sample: expected a model that returns a tensor, got {type(before).__name__}")
     return _largest((before - after).double())

@@ -43,6 +43,18 @@ def replace_modules(model: nn.Module, replacements: Mapping[nn.Module, nn.Module
 
 
 @contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode for a ``with`` block; then every module's own mode again."""
+    training = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, flag in training.items():
+            module.training = flag
+
+
+@contextmanager
 def replaced_modules(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> Iterator[None]:
     """As :func:`replace_modules`, undone at the end of the ``with`` block."""
     replace_modules(model, replacements)

@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from tqdm.auto import tqdm
 
 from .checksum import checksum
 from .config import SearchSpace
-from .files import write_atomically
+from .files import require_folder, write_atomically
 from .modules import glora_layers
 from .parameters import trainable_parameters
 from .paths import get_paths, sampler_for, set_paths
@@ -156,8 +157,8 @@ def train(
         raise ValueError("model: expected parameters that require grad, found none")
     if not len(dataset):  # type: ignore[arg-type]
         raise ValueError("dataset: expected at least one sample, got none")
-    if checkpoint is not None and not Path(checkpoint).parent.is_dir():
-        raise ValueError(f"checkpoint: expected an existing folder, got {Path(checkpoint).parent}")
+    if checkpoint is not None:
+        require_folder("checkpoint", checkpoint)
     sampler = None if space is None else sampler_for(model, space)
     run = _Run(model, parameters, recipe, space, len(dataset))  # type: ignore[arg-type]
     if checkpoint is not None and Path(checkpoint).exists():
@@ -261,8 +262,6 @@ class _Run:
 
         self.model, self.parameters, self.recipe, self.space = model, parameters, recipe, space
         self.samples = samples
-        trained = {id(parameter) for parameter in parameters}
-        self.frozen = checksum(p for p in model.parameters() if id(p) not in trained)
         self.step = 0
         self.losses: list[float] = []
         self.optimizer = torch.optim.AdamW(parameters, lr=recipe.lr, weight_decay=recipe.weight_decay)
@@ -272,10 +271,16 @@ class _Run:
         )
         self.generator = torch.Generator().manual_seed(_mix(recipe.seed, -1))
 
+    @cached_property
+    def _frozen(self) -> int:
+        """Formed on the first use: a run without a checkpoint reads no frozen weight for it."""
+        trained = {id(parameter) for parameter in self.parameters}
+        return checksum(p for p in self.model.parameters() if id(p) not in trained)
+
     def _identity(self) -> dict[str, Any]:
         """What a checkpoint must agree on to be continued; steps between checkpoints may differ."""
         recipe = {name: value for name, value in asdict(self.recipe).items() if name != "checkpoint_every"}
-        common = {"recipe": recipe, "samples": self.samples, "frozen": self.frozen}
+        common = {"recipe": recipe, "samples": self.samples, "frozen": self._frozen}
         if self.space is not None:
             return {**common, "space": self.space.to_dict()}
         return {**common, "paths": {name: path.to_dict() for name, path in get_paths(self.model).items()}}

@@ -37,17 +37,17 @@ def _effective_bias(weight: Tensor, bias: Tensor | None, terms: Terms) -> Tensor
         shift = _per_row(terms.E, compute_dtype(weight.dtype))
         result = shift.expand(weight.shape[0]) if result is None else result + shift
     if terms.C is not None:
-        prompt = weight @ column_prompt(terms.C, weight.dtype)
+        prompt = weight @ _column_prompt(terms.C, weight.dtype)
         result = prompt if result is None else result + prompt
     return result
 
 
-def column_prompt(term: LowRank | Vector, dtype: torch.dtype) -> Tensor:
+def _column_prompt(term: LowRank | Vector, dtype: torch.dtype) -> Tensor:
     """c of ``W0 c``, ``(K,)``."""
     if isinstance(term, Vector):
         return term.entries.to(dtype)
-    down, up = term.factors
-    return (down.to(dtype) @ up.to(dtype))[:, 0]
+    down, up = factors_as(term, dtype)
+    return (down @ up)[:, 0]
 
 
 def factors_as(term: LowRank, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
