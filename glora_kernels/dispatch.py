@@ -6,20 +6,34 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
+
+from .terms import LowRank, Terms
 
 BACKENDS = ("reference", "torch", "triton", "cuda")
 CHOICES = ("auto", *BACKENDS)
-_NOT_SHIPPED = "this release ships no {} kernels"
+STRATEGIES = ("assemble", "fused")
+MAX_TRITON_RANK = 64
 
-_chosen: ContextVar[str | None] = ContextVar("glora_backend", default=None)
+
+class Choice(NamedTuple):
+    """What was asked for: a backend, and for Triton a strategy (None: the cost model picks)."""
+
+    backend: str
+    strategy: str | None
+
+
+_chosen: ContextVar[Choice | None] = ContextVar("glora_backend", default=None)
 
 
 class Decision(NamedTuple):
     backend: str
     reason: str
+    strategy: str | None = None
 
 
 def available_backends() -> dict[str, str | None]:
@@ -27,53 +41,102 @@ def available_backends() -> dict[str, str | None]:
     return {
         "reference": None,
         "torch": None,
-        "triton": _NOT_SHIPPED.format("Triton"),
-        "cuda": _NOT_SHIPPED.format("CUDA"),
+        "triton": _triton_reason(),
+        "cuda": "this release ships no CUDA kernels",
     }
 
 
+def _triton_reason() -> str | None:
+    if find_spec("triton") is None:
+        return "Triton is not installed"
+    if _interpreted() or torch.cuda.is_available():
+        return None
+    return "no GPU, and TRITON_INTERPRET=1 is not set"
+
+
+def _interpreted() -> bool:
+    """Whether Triton would run kernels in its interpreter, asked without loading Triton."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
+
+
 @contextmanager
-def use_backend(name: str) -> Iterator[None]:
+def use_backend(name: str, strategy: str | None = None) -> Iterator[None]:
     """Send the calls inside the ``with`` block to one backend (``"auto"``: as if not chosen).
+
+    With ``"triton"`` a strategy can be chosen too: ``"assemble"`` writes W_eff and multiplies by it, ``"fused"``
+    forms it in registers and needs no (N, K) buffer, forward or backward. The default is what
+    :func:`glora_kernels.explain` predicts to be faster.
 
     The environment variable ``GLORA_BACKEND`` does the same for a whole process; the innermost
     ``use_backend`` wins. The choice belongs to the thread (or task) that made it. ``torch.compile``
     traces the reference formula, whatever was chosen.
 
     Raises:
-        ValueError: an unknown name.
+        ValueError: an unknown name, or a strategy of another backend.
         RuntimeError: a backend that is not available here.
     """
     _check_choice(name, "use_backend")
-    token = _chosen.set(name)
+    if strategy is not None and (name != "triton" or strategy not in STRATEGIES):
+        raise ValueError(
+            f"strategy: expected None, or one of {STRATEGIES} with backend 'triton', got {strategy!r} with {name!r}"
+        )
+    token = _chosen.set(Choice(name, strategy))
     try:
         yield
     finally:
         _chosen.reset(token)
 
 
-def decide() -> Decision:
-    """The backend for a call made now.
+def decide(weight: Tensor, terms: Terms) -> Decision:
+    """The backend for a call made now, with the operands checked before.
 
     Raises:
         ValueError, RuntimeError: the choice in force is unknown, not available, or cannot be
             honoured for this call.
     """
     tracing = _tracing_reason()
-    if torch.compiler.is_compiling():  # the choice lives outside what a compiler can trace
-        return Decision("reference", "torch.compile traces the reference formula")
-    choice = _chosen.get()
-    source = "use_backend"
-    if choice is None:
-        choice, source = os.environ.get("GLORA_BACKEND", "auto"), "GLORA_BACKEND"
-        _check_choice(choice, source)
-    if choice == "auto":
-        if tracing is not None:
-            return Decision("reference", tracing)
-        return Decision("torch", "the fastest backend that this release ships")
-    if tracing is not None and choice != "reference":
-        raise RuntimeError(f"{source}: backend {choice!r} cannot be used here ({tracing}); use 'reference' or 'auto'")
-    return Decision(choice, f"chosen by {source}")
+    choice, source = _choice()
+    if choice.backend == "auto":
+        return Decision("reference", tracing) if tracing is not None else _automatic(weight, terms)
+    unfit = tracing if choice.backend != "reference" else None
+    if unfit is None and choice.backend == "triton":
+        unfit = triton_unfit(weight, terms)
+    if unfit is not None:
+        raise RuntimeError(f"{source}: backend {choice.backend!r} cannot be used here ({unfit}); use 'auto'")
+    return Decision(choice.backend, f"chosen by {source}", choice.strategy)
+
+
+def _choice() -> tuple[Choice, str]:
+    """What was asked for, and where."""
+    chosen = _chosen.get()
+    if chosen is not None:
+        return chosen, "use_backend"
+    name = os.environ.get("GLORA_BACKEND", "auto")
+    if name != "auto":
+        _check_choice(name, "GLORA_BACKEND")
+    return Choice(name, None), "GLORA_BACKEND"
+
+
+def _automatic(weight: Tensor, terms: Terms) -> Decision:
+    if weight.device.type != "cuda":
+        return Decision("torch", f"the fastest for device {weight.device.type}")
+    unfit = triton_unfit(weight, terms)
+    if unfit is not None:
+        return Decision("torch", f"Triton kernels do not serve this call: {unfit}")
+    return Decision("triton", "fused kernels for this device")
+
+
+def triton_unfit(weight: Tensor, terms: Terms) -> str | None:
+    """Why the Triton kernels cannot serve these operands, if that is so."""
+    if weight.device.type != "cuda":
+        if weight.device.type != "cpu" or not _interpreted():
+            return f"the operands are on {weight.device.type}, not on a GPU"
+    elif weight.dtype == torch.float64:
+        return "fp64 on a GPU is served by the torch backend"
+    rank = max((term.factors[1].shape[0] for _, term in terms.active if isinstance(term, LowRank)), default=0)
+    if rank > MAX_TRITON_RANK:
+        return f"rank {rank} is above {MAX_TRITON_RANK}"
+    return None
 
 
 def _tracing_reason() -> str | None:

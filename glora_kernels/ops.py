@@ -5,13 +5,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import _torch, reference
+from . import _torch, autograd, reference
 from .autocast import cast_operands, without_autocast
 from .checks import check_call, check_layer
-from .dispatch import decide
+from .dispatch import Decision, decide
 from .terms import Terms
 
-_LINEAR = {"reference": reference.glora_linear, "torch": _torch.glora_linear}
+
+def backend_for(decision: Decision) -> autograd.Backend:
+    """The backend that was decided for; Triton is loaded at its first use."""
+    if decision.backend == "torch":
+        return _torch
+    from ._triton import TritonBackend
+
+    return TritonBackend(decision.strategy)
 
 
 def glora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, terms: Terms) -> Tensor:
@@ -41,7 +48,10 @@ def glora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, terms: Terms) -
     x, weight, bias = cast_operands(x, weight, bias)
     check_call(x, weight, bias, terms)
     with without_autocast(x.device.type):
-        return _LINEAR[decide().backend](x, weight, bias, terms)
+        decision = decide(weight, terms)
+        if decision.backend == "reference":
+            return reference.glora_linear(x, weight, bias, terms)
+        return autograd.glora_linear(backend_for(decision), x, weight, bias, terms)
 
 
 def glora_merge(weight: Tensor, bias: Tensor | None, terms: Terms, safe: bool = True) -> tuple[Tensor, Tensor | None]:
@@ -73,7 +83,8 @@ def glora_merge(weight: Tensor, bias: Tensor | None, terms: Terms, safe: bool = 
 
 
 def _merge(weight: Tensor, bias: Tensor | None, terms: Terms) -> tuple[Tensor, Tensor | None]:
-    merge = reference.glora_merge if decide().backend == "reference" else _torch.assemble
+    decision = decide(weight, terms)
+    merge = reference.glora_merge if decision.backend == "reference" else backend_for(decision).assemble
     w_eff, b_eff = merge(weight.detach(), None if bias is None else bias.detach(), terms)
     # Never hand out an alias of the base or of a support tensor.
     w_eff = w_eff if terms.adapts_weight else w_eff.clone()

@@ -8,10 +8,10 @@ from dataclasses import asdict, dataclass
 from torch import Tensor
 
 from . import dispatch
-from ._torch.gradients import needs_weight_gradient, scales_inputs
-from ._torch.row_scale import PROBED_TOKENS, reuses_output
 from .autocast import cast_operands
 from .checks import check_call
+from .reuse import PROBED_TOKENS, reuses_output
+from .routes import needs_weight_gradient, scales_inputs
 from .terms import LowRank, Terms, Vector
 
 

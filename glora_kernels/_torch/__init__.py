@@ -1,6 +1,7 @@
 """The pure PyTorch backend: the minimum-GEMM formulation, on any device PyTorch runs on."""
 
 from .assemble import assemble
-from .linear import glora_linear
+from .gradients import backward
+from .linear import forward
 
-__all__ = ["assemble", "glora_linear"]
+__all__ = ["assemble", "backward", "forward"]

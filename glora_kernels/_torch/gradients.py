@@ -21,25 +21,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..routes import needs_weight_gradient, scales_inputs
+from ..step import SlotGradients, Step
 from ..terms import Constant, LowRank, Term, Terms, Vector, compute_dtype
 from .assemble import assemble, factors_as, row_scale
 from .row_scale import row_scale_gradient
-from .step import Step
 from .storages import into_storages
 from .thin import b_gradient, contract_b, matmul_a_gradient
-
-SlotGradients = dict[str, tuple[Tensor, ...]]
-
-
-def needs_weight_gradient(terms: Terms, wanted: frozenset[str]) -> bool:
-    """Whether the third unit, dW, is needed."""
-    return "A" in wanted and isinstance(terms.A, LowRank) and terms.product == "hadamard"
-
-
-def scales_inputs(terms: Terms) -> bool:
-    """Whether A is a factor on each input or on everything: ``W_eff = W0 diag(1 + a) + B``."""
-    return isinstance(terms.A, Constant) or (isinstance(terms.A, Vector) and terms.product == "matmul")
-
 
 def backward(step: Step) -> tuple[Tensor | None, SlotGradients]:
     """The gradient of x, if wanted, and those of the storages of every wanted slot."""

@@ -10,25 +10,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..terms import Terms, Vector, compute_dtype
+from ..reuse import ACCEPTED_LOSS, PROBED_TOKENS
+from ..step import Step
+from ..terms import compute_dtype
 from .assemble import row_scale
-from .step import Step
 from .thin import Thin
-
-# Solving da from the output pays off, and its rounding errors average out, from this size on.
-MIN_TOKENS_TO_REUSE = 64
-MIN_INPUTS_TO_REUSE = 64
-# Tokens on which the loss of digits is estimated, and how much of it is accepted. The contract
-# allows an error of 3 u S in half types and 8 u S in others; part of it is left to the sums.
-PROBED_TOKENS = 16
-ACCEPTED_LOSS = {torch.float16: 2.0, torch.bfloat16: 2.0, torch.float32: 3.0, torch.float64: 3.0}
-
-
-def reuses_output(tokens: int, inputs: int, terms: Terms) -> bool:
-    """Whether ``da`` can be solved from the output, so that it is worth keeping for backward."""
-    scaled_rows = isinstance(terms.A, Vector) and terms.product == "hadamard"
-    return scaled_rows and tokens >= MIN_TOKENS_TO_REUSE and inputs >= MIN_INPUTS_TO_REUSE
-
 
 def row_scale_gradient(step: Step, db: Tensor | None, thin: Thin | None) -> Tensor:
     """``da_n = sum_m dy_mn z_mn``, ``z = x W0^T``, of shape (N,).

@@ -1,4 +1,4 @@
-"""What a backward pass works from."""
+"""What a backward pass works from, and what it returns."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from ..terms import Terms
+from .terms import Terms
+
+
+SlotGradients = dict[str, tuple[Tensor, ...]]  # of each wanted slot, in the order of its storages
 
 
 class Step(NamedTuple):
@@ -17,7 +20,7 @@ class Step(NamedTuple):
         x: (M, K), or None if neither A nor B wants a gradient.
         weight, bias, terms: as in the forward pass.
         output, b_eff: y, (M, N), if it is at hand and unchanged, and the bias (N,) that was added to it.
-        projected: what ``assemble.project`` returned.
+        projected: V = W0 Ad, (N, r), where A is a low rank of the matmul product.
         wanted: the slots that want a gradient.
         wants_x: whether x does.
     """
@@ -32,3 +35,17 @@ class Step(NamedTuple):
     projected: Tensor | None
     wanted: frozenset[str]
     wants_x: bool
+
+
+class Forward(NamedTuple):
+    """What a forward pass returns.
+
+    Attributes:
+        y: the output.
+        projected: V = W0 Ad, (N, r), where A is a low rank of the matmul product: backward reads it too.
+        b_eff: the bias (N,) that was added, or None.
+    """
+
+    y: Tensor
+    projected: Tensor | None
+    b_eff: Tensor | None

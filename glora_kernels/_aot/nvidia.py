@@ -1,0 +1,81 @@
+"""What a cubin shows: its resources, the instructions in it, and what the assembler had to say about it.
+
+The tools are those inside Triton (or where ``TRITON_NVDISASM_PATH`` and the like point).
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from contextlib import redirect_stdout
+
+from triton import knobs
+from triton.compiler import CompiledKernel, make_backend
+
+_RESOURCES = re.compile(r"\bREG:(\d+) STACK:(\d+)")
+_OPCODE = re.compile(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)")
+_TRAP = re.compile(r"^\s*(?:@!?%\w+\s+)?trap;", re.MULTILINE)
+_SERIALISED = re.compile(r"serialized due to (.*?)(?: in the function|$)", re.MULTILINE)
+
+
+def resources(dump: str) -> tuple[int, int]:
+    """Registers and bytes of stack of a thread, from ``cuobjdump --dump-resource-usage``."""
+    found = [(int(registers), int(stack)) for registers, stack in _RESOURCES.findall(dump)]
+    if not found:
+        raise RuntimeError(f"cuobjdump: expected a line with REG and STACK, got {dump!r}")
+    return max(registers for registers, _ in found), max(stack for _, stack in found)
+
+
+def opcodes(sass: str) -> Counter[str]:
+    """How often every opcode occurs, from ``nvdisasm -c``."""
+    found = Counter(match[1] for line in sass.splitlines() if (match := _OPCODE.match(line)))
+    if not found:
+        raise RuntimeError(f"nvdisasm: expected instructions, got {sass[:200]!r}")
+    return found
+
+
+def traps(ptx: str) -> int:
+    """Trap instructions that Triton wrote; those that ptxas adds around tensor memory are not in the PTX."""
+    return len(_TRAP.findall(ptx))
+
+
+def serialisation(log: str) -> str | None:
+    """Why the assembler let no two matrix instructions overlap (C7515 and its like), if it says so."""
+    found = _SERIALISED.search(log)
+    return found[1] if found else None
+
+
+def disassembled(cubin: bytes) -> tuple[str, str]:
+    """The texts for ``resources`` and ``opcodes``."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        return (
+            _output(knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name),
+            _output(knobs.nvidia.nvdisasm.path, "-c", file.name),
+        )
+
+
+def assembler_log(kernel: CompiledKernel) -> str:
+    """What ptxas says about the kernel, which Triton does not keep: assembled again, by Triton and in its way.
+
+    Raises:
+        RuntimeError: the log is not about the code in the kernel.
+    """
+    target = kernel.metadata.target
+    backend = make_backend(target)
+    options = backend.parse_options({"enable_fp_fusion": kernel.metadata.enable_fp_fusion})
+    log = io.StringIO()
+    with knobs.nvidia.scope(), redirect_stdout(log):
+        knobs.nvidia.dump_ptxas_log = True
+        again = backend.make_cubin(kernel.asm["ptx"], {}, options, target.arch)
+    if again != kernel.asm["cubin"] or "Used" not in log.getvalue():
+        raise RuntimeError("ptxas: expected the same code as before and a log of it, got another")
+    return log.getvalue()
+
+
+def _output(*command: str) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout

@@ -1,0 +1,89 @@
+"""Builds compiled and read in other processes: neither an exception nor an abort of the compiler stops the rest.
+
+A build travels as (module, target, place), since neither a kernel nor a compiler's exception can be pickled.
+"""
+
+from __future__ import annotations
+
+import importlib
+import io
+import multiprocessing
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import redirect_stdout
+from functools import cache
+from queue import SimpleQueue
+from typing import TYPE_CHECKING, NamedTuple
+
+from .compiling import compiled
+from .reading import Reading, read
+from .targets import target_named
+
+if TYPE_CHECKING:
+    from .._triton.builds import Build
+
+_LONGEST_ERROR = 300  # some carry the whole assembly
+
+
+class Job(NamedTuple):
+    module: str  # whose shipped(target) lists the builds
+    target: str
+    place: int  # in that list
+    label: str  # of that build: it must be the same in every process
+
+
+@cache
+def builds_of(module: str, target: str) -> list[Build]:
+    """What ``module.shipped`` lists for the target."""
+    return list(importlib.import_module(module).shipped(target))
+
+
+def measured(jobs: Sequence[Job], workers: int) -> Iterator[Reading | str]:
+    """For every job, in order, what its kernel shows, or in one line why there is no kernel."""
+    processes = _Processes(workers)
+    try:
+        with ThreadPoolExecutor(workers) as threads:
+            yield from threads.map(processes.run, jobs)
+    finally:
+        processes.close()
+
+
+def measure(job: Job) -> Reading | str:
+    """One job, in this process."""
+    build = builds_of(job.module, job.target)[job.place]
+    assert build.label == job.label, f"{job.module}.shipped: another order in another process"
+    try:
+        with redirect_stdout(io.StringIO()):  # where Triton prints what the assembler refuses
+            return read(compiled(build, target_named(job.target)))
+    except Exception as error:  # the compiler's own, of any type
+        text = " ".join(f"{type(error).__name__}: {error}".split())
+        return text if len(text) <= _LONGEST_ERROR else text[:_LONGEST_ERROR] + " ..."
+
+
+class _Processes:
+    """Pools of one process each: what ends a process is known to be the one job in it."""
+
+    def __init__(self, count: int) -> None:
+        self._idle: SimpleQueue[ProcessPoolExecutor] = SimpleQueue()
+        for _ in range(count):
+            self._idle.put(_process())
+
+    def run(self, job: Job) -> Reading | str:
+        process = self._idle.get()
+        try:
+            return process.submit(measure, job).result()
+        except BrokenProcessPool:
+            process.shutdown()
+            process = _process()
+            return "the compiler ended its process"
+        finally:
+            self._idle.put(process)
+
+    def close(self) -> None:
+        while not self._idle.empty():
+            self._idle.get().shutdown()
+
+
+def _process() -> ProcessPoolExecutor:
+    return ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))

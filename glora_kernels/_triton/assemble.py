@@ -1,0 +1,101 @@
+"""W_eff and b_eff in one pass over W0, for the forward pass and for merging.
+
+    W_eff = W0 * (1 + A) + B   or   W0 + V Au + B with V = W0 Ad (matmul product)
+    b_eff = b0 + b0 * D + E + W0 c
+
+A program owns BLOCK_N rows. It walks all columns where a sum over them is needed (V, W0 c), else a share of them.
+Formed in fp32 (fp64 for fp64) and rounded once at the store.
+"""
+
+import triton
+import triton.language as tl
+
+from .tile import ADDED, NONE, bias_tile, effective_tile, load_tile, prompt_tile, row_part, span, store_tile, term_tile
+
+
+@triton.jit
+def assemble_kernel(
+    w_ptr,  # (N, K) read
+    w_eff_ptr,  # (N, K) written
+    b_eff_ptr,  # (N,) written
+    v_ptr,  # (N, rank of A) written
+    a_ptr,
+    au_ptr,
+    b_ptr,
+    bu_ptr,
+    c_ptr,
+    cu_ptr,
+    bias_ptr,
+    d_ptr,
+    e_ptr,
+    N,
+    K,
+    share,  # columns a program walks
+    stride_wn,
+    stride_wk,
+    stride_a,
+    stride_b,
+    stride_bu,
+    stride_au,
+    stride_auk,
+    stride_c,
+    stride_d,
+    stride_e,
+    rank_a,
+    rank_b,
+    rank_c,
+    A: tl.constexpr,
+    B: tl.constexpr,
+    C: tl.constexpr,
+    D: tl.constexpr,
+    E: tl.constexpr,
+    BIAS: tl.constexpr,
+    WRITE_WEIGHT: tl.constexpr,
+    WRITE_BIAS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    RANK_A: tl.constexpr,
+    RANK_B: tl.constexpr,
+    RANK_C: tl.constexpr,
+    FACTOR_A: tl.constexpr,
+    FACTOR_B: tl.constexpr,
+    WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    shares = tl.cdiv(K, share)
+    row_block, part = tl.program_id(0) // shares, tl.program_id(0) % shares
+    rows = span(row_block, BLOCK_N)
+    row_mask = rows < N
+    first, last = part * share, min(K, (part + 1) * share)
+    tl.assume(last > first)
+    if A == ADDED:
+        v = tl.zeros([BLOCK_N, RANK_A], dtype=WIDE)
+        ranks = tl.arange(0, RANK_A).to(tl.int64)
+        for k in range(0, K, BLOCK_K):
+            columns = (k + tl.arange(0, BLOCK_K)).to(tl.int64)
+            weight = load_tile(w_ptr, rows, columns, stride_wn, stride_wk, row_mask, columns < K).to(WIDE)
+            down = load_tile(a_ptr, columns, ranks, stride_a, 1, columns < K, ranks < rank_a).to(WIDE)
+            v = tl.dot(weight, down, v, input_precision=PRECISION)
+        store_tile(v_ptr, v, rows, ranks, rank_a, 1, row_mask, ranks < rank_a)
+        left = v.to(FACTOR_A)
+    else:
+        left = row_part(a_ptr, rows, stride_a, 1, rank_a, row_mask, A, RANK_A, FACTOR_A)
+    b_rows = row_part(b_ptr, rows, stride_b, 1, rank_b, row_mask, B, RANK_B, FACTOR_B)
+    prompt = tl.zeros([BLOCK_N], dtype=WIDE)
+    if WRITE_WEIGHT or C != NONE:
+        for k in range(first, last, BLOCK_K):
+            columns = (k + tl.arange(0, BLOCK_K)).to(tl.int64)
+            mask = columns < last
+            weight = load_tile(w_ptr, rows, columns, stride_wn, stride_wk, row_mask, mask).to(WIDE)
+            if C != NONE:
+                c = prompt_tile(c_ptr, cu_ptr, columns, stride_c, rank_c, mask, C, RANK_C, WIDE)
+                prompt += tl.sum(weight * c[None, :], 1)
+            if WRITE_WEIGHT:
+                a = term_tile(
+                    left, au_ptr, columns, stride_au, stride_auk, rank_a, mask, A, RANK_A, FACTOR_A, WIDE, PRECISION
+                )
+                b = term_tile(b_rows, bu_ptr, columns, stride_bu, 1, rank_b, mask, B, RANK_B, FACTOR_B, WIDE, PRECISION)
+                store_tile(w_eff_ptr, effective_tile(weight, a, b, A, B), rows, columns, K, 1, row_mask, mask)
+    if WRITE_BIAS and part == 0:
+        bias = bias_tile(prompt, bias_ptr, d_ptr, e_ptr, rows, stride_d, stride_e, row_mask, BIAS, D, E, WIDE)
+        tl.store(b_eff_ptr + rows, bias.to(b_eff_ptr.dtype.element_ty), mask=row_mask)

@@ -1,0 +1,53 @@
+"""What the differentiable layer calls: shapes made flat, a strategy chosen, kernels launched."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from .. import _torch
+from ..cost import Problem, strategy_for
+from ..step import Forward, SlotGradients, Step
+from ..terms import Terms
+from .backward import backward
+from .device import architecture
+from .forward import assemble, context, forward
+
+
+@dataclass(frozen=True)
+class TritonBackend:
+    """See :class:`glora_kernels.autograd.Backend`.
+
+    Attributes:
+        strategy: ``"assemble"`` or ``"fused"``; None leaves it to the cost model.
+    """
+
+    strategy: str | None = None
+
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None, terms: Terms) -> Forward:
+        """y for x of any leading shape."""
+        if x.numel() == 0 or weight.numel() == 0:
+            return _torch.forward(x, weight, bias, terms)
+        flat = x.reshape(-1, x.shape[-1])
+        y, projected, b_eff = forward(flat, weight, bias, terms, self._strategy(flat, weight, terms))
+        return Forward(y.view(*x.shape[:-1], weight.shape[0]), projected, b_eff)
+
+    def backward(self, step: Step) -> tuple[Tensor | None, SlotGradients]:
+        """The gradient of x, if wanted, and those of the storages of every wanted slot."""
+        if step.dy.numel() == 0 or step.weight.numel() == 0:
+            return _torch.backward(step)
+        return backward(step, self._strategy(step.dy, step.weight, step.terms))
+
+    def assemble(self, weight: Tensor, bias: Tensor | None, terms: Terms) -> tuple[Tensor, Tensor | None]:
+        """``(W_eff, b_eff)``, rounded once."""
+        if weight.numel() == 0:
+            return _torch.assemble(weight, bias, terms)
+        w_eff, b_eff, _ = assemble(weight, bias, terms, context(weight, 0))
+        return w_eff, b_eff
+
+    def _strategy(self, tokens: Tensor, weight: Tensor, terms: Terms) -> str:
+        if self.strategy is not None:
+            return self.strategy
+        name = architecture(weight.device)
+        return strategy_for(Problem.of(tokens.shape[0], weight, terms, name))

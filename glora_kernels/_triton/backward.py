@@ -1,0 +1,105 @@
+"""The backward pass: which kernels run, in which order, and where their partial sums go.
+
+Five routes, by what A is and whether its gradient is wanted (launches, dense products included, in brackets):
+
+    thin       A is none, or no gradient of it is wanted    token pass, weight pass, dx, finish                   [4]
+    projected  A is a low rank of the matmul product        token pass, weight pass, dx, finish                   [4]
+    scaled     A scales inputs                              g = dy W0, token pass (dx), weight pass, finish       [4]
+    solved     A scales rows, and the output is at hand     token pass, weight pass, dx, lost rows, finish        [5]
+    dense      A is a hadamard low rank, or scales rows     token pass (db), dW, contraction, dx, finish          [5]
+               and the output is not at hand
+
+With the fused strategy dx multiplies by W_eff in registers and dW is contracted as it is formed: no (N, K) buffer.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..routes import needs_weight_gradient, scales_inputs
+from ..step import SlotGradients, Step
+from ..terms import LowRank
+from .forward import context, multiply
+from .operands import a_operand, b_operand
+from .passes import Run, contraction, finish, token_pass, weight_pass
+from .reservations import reserve
+
+
+def route_of(step: Step) -> str:
+    """See the module's docstring."""
+    terms, wanted = step.terms, step.wanted
+    if "A" not in wanted:
+        return "thin"
+    if scales_inputs(terms):
+        return "scaled"
+    if needs_weight_gradient(terms, wanted):
+        return "dense"
+    if isinstance(terms.A, LowRank):
+        return "projected"
+    return "dense" if step.output is None else "solved"
+
+
+def backward(step: Step, strategy: str) -> tuple[Tensor | None, SlotGradients]:
+    """The gradient of x, if wanted, and those of the storages of every wanted slot."""
+    a = a_operand(step.terms, step.projected, step.weight.dtype)
+    b = b_operand(step.terms, step.weight.dtype)
+    run = Run(step, strategy, context(step.weight, step.dy.shape[0]), route_of(step), a, b)
+    reserve(run)
+    dx = _ROUTES[run.route](run)
+    return dx, finish(run)
+
+
+def _through_tokens(run: Run) -> Tensor | None:
+    """The routes thin, projected and solved."""
+    token_pass(run)
+    w_eff = weight_pass(run)
+    dx = _input_gradient(run, w_eff)
+    if run.route == "solved":
+        contraction(run, None)
+    return dx
+
+
+def _scaled(run: Run) -> Tensor | None:
+    dx = token_pass(run, run.step.dy @ run.step.weight)
+    weight_pass(run)
+    return dx
+
+
+def _dense(run: Run) -> Tensor | None:
+    token_pass(run)
+    dw = None if run.strategy == "fused" else _weight_gradient(run.step.dy, run.step.x)
+    return _input_gradient(run, contraction(run, dw))
+
+
+_ROUTES = {
+    "thin": _through_tokens,
+    "projected": _through_tokens,
+    "solved": _through_tokens,
+    "scaled": _scaled,
+    "dense": _dense,
+}
+
+
+def _input_gradient(run: Run, w_eff: Tensor | None) -> Tensor | None:
+    """``dx = dy W_eff``, with W_eff as a pass has written it, or else formed in registers."""
+    step = run.step
+    if not step.wants_x:
+        return None
+    if not step.terms.adapts_weight:
+        return step.dy @ step.weight
+    if w_eff is not None:
+        return step.dy @ w_eff
+    dx = step.dy.new_empty(step.dy.shape[0], step.weight.shape[1])
+    multiply(step.dy, step.weight.t(), dx, run.a.transposed, run.b.transposed, None, None, run.shared)
+    return dx
+
+
+def _weight_gradient(dy: Tensor, x: Tensor | None) -> Tensor:
+    """``dW = dy^T x``, (N, K): in bf16 for bf16, whose range suffices; in fp32 for fp16, where sums could overflow."""
+    assert x is not None
+    if dy.dtype != torch.float16:
+        return dy.t() @ x
+    if dy.is_cuda:
+        return torch.mm(dy.t(), x, out_dtype=torch.float32)
+    return dy.t().float() @ x.float()

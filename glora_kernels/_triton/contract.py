@@ -1,0 +1,189 @@
+"""dW contracted with W0 and the factors, tile by tile.
+
+    H = dW * W0      dAd = H Au^T     dAu = Ad^T H     da = sum_k H (A a value a row)
+                     dBd = dW Bu^T    dBu = Bd^T dW    db_n = sum_k dW (B a value a row)
+    dc = W0^T db     W_eff as in the forward pass, for dx
+
+dW is read (a dense product wrote it), or with GEMM formed here from dy and x, so that no (N, K) buffer exists.
+Every result is linear in dW: sums over columns leave as one slice a block of columns, sums over rows as one a block of
+rows, fp32, and ``finish`` adds them up in a fixed order. With ONLY_LOST a program whose rows are all kept does nothing.
+"""
+
+import triton
+import triton.language as tl
+
+from .tile import LOW_RANK, NONE, ROW, effective_tile, load_tile, row_part, span, store_tile, sum_slices, term_tile
+
+
+@triton.jit
+def store_factor_gradients(
+    tile,  # [BLOCK_N, BLOCK_K]
+    left_ptr,
+    right_ptr,
+    stride_left,
+    stride_right,
+    down_ptr,  # this block's slice of (slices, N, rank)
+    up_ptr,  # this block's slice of (slices, K, rank)
+    rows,
+    columns,
+    rank,
+    row_mask,
+    mask,
+    BLOCK_RANK: tl.constexpr,
+    DTYPE: tl.constexpr,
+    DOT: tl.constexpr,
+):
+    """``tile right^T`` and ``left^T tile``."""
+    ranks = tl.arange(0, BLOCK_RANK).to(tl.int64)
+    rank_mask = ranks < rank
+    right = load_tile(right_ptr, columns, ranks, 1, stride_right, mask, rank_mask).to(DTYPE)
+    left = load_tile(left_ptr, ranks, rows, 1, stride_left, rank_mask, row_mask).to(DTYPE)
+    operand = tile.to(DTYPE)
+    down = tl.dot(operand, right, input_precision=DOT)
+    store_tile(down_ptr, down, rows, ranks, rank, 1, row_mask, rank_mask)
+    up = tl.dot(left, operand, input_precision=DOT)
+    store_tile(up_ptr, up, ranks, columns, 1, rank, rank_mask, mask)
+
+
+@triton.jit
+def contract_kernel(
+    dw_ptr,  # (N, K) read, contiguous
+    dy_ptr,  # (M, N) read with GEMM
+    x_ptr,  # (M, K) read with GEMM
+    w_ptr,
+    w_eff_ptr,  # (N, K) written
+    a_ptr,
+    au_ptr,
+    b_ptr,
+    bu_ptr,
+    c_ptr,
+    lost_ptr,  # (N,) read with ONLY_LOST
+    partials_ptr,
+    at_a,
+    at_au,
+    at_b,
+    at_bu,
+    at_db,
+    at_dc,
+    at_cu,
+    slices,
+    M,
+    N,
+    K,
+    stride_ym,
+    stride_yn,
+    stride_xm,
+    stride_xk,
+    stride_wn,
+    stride_wk,
+    stride_a,
+    stride_au,
+    stride_b,
+    stride_bu,
+    stride_c,
+    rank_a,
+    rank_b,
+    rank_c,
+    A: tl.constexpr,
+    B: tl.constexpr,
+    GRAD_A: tl.constexpr,
+    GRAD_B: tl.constexpr,
+    SUM_B: tl.constexpr,
+    DC: tl.constexpr,
+    DCU: tl.constexpr,  # Cd^T dc
+    WRITE_WEIGHT: tl.constexpr,
+    GEMM: tl.constexpr,
+    ONLY_LOST: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    RANK_A: tl.constexpr,
+    RANK_B: tl.constexpr,
+    RANK_C: tl.constexpr,
+    FACTOR_A: tl.constexpr,
+    FACTOR_B: tl.constexpr,
+    CONTRACT: tl.constexpr,  # the type in which dW meets the factors
+    CONTRACT_DOT: tl.constexpr,
+    WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    DOT: tl.constexpr,
+):
+    column_blocks = tl.cdiv(K, BLOCK_K)
+    row_block = (tl.program_id(0) // column_blocks).to(tl.int64)
+    column_block = (tl.program_id(0) % column_blocks).to(tl.int64)
+    rows, columns = span(row_block, BLOCK_N), span(column_block, BLOCK_K)
+    row_mask, mask = rows < N, columns < K
+    wanted = True
+    if ONLY_LOST:
+        wanted = tl.max(tl.load(lost_ptr + rows, mask=row_mask, other=0), 0) > 0
+    if wanted:
+        if GEMM:
+            dw = tl.zeros([BLOCK_N, BLOCK_K], dtype=WIDE)
+            tl.assume(M > 0)
+            for m in range(0, M, BLOCK_M):
+                tokens = (m + tl.arange(0, BLOCK_M)).to(tl.int64)
+                token_mask = tokens < M
+                dy = load_tile(dy_ptr, tokens, rows, stride_ym, stride_yn, token_mask, row_mask)
+                x = load_tile(x_ptr, tokens, columns, stride_xm, stride_xk, token_mask, mask)
+                dw = tl.dot(tl.trans(dy), x, dw, input_precision=DOT)
+        else:
+            dw = load_tile(dw_ptr, rows, columns, K, 1, row_mask, mask).to(WIDE)
+        if GRAD_B and B == LOW_RANK:
+            store_factor_gradients(
+                dw,
+                b_ptr,
+                bu_ptr,
+                stride_b,
+                stride_bu,
+                partials_ptr + at_b + column_block * N * rank_b,
+                partials_ptr + at_bu + row_block * K * rank_b,
+                rows,
+                columns,
+                rank_b,
+                row_mask,
+                mask,
+                RANK_B,
+                CONTRACT,
+                CONTRACT_DOT,
+            )
+        elif GRAD_B and SUM_B:
+            tl.store(partials_ptr + at_b + row_block * column_blocks + column_block, tl.sum(tl.sum(dw, 1), 0))
+        elif GRAD_B:
+            tl.store(partials_ptr + at_b + column_block * N + rows, tl.sum(dw, 1), mask=row_mask)
+        if GRAD_A or DC or WRITE_WEIGHT:
+            weight = load_tile(w_ptr, rows, columns, stride_wn, stride_wk, row_mask, mask).to(WIDE)
+        if GRAD_A and A == LOW_RANK:
+            store_factor_gradients(
+                dw * weight,
+                a_ptr,
+                au_ptr,
+                stride_a,
+                stride_au,
+                partials_ptr + at_a + column_block * N * rank_a,
+                partials_ptr + at_au + row_block * K * rank_a,
+                rows,
+                columns,
+                rank_a,
+                row_mask,
+                mask,
+                RANK_A,
+                CONTRACT,
+                CONTRACT_DOT,
+            )
+        elif GRAD_A:
+            tl.store(partials_ptr + at_a + column_block * N + rows, tl.sum(dw * weight, 1), mask=row_mask)
+        if DC:
+            db = sum_slices(partials_ptr + at_db, slices, N, rows, row_mask, BLOCK_N, WIDE)
+            dc = tl.sum(weight * db[:, None], 0)
+            tl.store(partials_ptr + at_dc + row_block * K + columns, dc, mask=mask)
+            if DCU:
+                ranks = tl.arange(0, RANK_C).to(tl.int64)
+                down = load_tile(c_ptr, columns, ranks, stride_c, 1, mask, ranks < rank_c).to(WIDE)
+                at = partials_ptr + at_cu + (row_block * column_blocks + column_block) * rank_c
+                tl.store(at + ranks, tl.sum(down * dc[:, None], 0), mask=ranks < rank_c)
+        if WRITE_WEIGHT:
+            a_rows = row_part(a_ptr, rows, stride_a, 1, rank_a, row_mask, A, RANK_A, FACTOR_A)
+            b_rows = row_part(b_ptr, rows, stride_b, 1, rank_b, row_mask, B, RANK_B, FACTOR_B)
+            a = term_tile(a_rows, au_ptr, columns, stride_au, 1, rank_a, mask, A, RANK_A, FACTOR_A, WIDE, PRECISION)
+            b = term_tile(b_rows, bu_ptr, columns, stride_bu, 1, rank_b, mask, B, RANK_B, FACTOR_B, WIDE, PRECISION)
+            store_tile(w_eff_ptr, effective_tile(weight, a, b, A, B), rows, columns, K, 1, row_mask, mask)

@@ -1,0 +1,32 @@
+"""Which GPU a tensor is on, as the settings name it."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+import triton
+
+from .settings import INTERPRETER
+
+
+def architecture(device: torch.device) -> str:
+    """``sm_90``, ``gfx942`` and the like; ``interpreter`` for the CPU under TRITON_INTERPRET=1."""
+    return INTERPRETER if device.type == "cpu" else _gpu(device.index or 0)
+
+
+@lru_cache
+def _gpu(index: int) -> str:
+    properties = torch.cuda.get_device_properties(index)
+    if torch.version.hip:
+        return properties.gcnArchName.split(":")[0]
+    return f"sm_{properties.major}{properties.minor}"
+
+
+def is_hip(name: str) -> bool:
+    return name.startswith("gfx")
+
+
+def interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter, on the CPU."""
+    return bool(triton.knobs.runtime.interpret)

@@ -1,0 +1,45 @@
+"""In which types and at which precision the kernels compute."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton.language as tl
+
+from ..terms import compute_dtype
+from .operands import TYPES
+
+
+class Numerics(NamedTuple):
+    """Types and precisions of one call; the numerical contract (docs/numerics.md) decides them.
+
+    Attributes:
+        wide: sums and effective weights.
+        factors: precision at which fp32 factors meet: close to fp32, at the speed of the matrix units for half layers.
+        stream: precision of products with x and dy; of consequence in fp32 only.
+        contract: the type in which dW meets the factors, with its precision. bf16 keeps the range of fp32; a product
+            of dW and W0 in fp16 could overflow, and TF32 has the same roundoff.
+    """
+
+    wide: tl.dtype
+    factors: str
+    stream: str
+    contract: tl.dtype
+    contract_precision: str
+
+
+def numerics(dtype: torch.dtype, hip: bool, tf32: bool) -> Numerics:
+    """The numerics of a layer of ``dtype``; ``tf32`` is torch's setting for fp32 products."""
+    wide = TYPES[compute_dtype(dtype)]
+    if dtype.itemsize > 2:
+        stream = "tf32" if tf32 and dtype == torch.float32 and not hip else "ieee"
+        return Numerics(wide, "ieee", stream, wide, stream)
+    factors = "ieee" if hip else "tf32x3"
+    if dtype == torch.bfloat16:
+        return Numerics(wide, factors, "ieee", tl.bfloat16, "ieee")
+    return Numerics(wide, factors, "ieee", wide, "ieee" if hip else "tf32")
+
+
+def tf32_allowed() -> bool:
+    return torch.get_float32_matmul_precision() != "highest"

@@ -1,0 +1,161 @@
+"""What the kernels are told of a term: how it acts on a tile of the weight, where its factors are, how they stride."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from ..terms import Constant, LowRank, Term, Terms, Vector, compute_dtype
+from . import tile as kinds
+
+NONE, ROW, COLUMN, LOW_RANK, ADDED = (k.value for k in (kinds.NONE, kinds.ROW, kinds.COLUMN, kinds.LOW_RANK, kinds.ADDED))
+TYPES = {
+    torch.float16: tl.float16,
+    torch.bfloat16: tl.bfloat16,
+    torch.float32: tl.float32,
+    torch.float64: tl.float64,
+}
+SMALLEST_RANK = 16  # matrix units take no smaller inner side; the rest is masked
+
+
+@dataclass(frozen=True, eq=False)
+class Operand:
+    """A term as a tile sees it, ``left @ right`` or a vector over its rows or columns.
+
+    Attributes:
+        kind: NONE, ROW, COLUMN, LOW_RANK or ADDED.
+        left: (rows, rank), or one value a row.
+        right: (rank, columns), or one value a column.
+        left_row, left_rank, right_rank, right_column: strides; 0 repeats a constant.
+        rank: how much is read.
+        dtype: in which the factors meet.
+    """
+
+    kind: int
+    left: Tensor | None = None
+    right: Tensor | None = None
+    left_row: int = 0
+    left_rank: int = 0
+    right_rank: int = 0
+    right_column: int = 0
+    rank: int = 0
+    dtype: tl.dtype = tl.float32
+
+    @property
+    def block_rank(self) -> int:
+        return padded_rank(self.rank)
+
+    @property
+    def transposed(self) -> Operand:
+        """The same term for the transposed weight."""
+        kind = {ROW: COLUMN, COLUMN: ROW}.get(self.kind, self.kind)
+        left, right = self.right, self.left
+        strides = self.right_column, self.right_rank, self.left_rank, self.left_row
+        return replace(
+            self,
+            kind=kind,
+            left=left,
+            right=right,
+            left_row=strides[0],
+            left_rank=strides[1],
+            right_rank=strides[2],
+            right_column=strides[3],
+        )
+
+
+def padded_rank(rank: int) -> int:
+    return max(SMALLEST_RANK, 1 << (rank - 1).bit_length() if rank else 0)
+
+
+def dense(tensor: Tensor) -> Tensor:
+    """The storage itself, or a copy where its strides are unusual: kernels read rows of unit stride."""
+    return tensor if tensor.is_contiguous() else tensor.contiguous()
+
+
+def row_stride(storage: Tensor) -> int:
+    """From one row to the next of a contiguous storage, of one or two dimensions."""
+    return storage.shape[1] if storage.dim() == 2 else 1
+
+
+def a_operand(terms: Terms, projected: Tensor | None, dtype: torch.dtype) -> Operand:
+    """A on the weight (N, K), ``projected`` being V = W0 Ad where A is a low rank of the matmul product."""
+    if terms.A is None:
+        return Operand(NONE)
+    if isinstance(terms.A, LowRank) and terms.product == "matmul":
+        wide = TYPES[compute_dtype(dtype)]
+        up, rank = dense(terms.A.up), terms.A.factors[1].shape[0]
+        return Operand(ADDED, projected, up, rank, 1, up.shape[1], 1, rank, wide)
+    operand = _operand(terms.A, dtype)
+    return operand.transposed if terms.product == "matmul" and operand.kind == ROW else operand
+
+
+def b_operand(terms: Terms, dtype: torch.dtype) -> Operand:
+    return Operand(NONE) if terms.B is None else _operand(terms.B, dtype)
+
+
+def _operand(term: Term, dtype: torch.dtype) -> Operand:
+    wide = TYPES[compute_dtype(dtype)]
+    if isinstance(term, LowRank):
+        down, up = dense(term.down), dense(term.up)
+        rank = term.factors[1].shape[0]
+        return Operand(LOW_RANK, down, up, down.shape[1], 1, up.shape[1], 1, rank, _factor_type(down, up, wide))
+    value = dense(term.value)
+    return Operand(ROW, value, None, 0 if isinstance(term, Constant) else row_stride(value), dtype=wide)
+
+
+def _factor_type(down: Tensor, up: Tensor, wide: tl.dtype) -> tl.dtype:
+    """The factors' own half type: its products are exact in fp32. Anything else meets in the compute type."""
+    half = down.dtype == up.dtype and down.dtype.itemsize == 2
+    return TYPES[down.dtype] if half and wide == tl.float32 else wide
+
+
+@dataclass(frozen=True, eq=False)
+class BiasOperands:
+    """C, D, E and b0 as the kernels that form b_eff take them."""
+
+    c: Tensor | None
+    cu: Tensor | None
+    d: Tensor | None
+    e: Tensor | None
+    bias: Tensor | None
+    strides: tuple[int, int, int]  # of C, D, E
+    rank: int
+    kinds: tuple[int, bool, bool, bool]  # C, D, E, b0
+
+    @property
+    def exists(self) -> bool:
+        """Whether there is a b_eff at all."""
+        c, _, e, bias = self.kinds
+        return bool(c) or e or bias
+
+    @property
+    def adapts(self) -> bool:
+        """Whether it differs from b0."""
+        c, d, e, bias = self.kinds
+        return bool(c) or e or (d and bias)
+
+
+def bias_operands(terms: Terms, bias: Tensor | None) -> BiasOperands:
+    c, c_stride, c_kind, cu, rank = None, 0, NONE, None, 0
+    if isinstance(terms.C, LowRank):
+        c, cu, rank, c_kind = dense(terms.C.down), dense(terms.C.up), terms.C.factors[1].shape[0], LOW_RANK
+        c_stride = row_stride(c)
+    elif isinstance(terms.C, Vector):
+        c, c_kind = dense(terms.C.value), ROW
+        c_stride = row_stride(c)
+    d, d_stride = _values(terms.D if bias is not None else None)
+    e, e_stride = _values(terms.E)
+    present = (c_kind, d is not None, e is not None, bias is not None)
+    return BiasOperands(
+        c, cu, d, e, None if bias is None else dense(bias), (c_stride, d_stride, e_stride), rank, present
+    )
+
+
+def _values(term: Vector | Constant | None) -> tuple[Tensor | None, int]:
+    if term is None:
+        return None, 0
+    value = dense(term.value)
+    return value, 0 if isinstance(term, Constant) else row_stride(value)

@@ -1,0 +1,96 @@
+"""Where the partial sums of a backward pass lie, and what ``finish`` is to make of them."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import finish
+
+FINISH_BLOCK = 256
+ALIGN = 16  # elements, so that every part begins on a boundary of 64 bytes
+PLAIN, TIMES_BIAS, TIMES_UP, SOLVED = (
+    k.value for k in (finish.PLAIN, finish.TIMES_BIAS, finish.TIMES_UP, finish.SOLVED)
+)
+
+
+class Slices(NamedTuple):
+    """``count`` slices of ``size`` numbers each, from ``at`` on."""
+
+    at: int
+    count: int
+    size: int
+
+
+NO_SLICES = Slices(0, 0, 0)
+
+
+class Partials:
+    """One buffer for all partial sums: reserve first, then allocate."""
+
+    def __init__(self) -> None:
+        self.size = 0
+
+    def reserve(self, count: int, size: int) -> Slices:
+        at = self.size
+        self.size += -(-count * size // ALIGN) * ALIGN
+        return Slices(at, count, size)
+
+    def allocate(self, like: Tensor, dtype: torch.dtype) -> Tensor:
+        return torch.empty(max(self.size, 1), dtype=dtype, device=like.device)
+
+
+class Job(NamedTuple):
+    """One gradient: its storage's size, and how its elements are found in the slices (see finish.py)."""
+
+    size: int
+    inner: int
+    up: bool
+    slices: Slices
+    width: int
+    rank: int
+    count: int
+    kind: int = PLAIN
+
+
+def left_job(storage: Tensor, slices: Slices, rank: int, kind: int = PLAIN, width: int | None = None) -> Job:
+    """A left factor or a vector: one row a row."""
+    inner = storage.shape[1] if storage.dim() == 2 else 1
+    return Job(storage.numel(), inner, False, slices, rank if width is None else width, rank, storage.shape[0], kind)
+
+
+def right_job(storage: Tensor, slices: Slices, rank: int) -> Job:
+    """A right factor, (R, columns), from slices of (columns, rank)."""
+    return Job(storage.numel(), storage.shape[1], True, slices, rank, rank, storage.shape[1])
+
+
+def constant_job(storage: Tensor, slices: Slices) -> Job:
+    """A constant: slices of one number, for its first element."""
+    return Job(storage.numel(), storage.numel(), False, slices, 1, 1, 1)
+
+
+def targets(jobs: tuple[Job, ...]) -> tuple[list[int], int]:
+    """Where each gradient begins in the common buffer, and the size of it."""
+    starts, size = [], 0
+    for job in jobs:
+        starts.append(size)
+        size += -(-job.size // ALIGN) * ALIGN
+    return starts, size
+
+
+def blocks(jobs: tuple[Job, ...]) -> int:
+    return sum(-(-job.size // FINISH_BLOCK) for job in jobs)
+
+
+@lru_cache(maxsize=16384)
+def table(jobs: tuple[Job, ...], device: torch.device) -> Tensor:
+    """The jobs as a table on the device; small, and kept, since the same paths come again."""
+    rows, first = [], 0
+    for job, target in zip(jobs, targets(jobs)[0]):
+        where = (first, job.slices.at, job.slices.count, job.slices.size, target)
+        rows.append([*where, job.size, job.inner, int(job.up), job.width, job.rank, job.count, job.kind])
+        first += -(-job.size // FINISH_BLOCK)
+    return torch.tensor(rows, dtype=torch.int64, device=device)

@@ -1,0 +1,104 @@
+"""Which partial sums a backward pass makes: how many slices of what size, decided before anything runs."""
+
+from __future__ import annotations
+
+import triton
+
+from ..terms import Constant, LowRank, Terms
+from .operands import LOW_RANK, NONE
+from .passes import Run
+
+
+def reserve(run: Run) -> None:
+    """Reserve every slice that the passes of ``run.route`` write, and allocate the buffer."""
+    if run.route == "dense":
+        _bias_sums(run)
+        _contraction(run)
+    else:
+        _bias_sums(run)
+        _token_sums(run)
+        _weight_sums(run)
+    run.buffer = run.partials.allocate(run.step.dy, run.wide)
+
+
+def _bias_sums(run: Run) -> None:
+    """``db`` and its sums, from the token pass."""
+    step, terms = run.step, run.step.terms
+    outputs, slices = step.weight.shape[0], run.token_blocks
+    constant_d, constant_e = isinstance(terms.D, Constant), isinstance(terms.E, Constant)
+    rows = run.wants("C") or (run.wants("D") and not constant_d) or (run.wants("E") and not constant_e)
+    if rows or (run.route == "solved" and step.b_eff is not None):
+        run.reserve("db", slices, outputs)
+    if run.wants("D") and constant_d:
+        run.reserve("db_bias", slices, 1)
+    if run.wants("E") and constant_e:
+        run.reserve("db_sum", slices, 1)
+
+
+def _token_sums(run: Run) -> None:
+    """A and B, from the token pass."""
+    step, terms = run.step, run.step.terms
+    outputs, inputs = step.weight.shape
+    slices = run.token_blocks
+    if run.route == "solved":
+        run.reserve("t", slices, outputs)
+    if run.route == "projected":
+        run.reserve("dv", slices, outputs * run.a.rank)
+        run.reserve("au", slices, inputs * run.a.rank)
+    if run.route == "scaled":
+        run.reserve("a", slices, 1 if isinstance(terms.A, Constant) else inputs)
+    if not run.contracts_b:
+        return
+    if isinstance(terms.B, LowRank):
+        run.reserve("b", slices, outputs * run.b.rank)
+        run.reserve("bu", slices, inputs * run.b.rank)
+        return
+    if isinstance(terms.B, Constant):
+        run.reserve("b_sum", slices, 1)
+    if not isinstance(terms.B, Constant) or run.route == "solved":
+        run.reserve("b", slices, outputs)
+
+
+def _weight_sums(run: Run) -> None:
+    """C, and the left factor of a projected A, from the weight pass; lost rows, from the contraction."""
+    outputs, inputs = run.step.weight.shape
+    row_blocks = triton.cdiv(outputs, run.weight_tile.rows)
+    if run.wants("C"):
+        run.reserve("dc", row_blocks, inputs)
+        _prompt_sums(run, row_blocks * triton.cdiv(inputs, run.weight_share))
+    if run.route == "projected":
+        run.reserve("ad", row_blocks, inputs * run.a.rank)
+    if run.route == "solved":
+        run.reserve("exact", triton.cdiv(inputs, run.contract_tile.columns), outputs)
+
+
+def _contraction(run: Run) -> None:
+    """A, B and C, from the contraction of dW."""
+    terms = run.step.terms
+    outputs, inputs = run.step.weight.shape
+    row_blocks = triton.cdiv(outputs, run.contract_tile.rows)
+    column_blocks = triton.cdiv(inputs, run.contract_tile.columns)
+    for slot, name, operand in (("A", "a", run.a), ("B", "b", run.b)):
+        if not run.wants(slot):
+            continue
+        if operand.kind == LOW_RANK:
+            run.reserve(name, column_blocks, outputs * operand.rank)
+            run.reserve(name + "u", row_blocks, inputs * operand.rank)
+        elif isinstance(getattr(terms, slot), Constant):
+            run.reserve(name + "_sum", row_blocks * column_blocks, 1)
+        else:
+            run.reserve(name, column_blocks, outputs)
+    if run.wants("C"):
+        run.reserve("dc", row_blocks, inputs)
+        _prompt_sums(run, row_blocks * column_blocks)
+
+
+def _prompt_sums(run: Run, slices: int) -> None:
+    rank = prompt_rank(run.step.terms)
+    if rank:
+        run.reserve("cu", slices, rank)
+
+
+def prompt_rank(terms: Terms) -> int:
+    """The rank of C, 0 where it is no low rank."""
+    return terms.C.factors[1].shape[0] if isinstance(terms.C, LowRank) else NONE

@@ -1,0 +1,110 @@
+"""The ahead-of-time gate: every shipped Triton kernel, compiled for every target, must be worth launching.
+
+    python -m glora_kernels.aot
+
+needs no GPU. That a kernel compiles says little: one that does not fit becomes a trap or cannot be launched, and one
+that spills is slow. So the code that came out is read, and the gate fails (exit status 1) on
+
+- a spill, into memory or into other registers;
+- no matrix instruction in a kernel that is meant to have some, or, in a plain loop, ones that the assembler serialised;
+- more shared memory than the target gives a program, or more tensor memory than there is;
+- a trap;
+- two dots in one loop that add to each other, which some releases of Triton miscompile for Blackwell;
+- an exception or an abort of the compiler.
+
+What is compiled is what ``shipped(target)`` of ``glora_kernels/_triton/builds.py`` lists. Triton's cache
+(``TRITON_CACHE_DIR``) keeps the kernels and what was read in them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Iterable, Sequence
+
+from tqdm.auto import tqdm
+from triton import knobs
+
+from ._aot.reading import Reading
+from ._aot.report import Row, complaints, summary, table, write_json
+from ._aot.targets import SHARED_LIMITS, Target, target_named
+from ._aot.verdict import failures
+from ._aot.work import Job, builds_of, measured
+
+TARGETS = ("cuda:80", "cuda:90", "cuda:100", "hip:gfx942")
+BUILDS = "glora_kernels._triton.builds"
+
+
+def gate(
+    targets: Sequence[str] = TARGETS, *, builds: str = BUILDS, only: str = "", jobs: int | None = None
+) -> list[Row]:
+    """One row for every build of every target; a row without failures passed.
+
+    Args:
+        targets: like ``"cuda:90"`` or ``"hip:gfx942"``.
+        builds: the name of a module whose ``shipped(target)`` lists the builds, in the same order in every process.
+        only: take the builds whose label contains this.
+        jobs: how many processes (default: one for each CPU).
+
+    Raises:
+        ValueError: an unknown target, no build to compile, fewer than one process, or Triton in interpreter mode.
+    """
+    if knobs.runtime.interpret:
+        raise ValueError("TRITON_INTERPRET: expected unset, since interpreted kernels cannot be compiled, got set")
+    jobs = jobs if jobs is not None else os.cpu_count() or 1
+    if jobs < 1:
+        raise ValueError(f"jobs: expected at least 1, got {jobs}")
+    known = {name: target_named(name) for name in targets}
+    todo = _jobs(known, builds, only)
+    results = tqdm(measured(todo, jobs), total=len(todo), desc="aot", unit="build", disable=None)
+    return [_row(job, known[job.target], result) for job, result in zip(todo, results)]
+
+
+def _jobs(targets: Iterable[str], module: str, only: str) -> list[Job]:
+    found = [
+        Job(module, target, place, build.label)
+        for target in targets
+        for place, build in enumerate(builds_of(module, target))
+        if only in build.label
+    ]
+    if not found:
+        raise ValueError(f"only: expected a part of some label of {module}, got {only!r}, which leaves no build")
+    return found
+
+
+def _row(job: Job, target: Target, result: Reading | str) -> Row:
+    build = builds_of(job.module, job.target)[job.place]
+    if isinstance(result, str):
+        return Row(job.target, job.label, build.launches, None, [f"compilation: expected to succeed, got {result}"])
+    return Row(job.target, job.label, build.launches, result, failures(build, target, result))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command: 0 if all pass, 1 if some fail, 2 if nothing could be tried."""
+    parser = _parser()
+    arguments = parser.parse_args(argv)
+    try:
+        rows = gate(arguments.targets, builds=arguments.builds, only=arguments.only, jobs=arguments.jobs)
+    except ValueError as error:
+        parser.error(str(error))
+    if arguments.json is not None:
+        write_json(rows, arguments.json)
+    lines = complaints(rows)
+    print(table(rows), *lines, summary(rows), sep="\n")
+    return 1 if lines else 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m glora_kernels.aot", description="Compile and check all kernels.")
+    known = ", ".join(SHARED_LIMITS)
+    parser.add_argument("--targets", nargs="+", default=TARGETS, metavar="TARGET", help=f"some of {known}")
+    parser.add_argument("--only", default="", metavar="TEXT", help="take only builds with this in their label")
+    parser.add_argument("--jobs", type=int, metavar="N", help="processes (default: one for each CPU)")
+    parser.add_argument("--json", metavar="FILE", help="write the results to this file as well")
+    parser.add_argument("--builds", default=BUILDS, metavar="MODULE", help="whose shipped(target) lists the builds")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

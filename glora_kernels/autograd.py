@@ -1,0 +1,135 @@
+"""The differentiable layer, for every backend that computes gradients in closed form: save, call, return.
+
+An ``autograd.Function`` of the old style around plain functions: a registered operator with its own autograd formula
+costs 40 microseconds more a call (guides/reliability.md, 3a). ``registered.py`` has that one, for compilers.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .autocast import without_autocast
+from .reuse import reuses_output
+from .step import Forward, SlotGradients, Step
+from .terms import Structure, Terms
+
+
+class Backend(Protocol):
+    """What a backend offers; arguments have been checked."""
+
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None, terms: Terms) -> Forward:
+        """y for x of any leading shape."""
+
+    def backward(self, step: Step) -> tuple[Tensor | None, SlotGradients]:
+        """The gradient of x, if wanted, and those of the storages of every wanted slot."""
+
+    def assemble(self, weight: Tensor, bias: Tensor | None, terms: Terms) -> tuple[Tensor, Tensor | None]:
+        """``(W_eff, b_eff)``, formed in the compute dtype and rounded once."""
+
+
+def glora_linear(backend: Backend, x: Tensor, weight: Tensor, bias: Tensor | None, terms: Terms) -> Tensor:
+    """See :func:`glora_kernels.glora_linear`."""
+    if not torch.is_grad_enabled():
+        return backend.forward(x, weight, bias, terms).y
+    storages, structure = terms.flatten()
+    return _GLoRALinear.apply(backend, structure, x, weight, bias, *storages)
+
+
+class _GLoRALinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, backend: Backend, structure: Structure, x: Tensor, weight: Tensor, bias: Tensor | None, *storages):
+        terms = Terms.unflatten(storages, structure)
+        y, projected, b_eff = backend.forward(x, weight, bias, terms)
+        ctx.backend, ctx.structure = backend, structure
+        ctx.wanted = _wanted_slots(terms, ctx.needs_input_grad[5:], bias is not None)
+        ctx.x_shape = x.shape
+        tokens = math.prod(x.shape[:-1])
+        keep = "A" in ctx.wanted and reuses_output(tokens, x.shape[-1], terms) and _output_can_be_kept(y)
+        ctx.output = y.detach() if keep else None  # shares y's version counter, is in no cycle with ctx
+        ctx.output_version = y._version if keep else None
+        kept_x = x if ctx.wanted & {"A", "B"} else None
+        ctx.save_for_backward(kept_x, projected, b_eff if keep else None, weight, bias, *storages)
+        return y
+
+    @staticmethod
+    def backward(ctx, dy: Tensor):
+        with without_autocast(dy.device.type):  # backward may run inside the block that forward ran in
+            return _backward(ctx, dy)
+
+
+def _backward(ctx, dy: Tensor):
+    x, projected, b_eff, weight, bias, *storages = ctx.saved_tensors
+    output, ctx.output = ctx.output, None
+    # Second derivatives, and gradients batched by vmap, go through plainly composed operations.
+    if torch.is_grad_enabled() or _batched(dy):
+        return _differentiable_backward(ctx, dy, x, weight, bias, storages)
+    # A successor such as ReLU(inplace=True) may have overwritten y: then z is formed anew.
+    if output is not None and output._version != ctx.output_version:
+        output = None
+    terms = Terms.unflatten(storages, ctx.structure)
+    tokens = math.prod(ctx.x_shape[:-1])
+    step = Step(
+        dy.reshape(tokens, weight.shape[0]),
+        None if x is None else x.reshape(tokens, weight.shape[1]),
+        weight,
+        bias,
+        terms,
+        None if output is None else output.reshape(tokens, weight.shape[0]),
+        b_eff,
+        projected,
+        ctx.wanted,
+        ctx.needs_input_grad[2],
+    )
+    dx, grads = ctx.backend.backward(step)
+    per_storage = [grad for slot, term in terms.active for grad in grads.get(slot, (None,) * len(term.storages))]
+    masked = (g if needed else None for g, needed in zip(per_storage, ctx.needs_input_grad[5:]))
+    return None, None, None if dx is None else dx.reshape(ctx.x_shape), None, None, *masked
+
+
+def _batched(dy: Tensor) -> bool:
+    functorch = torch._C._functorch
+    return functorch.is_legacy_batchedtensor(dy) or functorch.is_batchedtensor(dy)
+
+
+def _wanted_slots(terms: Terms, needs_grad: tuple[bool, ...], has_bias: bool) -> frozenset[str]:
+    """Slots with a storage that wants a gradient; D has none where there is no bias to scale."""
+    wanted, rest = set(), iter(needs_grad)
+    for slot, term in terms.active:
+        needed = [next(rest) for _ in term.storages]
+        if any(needed) and (slot != "D" or has_bias):
+            wanted.add(slot)
+    return frozenset(wanted)
+
+
+def _output_can_be_kept(y: Tensor) -> bool:
+    """Whether y may be kept outside ``save_for_backward``, and the route of its reuse be taken.
+
+    Under saved-tensor hooks (checkpointing, offloading) keeping it would defeat their purpose, and a
+    change in place could not be seen. The route depends on values, which meta and fake tensors do not
+    have and a CUDA graph capture cannot look at.
+    """
+    if type(y) is not Tensor or y.device.type == "meta":
+        return False
+    if y.is_cuda and torch.cuda.is_current_stream_capturing():
+        return False
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is None
+
+
+def _differentiable_backward(ctx, dy, x, weight, bias, storages):
+    """The same gradients through the reference formula; differentiable again if grad mode is on."""
+    create_graph = torch.is_grad_enabled()
+    if x is None:  # neither A nor B: no gradient depends on the values of x
+        x = dy.new_zeros(ctx.x_shape).requires_grad_(ctx.needs_input_grad[2])
+    inputs = [x, *storages]
+    needed = [ctx.needs_input_grad[2], *ctx.needs_input_grad[5:]]
+    with torch.enable_grad():
+        y = reference.glora_linear(x, weight, bias, Terms.unflatten(storages, ctx.structure))
+    wanted = [tensor for tensor, need in zip(inputs, needed) if need]
+    found = iter(torch.autograd.grad(y, wanted, dy, create_graph=create_graph, allow_unused=True))
+    dx, *grads = (next(found) if need else None for need in needed)
+    return None, None, dx, None, None, *grads
