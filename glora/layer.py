@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from glora_kernels import Constant, LowRank, Terms, Vector, glora_linear, glora_merge
+from glora_kernels import Constant, LowRank, Terms, Vector, configured_linear, encode, glora_linear, glora_merge
 
 from .config import SLOTS, Choice, LayerShape, PathConfig
 
@@ -129,6 +129,8 @@ class GLoRALinear(nn.Module):
         if path.rank > self.rank:
             raise ValueError(f"path: expected ranks up to {self.rank} (the rank of the storage), got {path}")
         self._path = path
+        # The path as data, for compiled graphs. No buffer: it stays on the CPU, and out of state dicts.
+        self._config = encode({slot: tuple(choice) for slot, choice in path.choices.items()})
 
     @property
     def shape(self) -> LayerShape:
@@ -159,7 +161,10 @@ class GLoRALinear(nn.Module):
         return Vector(storage) if choice.kind == "vector" else Constant(storage)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``(..., K) -> (..., N)``."""
+        """``(..., K) -> (..., N)``. Under ``torch.compile`` the path is data: one graph serves every path."""
+        if torch.compiler.is_compiling():
+            storages = [getattr(self, name) for name in SUPPORT_NAMES]
+            return configured_linear(x, self.weight, self.bias, storages, self._config, self.product)
         return glora_linear(x, self.weight, self.bias, self.terms())
 
     def merge(self, path: PathConfig | None = None, safe: bool = True) -> nn.Linear:

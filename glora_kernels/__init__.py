@@ -4,9 +4,11 @@ Knows tensors, never modules or configurations. Importing it loads no Triton and
 """
 
 from . import reference
+from .configuration import encode
 from .dispatch import available_backends, use_backend
 from .ops import glora_linear, glora_merge
 from .plan import Explanation, explain
+from .registered import configured_linear
 from .terms import Constant, LowRank, Terms, Vector
 
 __all__ = [
@@ -16,6 +18,8 @@ __all__ = [
     "Terms",
     "Vector",
     "available_backends",
+    "configured_linear",
+    "encode",
     "explain",
     "glora_linear",
     "glora_merge",

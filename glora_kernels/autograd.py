@@ -7,29 +7,16 @@ costs 40 microseconds more a call (guides/reliability.md, 3a). ``registered.py``
 from __future__ import annotations
 
 import math
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from . import reference
 from .autocast import without_autocast
+from .backends import Backend
 from .reuse import reuses_output
-from .step import Forward, SlotGradients, Step
+from .step import Step
 from .terms import Structure, Terms
-
-
-class Backend(Protocol):
-    """What a backend offers; arguments have been checked."""
-
-    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None, terms: Terms) -> Forward:
-        """y for x of any leading shape."""
-
-    def backward(self, step: Step) -> tuple[Tensor | None, SlotGradients]:
-        """The gradient of x, if wanted, and those of the storages of every wanted slot."""
-
-    def assemble(self, weight: Tensor, bias: Tensor | None, terms: Terms) -> tuple[Tensor, Tensor | None]:
-        """``(W_eff, b_eff)``, formed in the compute dtype and rounded once."""
 
 
 def glora_linear(backend: Backend, x: Tensor, weight: Tensor, bias: Tensor | None, terms: Terms) -> Tensor:

@@ -5,20 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import _torch, autograd, reference
+from . import autograd, reference
 from .autocast import cast_operands, without_autocast
+from .backends import backend_for
 from .checks import check_call, check_layer
-from .dispatch import Decision, decide
+from .configuration import pack
+from .dispatch import decide
+from .registered import configured_linear
 from .terms import Terms
-
-
-def backend_for(decision: Decision) -> autograd.Backend:
-    """The backend that was decided for; Triton is loaded at its first use."""
-    if decision.backend == "torch":
-        return _torch
-    from ._triton import TritonBackend
-
-    return TritonBackend(decision.strategy)
 
 
 def glora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, terms: Terms) -> Tensor:
@@ -48,6 +42,9 @@ def glora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, terms: Terms) -
     x, weight, bias = cast_operands(x, weight, bias)
     check_call(x, weight, bias, terms)
     with without_autocast(x.device.type):
+        if torch.compiler.is_compiling():
+            storages, config = pack(terms)
+            return configured_linear(x, weight, bias, storages, config, terms.product)
         decision = decide(weight, terms)
         if decision.backend == "reference":
             return reference.glora_linear(x, weight, bias, terms)

@@ -12,8 +12,11 @@ import triton.language as tl
 
 from .tile import ADDED, NONE, bias_tile, effective_tile, load_tile, prompt_tile, row_part, span, store_tile, term_tile
 
+# Numbers that change from call to call: a new value needs no new build.
+VARYING = ["rank_a", "rank_b", "rank_c", "share"]
 
-@triton.jit
+
+@triton.jit(do_not_specialize=VARYING)
 def assemble_kernel(
     w_ptr,  # (N, K) read
     w_eff_ptr,  # (N, K) written
@@ -59,20 +62,21 @@ def assemble_kernel(
     RANK_C: tl.constexpr,
     FACTOR_A: tl.constexpr,
     FACTOR_B: tl.constexpr,
+    INDEX: tl.constexpr,
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     shares = tl.cdiv(K, share)
     row_block, part = tl.program_id(0) // shares, tl.program_id(0) % shares
-    rows = span(row_block, BLOCK_N)
+    rows = span(row_block * BLOCK_N, BLOCK_N, INDEX)
     row_mask = rows < N
     first, last = part * share, min(K, (part + 1) * share)
     tl.assume(last > first)
     if A == ADDED:
         v = tl.zeros([BLOCK_N, RANK_A], dtype=WIDE)
-        ranks = tl.arange(0, RANK_A).to(tl.int64)
+        ranks = tl.arange(0, RANK_A)
         for k in range(0, K, BLOCK_K):
-            columns = (k + tl.arange(0, BLOCK_K)).to(tl.int64)
+            columns = span(k, BLOCK_K, INDEX)
             weight = load_tile(w_ptr, rows, columns, stride_wn, stride_wk, row_mask, columns < K).to(WIDE)
             down = load_tile(a_ptr, columns, ranks, stride_a, 1, columns < K, ranks < rank_a).to(WIDE)
             v = tl.dot(weight, down, v, input_precision=PRECISION)
@@ -84,7 +88,7 @@ def assemble_kernel(
     prompt = tl.zeros([BLOCK_N], dtype=WIDE)
     if WRITE_WEIGHT or C != NONE:
         for k in range(first, last, BLOCK_K):
-            columns = (k + tl.arange(0, BLOCK_K)).to(tl.int64)
+            columns = span(k, BLOCK_K, INDEX)
             mask = columns < last
             weight = load_tile(w_ptr, rows, columns, stride_wn, stride_wk, row_mask, mask).to(WIDE)
             if C != NONE:

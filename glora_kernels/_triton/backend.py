@@ -12,12 +12,12 @@ from ..step import Forward, SlotGradients, Step
 from ..terms import Terms
 from .backward import backward
 from .device import architecture
-from .forward import assemble, context, forward
+from .forward import assemble, context, forward, project
 
 
 @dataclass(frozen=True)
 class TritonBackend:
-    """See :class:`glora_kernels.autograd.Backend`.
+    """See :class:`glora_kernels.backends.Backend`.
 
     Attributes:
         strategy: ``"assemble"`` or ``"fused"``; None leaves it to the cost model.
@@ -43,8 +43,12 @@ class TritonBackend:
         """``(W_eff, b_eff)``, rounded once."""
         if weight.numel() == 0:
             return _torch.assemble(weight, bias, terms)
-        w_eff, b_eff, _ = assemble(weight, bias, terms, context(weight, 0))
+        w_eff, b_eff, _ = assemble(weight, bias, terms, context(0, weight))
         return w_eff, b_eff
+
+    def project(self, weight: Tensor, terms: Terms) -> Tensor | None:
+        """V = W0 Ad, (N, r), where A is a low rank of the matmul product."""
+        return _torch.project(weight, terms) if weight.numel() == 0 else project(weight, terms, context(0, weight))
 
     def _strategy(self, tokens: Tensor, weight: Tensor, terms: Terms) -> str:
         if self.strategy is not None:

@@ -44,7 +44,8 @@ def backward(step: Step, strategy: str) -> tuple[Tensor | None, SlotGradients]:
     """The gradient of x, if wanted, and those of the storages of every wanted slot."""
     a = a_operand(step.terms, step.projected, step.weight.dtype)
     b = b_operand(step.terms, step.weight.dtype)
-    run = Run(step, strategy, context(step.weight, step.dy.shape[0]), route_of(step), a, b)
+    matrices = (step.dy,) if step.x is None else (step.dy, step.x)
+    run = Run(step, strategy, context(step.dy.shape[0], step.weight, *matrices), route_of(step), a, b)
     reserve(run)
     dx = _ROUTES[run.route](run)
     return dx, finish(run)

@@ -14,6 +14,9 @@ import triton.language as tl
 
 from .tile import LOW_RANK, NONE, ROW, effective_tile, load_tile, row_part, span, store_tile, sum_slices, term_tile
 
+# Numbers that change from call to call: a new value needs no new build.
+VARYING = ["M", "slices", "rank_a", "rank_b", "rank_c", "at_a", "at_au", "at_b", "at_bu", "at_db", "at_dc", "at_cu"]
+
 
 @triton.jit
 def store_factor_gradients(
@@ -34,7 +37,7 @@ def store_factor_gradients(
     DOT: tl.constexpr,
 ):
     """``tile right^T`` and ``left^T tile``."""
-    ranks = tl.arange(0, BLOCK_RANK).to(tl.int64)
+    ranks = tl.arange(0, BLOCK_RANK)
     rank_mask = ranks < rank
     right = load_tile(right_ptr, columns, ranks, 1, stride_right, mask, rank_mask).to(DTYPE)
     left = load_tile(left_ptr, ranks, rows, 1, stride_left, rank_mask, row_mask).to(DTYPE)
@@ -45,7 +48,7 @@ def store_factor_gradients(
     store_tile(up_ptr, up, ranks, columns, 1, rank, rank_mask, mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def contract_kernel(
     dw_ptr,  # (N, K) read, contiguous
     dy_ptr,  # (M, N) read with GEMM
@@ -104,6 +107,7 @@ def contract_kernel(
     FACTOR_B: tl.constexpr,
     CONTRACT: tl.constexpr,  # the type in which dW meets the factors
     CONTRACT_DOT: tl.constexpr,
+    INDEX: tl.constexpr,
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
     DOT: tl.constexpr,
@@ -111,7 +115,7 @@ def contract_kernel(
     column_blocks = tl.cdiv(K, BLOCK_K)
     row_block = (tl.program_id(0) // column_blocks).to(tl.int64)
     column_block = (tl.program_id(0) % column_blocks).to(tl.int64)
-    rows, columns = span(row_block, BLOCK_N), span(column_block, BLOCK_K)
+    rows, columns = span(row_block * BLOCK_N, BLOCK_N, INDEX), span(column_block * BLOCK_K, BLOCK_K, INDEX)
     row_mask, mask = rows < N, columns < K
     wanted = True
     if ONLY_LOST:
@@ -121,7 +125,7 @@ def contract_kernel(
             dw = tl.zeros([BLOCK_N, BLOCK_K], dtype=WIDE)
             tl.assume(M > 0)
             for m in range(0, M, BLOCK_M):
-                tokens = (m + tl.arange(0, BLOCK_M)).to(tl.int64)
+                tokens = span(m, BLOCK_M, INDEX)
                 token_mask = tokens < M
                 dy = load_tile(dy_ptr, tokens, rows, stride_ym, stride_yn, token_mask, row_mask)
                 x = load_tile(x_ptr, tokens, columns, stride_xm, stride_xk, token_mask, mask)
@@ -177,7 +181,7 @@ def contract_kernel(
             dc = tl.sum(weight * db[:, None], 0)
             tl.store(partials_ptr + at_dc + row_block * K + columns, dc, mask=mask)
             if DCU:
-                ranks = tl.arange(0, RANK_C).to(tl.int64)
+                ranks = tl.arange(0, RANK_C)
                 down = load_tile(c_ptr, columns, ranks, stride_c, 1, mask, ranks < rank_c).to(WIDE)
                 at = partials_ptr + at_cu + (row_block * column_blocks + column_block) * rank_c
                 tl.store(at + ranks, tl.sum(down * dc[:, None], 0), mask=ranks < rank_c)

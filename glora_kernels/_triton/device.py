@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 
 import torch
@@ -10,9 +12,26 @@ import triton
 from .settings import INTERPRETER
 
 
+_pretended: str | None = None
+
+
 def architecture(device: torch.device) -> str:
     """``sm_90``, ``gfx942`` and the like; ``interpreter`` for the CPU under TRITON_INTERPRET=1."""
+    if device.type == "meta":
+        assert _pretended is not None, "meta tensors are for `pretended` only"
+        return _pretended
     return INTERPRETER if device.type == "cpu" else _gpu(device.index or 0)
+
+
+@contextmanager
+def pretended(name: str) -> Iterator[None]:
+    """Take meta tensors for tensors on a GPU of this architecture: to see what would be launched there."""
+    global _pretended
+    before, _pretended = _pretended, name
+    try:
+        yield
+    finally:
+        _pretended = before
 
 
 @lru_cache

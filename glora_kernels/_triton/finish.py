@@ -23,6 +23,9 @@ TIMES_BIAS = tl.constexpr(1)  # D: times b0
 TIMES_UP = tl.constexpr(2)  # Cd: times Cu
 SOLVED = tl.constexpr(3)  # A from the output
 
+# Numbers that change from call to call: a new value needs no new build.
+VARYING = ["jobs", "N", "slices", "exact_slices", "stride_a", "stride_b", "rank_b", "at_t", "at_db", "at_b", "at_exact"]
+
 
 @triton.jit
 def solve(
@@ -66,7 +69,7 @@ def solve(
     return tl.where(lost, exact, da / tl.where(lost, 1.0, scale))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def finish_kernel(
     table_ptr,  # (jobs, TABLE_WIDTH) int64
     partials_ptr,

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -15,8 +16,19 @@ from .assemble import assemble_kernel
 from .device import architecture, is_hip
 from .fused import fused_kernel
 from .launch import launch
-from .numerics import Numerics, numerics, tf32_allowed
-from .operands import ADDED, NONE, BiasOperands, Operand, a_operand, b_operand, bias_operands, dense, padded_rank, row_stride
+from .numerics import Numerics, index_type, numerics, tf32_allowed
+from .operands import (
+    ADDED,
+    NONE,
+    BiasOperands,
+    Operand,
+    a_operand,
+    b_operand,
+    bias_operands,
+    dense,
+    padded_rank,
+    row_stride,
+)
 from .settings import Tile, tile_for
 
 
@@ -25,6 +37,7 @@ class Context(NamedTuple):
 
     architecture: str
     numerics: Numerics
+    index: tl.dtype
     element: int
     tokens: int
 
@@ -32,15 +45,16 @@ class Context(NamedTuple):
         return tile_for(kernel, self.architecture, self.element, self.tokens, max(padded_rank(r) for r in ranks))
 
 
-def context(weight: Tensor, tokens: int) -> Context:
+def context(tokens: int, weight: Tensor, *matrices: Tensor) -> Context:
+    """``matrices``: what is read beside the weight, by (row, column)."""
     name = architecture(weight.device)
     found = numerics(weight.dtype, is_hip(name), tf32_allowed())
-    return Context(name, found, weight.element_size(), tokens)
+    return Context(name, found, index_type(tokens, weight, *matrices), weight.element_size(), tokens)
 
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None, terms: Terms, strategy: str) -> Forward:
     """y for x of shape (M, K), by the given strategy."""
-    shared = context(weight, x.shape[0])
+    shared = context(x.shape[0], weight, x)
     if strategy == "assemble" or not terms.adapts_weight:
         w_eff, b_eff, projected = assemble(weight, bias, terms, shared)
         return Forward(F.linear(x, w_eff, b_eff), projected, b_eff)
@@ -94,7 +108,7 @@ def _assemble(
     numbers += (a.right_rank, a.right_column, *folded.strides, a.rank, b.rank, folded.rank)
     constants = (a.kind, b.kind, c_kind, d, e, has_bias, write_weight, write_bias, tile.rows, tile.columns)
     constants += (a.block_rank, b.block_rank, padded_rank(folded.rank), a.dtype, b.dtype)
-    constants += (shared.numerics.wide, shared.numerics.factors)
+    constants += (shared.index, shared.numerics.wide, shared.numerics.factors)
     grid = triton.cdiv(outputs, tile.rows) * triton.cdiv(inputs, share)
     launch(assemble_kernel, grid, tensors, numbers, constants, tile)
     return w_eff, b_eff, projected
@@ -130,6 +144,7 @@ def multiply(
     numbers += ((0, 0, 0) if folded is None else folded.strides) + (a.rank, b.rank, rank_c)
     constants = (a.kind, b.kind, c_kind, d, e, has_bias, b_eff is not None)
     constants += (tile.tokens, tile.rows, tile.columns, a.block_rank, b.block_rank, padded_rank(rank_c))
-    constants += (a.dtype, b.dtype, shared.numerics.wide, shared.numerics.factors, shared.numerics.stream, tile.swap)
+    numerics = shared.numerics
+    constants += (a.dtype, b.dtype, shared.index, numerics.wide, numerics.factors, numerics.stream, tile.swap)
     grid = triton.cdiv(x.shape[0], tile.tokens) * triton.cdiv(weight.shape[0], tile.rows)
     launch(fused_kernel, grid, tensors, numbers, constants, tile)

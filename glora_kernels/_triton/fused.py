@@ -13,8 +13,11 @@ import triton.language as tl
 
 from .tile import NONE, bias_tile, effective_tile, load_tile, prompt_tile, row_part, span, store_tile, term_tile
 
+# Numbers that change from call to call: a new value needs no new build.
+VARYING = ["M", "rank_a", "rank_b", "rank_c"]
 
-@triton.jit
+
+@triton.jit(do_not_specialize=VARYING)
 def fused_kernel(
     x_ptr,  # (M, RED) read
     w_ptr,  # (OUT, RED) read
@@ -65,6 +68,7 @@ def fused_kernel(
     RANK_C: tl.constexpr,
     FACTOR_A: tl.constexpr,
     FACTOR_B: tl.constexpr,
+    INDEX: tl.constexpr,
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
     DOT: tl.constexpr,
@@ -72,7 +76,7 @@ def fused_kernel(
 ):
     out_blocks = tl.cdiv(OUT, BLOCK_O)
     token_block, out_block = tl.program_id(0) // out_blocks, tl.program_id(0) % out_blocks
-    tokens, outs = span(token_block, BLOCK_M), span(out_block, BLOCK_O)
+    tokens, outs = span(token_block * BLOCK_M, BLOCK_M, INDEX), span(out_block * BLOCK_O, BLOCK_O, INDEX)
     token_mask, out_mask = tokens < M, outs < OUT
     tl.assume(RED > 0)  # a loop that may not run keeps the assembler from overlapping matrix instructions
     a_rows = row_part(a_ptr, outs, stride_a, stride_ar, rank_a, out_mask, A, RANK_A, FACTOR_A)
@@ -83,7 +87,7 @@ def fused_kernel(
     else:
         acc = tl.zeros([BLOCK_M, BLOCK_O], dtype=WIDE)
     for r in range(0, RED, BLOCK_R):
-        reds = (r + tl.arange(0, BLOCK_R)).to(tl.int64)
+        reds = span(r, BLOCK_R, INDEX)
         mask = reds < RED
         x = load_tile(x_ptr, tokens, reds, stride_xm, stride_xr, token_mask, mask)
         weight = load_tile(w_ptr, outs, reds, stride_wo, stride_wr, out_mask, mask).to(WIDE)

@@ -7,7 +7,9 @@ directly. Numbers are small integers that repeat from step to step (shapes, stri
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -21,6 +23,31 @@ ALIGNMENT = 16  # bytes; what Triton assumes of a pointer that it may load wide 
 _compiled: dict[tuple, Any] = {}
 
 
+class Launch(NamedTuple):
+    """One launch, as :func:`launch` is asked for it."""
+
+    kernel: Any
+    grid: int
+    tensors: tuple[Tensor | None, ...]
+    numbers: tuple[int | float, ...]
+    constants: tuple[Any, ...]
+    tile: Tile
+
+
+_record: list[Launch] | None = None
+
+
+@contextmanager
+def recorded() -> Iterator[list[Launch]]:
+    """Write down launches inside the ``with`` block instead of running them (for the gate and for tests)."""
+    global _record
+    before, _record = _record, []
+    try:
+        yield _record
+    finally:
+        _record = before
+
+
 def launch(
     kernel: Any,
     grid: int,
@@ -31,10 +58,11 @@ def launch(
 ) -> None:
     """Run ``kernel`` on ``grid`` programs; its parameters are tensors, then numbers, then constants, in this order.
 
-    An absent tensor is None: the constants must see to it that it is not read. Nothing is launched on an empty grid.
+    An absent tensor is None: the constants must see to it that it is not read.
     The device is that of the first tensor, whichever is current.
     """
-    if grid == 0:
+    if _record is not None:
+        _record.append(Launch(kernel, grid, tensors, numbers, constants, tile))
         return
     if isinstance(kernel, InterpretedFunction):
         kernel[(grid,)](*tensors, *numbers, *constants)

@@ -6,9 +6,13 @@ from typing import NamedTuple
 
 import torch
 import triton.language as tl
+from torch import Tensor
 
 from ..terms import compute_dtype
 from .operands import TYPES
+
+
+LARGEST_BLOCK = 512  # offsets are formed for whole blocks, also beyond the edge of a matrix
 
 
 class Numerics(NamedTuple):
@@ -18,12 +22,14 @@ class Numerics(NamedTuple):
         wide: sums and effective weights.
         factors: precision at which fp32 factors meet: close to fp32, at the speed of the matrix units for half layers.
         stream: precision of products with x and dy; of consequence in fp32 only.
+        rough: precision of what is only compared in size.
         contract: the type in which dW meets the factors, with its precision. bf16 keeps the range of fp32; a product
             of dW and W0 in fp16 could overflow, and TF32 has the same roundoff.
     """
 
     wide: tl.dtype
     factors: str
+    rough: str
     stream: str
     contract: tl.dtype
     contract_precision: str
@@ -32,14 +38,24 @@ class Numerics(NamedTuple):
 def numerics(dtype: torch.dtype, hip: bool, tf32: bool) -> Numerics:
     """The numerics of a layer of ``dtype``; ``tf32`` is torch's setting for fp32 products."""
     wide = TYPES[compute_dtype(dtype)]
+    rough = "ieee" if hip else "tf32"
     if dtype.itemsize > 2:
         stream = "tf32" if tf32 and dtype == torch.float32 and not hip else "ieee"
-        return Numerics(wide, "ieee", stream, wide, stream)
+        return Numerics(wide, "ieee", rough, stream, wide, stream)
     factors = "ieee" if hip else "tf32x3"
     if dtype == torch.bfloat16:
-        return Numerics(wide, factors, "ieee", tl.bfloat16, "ieee")
-    return Numerics(wide, factors, "ieee", wide, "ieee" if hip else "tf32")
+        return Numerics(wide, factors, rough, "ieee", tl.bfloat16, "ieee")
+    return Numerics(wide, factors, rough, "ieee", wide, rough)
 
 
 def tf32_allowed() -> bool:
     return torch.get_float32_matmul_precision() != "highest"
+
+
+def index_type(tokens: int, weight: Tensor, *matrices: Tensor) -> tl.dtype:
+    """int64 if an offset into the weight, the matrices or a (tokens, N or K) result could pass 2^31, else int32."""
+    largest = (tokens + LARGEST_BLOCK) * max(weight.shape)
+    for matrix in (weight, *matrices):
+        (rows, columns), (row, column) = matrix.shape, matrix.stride()
+        largest = max(largest, (rows + LARGEST_BLOCK) * row + (columns + LARGEST_BLOCK) * column)
+    return tl.int64 if largest >= 2**31 else tl.int32

@@ -11,7 +11,9 @@ from torch import Tensor
 from ..terms import Constant, LowRank, Term, Terms, Vector, compute_dtype
 from . import tile as kinds
 
-NONE, ROW, COLUMN, LOW_RANK, ADDED = (k.value for k in (kinds.NONE, kinds.ROW, kinds.COLUMN, kinds.LOW_RANK, kinds.ADDED))
+NONE, ROW, COLUMN, LOW_RANK, ADDED = (
+    k.value for k in (kinds.NONE, kinds.ROW, kinds.COLUMN, kinds.LOW_RANK, kinds.ADDED)
+)
 TYPES = {
     torch.float16: tl.float16,
     torch.bfloat16: tl.bfloat16,

@@ -114,7 +114,9 @@ class Run:
 def token_pass(run: Run, g: Tensor | None = None) -> Tensor | None:
     """See token_pass.py; with ``g = dy W0`` it returns dx."""
     step, dense_route = run.step, run.route == "dense"
-    if not any(map(run.has, ("db", "db_sum", "db_bias"))) and (dense_route or not (run.contracts_b or "A" in step.wanted)):
+    if not any(map(run.has, ("db", "db_sum", "db_bias"))) and (
+        dense_route or not (run.contracts_b or "A" in step.wanted)
+    ):
         return None
     a = run.a if run.route in ("projected", "scaled") else Operand(NONE)
     b = Operand(NONE) if dense_route or not (run.contracts_b or g is not None) else run.b
@@ -127,7 +129,9 @@ def token_pass(run: Run, g: Tensor | None = None) -> Tensor | None:
     tile = run.token_tile
     tensors = (x, step.dy, step.output if run.route == "solved" else g, dx, left, a.right, b.left, b.right)
     tensors += (step.bias, run.buffer)
-    numbers = run.at("db", "db_sum", "db_bias", "t", "dv" if run.route == "projected" else "a", "au", "b", "b_sum", "bu")
+    numbers = run.at(
+        "db", "db_sum", "db_bias", "t", "dv" if run.route == "projected" else "a", "au", "b", "b_sum", "bu"
+    )
     numbers += (tokens, outputs, inputs, *x.stride(), *step.dy.stride(), stride_a, a.right_rank)
     numbers += (b.left_row, b.right_rank, a.rank, b.rank)
     constant_a = g is not None and isinstance(step.terms.A, Constant)
@@ -135,7 +139,7 @@ def token_pass(run: Run, g: Tensor | None = None) -> Tensor | None:
     constants = (kind, b.kind, contracts_b, constant_a, run.has("b_sum") and contracts_b)
     constants += (run.has("db"), run.has("db_sum"), run.has("db_bias"), run.route == "solved", dx is not None)
     constants += (tile.tokens, tile.rows, tile.columns, a.block_rank, b.block_rank)
-    constants += (run.shared.numerics.wide, run.shared.numerics.stream)
+    constants += (run.shared.index, run.shared.numerics.wide, run.shared.numerics.stream)
     launch(token_pass_kernel, run.token_blocks, tensors, numbers, constants, tile)
     return dx
 
@@ -158,12 +162,26 @@ def weight_pass(run: Run) -> Tensor | None:
     tensors += (step.dy if probes else None, step.b_eff, run.lost, run.buffer)
     slices = run.of("db").count or run.of("dv").count
     numbers = (*run.at("db", "dv", "dc", "cu", "ad"), slices, step.dy.shape[0], outputs, inputs, run.weight_share)
-    numbers += (*step.weight.stride(), *(step.x.stride() if probes else (0, 0)), *(step.dy.stride() if probes else (0, 0)))
-    numbers += (a.left_row, a.right_rank, a.right_column, b.left_row, b.right_rank, stride_c, run.a.rank, b.rank, rank_c)
+    numbers += (
+        *step.weight.stride(),
+        *(step.x.stride() if probes else (0, 0)),
+        *(step.dy.stride() if probes else (0, 0)),
+    )
+    numbers += (
+        a.left_row,
+        a.right_rank,
+        a.right_column,
+        b.left_row,
+        b.right_rank,
+        stride_c,
+        run.a.rank,
+        b.rank,
+        rank_c,
+    )
     numbers += (ACCEPTED_LOSS[step.weight.dtype],)
     constants = (a.kind, b.kind, writes, run.has("dc"), run.has("cu"), run.has("ad"), probes, step.b_eff is not None)
     constants += (tile.rows, tile.columns, run.a.block_rank, b.block_rank, padded_rank(rank_c), PROBED_TOKENS)
-    constants += (a.dtype, b.dtype, numerics.wide, numerics.factors)
+    constants += (a.dtype, b.dtype, run.shared.index, numerics.wide, numerics.factors, numerics.rough)
     grid = triton.cdiv(outputs, tile.rows) * triton.cdiv(inputs, run.weight_share)
     launch(weight_pass_kernel, grid, tensors, numbers, constants, tile)
     return w_eff
@@ -190,7 +208,14 @@ def contraction(run: Run, dw: Tensor | None) -> Tensor | None:
     constants = (a.kind, b.kind, run.wants("A"), grad_b, run.has("b_sum") and grad_b, prompt, run.has("cu") and prompt)
     constants += (writes, dw is None, solved, tile.tokens, tile.rows, tile.columns)
     constants += (a.block_rank, b.block_rank, padded_rank(rank_c), a.dtype, b.dtype)
-    constants += (numerics.contract, numerics.contract_precision, numerics.wide, numerics.factors, numerics.stream)
+    constants += (
+        numerics.contract,
+        numerics.contract_precision,
+        run.shared.index,
+        numerics.wide,
+        numerics.factors,
+        numerics.stream,
+    )
     grid = triton.cdiv(outputs, tile.rows) * triton.cdiv(inputs, tile.columns)
     launch(contract_kernel, grid, tensors, numbers, constants, tile)
     return w_eff

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -63,7 +62,7 @@ class Rule:
 
 Table = dict[str, tuple[Rule, ...]]
 
-_override: ContextVar[dict[str, Tile] | None] = ContextVar("glora_tiles", default=None)
+_forced: dict[str, Tile] = {}
 
 
 def tile_for(kernel: str, architecture: str, element: int, tokens: int, rank: int) -> Tile:
@@ -72,23 +71,28 @@ def tile_for(kernel: str, architecture: str, element: int, tokens: int, rank: in
     Raises:
         LookupError: the file has no rule for it.
     """
-    forced = _override.get()
-    if forced is not None and kernel in forced:
-        return forced[kernel]
+    if kernel in _forced:
+        return _forced[kernel]
     for rule in rules(architecture)[kernel]:
         if rule.fits(element, tokens, rank):
             return rule.tile
-    raise LookupError(f"{FILE.name}: no {kernel} tile for {architecture}, {element} bytes, {tokens} tokens, rank {rank}")
+    raise LookupError(
+        f"{FILE.name}: no {kernel} tile for {architecture}, {element} bytes, {tokens} tokens, rank {rank}"
+    )
 
 
 @contextmanager
 def forced_tiles(tiles: dict[str, Tile]) -> Iterator[None]:
-    """Use these tiles inside the ``with`` block, whatever the file says (for tests and the tuner)."""
-    token = _override.set(tiles)
+    """Use these tiles inside the ``with`` block, whatever the file says (for tests and the tuner).
+
+    For the whole process: autograd runs backward passes on a GPU in a thread of its own.
+    """
+    global _forced
+    before, _forced = _forced, {**_forced, **tiles}
     try:
         yield
     finally:
-        _override.reset(token)
+        _forced = before
 
 
 @lru_cache
@@ -113,7 +117,7 @@ def nearest(architecture: str, known: tuple[str, ...]) -> str | None:
 
 @lru_cache
 def load(path: Path = FILE) -> dict[str, Table]:
-    """Every architecture's rules.
+    """Every architecture's rules; one that only names another has the same.
 
     Raises:
         ValueError: a file of another version, or without rules for a kernel.
@@ -121,7 +125,9 @@ def load(path: Path = FILE) -> dict[str, Table]:
     content = json.loads(path.read_text())
     if content.get("version") != VERSION:
         raise ValueError(f"{path}: expected version {VERSION}, got {content.get('version')!r}")
-    return {name: _table(path, name, entry) for name, entry in content["architectures"].items()}
+    entries = content["architectures"]
+    shared = {name: entries[entry] if isinstance(entry, str) else entry for name, entry in entries.items()}
+    return {name: _table(path, name, entry) for name, entry in shared.items()}
 
 
 def _table(path: Path, name: str, entry: dict[str, Any]) -> Table:

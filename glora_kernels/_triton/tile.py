@@ -16,9 +16,9 @@ ADDED = tl.constexpr(4)  # left @ right as well, but of A: added to the weight (
 
 
 @triton.jit
-def span(block, BLOCK: tl.constexpr):
-    """Indices of a block, in int64: they meet strides."""
-    return block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+def span(first, BLOCK: tl.constexpr, INDEX: tl.constexpr):
+    """The indices of a block from ``first`` on. INDEX is int64 where an offset into a matrix could pass 2^31."""
+    return (first + tl.arange(0, BLOCK)).to(INDEX)
 
 
 @triton.jit
@@ -37,11 +37,19 @@ def store_tile(ptr, value, rows, columns, stride_row, stride_column, row_mask, c
 
 @triton.jit
 def row_part(
-    ptr, rows, stride_row, stride_rank, rank, row_mask, KIND: tl.constexpr, BLOCK_RANK: tl.constexpr, DTYPE: tl.constexpr
+    ptr,
+    rows,
+    stride_row,
+    stride_rank,
+    rank,
+    row_mask,
+    KIND: tl.constexpr,
+    BLOCK_RANK: tl.constexpr,
+    DTYPE: tl.constexpr,
 ):
     """What a term needs of its rows: the left factor [rows, BLOCK_RANK], a value a row, or nothing."""
     if KIND == LOW_RANK or KIND == ADDED:
-        ranks = tl.arange(0, BLOCK_RANK).to(tl.int64)
+        ranks = tl.arange(0, BLOCK_RANK)
         return load_tile(ptr, rows, ranks, stride_row, stride_rank, row_mask, ranks < rank).to(DTYPE)
     elif KIND == ROW:
         return tl.load(ptr + rows * stride_row, mask=row_mask, other=0.0).to(DTYPE)
@@ -66,7 +74,7 @@ def term_tile(
 ):
     """The term itself, [rows, columns] or what broadcasts to it, in WIDE."""
     if KIND == LOW_RANK or KIND == ADDED:
-        ranks = tl.arange(0, BLOCK_RANK).to(tl.int64)
+        ranks = tl.arange(0, BLOCK_RANK)
         right = load_tile(ptr, ranks, columns, stride_rank, stride_column, ranks < rank, column_mask).to(DTYPE)
         return tl.dot(row_part, right, input_precision=PRECISION)
     elif KIND == ROW:
@@ -106,7 +114,7 @@ def prompt_tile(
 ):
     """c of ``W0 c``, [columns]."""
     if C == LOW_RANK:
-        ranks = tl.arange(0, BLOCK_RANK).to(tl.int64)
+        ranks = tl.arange(0, BLOCK_RANK)
         down = load_tile(ptr, columns, ranks, stride_row, 1, column_mask, ranks < rank).to(WIDE)
         up = tl.load(up_ptr + ranks, mask=ranks < rank, other=0.0).to(WIDE)
         return tl.sum(down * up[None, :], 1)
@@ -146,6 +154,6 @@ def sum_slices(ptr, slices, stride, offsets, mask, BLOCK: tl.constexpr, WIDE: tl
     """Partial sums added up in a fixed order: ``sum_s ptr[s * stride + offsets]``, [BLOCK]."""
     total = tl.zeros([BLOCK], dtype=WIDE)
     for first in range(0, slices, 16):
-        index = (first + tl.arange(0, 16)).to(tl.int64)
+        index = (first + tl.arange(0, 16)).to(tl.int64)  # slices are many: their offsets may pass 2^31
         total += tl.sum(load_tile(ptr, index, offsets, stride, 1, index < slices, mask), 0)
     return total

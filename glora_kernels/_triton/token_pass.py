@@ -20,6 +20,22 @@ import triton.language as tl
 
 from .tile import ADDED, COLUMN, LOW_RANK, NONE, ROW, load_tile, span, store_tile
 
+# Numbers that change from call to call: a new value needs no new build.
+VARYING = [
+    "M",
+    "rank_a",
+    "rank_b",
+    "at_db",
+    "at_db_sum",
+    "at_db_bias",
+    "at_t",
+    "at_a",
+    "at_au",
+    "at_b",
+    "at_b_sum",
+    "at_bu",
+]
+
 
 @triton.jit
 def thin_product(
@@ -35,7 +51,7 @@ def thin_product(
     DOT: tl.constexpr,
 ):
     """``acc + tile factor`` over a block of columns, [tokens, BLOCK_RANK]."""
-    ranks = tl.arange(0, BLOCK_RANK).to(tl.int64)
+    ranks = tl.arange(0, BLOCK_RANK)
     factor = load_tile(ptr, columns, ranks, stride_column, stride_rank, mask, ranks < rank)
     return tl.dot(tile, factor.to(tile.dtype), acc, input_precision=DOT)
 
@@ -43,12 +59,12 @@ def thin_product(
 @triton.jit
 def store_slice(ptr, tile, thin, block, columns, size, rank, mask, BLOCK_RANK: tl.constexpr, DOT: tl.constexpr):
     """``tile^T thin``, [columns, BLOCK_RANK], into slice ``block`` of (slices, size, rank)."""
-    ranks = tl.arange(0, BLOCK_RANK).to(tl.int64)
+    ranks = tl.arange(0, BLOCK_RANK)
     product = tl.dot(tl.trans(tile), thin.to(tile.dtype), input_precision=DOT)
     store_tile(ptr + block * size * rank, product, columns, ranks, rank, 1, mask, ranks < rank)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def token_pass_kernel(
     x_ptr,  # (M, K) read
     dy_ptr,  # (M, N) read
@@ -97,11 +113,12 @@ def token_pass_kernel(
     BLOCK_K: tl.constexpr,
     RANK_A: tl.constexpr,
     RANK_B: tl.constexpr,
+    INDEX: tl.constexpr,
     WIDE: tl.constexpr,
     DOT: tl.constexpr,
 ):
     block = tl.program_id(0).to(tl.int64)
-    tokens = span(block, BLOCK_M)
+    tokens = span(block * BLOCK_M, BLOCK_M, INDEX)
     token_mask = tokens < M
     THIN_B: tl.constexpr = GRAD_B and B == LOW_RANK
     tl.assume(K > 0)
@@ -113,7 +130,7 @@ def token_pass_kernel(
     x_sum = tl.zeros([BLOCK_M], dtype=WIDE)
     if GRAD_B or A == ADDED:
         for k in range(0, K, BLOCK_K):
-            columns = (k + tl.arange(0, BLOCK_K)).to(tl.int64)
+            columns = span(k, BLOCK_K, INDEX)
             mask = columns < K
             x = load_tile(x_ptr, tokens, columns, stride_xm, stride_xk, token_mask, mask)
             if A == ADDED:
@@ -131,7 +148,7 @@ def token_pass_kernel(
     db_bias = tl.zeros([BLOCK_N], dtype=WIDE)
     b_sum = tl.zeros([BLOCK_N], dtype=WIDE)
     for n in range(0, N, BLOCK_N):
-        rows = (n + tl.arange(0, BLOCK_N)).to(tl.int64)
+        rows = span(n, BLOCK_N, INDEX)
         mask = rows < N
         dy = load_tile(dy_ptr, tokens, rows, stride_ym, stride_yn, token_mask, mask)
         if DB or DB_SUM or DB_BIAS:
@@ -173,7 +190,7 @@ def token_pass_kernel(
     a_sum = tl.zeros([BLOCK_K], dtype=WIDE)
     if A != NONE or THIN_B:
         for k in range(0, K, BLOCK_K):
-            columns = (k + tl.arange(0, BLOCK_K)).to(tl.int64)
+            columns = span(k, BLOCK_K, INDEX)
             mask = columns < K
             x = load_tile(x_ptr, tokens, columns, stride_xm, stride_xk, token_mask, mask)
             if A == ADDED:
@@ -191,7 +208,7 @@ def token_pass_kernel(
                     scale = 1.0 + tl.load(a_ptr + columns * stride_a, mask=mask, other=0.0).to(WIDE)
                     dx = g * scale[None, :]
                     if B == LOW_RANK:
-                        ranks = tl.arange(0, RANK_B).to(tl.int64)
+                        ranks = tl.arange(0, RANK_B)
                         right = load_tile(bu_ptr, ranks, columns, stride_bu, 1, ranks < rank_b, mask).to(x.dtype)
                         dx = tl.fma(g, scale[None, :], tl.dot(q_b.to(x.dtype), right, input_precision=DOT))
                     elif B == ROW:

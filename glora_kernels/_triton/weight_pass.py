@@ -28,8 +28,11 @@ from .tile import (
     term_tile,
 )
 
+# Numbers that change from call to call: a new value needs no new build.
+VARYING = ["M", "share", "slices", "rank_a", "rank_b", "rank_c", "at_db", "at_dv", "at_dc", "at_cu", "at_ad"]
 
-@triton.jit
+
+@triton.jit(do_not_specialize=VARYING)
 def weight_pass_kernel(
     w_ptr,  # (N, K) read
     w_eff_ptr,  # (N, K) written
@@ -85,21 +88,23 @@ def weight_pass_kernel(
     PROBES: tl.constexpr,
     FACTOR_A: tl.constexpr,
     FACTOR_B: tl.constexpr,
+    INDEX: tl.constexpr,
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
+    ROUGH: tl.constexpr,  # precision of the comparison of scales
 ):
     shares = tl.cdiv(K, share)
     row_block, part = tl.program_id(0) // shares, tl.program_id(0) % shares
     row_block = row_block.to(tl.int64)
-    rows = span(row_block, BLOCK_N)
+    rows = span(row_block * BLOCK_N, BLOCK_N, INDEX)
     row_mask = rows < N
     first, last = part * share, min(K, (part + 1) * share)
     tl.assume(last > first)
     a_rows = row_part(a_ptr, rows, stride_a, 1, rank_a, row_mask, A, RANK_A, FACTOR_A)
     b_rows = row_part(b_ptr, rows, stride_b, 1, rank_b, row_mask, B, RANK_B, FACTOR_B)
-    ranks_a = tl.arange(0, RANK_A).to(tl.int64)
-    ranks_b = tl.arange(0, RANK_B).to(tl.int64)
-    ranks_c = tl.arange(0, RANK_C).to(tl.int64)
+    ranks_a = tl.arange(0, RANK_A)
+    ranks_b = tl.arange(0, RANK_B)
+    ranks_c = tl.arange(0, RANK_C)
     if DC:
         db = sum_slices(partials_ptr + at_db, slices, N, rows, row_mask, BLOCK_N, WIDE)
         d_up = tl.zeros([RANK_C], dtype=WIDE)
@@ -110,13 +115,13 @@ def weight_pass_kernel(
             dv += load_tile(at, rows, ranks_a, rank_a, 1, row_mask, ranks_a < rank_a)
             at += N * rank_a
     if PROBE:
-        probes = tl.arange(0, PROBES).to(tl.int64) * M // PROBES
+        probes = (tl.arange(0, PROBES).to(tl.int64) * M // PROBES).to(INDEX)
         every = probes < M
         through = tl.zeros([PROBES, RANK_B], dtype=WIDE)  # |x| |B's right factor|^T
         x_sum = tl.zeros([PROBES], dtype=WIDE)
         reach = tl.zeros([PROBES, BLOCK_N], dtype=WIDE)  # |x| |W0|^T
     for k in range(first, last, BLOCK_K):
-        columns = (k + tl.arange(0, BLOCK_K)).to(tl.int64)
+        columns = span(k, BLOCK_K, INDEX)
         mask = columns < last
         weight = load_tile(w_ptr, rows, columns, stride_wn, stride_wk, row_mask, mask).to(WIDE)
         if WRITE_WEIGHT:
@@ -137,10 +142,10 @@ def weight_pass_kernel(
             store_tile(at, d_down, columns, ranks_a, rank_a, 1, mask, ranks_a < rank_a)
         if PROBE:
             x = tl.abs(load_tile(x_ptr, probes, columns, stride_xm, stride_xk, every, mask).to(WIDE))
-            reach = tl.dot(x, tl.trans(tl.abs(weight)), reach, input_precision=PRECISION)
+            reach = tl.dot(x, tl.trans(tl.abs(weight)), reach, input_precision=ROUGH)
             if B == LOW_RANK:
                 up = load_tile(bu_ptr, columns, ranks_b, 1, stride_bu, mask, ranks_b < rank_b).to(WIDE)
-                through = tl.dot(x, tl.abs(up), through, input_precision=PRECISION)
+                through = tl.dot(x, tl.abs(up), through, input_precision=ROUGH)
             elif B == ROW:
                 x_sum += tl.sum(x, 1)
     if DCU:
@@ -151,7 +156,7 @@ def weight_pass_kernel(
         if B_EFF:
             taken += tl.abs(tl.load(b_eff_ptr + rows, mask=row_mask, other=0.0).to(WIDE))[None, :]
         if B == LOW_RANK:
-            taken += tl.dot(through, tl.trans(tl.abs(b_rows.to(WIDE))), input_precision=PRECISION)
+            taken += tl.dot(through, tl.trans(tl.abs(b_rows.to(WIDE))), input_precision=ROUGH)
         elif B == ROW:
             taken += x_sum[:, None] * tl.abs(b_rows.to(WIDE))[None, :]
         allowed = loss * tl.abs(1.0 + a_rows.to(WIDE)) * tl.sum(dy * reach, 0)

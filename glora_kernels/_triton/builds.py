@@ -1,0 +1,191 @@
+"""Every kernel build that this package ships for an architecture.
+
+Found by running the host code on meta tensors and writing down what it would launch, so that what is compiled ahead
+of time is what is launched.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..reuse import reuses_output
+from ..step import Step
+from ..terms import SLOTS, Constant, LowRank, Terms, Vector
+from .backend import TritonBackend
+from .contract import contract_kernel
+from .device import pretended
+from .fused import fused_kernel
+from .launch import Launch, recorded
+from .token_pass import token_pass_kernel
+
+POINTERS = {
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.float32: "*fp32",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+}
+SIZE = (768, 1024)  # N, K: divisible by 16, as nearly all are
+TOKENS = (16, 256, 8192, 16384)
+RANKS = (8, 64)
+
+
+class Build(NamedTuple):
+    """One kernel for one set of types, constants and tile sizes; see aot.py."""
+
+    kernel: Any
+    label: str
+    signature: dict[str, str]
+    divisible: frozenset[str]
+    constexprs: dict[str, object]
+    num_warps: int
+    num_stages: int
+    matrix: bool
+    plain_loop: bool
+    launches: int
+
+
+class Case(NamedTuple):
+    """One layer call to look at."""
+
+    dtype: torch.dtype
+    factors: torch.dtype
+    product: str
+    a: str
+    b: str
+    c: str
+    tokens: int
+    rank: int
+    strategy: str
+
+    def __str__(self) -> str:
+        kinds = f"A={self.a} B={self.b} C={self.c}"
+        types = f"{str(self.dtype)[6:]}/{str(self.factors)[6:]}"
+        return f"{self.product} {kinds} {types} M={self.tokens} R={self.rank} {self.strategy}"
+
+
+def shipped(target: str) -> list[Build]:
+    """The builds for ``cuda:90``, ``hip:gfx942`` and the like."""
+    backend, _, name = target.partition(":")
+    architecture = f"sm_{name}" if backend == "cuda" else name
+    builds: dict[tuple, Build] = {}
+    for case in _cases():
+        for build in _builds_of(case, architecture):
+            key = (build.kernel, *map(str, build[2:7]))
+            builds.setdefault(key, build)
+    return list(builds.values())
+
+
+def _cases() -> Iterator[Case]:
+    """Every kind with each product in bf16; what differs by type, rank and tokens beside it."""
+    kinds = ("lora", "vector", "constant", "none")
+    others = ("lora", "vector", "none")  # of B; a constant is a vector of stride 0, summed elsewhere
+    for product, a, b, strategy in itertools.product(("hadamard", "matmul"), kinds, others, ("assemble", "fused")):
+        tokens = 64 if strategy == "fused" else 4096
+        yield Case(torch.bfloat16, torch.float32, product, a, b, "lora", tokens, 8, strategy)
+    types = (torch.bfloat16, torch.bfloat16), (torch.float16, torch.float32), (torch.float32, torch.float32)
+    routes = (("hadamard", "lora"), ("hadamard", "vector"), ("hadamard", "constant"), ("matmul", "lora"))
+    for (dtype, factors), (product, a), strategy in itertools.product(types, routes, ("assemble", "fused")):
+        yield Case(dtype, factors, product, a, "lora", "none", 64 if strategy == "fused" else 4096, 8, strategy)
+    heaviest = (("hadamard", "lora"), ("matmul", "lora"))
+    for rank, tokens, (product, a), strategy in itertools.product(RANKS, TOKENS, heaviest, ("assemble", "fused")):
+        yield Case(torch.bfloat16, torch.float32, product, a, "lora", "lora", tokens, rank, strategy)
+    for (product, a), strategy in itertools.product(heaviest, ("assemble", "fused")):
+        yield Case(torch.float32, torch.float32, product, a, "lora", "lora", 256, RANKS[-1], strategy)
+
+
+def _builds_of(case: Case, architecture: str) -> Iterator[Build]:
+    launches = launches_of(case, architecture)
+    for launch in launches:
+        same = sum(other.kernel is launch.kernel for other in launches)
+        yield build_of(launch, f"{launch.kernel.fn.__name__} {case}", same)
+
+
+def launches_of(case: Case, architecture: str) -> list[Launch]:
+    """What a forward and a backward pass of the layer would launch."""
+    backend = TritonBackend(case.strategy)
+    x, weight, bias, terms = _operands(case)
+    with pretended(architecture), recorded() as launches, torch.no_grad():
+        y, projected, b_eff = backend.forward(x, weight, bias, terms)
+        output = y if reuses_output(*x.shape, terms) else None
+        step = Step(
+            y, x, weight, bias, terms, output, b_eff, projected, frozenset(s for s in SLOTS if getattr(terms, s)), True
+        )
+        backend.backward(step)
+    return launches
+
+
+def _operands(case: Case) -> tuple[Tensor, Tensor, Tensor, Terms]:
+    outputs, inputs = SIZE
+
+    def empty(*shape: int, dtype: torch.dtype = case.factors) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    def term(kind: str, rows: int, columns: int) -> LowRank | Vector | Constant | None:
+        down, up = empty(rows, 64), empty(64, columns)
+        made = {"lora": LowRank(down, up, case.rank), "vector": Vector(down), "constant": Constant(down)}
+        return made.get(kind)
+
+    a_rows = outputs if case.product == "hadamard" else inputs
+    terms = Terms(
+        term(case.a, a_rows, inputs),
+        term(case.b, outputs, inputs),
+        term(case.c, inputs, 1),  # type: ignore[arg-type]
+        Vector(empty(outputs)),
+        Constant(empty(outputs)),
+        case.product,
+    )
+    x, weight = empty(case.tokens, inputs, dtype=case.dtype), empty(outputs, inputs, dtype=case.dtype)
+    return x, weight, empty(outputs, dtype=case.dtype), terms
+
+
+def build_of(launch: Launch, label: str, launches: int = 1) -> Build:
+    """The build that serves a launch, as Triton would specialise it: 1 is a constant, a multiple of 16 is known."""
+    arguments = (*launch.tensors, *launch.numbers, *launch.constants)
+    first_constant = len(launch.tensors) + len(launch.numbers)
+    signature, divisible, constexprs = {}, set(), {}
+    for index, (parameter, value) in enumerate(zip(launch.kernel.params, arguments, strict=True)):
+        name, special = parameter.name, type(value) is int and not parameter.do_not_specialize
+        if index >= first_constant or value is None or (special and value == 1):
+            constexprs[name] = value
+            continue
+        signature[name] = _type_of(value)
+        if isinstance(value, Tensor) or (special and value % 16 == 0):
+            divisible.add(name)
+    tile = launch.tile
+    size = f"[{tile.tokens}x{tile.rows}x{tile.columns} w{tile.warps} s{tile.stages}{' swap' if tile.swap else ''}]"
+    half = any(isinstance(t, Tensor) and t.dtype.itemsize == 2 for t in launch.tensors)
+    gemm = launch.kernel is contract_kernel and bool(constexprs["GEMM"])
+    streams = launch.kernel is fused_kernel or gemm
+    return Build(
+        launch.kernel,
+        f"{label} {size}",
+        signature,
+        frozenset(divisible),
+        constexprs,
+        tile.warps,
+        tile.stages,
+        matrix=half and (streams or _thin_dots(launch, constexprs)),
+        plain_loop=half and gemm,
+        launches=launches,
+    )
+
+
+def _thin_dots(launch: Launch, constexprs: dict[str, Any]) -> bool:
+    """Whether the token pass has products with factors in it."""
+    if launch.kernel is not token_pass_kernel:
+        return False
+    return constexprs["A"] == 4 or (constexprs["B"] == 3 and bool(constexprs["GRAD_B"]))
+
+
+def _type_of(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return POINTERS[value.dtype]
+    if isinstance(value, float):
+        return "fp32"
+    return "i32" if -(2**31) <= value < 2**31 else "i64"

@@ -1,0 +1,77 @@
+"""Kinds and ranks as a small tensor, so that they are data to a compiled graph and not part of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .terms import SLOTS, Constant, LowRank, Term, Terms, Vector
+
+STORAGES = ("ad", "au", "bd", "bu", "cd", "cu", "d", "e")
+PLACES = {"A": (0, 1), "B": (2, 3), "C": (4, 5), "D": (6,), "E": (7,)}
+_CODES = {"none": 0, "constant": 1, "vector": 2, "lora": 3}
+_KINDS = {code: kind for kind, code in _CODES.items()}
+_NAMES = {Constant: "constant", Vector: "vector", LowRank: "lora"}
+
+
+def encode(kinds: dict[str, tuple[str, int]]) -> Tensor:
+    """``{"A": ("lora", 8), "D": ("vector", 0), ...}`` as a CPU tensor of (kind, rank), A to E; absent is none.
+
+    Raises:
+        ValueError: an unknown tensor or kind.
+    """
+    unknown = [f"{slot}={kind}" for slot, (kind, _) in kinds.items() if slot not in SLOTS or kind not in _CODES]
+    if unknown:
+        raise ValueError(f"kinds: expected of {SLOTS} one of {tuple(_CODES)}, got {', '.join(unknown)}")
+    pairs = (kinds.get(slot, ("none", 0)) for slot in SLOTS)
+    return torch.tensor([(_CODES[kind], rank) for kind, rank in pairs], dtype=torch.int64, device="cpu")
+
+
+def decode(storages: Sequence[Tensor | None], config: Tensor, product: str) -> Terms:
+    """The terms that ``config`` selects from the eight ``storages`` (in the order of ``STORAGES``).
+
+    Raises:
+        ValueError: a configuration of another shape or device, an unknown kind, or a storage that is read and absent.
+    """
+    if config.device.type != "cpu" or tuple(config.shape) != (len(SLOTS), 2):
+        raise ValueError(f"config: expected a CPU tensor of shape (5, 2), got {tuple(config.shape)} on {config.device}")
+    terms = {}
+    for slot, (code, rank) in zip(SLOTS, config.tolist()):
+        if code not in _KINDS:
+            raise ValueError(f"config: {slot}: expected a kind of 0 to {max(_KINDS)}, got {code}")
+        if code:
+            terms[slot] = _term(slot, _KINDS[code], rank, storages)
+    return Terms(**terms, product=product)  # type: ignore[arg-type]
+
+
+def _term(slot: str, kind: str, rank: int, storages: Sequence[Tensor | None]) -> Term:
+    places = PLACES[slot]
+    if kind == "lora" and len(places) == 1:
+        raise ValueError(f"config: {slot}: expected vector, constant or none, got lora")
+    read = [storages[place] for place in (places if kind == "lora" else places[:1])]
+    for place, storage in zip(places, read):
+        if storage is None:
+            raise ValueError(f"{STORAGES[place]}: expected a tensor, since config reads {slot} as {kind}; got None")
+    return LowRank(*read, rank) if kind == "lora" else {"vector": Vector, "constant": Constant}[kind](*read)  # type: ignore[arg-type]
+
+
+def pack(terms: Terms) -> tuple[list[Tensor | None], Tensor]:
+    """The inverse of :func:`decode`: the storages by place, absent where a term is none, and the configuration."""
+    storages: list[Tensor | None] = [None] * len(STORAGES)
+    kinds = {}
+    for slot, term in terms.active:
+        kinds[slot] = (_NAMES[type(term)], term.factors[1].shape[0] if isinstance(term, LowRank) else 0)
+        for place, storage in zip(PLACES[slot], term.storages):
+            storages[place] = storage
+    return storages, encode(kinds)
+
+
+def spread(terms: Terms, grads: dict[str, tuple[Tensor, ...]]) -> list[Tensor | None]:
+    """Gradients by slot put in the places of their storages."""
+    placed: list[Tensor | None] = [None] * len(STORAGES)
+    for slot, _ in terms.active:
+        for place, grad in zip(PLACES[slot], grads.get(slot, ())):
+            placed[place] = grad
+    return placed
