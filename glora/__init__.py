@@ -11,7 +11,7 @@ from .injection import inject
 from .layer import GLoRALinear
 from .merging import MergeReport, merge, unmerge
 from .modules import glora_layers
-from .parameters import count_parameters, trainable_parameters
+from .parameters import count_parameters, drop_unread_gradients, trainable_parameters
 from .paths import get_paths, sample_paths, set_paths, using_paths
 from .training import Recipe, TrainSummary, train
 from .version import __version__
@@ -29,6 +29,7 @@ __all__ = [
     "TrainSummary",
     "__version__",
     "count_parameters",
+    "drop_unread_gradients",
     "evaluate",
     "evaluate_merged",
     "evolve",

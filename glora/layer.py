@@ -130,7 +130,7 @@ class GLoRALinear(nn.Module):
             raise ValueError(f"path: expected ranks up to {self.rank} (the rank of the storage), got {path}")
         self._path = path
         # The path as data, for compiled graphs. No buffer: it stays on the CPU, and out of state dicts.
-        self._config = encode({slot: tuple(choice) for slot, choice in path.choices.items()})
+        self._config = encode({slot: (choice.kind, choice.rank) for slot, choice in path.choices.items()})
 
     @property
     def shape(self) -> LayerShape:

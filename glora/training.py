@@ -30,7 +30,7 @@ from .checksum import checksum
 from .config import SearchSpace
 from .files import require_folder, write_atomically
 from .modules import glora_layers
-from .parameters import trainable_parameters
+from .parameters import drop_unread_gradients, trainable_parameters
 from .paths import get_paths, sampler_for, set_paths
 
 CHECKPOINT_FORMAT = 1
@@ -225,6 +225,7 @@ def _step(run: _Run, x: Tensor, target: Tensor, loss_fn: Loss) -> tuple[float, T
         raise ValueError(f"loss: expected a finite value, got {value} at step {run.step}; try a smaller lr")
     if loss.requires_grad or run.space is None:  # a random path may read nothing at all
         loss.backward()
+        drop_unread_gradients(run.model)
     if run.recipe.clip_norm is not None:
         nn.utils.clip_grad_norm_(run.parameters, run.recipe.clip_norm)
     run.optimizer.step()

@@ -47,14 +47,19 @@ def decode(storages: Sequence[Tensor | None], config: Tensor, product: str) -> T
 
 
 def _term(slot: str, kind: str, rank: int, storages: Sequence[Tensor | None]) -> Term:
-    places = PLACES[slot]
-    if kind == "lora" and len(places) == 1:
+    if kind == "lora" and len(PLACES[slot]) == 1:
         raise ValueError(f"config: {slot}: expected vector, constant or none, got lora")
-    read = [storages[place] for place in (places if kind == "lora" else places[:1])]
-    for place, storage in zip(places, read):
-        if storage is None:
-            raise ValueError(f"{STORAGES[place]}: expected a tensor, since config reads {slot} as {kind}; got None")
-    return LowRank(*read, rank) if kind == "lora" else {"vector": Vector, "constant": Constant}[kind](*read)  # type: ignore[arg-type]
+    places = PLACES[slot] if kind == "lora" else PLACES[slot][:1]
+    read = [_present(storages[place], STORAGES[place], f"{slot} as {kind}") for place in places]
+    if kind == "lora":
+        return LowRank(read[0], read[1], rank)
+    return Vector(read[0]) if kind == "vector" else Constant(read[0])
+
+
+def _present(storage: Tensor | None, name: str, reading: str) -> Tensor:
+    if storage is None:
+        raise ValueError(f"{name}: expected a tensor, since config reads {reading}; got None")
+    return storage
 
 
 def pack(terms: Terms) -> tuple[list[Tensor | None], Tensor]:

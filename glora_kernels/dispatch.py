@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import cache
 from importlib.util import find_spec
 from typing import NamedTuple
 
@@ -133,10 +134,25 @@ def triton_unfit(weight: Tensor, terms: Terms) -> str | None:
             return f"the operands are on {weight.device.type}, not on a GPU"
     elif weight.dtype == torch.float64:
         return "fp64 on a GPU is served by the torch backend"
+    elif not _has_settings(name := _architecture(weight.device)):
+        return f"no tile settings for {name}"
     rank = max((term.factors[1].shape[0] for _, term in terms.active if isinstance(term, LowRank)), default=0)
     if rank > MAX_TRITON_RANK:
         return f"rank {rank} is above {MAX_TRITON_RANK}"
     return None
+
+
+def _architecture(device: torch.device) -> str:
+    from ._triton.device import architecture  # loads Triton: only once there is a GPU to use it on
+
+    return architecture(device)
+
+
+@cache
+def _has_settings(architecture: str) -> bool:
+    from ._triton.settings import load, nearest
+
+    return nearest(architecture, tuple(load())) is not None
 
 
 def _tracing_reason() -> str | None:

@@ -90,9 +90,7 @@ def _linear_backward(dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None,
     with torch.no_grad():
         dx, grads = _gradients(dy, x, weight, bias, terms, wanted, needs[0])
     placed = [dx, *spread(terms, grads)]
-    return [
-        _owned(grad, like) if need else dy.new_empty(0) for grad, like, need in zip(placed, (x, *storages), needs)
-    ]
+    return [_owned(grad, like) if need else dy.new_empty(0) for grad, like, need in zip(placed, (x, *storages), needs)]
 
 
 def _owned(grad: Tensor | None, like: Tensor | None) -> Tensor:
@@ -158,8 +156,12 @@ def _save_nothing(ctx, inputs, output) -> None:
 
 
 def _refuse_second_order(ctx, *grads):
-    raise NotImplementedError("glora::linear_backward has no derivative; call glora_kernels.glora_linear for second ones")
+    raise NotImplementedError(
+        "glora::linear_backward has no derivative; call glora_kernels.glora_linear for second ones"
+    )
 
 
 torch.library.register_autograd("glora::linear", _autograd, setup_context=_save, lib=library)
-torch.library.register_autograd("glora::linear_backward", _refuse_second_order, setup_context=_save_nothing, lib=library)
+torch.library.register_autograd(
+    "glora::linear_backward", _refuse_second_order, setup_context=_save_nothing, lib=library
+)

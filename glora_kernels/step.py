@@ -8,7 +8,6 @@ from torch import Tensor
 
 from .terms import Terms
 
-
 SlotGradients = dict[str, tuple[Tensor, ...]]  # of each wanted slot, in the order of its storages
 
 

@@ -21,8 +21,7 @@ def compiled(build: Build, target: Target) -> CompiledKernel:
         Exception: whatever the compiler raises.
     """
     names: list[str] = build.kernel.arg_names
-    divisible = {(names.index(name),): [["tt.divisibility", 16]] for name in build.divisible}
-    source = ASTSource(build.kernel, _signature(build, names), dict(build.constexprs), divisible)
+    source = ASTSource(build.kernel, _signature(build, names), dict(build.constexprs), _divisible(build, names))
     options: dict[str, Any] = {
         "num_warps": build.num_warps,
         "num_stages": build.num_stages,
@@ -40,3 +39,10 @@ def _signature(build: Build, names: list[str]) -> dict[str, str]:
             f"got {sorted(build.signature)} and {sorted(build.constexprs)}"
         )
     return {name: types[name] for name in names}
+
+
+def _divisible(build: Build, names: list[str]) -> dict[tuple[int], list[list[object]]]:
+    """In the kernel's order, which is part of the cache's key; that of a set differs between processes."""
+    if unknown := set(build.divisible) - set(build.signature):
+        raise ValueError(f"divisible: expected names in signature, got {sorted(unknown)}")
+    return {(place,): [["tt.divisibility", 16]] for place, name in enumerate(names) if name in build.divisible}

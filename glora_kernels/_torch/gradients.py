@@ -29,6 +29,7 @@ from .row_scale import row_scale_gradient
 from .storages import into_storages
 from .thin import b_gradient, contract_b, matmul_a_gradient
 
+
 def backward(step: Step) -> tuple[Tensor | None, SlotGradients]:
     """The gradient of x, if wanted, and those of the storages of every wanted slot."""
     wanted = step.wanted

@@ -16,6 +16,7 @@ from ..terms import compute_dtype
 from .assemble import row_scale
 from .thin import Thin
 
+
 def row_scale_gradient(step: Step, db: Tensor | None, thin: Thin | None) -> Tensor:
     """``da_n = sum_m dy_mn z_mn``, ``z = x W0^T``, of shape (N,).
 

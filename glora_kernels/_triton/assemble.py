@@ -79,7 +79,7 @@ def assemble_kernel(
             columns = span(k, BLOCK_K, INDEX)
             weight = load_tile(w_ptr, rows, columns, stride_wn, stride_wk, row_mask, columns < K).to(WIDE)
             down = load_tile(a_ptr, columns, ranks, stride_a, 1, columns < K, ranks < rank_a).to(WIDE)
-            v = tl.dot(weight, down, v, input_precision=PRECISION)
+            v = tl.dot(weight, down, v, input_precision=PRECISION, out_dtype=WIDE)
         store_tile(v_ptr, v, rows, ranks, rank_a, 1, row_mask, ranks < rank_a)
         left = v.to(FACTOR_A)
     else:

@@ -21,8 +21,9 @@ from ..routes import needs_weight_gradient, scales_inputs
 from ..step import SlotGradients, Step
 from ..terms import LowRank
 from .forward import context, multiply
-from .operands import a_operand, b_operand
-from .passes import Run, contraction, finish, token_pass, weight_pass
+from .gradients import gradients
+from .operands import BiasOperands, a_operand, b_operand
+from .passes import Run, contraction, token_pass, weight_pass
 from .reservations import reserve
 
 
@@ -48,7 +49,7 @@ def backward(step: Step, strategy: str) -> tuple[Tensor | None, SlotGradients]:
     run = Run(step, strategy, context(step.dy.shape[0], step.weight, *matrices), route_of(step), a, b)
     reserve(run)
     dx = _ROUTES[run.route](run)
-    return dx, finish(run)
+    return dx, gradients(run)
 
 
 def _through_tokens(run: Run) -> Tensor | None:
@@ -92,7 +93,7 @@ def _input_gradient(run: Run, w_eff: Tensor | None) -> Tensor | None:
     if w_eff is not None:
         return step.dy @ w_eff
     dx = step.dy.new_empty(step.dy.shape[0], step.weight.shape[1])
-    multiply(step.dy, step.weight.t(), dx, run.a.transposed, run.b.transposed, None, None, run.shared)
+    multiply(step.dy, step.weight.t(), dx, run.a.transposed, run.b.transposed, BiasOperands(), None, run.shared)
     return dx
 
 

@@ -21,6 +21,7 @@ from .contract import contract_kernel
 from .device import pretended
 from .fused import fused_kernel
 from .launch import Launch, recorded
+from .operands import ADDED, LOW_RANK
 from .token_pass import token_pass_kernel
 
 POINTERS = {
@@ -112,7 +113,7 @@ def launches_of(case: Case, architecture: str) -> list[Launch]:
     x, weight, bias, terms = _operands(case)
     with pretended(architecture), recorded() as launches, torch.no_grad():
         y, projected, b_eff = backend.forward(x, weight, bias, terms)
-        output = y if reuses_output(*x.shape, terms) else None
+        output = y if reuses_output(x.shape[0], x.shape[1], terms) else None
         step = Step(
             y, x, weight, bias, terms, output, b_eff, projected, frozenset(s for s in SLOTS if getattr(terms, s)), True
         )
@@ -128,8 +129,9 @@ def _operands(case: Case) -> tuple[Tensor, Tensor, Tensor, Terms]:
 
     def term(kind: str, rows: int, columns: int) -> LowRank | Vector | Constant | None:
         down, up = empty(rows, 64), empty(64, columns)
-        made = {"lora": LowRank(down, up, case.rank), "vector": Vector(down), "constant": Constant(down)}
-        return made.get(kind)
+        if kind == "lora":
+            return LowRank(down, up, case.rank)
+        return None if kind == "none" else Vector(down) if kind == "vector" else Constant(down)
 
     a_rows = outputs if case.product == "hadamard" else inputs
     terms = Terms(
@@ -146,12 +148,11 @@ def _operands(case: Case) -> tuple[Tensor, Tensor, Tensor, Terms]:
 
 def build_of(launch: Launch, label: str, launches: int = 1) -> Build:
     """The build that serves a launch, as Triton would specialise it: 1 is a constant, a multiple of 16 is known."""
-    arguments = (*launch.tensors, *launch.numbers, *launch.constants)
-    first_constant = len(launch.tensors) + len(launch.numbers)
     signature, divisible, constexprs = {}, set(), {}
-    for index, (parameter, value) in enumerate(zip(launch.kernel.params, arguments, strict=True)):
-        name, special = parameter.name, type(value) is int and not parameter.do_not_specialize
-        if index >= first_constant or value is None or (special and value == 1):
+    for parameter in launch.kernel.params:
+        name, value = parameter.name, launch.arguments[parameter.name]
+        special = type(value) is int and not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or (special and value == 1):
             constexprs[name] = value
             continue
         signature[name] = _type_of(value)
@@ -159,9 +160,9 @@ def build_of(launch: Launch, label: str, launches: int = 1) -> Build:
             divisible.add(name)
     tile = launch.tile
     size = f"[{tile.tokens}x{tile.rows}x{tile.columns} w{tile.warps} s{tile.stages}{' swap' if tile.swap else ''}]"
-    half = any(isinstance(t, Tensor) and t.dtype.itemsize == 2 for t in launch.tensors)
-    gemm = launch.kernel is contract_kernel and bool(constexprs["GEMM"])
-    streams = launch.kernel is fused_kernel or gemm
+    half = launch.arguments.get("x_ptr", launch.arguments.get("w_ptr"))
+    half_type = isinstance(half, Tensor) and half.dtype.itemsize == 2
+    plain = launch.kernel is contract_kernel and bool(constexprs["GEMM"])
     return Build(
         launch.kernel,
         f"{label} {size}",
@@ -170,17 +171,18 @@ def build_of(launch: Launch, label: str, launches: int = 1) -> Build:
         constexprs,
         tile.warps,
         tile.stages,
-        matrix=half and (streams or _thin_dots(launch, constexprs)),
-        plain_loop=half and gemm,
+        matrix=half_type and (plain or launch.kernel is fused_kernel or _thin_dots(launch)),
+        plain_loop=half_type and plain,
         launches=launches,
     )
 
 
-def _thin_dots(launch: Launch, constexprs: dict[str, Any]) -> bool:
+def _thin_dots(launch: Launch) -> bool:
     """Whether the token pass has products with factors in it."""
     if launch.kernel is not token_pass_kernel:
         return False
-    return constexprs["A"] == 4 or (constexprs["B"] == 3 and bool(constexprs["GRAD_B"]))
+    thin_b = launch.arguments["GRAD_B"] and launch.arguments["B"] == LOW_RANK
+    return launch.arguments["A"] == ADDED or thin_b
 
 
 def _type_of(value: Any) -> str:

@@ -12,7 +12,7 @@ rows, fp32, and ``finish`` adds them up in a fixed order. With ONLY_LOST a progr
 import triton
 import triton.language as tl
 
-from .tile import LOW_RANK, NONE, ROW, effective_tile, load_tile, row_part, span, store_tile, sum_slices, term_tile
+from .tile import LOW_RANK, effective_tile, load_tile, row_part, span, store_tile, sum_slices, term_tile
 
 # Numbers that change from call to call: a new value needs no new build.
 VARYING = ["M", "slices", "rank_a", "rank_b", "rank_c", "at_a", "at_au", "at_b", "at_bu", "at_db", "at_dc", "at_cu"]
@@ -129,7 +129,7 @@ def contract_kernel(
                 token_mask = tokens < M
                 dy = load_tile(dy_ptr, tokens, rows, stride_ym, stride_yn, token_mask, row_mask)
                 x = load_tile(x_ptr, tokens, columns, stride_xm, stride_xk, token_mask, mask)
-                dw = tl.dot(tl.trans(dy), x, dw, input_precision=DOT)
+                dw = tl.dot(tl.trans(dy), x, dw, input_precision=DOT, out_dtype=WIDE)
         else:
             dw = load_tile(dw_ptr, rows, columns, K, 1, row_mask, mask).to(WIDE)
         if GRAD_B and B == LOW_RANK:

@@ -11,7 +11,6 @@ import triton
 
 from .settings import INTERPRETER
 
-
 _pretended: str | None = None
 
 

@@ -15,7 +15,7 @@ The gradient of a row scale, solved from the output (SOLVED), is
 import triton
 import triton.language as tl
 
-from .tile import LOW_RANK, NONE, ROW, sum_slices
+from .tile import LOW_RANK, ROW, sum_slices
 
 TABLE_WIDTH = tl.constexpr(12)
 PLAIN = tl.constexpr(0)

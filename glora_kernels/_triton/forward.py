@@ -27,9 +27,10 @@ from .operands import (
     bias_operands,
     dense,
     padded_rank,
-    row_stride,
 )
 from .settings import Tile, tile_for
+
+SHARE_BLOCKS = 4  # blocks of columns that a program walks where it may choose
 
 
 class Context(NamedTuple):
@@ -78,39 +79,78 @@ def assemble(
     weight: Tensor, bias: Tensor | None, terms: Terms, shared: Context
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """``(W_eff, b_eff, V)``; an operand that no term changes is returned as it is."""
-    write_bias = bias_operands(terms, bias).adapts
-    if not terms.adapts_weight and not write_bias:
+    writes_bias = bias_operands(terms, bias).adapts
+    if not terms.adapts_weight and not writes_bias:
         return weight, bias, None
-    w_eff, b_eff, projected = _assemble(weight, bias, terms, shared, terms.adapts_weight, write_bias)
-    return (w_eff if terms.adapts_weight else weight), (b_eff if write_bias else bias), projected
+    w_eff, b_eff, projected = _assemble(weight, bias, terms, shared, terms.adapts_weight, writes_bias)
+    return weight if w_eff is None else w_eff, b_eff if writes_bias else bias, projected
 
 
 def _assemble(
     weight: Tensor, bias: Tensor | None, terms: Terms, shared: Context, write_weight: bool, write_bias: bool
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """What is asked for, by one launch; see assemble.py."""
     outputs, inputs = weight.shape
-    a, b, folded = a_operand(terms, None, weight.dtype), b_operand(terms, weight.dtype), bias_operands(terms, bias)
-    if not write_weight:
-        b = Operand(NONE)
-    c_kind, d, e, has_bias = folded.kinds if write_bias else (NONE, False, False, False)
+    a, folded = a_operand(terms, None, weight.dtype), bias_operands(terms if write_bias else Terms(), bias)
+    b = b_operand(terms, weight.dtype) if write_weight else Operand(NONE)
+    down = dense(terms.A.down) if isinstance(terms.A, LowRank) else a.left
+    w_eff = weight.new_empty(outputs, inputs) if write_weight else None
+    b_eff = weight.new_empty(outputs) if write_bias else None
+    projected = weight.new_empty(outputs, a.rank, dtype=compute_dtype(weight.dtype)) if a.kind == ADDED else None
     tile = shared.tile("assemble", a.rank, b.rank, folded.rank)
-    new = weight.new_empty
-    w_eff = new(outputs, inputs) if write_weight else None
-    b_eff = new(outputs) if write_bias else None
-    projected = new(outputs, a.rank, dtype=compute_dtype(weight.dtype)) if a.kind == ADDED else None
-    whole_rows = a.kind == ADDED or c_kind != NONE
-    share = share_of(inputs, tile, whole_rows or not write_weight)
-    left = dense(terms.A.down) if isinstance(terms.A, LowRank) else a.left
-    tensors = (weight, w_eff, b_eff, projected, left, a.right, b.left, b.right)
-    tensors += (folded.c, folded.cu, folded.bias, folded.d, folded.e)
-    left_row = a.left_row if a.kind != ADDED else row_stride(left)
-    numbers = (outputs, inputs, share, *weight.stride(), left_row, b.left_row, b.right_rank)
-    numbers += (a.right_rank, a.right_column, *folded.strides, a.rank, b.rank, folded.rank)
-    constants = (a.kind, b.kind, c_kind, d, e, has_bias, write_weight, write_bias, tile.rows, tile.columns)
-    constants += (a.block_rank, b.block_rank, padded_rank(folded.rank), a.dtype, b.dtype)
-    constants += (shared.index, shared.numerics.wide, shared.numerics.factors)
-    grid = triton.cdiv(outputs, tile.rows) * triton.cdiv(inputs, share)
-    launch(assemble_kernel, grid, tensors, numbers, constants, tile)
+    share = share_of(inputs, tile, a.kind == ADDED or folded.c_kind != NONE or not write_weight)
+    launch(
+        assemble_kernel,
+        triton.cdiv(outputs, tile.rows) * triton.cdiv(inputs, share),
+        tile,
+        w_ptr=weight,
+        w_eff_ptr=w_eff,
+        b_eff_ptr=b_eff,
+        v_ptr=projected,
+        a_ptr=down,
+        au_ptr=a.right,
+        b_ptr=b.left,
+        bu_ptr=b.right,
+        c_ptr=folded.c,
+        cu_ptr=folded.cu,
+        bias_ptr=folded.bias,
+        d_ptr=folded.d,
+        e_ptr=folded.e,
+        N=outputs,
+        K=inputs,
+        share=share,
+        stride_wn=weight.stride(0),
+        stride_wk=weight.stride(1),
+        stride_a=down.shape[1] if isinstance(terms.A, LowRank) and down is not None else a.left_row,
+        stride_b=b.left_row,
+        stride_bu=b.right_rank,
+        stride_au=a.right_rank,
+        stride_auk=a.right_column,
+        stride_c=folded.stride_c,
+        stride_d=folded.stride_d,
+        stride_e=folded.stride_e,
+        rank_a=a.rank,
+        rank_b=b.rank,
+        rank_c=folded.rank,
+        A=a.kind,
+        B=b.kind,
+        C=folded.c_kind,
+        D=folded.d is not None,
+        E=folded.e is not None,
+        BIAS=folded.bias is not None,
+        WRITE_WEIGHT=write_weight,
+        WRITE_BIAS=write_bias,
+        BLOCK_N=tile.rows,
+        BLOCK_K=tile.columns,
+        RANK_A=a.block_rank,
+        RANK_B=b.block_rank,
+        RANK_C=padded_rank(folded.rank),
+        FACTOR_A=a.dtype,
+        FACTOR_B=b.dtype,
+        INDEX=shared.index,
+        WIDE=shared.numerics.wide,
+        PRECISION=shared.numerics.factors,
+    )
     return w_eff, b_eff, projected
 
 
@@ -119,32 +159,74 @@ def share_of(inputs: int, tile: Tile, whole_rows: bool) -> int:
     return inputs if whole_rows else tile.columns * SHARE_BLOCKS
 
 
-SHARE_BLOCKS = 4
-
-
 def multiply(
     x: Tensor,
     weight: Tensor,
     y: Tensor,
     a: Operand,
     b: Operand,
-    folded: BiasOperands | None,
+    folded: BiasOperands,
     b_eff: Tensor | None,
     shared: Context,
 ) -> None:
     """``y = x W_eff^T + b_eff`` with W_eff in registers only; ``weight``, ``a`` and ``b`` may all be transposed."""
-    c_kind, d, e, has_bias = (NONE, False, False, False) if folded is None else folded.kinds
-    rank_c = 0 if folded is None else folded.rank
-    tile = shared.tile("fused", a.rank, b.rank, rank_c)
-    tensors = (x, weight, y, b_eff, a.left, a.right, b.left, b.right)
-    tensors += (None,) * 5 if folded is None else (folded.c, folded.cu, folded.bias, folded.d, folded.e)
-    numbers = (x.shape[0], *weight.shape, *x.stride(), *weight.stride())
-    numbers += (a.left_row, a.left_rank, a.right_rank, a.right_column)
-    numbers += (b.left_row, b.left_rank, b.right_rank, b.right_column)
-    numbers += ((0, 0, 0) if folded is None else folded.strides) + (a.rank, b.rank, rank_c)
-    constants = (a.kind, b.kind, c_kind, d, e, has_bias, b_eff is not None)
-    constants += (tile.tokens, tile.rows, tile.columns, a.block_rank, b.block_rank, padded_rank(rank_c))
-    numerics = shared.numerics
-    constants += (a.dtype, b.dtype, shared.index, numerics.wide, numerics.factors, numerics.stream, tile.swap)
-    grid = triton.cdiv(x.shape[0], tile.tokens) * triton.cdiv(weight.shape[0], tile.rows)
-    launch(fused_kernel, grid, tensors, numbers, constants, tile)
+    tile = shared.tile("fused", a.rank, b.rank, folded.rank)
+    launch(
+        fused_kernel,
+        triton.cdiv(x.shape[0], tile.tokens) * triton.cdiv(weight.shape[0], tile.rows),
+        tile,
+        x_ptr=x,
+        w_ptr=weight,
+        y_ptr=y,
+        b_eff_ptr=b_eff,
+        a_ptr=a.left,
+        au_ptr=a.right,
+        b_ptr=b.left,
+        bu_ptr=b.right,
+        c_ptr=folded.c,
+        cu_ptr=folded.cu,
+        bias_ptr=folded.bias,
+        d_ptr=folded.d,
+        e_ptr=folded.e,
+        M=x.shape[0],
+        OUT=weight.shape[0],
+        RED=weight.shape[1],
+        stride_xm=x.stride(0),
+        stride_xr=x.stride(1),
+        stride_wo=weight.stride(0),
+        stride_wr=weight.stride(1),
+        stride_a=a.left_row,
+        stride_ar=a.left_rank,
+        stride_au=a.right_rank,
+        stride_auc=a.right_column,
+        stride_b=b.left_row,
+        stride_br=b.left_rank,
+        stride_bu=b.right_rank,
+        stride_buc=b.right_column,
+        stride_c=folded.stride_c,
+        stride_d=folded.stride_d,
+        stride_e=folded.stride_e,
+        rank_a=a.rank,
+        rank_b=b.rank,
+        rank_c=folded.rank,
+        A=a.kind,
+        B=b.kind,
+        C=folded.c_kind,
+        D=folded.d is not None,
+        E=folded.e is not None,
+        BIAS=folded.bias is not None,
+        WRITE_BIAS=b_eff is not None,
+        BLOCK_M=tile.tokens,
+        BLOCK_O=tile.rows,
+        BLOCK_R=tile.columns,
+        RANK_A=a.block_rank,
+        RANK_B=b.block_rank,
+        RANK_C=padded_rank(folded.rank),
+        FACTOR_A=a.dtype,
+        FACTOR_B=b.dtype,
+        INDEX=shared.index,
+        WIDE=shared.numerics.wide,
+        PRECISION=shared.numerics.factors,
+        DOT=shared.numerics.stream,
+        SWAP=tile.swap,
+    )

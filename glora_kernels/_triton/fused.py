@@ -98,9 +98,9 @@ def fused_kernel(
         b = term_tile(b_rows, bu_ptr, reds, stride_bu, stride_buc, rank_b, mask, B, RANK_B, FACTOR_B, WIDE, PRECISION)
         w_eff = effective_tile(weight, a, b, A, B).to(x_ptr.dtype.element_ty)
         if SWAP:
-            acc = tl.dot(w_eff, tl.trans(x), acc, input_precision=DOT)
+            acc = tl.dot(w_eff, tl.trans(x), acc, input_precision=DOT, out_dtype=WIDE)
         else:
-            acc = tl.dot(x, tl.trans(w_eff), acc, input_precision=DOT)
+            acc = tl.dot(x, tl.trans(w_eff), acc, input_precision=DOT, out_dtype=WIDE)
     bias = bias_tile(prompt, bias_ptr, d_ptr, e_ptr, outs, stride_d, stride_e, out_mask, BIAS, D, E, WIDE)
     bias = bias.to(y_ptr.dtype.element_ty)  # the bits that a merged layer adds
     if WRITE_BIAS and token_block == 0:

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 import triton
-from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
 
 from .settings import Tile
@@ -28,10 +28,8 @@ class Launch(NamedTuple):
 
     kernel: Any
     grid: int
-    tensors: tuple[Tensor | None, ...]
-    numbers: tuple[int | float, ...]
-    constants: tuple[Any, ...]
     tile: Tile
+    arguments: dict[str, Any]
 
 
 _record: list[Launch] | None = None
@@ -48,46 +46,56 @@ def recorded() -> Iterator[list[Launch]]:
         _record = before
 
 
-def launch(
-    kernel: Any,
-    grid: int,
-    tensors: tuple[Tensor | None, ...],
-    numbers: tuple[int | float, ...],
-    constants: tuple[Any, ...],
-    tile: Tile,
-) -> None:
-    """Run ``kernel`` on ``grid`` programs; its parameters are tensors, then numbers, then constants, in this order.
+def launch(kernel: Any, grid: int, tile: Tile, /, **arguments: Any) -> None:
+    """Run ``kernel`` on ``grid`` programs.
 
-    An absent tensor is None: the constants must see to it that it is not read.
-    The device is that of the first tensor, whichever is current.
+    Args:
+        kernel: a ``triton.jit`` function whose parameters are pointers, then numbers, then constants.
+        grid: how many programs.
+        tile: its warps and stages.
+        arguments: in the order of the kernel's parameters. An absent tensor is None: the constants must see to it that
+            it is not read. The device is that of the first, whichever is current.
     """
     if _record is not None:
-        _record.append(Launch(kernel, grid, tensors, numbers, constants, tile))
-        return
-    if isinstance(kernel, InterpretedFunction):
-        kernel[(grid,)](*tensors, *numbers, *constants)
-        return
-    device = tensors[0].device.index  # type: ignore[union-attr]
+        _record.append(Launch(kernel, grid, tile, arguments))
+    elif isinstance(kernel, InterpretedFunction):
+        _check_order(kernel, arguments)
+        kernel[(grid,)](*arguments.values())
+    else:
+        _run(kernel, grid, tile, arguments)
+
+
+def _run(kernel: Any, grid: int, tile: Tile, arguments: dict[str, Any]) -> None:
+    values = tuple(arguments.values())
+    device = values[0].device.index
     if device != torch.cuda.current_device():
         with torch.cuda.device(device):
-            _run(kernel, device, grid, tensors, numbers, constants, tile)
-    else:
-        _run(kernel, device, grid, tensors, numbers, constants, tile)
-
-
-def _run(kernel, device: int, grid: int, tensors: tuple, numbers: tuple, constants: tuple, tile: Tile) -> None:
-    types = tuple([None if t is None else (t.dtype, t.data_ptr() % ALIGNMENT == 0) for t in tensors])
-    key = (kernel.fn, device, types, numbers, constants, tile)
+            return _run(kernel, grid, tile, arguments)
+    pointers = _pointer_count(kernel.fn)
+    types = [None if t is None else (t.dtype, t.data_ptr() % ALIGNMENT == 0) for t in values[:pointers]]
+    key = (kernel.fn, device, tile, *types, *values[pointers:])
     compiled = _compiled.get(key)
-    arguments = (*tensors, *numbers, *constants)
     if compiled is None:
-        compiled = _compiled[key] = compile_for(kernel, arguments, tile)
+        _check_order(kernel, arguments)
+        compiled = _compiled[key] = compile_for(kernel, values, tile)
     stream = triton.runtime.driver.active.get_current_stream(device)
     run = compiled.run  # loads the module at its first use, before ``function`` is read
-    run(grid, 1, 1, stream, compiled.function, compiled.packed_metadata, None, None, None, *arguments)
+    run(grid, 1, 1, stream, compiled.function, compiled.packed_metadata, None, None, None, *values)
 
 
-def compile_for(kernel, arguments: tuple, tile: Tile):
+def compile_for(kernel: Any, values: tuple, tile: Tile) -> Any:
     """The kernel compiled for such arguments, from Triton's cache where it is there; nothing is launched."""
     options = {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True}
-    return kernel.warmup(*arguments, grid=(1,), **options)
+    return kernel.warmup(*values, grid=(1,), **options)
+
+
+@cache
+def _pointer_count(function: Any) -> int:
+    names = function.__code__.co_varnames[: function.__code__.co_argcount]
+    return sum(name.endswith("_ptr") for name in names)
+
+
+def _check_order(kernel: Any, arguments: dict[str, Any]) -> None:
+    """Arguments go by position, which is faster: they must stand as the parameters do."""
+    names = list(kernel.arg_names)
+    assert names == list(arguments), f"{kernel.fn.__name__}: expected {names}, got {list(arguments)}"

@@ -11,7 +11,6 @@ from torch import Tensor
 from ..terms import compute_dtype
 from .operands import TYPES
 
-
 LARGEST_BLOCK = 512  # offsets are formed for whole blocks, also beyond the edge of a matrix
 
 

@@ -116,44 +116,46 @@ def _factor_type(down: Tensor, up: Tensor, wide: tl.dtype) -> tl.dtype:
 
 @dataclass(frozen=True, eq=False)
 class BiasOperands:
-    """C, D, E and b0 as the kernels that form b_eff take them."""
+    """C, D, E and b0 as the kernels that form b_eff take them.
 
-    c: Tensor | None
-    cu: Tensor | None
-    d: Tensor | None
-    e: Tensor | None
-    bias: Tensor | None
-    strides: tuple[int, int, int]  # of C, D, E
-    rank: int
-    kinds: tuple[int, bool, bool, bool]  # C, D, E, b0
+    Attributes:
+        c: the storage of C; ``c_kind`` is NONE, ROW (a value an input) or LOW_RANK.
+        cu: its right factor, where it is a low rank of ``rank``.
+        d, e, bias: absent where there is no such term; D also where there is no bias.
+        stride_c, stride_d, stride_e: from one row of a storage to the next; 0 repeats a constant.
+    """
+
+    c_kind: int = NONE
+    c: Tensor | None = None
+    cu: Tensor | None = None
+    d: Tensor | None = None
+    e: Tensor | None = None
+    bias: Tensor | None = None
+    stride_c: int = 0
+    stride_d: int = 0
+    stride_e: int = 0
+    rank: int = 0
 
     @property
     def exists(self) -> bool:
         """Whether there is a b_eff at all."""
-        c, _, e, bias = self.kinds
-        return bool(c) or e or bias
+        return self.c is not None or self.e is not None or self.bias is not None
 
     @property
     def adapts(self) -> bool:
         """Whether it differs from b0."""
-        c, d, e, bias = self.kinds
-        return bool(c) or e or (d and bias)
+        return self.c is not None or self.d is not None or self.e is not None
 
 
 def bias_operands(terms: Terms, bias: Tensor | None) -> BiasOperands:
-    c, c_stride, c_kind, cu, rank = None, 0, NONE, None, 0
+    d, stride_d = _values(terms.D if bias is not None else None)
+    e, stride_e = _values(terms.E)
+    rest = d, e, None if bias is None else dense(bias)
     if isinstance(terms.C, LowRank):
-        c, cu, rank, c_kind = dense(terms.C.down), dense(terms.C.up), terms.C.factors[1].shape[0], LOW_RANK
-        c_stride = row_stride(c)
-    elif isinstance(terms.C, Vector):
-        c, c_kind = dense(terms.C.value), ROW
-        c_stride = row_stride(c)
-    d, d_stride = _values(terms.D if bias is not None else None)
-    e, e_stride = _values(terms.E)
-    present = (c_kind, d is not None, e is not None, bias is not None)
-    return BiasOperands(
-        c, cu, d, e, None if bias is None else dense(bias), (c_stride, d_stride, e_stride), rank, present
-    )
+        c, cu, rank = dense(terms.C.down), dense(terms.C.up), terms.C.factors[1].shape[0]
+        return BiasOperands(LOW_RANK, c, cu, *rest, row_stride(c), stride_d, stride_e, rank)
+    vector, stride_c = _values(terms.C)
+    return BiasOperands(NONE if vector is None else ROW, vector, None, *rest, stride_c, stride_d, stride_e)
 
 
 def _values(term: Vector | Constant | None) -> tuple[Tensor | None, int]:

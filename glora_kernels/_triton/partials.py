@@ -18,10 +18,10 @@ PLAIN, TIMES_BIAS, TIMES_UP, SOLVED = (
 
 
 class Slices(NamedTuple):
-    """``count`` slices of ``size`` numbers each, from ``at`` on."""
+    """``number`` slices of ``size`` numbers each, from ``at`` on."""
 
     at: int
-    count: int
+    number: int
     size: int
 
 
@@ -52,7 +52,7 @@ class Job(NamedTuple):
     slices: Slices
     width: int
     rank: int
-    count: int
+    rows: int
     kind: int = PLAIN
 
 
@@ -90,7 +90,7 @@ def table(jobs: tuple[Job, ...], device: torch.device) -> Tensor:
     """The jobs as a table on the device; small, and kept, since the same paths come again."""
     rows, first = [], 0
     for job, target in zip(jobs, targets(jobs)[0]):
-        where = (first, job.slices.at, job.slices.count, job.slices.size, target)
-        rows.append([*where, job.size, job.inner, int(job.up), job.width, job.rank, job.count, job.kind])
+        where = (first, job.slices.at, job.slices.number, job.slices.size, target)
+        rows.append([*where, job.size, job.inner, int(job.up), job.width, job.rank, job.rows, job.kind])
         first += -(-job.size // FINISH_BLOCK)
     return torch.tensor(rows, dtype=torch.int64, device=device)

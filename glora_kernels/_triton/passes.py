@@ -10,29 +10,14 @@ import triton
 from torch import Tensor
 
 from ..reuse import ACCEPTED_LOSS, PROBED_TOKENS
-from ..step import SlotGradients, Step
-from ..terms import Constant, LowRank, Vector, compute_dtype
+from ..step import Step
+from ..terms import Constant, Terms, compute_dtype
 from .contract import contract_kernel
 from .finish import finish_kernel
 from .forward import Context, share_of
 from .launch import launch
-from .operands import ADDED, COLUMN, NONE, Operand, dense, padded_rank, row_stride
-from .partials import (
-    FINISH_BLOCK,
-    NO_SLICES,
-    SOLVED,
-    TIMES_BIAS,
-    TIMES_UP,
-    Job,
-    Partials,
-    Slices,
-    blocks,
-    constant_job,
-    left_job,
-    right_job,
-    table,
-    targets,
-)
+from .operands import COLUMN, NONE, BiasOperands, Operand, bias_operands, padded_rank
+from .partials import FINISH_BLOCK, NO_SLICES, TIMES_BIAS, TIMES_UP, Job, Partials, Slices, blocks, table
 from .settings import Tile
 from .token_pass import token_pass_kernel
 from .weight_pass import weight_pass_kernel
@@ -56,14 +41,9 @@ class Run:
     lost: Tensor | None = None
 
     @cached_property
-    def prompt(self) -> tuple[Tensor | None, Tensor | None, int, int]:
-        """Of C: its storage, its right factor, the stride of a row, and its rank (0 where it is no low rank)."""
-        term = self.step.terms.C
-        if term is None:
-            return None, None, 0, 0
-        if isinstance(term, Vector):
-            return dense(term.value), None, row_stride(term.value), 0
-        return dense(term.down), dense(term.up), term.down.shape[1], term.factors[1].shape[0]
+    def prompt(self) -> BiasOperands:
+        """C alone, of what forms the bias."""
+        return bias_operands(Terms(C=self.step.terms.C), None)
 
     @cached_property
     def token_tile(self) -> Tile:
@@ -71,12 +51,12 @@ class Run:
 
     @cached_property
     def weight_tile(self) -> Tile:
-        return self.shared.tile("weight_pass", self.a.rank, self.b.rank, self.prompt[3])
+        return self.shared.tile("weight_pass", self.a.rank, self.b.rank, self.prompt.rank)
 
     @cached_property
     def contract_tile(self) -> Tile:
         kernel = "gemm_contract" if self.strategy == "fused" or self.route == "solved" else "contract"
-        return self.shared.tile(kernel, self.a.rank, self.b.rank, self.prompt[3])
+        return self.shared.tile(kernel, self.a.rank, self.b.rank, self.prompt.rank)
 
     @property
     def token_blocks(self) -> int:
@@ -95,6 +75,10 @@ class Run:
         """Whether the token pass contracts B: for its own gradient, or to solve for A's."""
         return self.wants("B") or (self.route == "solved" and self.b.kind != NONE)
 
+    @property
+    def sums_bias(self) -> bool:
+        return any(map(self.has, ("db", "db_sum", "db_bias")))
+
     def wants(self, slot: str) -> bool:
         return slot in self.step.wanted
 
@@ -107,188 +91,278 @@ class Run:
     def of(self, name: str) -> Slices:
         return self.slices.get(name, NO_SLICES)
 
-    def at(self, *names: str) -> tuple[int, ...]:
-        return tuple(self.of(name).at for name in names)
+    def at(self, name: str) -> int:
+        return self.of(name).at
 
 
 def token_pass(run: Run, g: Tensor | None = None) -> Tensor | None:
     """See token_pass.py; with ``g = dy W0`` it returns dx."""
-    step, dense_route = run.step, run.route == "dense"
-    if not any(map(run.has, ("db", "db_sum", "db_bias"))) and (
-        dense_route or not (run.contracts_b or "A" in step.wanted)
+    step, thin = run.step, run.route != "dense"
+    contracts_b = thin and run.contracts_b
+    if not (
+        any(map(run.has, ("db", "db_sum", "db_bias"))) or contracts_b or run.route in ("scaled", "projected", "solved")
     ):
         return None
-    a = run.a if run.route in ("projected", "scaled") else Operand(NONE)
-    b = Operand(NONE) if dense_route or not (run.contracts_b or g is not None) else run.b
-    tokens, (outputs, inputs) = step.dy.shape[0], step.weight.shape
-    x = step.dy.new_empty(0, inputs) if step.x is None else step.x
+    (outputs, inputs), x = step.weight.shape, step.x
     dx = torch.empty_like(g) if g is not None and step.wants_x else None
-    # A constant scales rows and inputs alike: it is read as a value over the inputs, of stride 0.
-    kind, left = (COLUMN if g is not None else a.kind), (a.right if a.kind == COLUMN else a.left)
-    stride_a = a.right_column if a.kind == COLUMN else a.left_row
+    a = run.a if run.route in ("projected", "scaled") else Operand(NONE)
+    b = run.b if contracts_b or dx is not None else Operand(NONE)
+    # A constant scales rows and inputs alike: here it is a value over the inputs, of stride 0.
+    over_inputs = a.right if a.kind == COLUMN else a.left
     tile = run.token_tile
-    tensors = (x, step.dy, step.output if run.route == "solved" else g, dx, left, a.right, b.left, b.right)
-    tensors += (step.bias, run.buffer)
-    numbers = run.at(
-        "db", "db_sum", "db_bias", "t", "dv" if run.route == "projected" else "a", "au", "b", "b_sum", "bu"
+    launch(
+        token_pass_kernel,
+        run.token_blocks,
+        tile,
+        x_ptr=x,
+        dy_ptr=step.dy,
+        other_ptr=step.output if run.route == "solved" else g,
+        dx_ptr=dx,
+        a_ptr=over_inputs if run.route == "scaled" else a.left,
+        au_ptr=a.right,
+        b_ptr=b.left,
+        bu_ptr=b.right,
+        bias_ptr=step.bias,
+        partials_ptr=run.buffer,
+        at_db=run.at("db"),
+        at_db_sum=run.at("db_sum"),
+        at_db_bias=run.at("db_bias"),
+        at_t=run.at("t"),
+        at_a=run.at("dv" if run.route == "projected" else "a"),
+        at_au=run.at("au"),
+        at_b=run.at("b"),
+        at_b_sum=run.at("b_sum"),
+        at_bu=run.at("bu"),
+        M=step.dy.shape[0],
+        N=outputs,
+        K=inputs,
+        stride_xm=stride(x, 0),
+        stride_xk=stride(x, 1),
+        stride_ym=step.dy.stride(0),
+        stride_yn=step.dy.stride(1),
+        stride_a=a.right_column if a.kind == COLUMN else a.left_row,
+        stride_au=a.right_rank,
+        stride_b=b.left_row,
+        stride_bu=b.right_rank,
+        rank_a=a.rank,
+        rank_b=b.rank,
+        A=COLUMN if run.route == "scaled" else a.kind,
+        B=b.kind,
+        GRAD_B=contracts_b,
+        SUM_A=run.route == "scaled" and isinstance(step.terms.A, Constant),
+        SUM_B=contracts_b and run.has("b_sum"),
+        DB=run.has("db"),
+        DB_SUM=run.has("db_sum"),
+        DB_BIAS=run.has("db_bias"),
+        OUTPUT=run.route == "solved",
+        WRITE_DX=dx is not None,
+        BLOCK_M=tile.tokens,
+        BLOCK_N=tile.rows,
+        BLOCK_K=tile.columns,
+        RANK_A=a.block_rank,
+        RANK_B=b.block_rank,
+        INDEX=run.shared.index,
+        WIDE=run.shared.numerics.wide,
+        DOT=run.shared.numerics.stream,
     )
-    numbers += (tokens, outputs, inputs, *x.stride(), *step.dy.stride(), stride_a, a.right_rank)
-    numbers += (b.left_row, b.right_rank, a.rank, b.rank)
-    constant_a = g is not None and isinstance(step.terms.A, Constant)
-    contracts_b = run.contracts_b and not dense_route
-    constants = (kind, b.kind, contracts_b, constant_a, run.has("b_sum") and contracts_b)
-    constants += (run.has("db"), run.has("db_sum"), run.has("db_bias"), run.route == "solved", dx is not None)
-    constants += (tile.tokens, tile.rows, tile.columns, a.block_rank, b.block_rank)
-    constants += (run.shared.index, run.shared.numerics.wide, run.shared.numerics.stream)
-    launch(token_pass_kernel, run.token_blocks, tensors, numbers, constants, tile)
     return dx
 
 
 def weight_pass(run: Run) -> Tensor | None:
     """See weight_pass.py; returns W_eff if dx is to be formed from it."""
-    step = run.step
+    step, probes = run.step, run.route == "solved"
     outputs, inputs = step.weight.shape
     writes = step.wants_x and step.terms.adapts_weight and run.strategy != "fused" and run.route != "scaled"
-    probes = run.route == "solved"
     if not (writes or probes or run.has("dc") or run.has("ad")):
         return None
     w_eff = step.weight.new_empty(outputs, inputs) if writes else None
     run.lost = torch.empty(outputs, dtype=torch.int32, device=step.weight.device) if probes else None
-    c, _, stride_c, rank_c = run.prompt
+    a, b = (run.a, run.b) if writes or probes else (Operand(NONE), Operand(NONE))
+    x, dy = (step.x, step.dy) if probes else (None, None)
     tile, numerics = run.weight_tile, run.shared.numerics
-    reads_terms = writes or probes
-    a, b = (run.a, run.b) if reads_terms else (Operand(NONE), Operand(NONE))
-    tensors = (step.weight, w_eff, a.left, a.right, b.left, b.right, c, step.x if probes else None)
-    tensors += (step.dy if probes else None, step.b_eff, run.lost, run.buffer)
-    slices = run.of("db").count or run.of("dv").count
-    numbers = (*run.at("db", "dv", "dc", "cu", "ad"), slices, step.dy.shape[0], outputs, inputs, run.weight_share)
-    numbers += (
-        *step.weight.stride(),
-        *(step.x.stride() if probes else (0, 0)),
-        *(step.dy.stride() if probes else (0, 0)),
+    launch(
+        weight_pass_kernel,
+        triton.cdiv(outputs, tile.rows) * triton.cdiv(inputs, run.weight_share),
+        tile,
+        w_ptr=step.weight,
+        w_eff_ptr=w_eff,
+        a_ptr=a.left,
+        au_ptr=a.right,
+        b_ptr=b.left,
+        bu_ptr=b.right,
+        c_ptr=run.prompt.c,
+        x_ptr=x,
+        dy_ptr=dy,
+        b_eff_ptr=step.b_eff,
+        lost_ptr=run.lost,
+        partials_ptr=run.buffer,
+        at_db=run.at("db"),
+        at_dv=run.at("dv"),
+        at_dc=run.at("dc"),
+        at_cu=run.at("cu"),
+        at_ad=run.at("ad"),
+        slices=run.token_blocks,
+        M=step.dy.shape[0],
+        N=outputs,
+        K=inputs,
+        share=run.weight_share,
+        stride_wn=step.weight.stride(0),
+        stride_wk=step.weight.stride(1),
+        stride_xm=stride(x, 0),
+        stride_xk=stride(x, 1),
+        stride_ym=stride(dy, 0),
+        stride_yn=stride(dy, 1),
+        stride_a=a.left_row,
+        stride_au=a.right_rank,
+        stride_auk=a.right_column,
+        stride_b=b.left_row,
+        stride_bu=b.right_rank,
+        stride_c=run.prompt.stride_c,
+        rank_a=run.a.rank,
+        rank_b=b.rank,
+        rank_c=run.prompt.rank,
+        loss=ACCEPTED_LOSS[step.weight.dtype],
+        A=a.kind,
+        B=b.kind,
+        WRITE_WEIGHT=writes,
+        DC=run.has("dc"),
+        DCU=run.has("cu"),
+        DV=run.has("ad"),
+        PROBE=probes,
+        B_EFF=step.b_eff is not None,
+        BLOCK_N=tile.rows,
+        BLOCK_K=tile.columns,
+        RANK_A=run.a.block_rank,
+        RANK_B=b.block_rank,
+        RANK_C=padded_rank(run.prompt.rank),
+        PROBES=PROBED_TOKENS,
+        FACTOR_A=a.dtype,
+        FACTOR_B=b.dtype,
+        INDEX=run.shared.index,
+        WIDE=numerics.wide,
+        PRECISION=numerics.factors,
+        ROUGH=numerics.rough,
     )
-    numbers += (
-        a.left_row,
-        a.right_rank,
-        a.right_column,
-        b.left_row,
-        b.right_rank,
-        stride_c,
-        run.a.rank,
-        b.rank,
-        rank_c,
-    )
-    numbers += (ACCEPTED_LOSS[step.weight.dtype],)
-    constants = (a.kind, b.kind, writes, run.has("dc"), run.has("cu"), run.has("ad"), probes, step.b_eff is not None)
-    constants += (tile.rows, tile.columns, run.a.block_rank, b.block_rank, padded_rank(rank_c), PROBED_TOKENS)
-    constants += (a.dtype, b.dtype, run.shared.index, numerics.wide, numerics.factors, numerics.rough)
-    grid = triton.cdiv(outputs, tile.rows) * triton.cdiv(inputs, run.weight_share)
-    launch(weight_pass_kernel, grid, tensors, numbers, constants, tile)
     return w_eff
 
 
 def contraction(run: Run, dw: Tensor | None) -> Tensor | None:
-    """See contract.py, from ``dw`` or else from dy and x; returns W_eff if dx is to be formed from it."""
+    """See contract.py, from ``dw`` or else from dy and x; returns W_eff if dx is to be formed from it.
+
+    On the route ``solved`` it forms the lost rows of da, and nothing else.
+    """
     step, solved = run.step, run.route == "solved"
     outputs, inputs = step.weight.shape
+    dy, x = (step.dy, step.x) if dw is None else (None, None)
     writes = dw is not None and step.wants_x
     w_eff = step.weight.new_empty(outputs, inputs) if writes else None
-    c, _, stride_c, rank_c = run.prompt
     tile, numerics = run.contract_tile, run.shared.numerics
-    a, b = run.a, run.b
-    tensors = (dw, *((step.dy, step.x) if dw is None else (None, None)), step.weight, w_eff)
-    tensors += (a.left, a.right, b.left, b.right, c, run.lost, run.buffer)
-    names = ("exact", "au", "b", "bu") if solved else ("a", "au", "b" if run.has("b") else "b_sum", "bu")
-    strides = (0, 0, 0, 0) if dw is not None or step.x is None else (*step.dy.stride(), *step.x.stride())
-    numbers = (*run.at(*names, "db", "dc", "cu"), run.of("db").count, step.dy.shape[0], outputs, inputs)
-    numbers += (*strides, *step.weight.stride(), a.left_row, a.right_rank, b.left_row, b.right_rank, stride_c)
-    numbers += (a.rank, b.rank, rank_c)
-    grad_b = run.wants("B") and not solved
-    prompt = run.has("dc") and not solved
-    constants = (a.kind, b.kind, run.wants("A"), grad_b, run.has("b_sum") and grad_b, prompt, run.has("cu") and prompt)
-    constants += (writes, dw is None, solved, tile.tokens, tile.rows, tile.columns)
-    constants += (a.block_rank, b.block_rank, padded_rank(rank_c), a.dtype, b.dtype)
-    constants += (
-        numerics.contract,
-        numerics.contract_precision,
-        run.shared.index,
-        numerics.wide,
-        numerics.factors,
-        numerics.stream,
+    launch(
+        contract_kernel,
+        triton.cdiv(outputs, tile.rows) * triton.cdiv(inputs, tile.columns),
+        tile,
+        dw_ptr=dw,
+        dy_ptr=dy,
+        x_ptr=x,
+        w_ptr=step.weight,
+        w_eff_ptr=w_eff,
+        a_ptr=run.a.left,
+        au_ptr=run.a.right,
+        b_ptr=run.b.left,
+        bu_ptr=run.b.right,
+        c_ptr=run.prompt.c,
+        lost_ptr=run.lost,
+        partials_ptr=run.buffer,
+        at_a=run.at("exact" if solved else "a"),
+        at_au=run.at("au"),
+        at_b=run.at("b_sum" if run.has("b_sum") else "b"),
+        at_bu=run.at("bu"),
+        at_db=run.at("db"),
+        at_dc=run.at("dc"),
+        at_cu=run.at("cu"),
+        slices=run.token_blocks,
+        M=step.dy.shape[0],
+        N=outputs,
+        K=inputs,
+        stride_ym=stride(dy, 0),
+        stride_yn=stride(dy, 1),
+        stride_xm=stride(x, 0),
+        stride_xk=stride(x, 1),
+        stride_wn=step.weight.stride(0),
+        stride_wk=step.weight.stride(1),
+        stride_a=run.a.left_row,
+        stride_au=run.a.right_rank,
+        stride_b=run.b.left_row,
+        stride_bu=run.b.right_rank,
+        stride_c=run.prompt.stride_c,
+        rank_a=run.a.rank,
+        rank_b=run.b.rank,
+        rank_c=run.prompt.rank,
+        A=run.a.kind,
+        B=run.b.kind,
+        GRAD_A=True,
+        GRAD_B=run.wants("B") and not solved,
+        SUM_B=run.has("b_sum") and not solved,
+        DC=run.has("dc") and not solved,
+        DCU=run.has("cu") and not solved,
+        WRITE_WEIGHT=writes,
+        GEMM=dw is None,
+        ONLY_LOST=solved,
+        BLOCK_M=tile.tokens,
+        BLOCK_N=tile.rows,
+        BLOCK_K=tile.columns,
+        RANK_A=run.a.block_rank,
+        RANK_B=run.b.block_rank,
+        RANK_C=padded_rank(run.prompt.rank),
+        FACTOR_A=run.a.dtype,
+        FACTOR_B=run.b.dtype,
+        CONTRACT=numerics.contract,
+        CONTRACT_DOT=numerics.contract_precision,
+        INDEX=run.shared.index,
+        WIDE=numerics.wide,
+        PRECISION=numerics.factors,
+        DOT=numerics.stream,
     )
-    grid = triton.cdiv(outputs, tile.rows) * triton.cdiv(inputs, tile.columns)
-    launch(contract_kernel, grid, tensors, numbers, constants, tile)
     return w_eff
 
 
-def finish(run: Run) -> SlotGradients:
-    """See finish.py: the gradients of every wanted slot."""
-    jobs = _jobs(run)
-    if not jobs:
-        return {}
-    storages = [storage for _, storage, _ in jobs]
-    rows = tuple(job for _, _, job in jobs)
-    dtypes = {storage.dtype for storage in storages}
-    common = dtypes.pop() if len(dtypes) == 1 else run.wide
-    starts, size = targets(rows)
-    grads = torch.empty(size, dtype=common, device=run.step.dy.device)
-    _launch_finish(run, rows, grads)
-    found: dict[str, tuple[Tensor, ...]] = {}
-    for (slot, storage, job), start in zip(jobs, starts):
-        grad = grads[start : start + job.size].view(storage.shape).to(storage.dtype)
-        found[slot] = (*found.get(slot, ()), grad)
-    return found
-
-
-def _launch_finish(run: Run, jobs: tuple[Job, ...], grads: Tensor) -> None:
-    step, solved, b = run.step, run.route == "solved", run.b
-    tensors = (table(jobs, grads.device), run.buffer, grads, step.bias, run.prompt[1])
-    tensors += (run.a.left, b.left, step.b_eff, run.lost) if solved else (None,) * 4
-    numbers = (len(jobs), *run.at("t", "db", "b", "exact"), run.of("t").count, run.of("exact").count)
-    numbers += (step.weight.shape[0], run.a.left_row, b.left_row, b.rank)
+def finish(run: Run, jobs: tuple[Job, ...], grads: Tensor) -> None:
+    """See finish.py: the jobs' gradients, one after the other in ``grads``."""
+    step, solved = run.step, run.route == "solved"
     kinds = {job.kind for job in jobs}
-    constants = (TIMES_BIAS in kinds, TIMES_UP in kinds, solved, b.kind, step.b_eff is not None)
-    constants += (FINISH_BLOCK, run.shared.numerics.wide)
-    launch(finish_kernel, blocks(jobs), tensors, numbers, constants, FINISH_TILE)
+    launch(
+        finish_kernel,
+        blocks(jobs),
+        FINISH_TILE,
+        table_ptr=table(jobs, grads.device),
+        partials_ptr=run.buffer,
+        grads_ptr=grads,
+        bias_ptr=step.bias,
+        cu_ptr=run.prompt.cu,
+        a_ptr=run.a.left if solved else None,
+        b_ptr=run.b.left if solved else None,
+        b_eff_ptr=step.b_eff if solved else None,
+        lost_ptr=run.lost,
+        jobs=len(jobs),
+        at_t=run.at("t"),
+        at_db=run.at("db"),
+        at_b=run.at("b"),
+        at_exact=run.at("exact"),
+        slices=run.token_blocks,
+        exact_slices=run.of("exact").number,
+        N=step.weight.shape[0],
+        stride_a=run.a.left_row,
+        stride_b=run.b.left_row,
+        rank_b=run.b.rank,
+        BIAS=TIMES_BIAS in kinds,
+        UP=TIMES_UP in kinds,
+        SOLVE=solved,
+        B=run.b.kind if solved else NONE,
+        B_EFF=solved and step.b_eff is not None,
+        BLOCK=FINISH_BLOCK,
+        WIDE=run.shared.numerics.wide,
+    )
 
 
-def _jobs(run: Run) -> list[tuple[str, Tensor, Job]]:
-    """What there is to finish: slot, storage and job, in the order of the storages."""
-    jobs = []
-    for slot, term in run.step.terms.active:
-        if run.wants(slot):
-            jobs += [(slot, storage, job) for storage, job in zip(term.storages, _slot_jobs(run, slot, term))]
-    return jobs
-
-
-def _slot_jobs(run: Run, slot: str, term) -> list[Job]:
-    if slot == "C":
-        return _prompt_jobs(run, term)
-    if slot in "DE":
-        kind = TIMES_BIAS if slot == "D" else 0
-        if isinstance(term, Constant):
-            return [constant_job(term.value, run.of("db_bias" if slot == "D" else "db_sum"))]
-        return [left_job(term.value, run.of("db"), 1, kind)]
-    name, operand = (("a", run.a), ("b", run.b))[slot == "B"]
-    if isinstance(term, LowRank):
-        down = "ad" if slot == "A" and operand.kind == ADDED else name
-        return [
-            left_job(term.down, run.of(down), operand.rank),
-            right_job(term.up, run.of(name + "u"), operand.rank),
-        ]
-    if isinstance(term, Constant):
-        return [constant_job(term.value, run.of("a" if slot == "A" else "b_sum"))]
-    if slot == "A" and run.route == "solved":
-        return [left_job(term.value, NO_SLICES, 1, SOLVED)]
-    return [left_job(term.value, run.of(name), 1)]
-
-
-def _prompt_jobs(run: Run, term: LowRank | Vector) -> list[Job]:
-    dc = run.of("dc")
-    if isinstance(term, Vector):
-        return [left_job(term.value, dc, 1)]
-    rank = run.prompt[3]
-    return [
-        left_job(term.down, dc, rank, TIMES_UP, width=1),
-        Job(term.up.numel(), 1, True, run.of("cu"), rank, rank, 1),
-    ]
+def stride(tensor: Tensor | None, dimension: int) -> int:
+    return 0 if tensor is None else tensor.stride(dimension)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import triton
 
-from ..terms import Constant, LowRank, Terms
-from .operands import LOW_RANK, NONE
+from ..terms import Constant, LowRank
+from .operands import LOW_RANK
 from .passes import Run
 
 
@@ -94,11 +94,5 @@ def _contraction(run: Run) -> None:
 
 
 def _prompt_sums(run: Run, slices: int) -> None:
-    rank = prompt_rank(run.step.terms)
-    if rank:
-        run.reserve("cu", slices, rank)
-
-
-def prompt_rank(terms: Terms) -> int:
-    """The rank of C, 0 where it is no low rank."""
-    return terms.C.factors[1].shape[0] if isinstance(terms.C, LowRank) else NONE
+    if run.prompt.rank:
+        run.reserve("cu", slices, run.prompt.rank)

@@ -53,7 +53,7 @@ def thin_product(
     """``acc + tile factor`` over a block of columns, [tokens, BLOCK_RANK]."""
     ranks = tl.arange(0, BLOCK_RANK)
     factor = load_tile(ptr, columns, ranks, stride_column, stride_rank, mask, ranks < rank)
-    return tl.dot(tile, factor.to(tile.dtype), acc, input_precision=DOT)
+    return tl.dot(tile, factor.to(tile.dtype), acc, input_precision=DOT, out_dtype=acc.dtype)
 
 
 @triton.jit

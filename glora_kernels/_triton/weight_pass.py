@@ -15,9 +15,7 @@ import triton
 import triton.language as tl
 
 from .tile import (
-    ADDED,
     LOW_RANK,
-    NONE,
     ROW,
     effective_tile,
     load_tile,
@@ -142,10 +140,10 @@ def weight_pass_kernel(
             store_tile(at, d_down, columns, ranks_a, rank_a, 1, mask, ranks_a < rank_a)
         if PROBE:
             x = tl.abs(load_tile(x_ptr, probes, columns, stride_xm, stride_xk, every, mask).to(WIDE))
-            reach = tl.dot(x, tl.trans(tl.abs(weight)), reach, input_precision=ROUGH)
+            reach = tl.dot(x, tl.trans(tl.abs(weight)), reach, input_precision=ROUGH, out_dtype=WIDE)
             if B == LOW_RANK:
                 up = load_tile(bu_ptr, columns, ranks_b, 1, stride_bu, mask, ranks_b < rank_b).to(WIDE)
-                through = tl.dot(x, tl.abs(up), through, input_precision=ROUGH)
+                through = tl.dot(x, tl.abs(up), through, input_precision=ROUGH, out_dtype=WIDE)
             elif B == ROW:
                 x_sum += tl.sum(x, 1)
     if DCU:

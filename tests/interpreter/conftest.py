@@ -7,7 +7,6 @@ import os
 
 import pytest
 import torch
-from torch.utils import deterministic
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -26,9 +25,7 @@ def pytest_report_collectionfinish():
 @pytest.fixture(autouse=True)
 def poisoned_memory():
     """torch fills what it allocates with NaN or the largest integer: an output left unwritten shows."""
-    before = torch.are_deterministic_algorithms_enabled(), deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True)
-    deterministic.fill_uninitialized_memory = True
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)  # with torch.utils.deterministic.fill_uninitialized_memory, on by default
     yield
-    torch.use_deterministic_algorithms(before[0])
-    deterministic.fill_uninitialized_memory = before[1]
+    torch.use_deterministic_algorithms(before)

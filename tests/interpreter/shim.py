@@ -2,7 +2,7 @@
 
 The interpreter keeps bf16 as uint16 and computes with the bits: dots multiply bit patterns, casts from fp32 truncate,
 subnormals are wrong. Here loads, casts, dots and stores of bf16 are right, and any other arithmetic on it raises:
-kernels use bf16 to load, to multiply in dots, to cast and to store, and compute in fp32. dots of fp16, fp32 and
+kernels use bf16 to load, to multiply in dots, to cast and to store, and compute in fp32. Dots of fp16, fp32 and
 fp64 are right as they are: numpy widens the operands to the type of the accumulator before it multiplies.
 
 Not modelled: TF32, the smallest sizes of a dot, an fma's single rounding before Triton 3.9.
@@ -118,9 +118,8 @@ def _cast(method: Callable) -> Callable:
         source, target = src.dtype.scalar, dst_type.scalar
         if tl.bfloat16 in (source, target) and (source.is_fp8() or target.is_fp8()):
             raise NotImplementedError(f"cast from {source} to {target}")
-        if target == tl.bfloat16 and source != tl.bfloat16:
-            return TensorHandle(to_bf16(src.data), tl.bfloat16)
-        return method(self, src if source == target else _widened(src), dst_type)
+        wide = _widened(src)
+        return TensorHandle(to_bf16(wide.data), target) if target == tl.bfloat16 else method(self, wide, dst_type)
 
     return cast
 

@@ -1,5 +1,8 @@
 """The shim and the poisoned memory themselves: an upstream change, or a detector gone blind, shows here."""
 
+import resource
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -17,11 +20,8 @@ TYPES = {
     torch.float32: tl.float32,
     torch.float64: tl.float64,
 }
-# The refused operations; what Triton promotes to fp32 by itself (tl.sum, tl.maximum, a mixed sum) is none of them.
-ARITHMETIC = (
-    ["add", "subtract", "multiply", "divide", "negate", "compare", "equal", "scale", "absolute", "exponential"]
-    + ["root", "fused", "floor", "reduce", "scan", "atomic", "split", "join"]
-)
+ELEMENTWISE = ["add", "subtract", "multiply", "negate", "scale", "compare", "equal", "absolute", "fused"]
+FUNCTIONS = ["exponential", "root", "floor", "sum", "reduce", "scan", "atomic", "split", "join"]
 
 
 @triton.jit
@@ -87,8 +87,6 @@ def arithmetic_kernel(source_ptr, target_ptr, N: tl.constexpr, WIDE: tl.constexp
         x = x - x
     elif OPERATION == "multiply":
         x = x * x
-    elif OPERATION == "divide":
-        x = x / x
     elif OPERATION == "negate":
         x = -x
     elif OPERATION == "compare":
@@ -107,6 +105,8 @@ def arithmetic_kernel(source_ptr, target_ptr, N: tl.constexpr, WIDE: tl.constexp
         x = tl.fma(x, x, x)
     elif OPERATION == "floor":
         x = tl.floor(x)
+    elif OPERATION == "sum":
+        x = tl.sum(x, 0)
     elif OPERATION == "reduce":
         x = tl.reduce(x, 0, add)
     elif OPERATION == "scan":
@@ -120,12 +120,11 @@ def arithmetic_kernel(source_ptr, target_ptr, N: tl.constexpr, WIDE: tl.constexp
 
 
 @triton.jit
-def promoted_kernel(source_ptr, other_ptr, sums_ptr, largest_ptr, mixed_ptr, N: tl.constexpr):
+def promoted_kernel(source_ptr, other_ptr, ratio_ptr, mixed_ptr, N: tl.constexpr):
     """What Triton computes in fp32 of its own accord."""
     at = tl.arange(0, N)
     x, other = tl.load(source_ptr + at), tl.load(other_ptr + at)
-    tl.store(sums_ptr, tl.sum(x, 0))
-    tl.store(largest_ptr + at, tl.maximum(x, other))
+    tl.store(ratio_ptr + at, x / other)
     tl.store(mixed_ptr + at, x + other.to(tl.float32))
 
 
@@ -198,6 +197,10 @@ def rounded_to_bf16(values: np.ndarray) -> torch.Tensor:
 
 def bits_to_float64(halves: np.ndarray) -> np.ndarray:
     return (halves.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
 def randn(*size: int, dtype: torch.dtype) -> torch.Tensor:
@@ -326,10 +329,10 @@ def test_products_in_dots_of_fp64_are_those_of_fp64():
     assert torch.equal(found, torch.outer(a, b))
 
 
-@pytest.mark.parametrize("operation", ARITHMETIC)
+@pytest.mark.parametrize("operation", ELEMENTWISE + FUNCTIONS)
 def test_arithmetic_on_bf16_raises(operation):
     x, target = torch.ones(16, dtype=torch.bfloat16), torch.zeros(32)
-    with pytest.raises(InterpreterError, match="bf16 in"):
+    with pytest.raises(InterpreterError, match="bf16"):
         arithmetic_kernel[(1,)](x, target.to(torch.bfloat16), 16, tl.bfloat16, operation)
     arithmetic_kernel[(1,)](x, target, 16, tl.float32, operation)
 
@@ -341,19 +344,18 @@ def test_every_operation_that_is_allowed_exists():
 def test_what_triton_promotes_is_computed_in_fp32():
     n = 64
     x, other = randn(n, dtype=torch.bfloat16), randn(n, dtype=torch.bfloat16)
-    total, largest, mixed = torch.empty(1), torch.empty(n), torch.empty(n)
-    promoted_kernel[(1,)](x, other, total, largest, mixed, n)
-    torch.testing.assert_close(total[0], x.float().sum())
-    assert torch.equal(largest, torch.maximum(x, other).float())
+    ratio, mixed = torch.empty(2, n)
+    promoted_kernel[(1,)](x, other, ratio, mixed, n)
+    assert torch.equal(ratio, x.float() / other.float())
     assert torch.equal(mixed, x.float() + other.float())
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8])
-def test_int32_offsets_that_overflow_are_detected(dtype):
+def test_int32_offsets_that_overflow_are_detected():
+    """2**31 elements lie before the rows as well: a detector gone blind reads them, rather than ending the process."""
     n, stride = 16, 2**30
-    rows = untouched(2**31 + 64, dtype).as_strided((3, n), (stride, 1))
+    rows = untouched(2**32 + 64, torch.int8).as_strided((3, n), (stride, 1), 2**31)
     rows.copy_(torch.arange(3 * n).reshape(3, n))
-    found = torch.empty(4, n, dtype=dtype)
+    found = torch.empty(4, n, dtype=torch.int8)
     strided_kernel[(1,)](rows, found, stride, n, tl.int64)
     assert torch.equal(found[:3], rows)
     with pytest.raises(InterpreterError, match="int32 overflow detected for operation mul"):
@@ -391,8 +393,9 @@ def test_what_a_kernel_leaves_unwritten_shows(allocate, dtype):
 
 
 def test_untouched_memory_is_not_poisoned():
-    """4 TiB: it would not fit."""
-    assert untouched(2**42, torch.int8).numel() == 2**42
+    before = resident_bytes()
+    large = untouched(2**31, torch.int8)
+    assert resident_bytes() - before < large.numel() // 2
     assert torch.empty(4).isnan().all()
 
 

@@ -1,15 +1,21 @@
 """Choosing a backend: explicit choices are honoured or raise, automatic ones say why."""
 
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from glora_kernels import available_backends, explain, glora_linear, use_backend
-from glora_kernels.dispatch import decide
+from glora_kernels import LowRank, Terms, available_backends, dispatch, explain, glora_linear, use_backend
 from tests.helpers import make_call
 
 CALL = ("vector", "lora_1", "vector", "vector", "vector")
+
+
+def decide(device="cpu", dtype=torch.float32, rank=4):
+    """The decision for a layer on a device that need not be there."""
+    weight = SimpleNamespace(device=torch.device(device), dtype=dtype)
+    return dispatch.decide(weight, Terms(B=LowRank(torch.empty(6, 80), torch.empty(80, 5), rank)))
 
 
 def test_auto_is_torch_on_a_cpu():
@@ -19,9 +25,9 @@ def test_auto_is_torch_on_a_cpu():
 
 def test_innermost_choice_wins(monkeypatch):
     monkeypatch.setenv("GLORA_BACKEND", "reference")
-    assert decide() == ("reference", "chosen by GLORA_BACKEND")
+    assert decide() == ("reference", "chosen by GLORA_BACKEND", None)
     with use_backend("torch"):
-        assert decide() == ("torch", "chosen by use_backend")
+        assert decide() == ("torch", "chosen by use_backend", None)
         with use_backend("reference"):
             assert decide().backend == "reference"
         assert decide().backend == "torch"
@@ -87,3 +93,59 @@ def test_explain_says_which_and_why():
     assert "reads da from the output" in text
     with use_backend("reference"):
         assert explain(*make_call(CALL)).reason == "chosen by use_backend"
+
+
+# -- Triton ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """As on a machine with a GPU of this architecture."""
+
+    def pretend(name):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(dispatch, "_architecture", lambda device: name)
+
+    return pretend
+
+
+def test_auto_is_triton_on_a_gpu_that_has_settings(gpu):
+    gpu("sm_90")
+    assert decide("cuda").backend == "triton"
+    assert decide("cuda", rank=64).backend == "triton"
+    assert decide("cpu").backend == "torch"
+
+
+@pytest.mark.parametrize(
+    ("architecture", "call", "reason"),
+    [
+        ("sm_90", {"dtype": torch.float64}, "fp64 on a GPU is served by the torch backend"),
+        ("sm_90", {"rank": 65}, "rank 65 is above 64"),
+        ("sm_75", {}, "no tile settings for sm_75"),
+        ("gfx1100", {}, "no tile settings for gfx1100"),
+    ],
+)
+def test_what_triton_does_not_serve(gpu, architecture, call, reason):
+    """Automatically the torch backend, and why; an explicit choice raises."""
+    gpu(architecture)
+    decision = decide("cuda", **call)
+    assert decision.backend == "torch"
+    assert reason in decision.reason
+    with use_backend("triton"), pytest.raises(RuntimeError, match=rf"'triton' cannot be used here .*{reason}"):
+        decide("cuda", **call)
+
+
+def test_strategy_goes_with_triton(gpu):
+    gpu("sm_90")
+    with use_backend("triton", strategy="fused"):
+        assert decide("cuda") == ("triton", "chosen by use_backend", "fused")
+    with pytest.raises(ValueError, match=r"strategy: expected None, or one of .* got 'fused' with 'torch'"):
+        use_backend("torch", strategy="fused").__enter__()
+    with pytest.raises(ValueError, match=r"strategy: expected None, or one of .* got 'magic' with 'triton'"):
+        use_backend("triton", strategy="magic").__enter__()
+
+
+def test_triton_on_cpu_tensors_raises(gpu):
+    gpu("sm_90")
+    with use_backend("triton"), pytest.raises(RuntimeError, match="the operands are on cpu, not on a GPU"):
+        glora_linear(*make_call(CALL))

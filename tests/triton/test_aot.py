@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
@@ -90,7 +91,7 @@ class Toy(NamedTuple):
 
     @property
     def divisible(self):
-        return frozenset(self.signature)
+        return tuple(self.signature)  # in another order than the kernel's, as a set may be
 
 
 def dot(label, bm, bn, bk, *, scale=False, twice=False, num_stages=3, plain_loop=False):
@@ -205,6 +206,11 @@ def test_bad_kernels_fail_for_their_reason_alone(rows, done, target, label, part
     assert all(f"FAILED {target} {label}: {line}" in done.stdout.splitlines() for line in found)
 
 
+def test_spills_are_told_by_kind(rows):
+    assert set(rows["cuda:80", "spilling"]["reading"]["spills"]) == {"STL", "LDL"}
+    assert set(rows["hip:gfx942", "spilling"]["reading"]["spills"]) <= {"vgpr", "sgpr"}
+
+
 def test_serialised_instructions_are_told_but_allowed_where_no_plain_loop_is_meant(rows):
     row = rows["cuda:90", "serial but not meant to be plain"]
     assert row["failures"] == [] and "wgmma" in row["reading"]["serialised"]
@@ -303,14 +309,20 @@ def test_a_build_is_compiled_as_it_says(monkeypatch):
     monkeypatch.setattr(triton, "compile", lambda source, **how: (source, how))
     build = dot("any", 64, 32, 16, scale=True, num_stages=4)._replace(num_warps=8)
     source, how = compiled(build, target_named("hip:gfx942"))
-    assert source.signature == dict(x="*bf16", w="*bf16", y="*bf16", K="i32") | dict.fromkeys(
-        build.constexprs, "constexpr"
-    )
+    types = {"x": "*bf16", "w": "*bf16", "y": "*bf16", "K": "i32"}
+    assert source.signature == types | dict.fromkeys(build.constexprs, "constexpr")
     assert list(source.signature) == list(dot_kernel.arg_names)
     assert source.constants == {(4,): 64, (5,): 32, (6,): 16, (7,): True, (8,): False}
-    assert source.attrs == {(place,): [["tt.divisibility", 16]] for place in range(4)}
+    assert list(source.attrs.items()) == [((place,), [["tt.divisibility", 16]]) for place in range(4)]
     assert how["options"] == {"num_warps": 8, "num_stages": 4, "enable_fp_fusion": True}
     assert (how["target"].backend, how["target"].arch, how["target"].warp_size) == ("hip", "gfx942", 64)
+
+
+def test_divisible_names_are_those_of_arguments():
+    build = SimpleNamespace(**{name: getattr(LOOP, name) for name in ("kernel", "signature", "constexprs")})
+    build.divisible = {"x", "no argument"}
+    with pytest.raises(ValueError, match=r"divisible: expected names in signature, got \['no argument'\]"):
+        compiled(build, target_named("cuda:90"))
 
 
 # Rules ----------------------------------------------------------------------------------------------------------------
@@ -383,7 +395,7 @@ def test_traps_are_instructions():
     assert amd.traps("\ts_trap 2\n; s_trap 2\n\ts_trapdoor 2\n") == 1
 
 
-def test_serialisation_is_the_assembler_s_reason():
+def test_serialisation_is_told_with_its_reason():
     line = "ptxas info    : (C7515) Potential Performance Loss: wgmma.mma_async instructions are serialized due to "
     assert nvidia.serialisation("Used 1\n" + line + "bad luck in the function 'f' in line 6\nmore") == "bad luck"
     assert nvidia.serialisation(line + "bad luck\nmore") == "bad luck"
@@ -440,7 +452,7 @@ def product(result, accumulator):
     return f"  %{result} = tt.dot %a, %b, %{accumulator}, inputPrecision = tf32 : tensor<16x16xbf16> loc(#loc1)"
 
 
-FOR = '%acc:2 = scf.for %k = %c0 to %K step %c32 iter_args(%p = %z, %q = %z) -> (f32, f32) : i32 { loc("{":1:2)'
+FOR = "%acc:2 = scf.for %k = %c0 to %K step %c32 iter_args(%p = %z, %q = %z) -> (f32, f32) : i32 {"
 WHILE = "%acc = scf.while (%p = %z) : (f32) -> f32 {"
 END = "} {tt.num_stages = 3 : i32} loc(#loc2)"
 IF, ELSE = "scf.if %c {", "} else {"
@@ -454,6 +466,10 @@ IF, ELSE = "scf.if %c {", "} else {"
         ((FOR, IF, product(1, "p"), ELSE, product(2, 1), "}", END), ["%2 onto %1"]),
         ((WHILE, "} do {", product(1, "p"), product(2, 1), "}"), ["%2 onto %1"]),
         ((FOR, product(1, "p"), product(2, 1), product(3, 2), END), ["%2 onto %1", "%3 onto %2"]),
+        (
+            (FOR, product(1, "p"), '  %4 = tt.load %x loc("}":1:2)', product(2, 1), END),
+            ["%2 onto %1"],
+        ),  # a path, no end
         ((FOR, product(1, "p"), product(2, "q"), END), []),  # an accumulator each
         ((FOR, product(1, "p"), "  %2 = tt.dot %1, %b, %q : f32", END), []),  # an operand, not an accumulator
         ((product(1, "z"), product(2, 1)), []),  # no loop

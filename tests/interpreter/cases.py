@@ -1,0 +1,176 @@
+"""Calls of the Triton backend for this suite: made, run, compared; and an interpreter quick enough for thousands."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import triton.language as tl
+from torch import Tensor
+from triton.runtime import interpreter
+from triton.runtime.errors import InterpreterError
+
+import glora_kernels._triton.backward as backward_module
+from glora_kernels import Terms, glora_linear, use_backend
+from glora_kernels._triton.passes import Run
+from tests.helpers import assert_contract, generator_for, make_call, make_term, oracle, results
+
+STRATEGIES = ("assemble", "fused")
+PRODUCTS = ("hadamard", "matmul")
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+KINDS = ("lora_3", "vector", "constant", "none")
+WEIGHT_KINDS = ("lora_1", "lora_3", "lora_7", "vector", "constant", "none")
+PROMPT_KINDS = ("lora_1", "lora_3", "lora_7", "vector", "none")
+BIAS_KINDS = ("vector", "constant", "none")
+STORAGE_RANK = 8
+
+RAGGED = (17, 19, 23)  # M, N, K: two blocks of 16 each, and none of them full
+REUSED = (70, 19, 67)  # enough tokens and inputs for the output to be reused
+
+
+def rest(index: int) -> tuple[str, str, str]:
+    """Kinds of C, D and E: six neighbours have every kind of each."""
+    return PROMPT_KINDS[index % 5], BIAS_KINDS[index % 3], BIAS_KINDS[index // 2 % 3]
+
+
+def make(
+    path: tuple[str, ...],
+    shape: tuple[int, int, int] = RAGGED,
+    *,
+    bias: bool = True,
+    product: str = "hadamard",
+    dtype: torch.dtype = torch.float32,
+    terms_dtype: torch.dtype | None = None,
+    storage_rank: int = STORAGE_RANK,
+    seed: int = 0,
+    leading: tuple[int, ...] | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None, Terms]:
+    """As :func:`tests.helpers.make_call`, over storages of any rank."""
+    none = make_call(("none",) * 5, shape, bias=bias, product=product, dtype=dtype, seed=seed, leading=leading)
+    gen = generator_for("terms", path, shape, bias, product, seed)
+    _, rows, columns = shape
+
+    def randn(*size: int) -> Tensor:
+        return torch.randn(*size, generator=gen, dtype=torch.float64)
+
+    sides = {"A": (rows if product == "hadamard" else columns, columns), "B": (rows, columns), "C": (columns, 1)}
+    slots = {
+        slot: make_term(choice, slot, *sides.get(slot, (rows, 1)), storage_rank, randn)
+        for slot, choice in zip("ABCDE", path)
+    }
+    terms = Terms(**slots, product=product).map(lambda t: t.to(terms_dtype or dtype).requires_grad_())
+    return (*none[:3], terms)
+
+
+def upstream(call, seed: int = 0) -> Tensor:
+    """A gradient of the output, of its shape and dtype."""
+    x, weight, *_ = call
+    shape = (*x.shape[:-1], weight.shape[0])
+    return torch.randn(shape, generator=generator_for("dy", seed), dtype=torch.float64).to(x.dtype)
+
+
+def leaves_of(call) -> list[Tensor]:
+    """x and the storages."""
+    return [call[0], *call[3].flatten()[0]]
+
+
+@contextmanager
+def kernels(strategy: str | None = None, overflow: bool = False) -> Iterator[None]:
+    """The Triton backend.
+
+    Args:
+        strategy: as in ``use_backend``.
+        overflow: whether to look for int32 overflow, which takes half the time: of use where offsets are large.
+    """
+    builder = interpreter.interpreter_builder
+    before = builder.options
+    builder.options = dataclasses.replace(before, debug=overflow, sanitize_overflow=overflow)
+    try:
+        with use_backend("triton", strategy):
+            yield
+    finally:
+        builder.options = before
+
+
+def run(call, dy: Tensor, strategy: str | None = None, overflow: bool = False) -> dict[str, Tensor | None]:
+    """y and every gradient, from the kernels."""
+    with kernels(strategy, overflow):
+        return results(glora_linear, *call, dy)
+
+
+def check(call, dy: Tensor | None = None, strategy: str | None = None, overflow: bool = False) -> float:
+    """Hold y and every gradient to the contract; returns the worst constant seen."""
+    dy = upstream(call) if dy is None else dy
+    return assert_contract(run(call, dy, strategy, overflow), *oracle(*call, dy), call[0].dtype)
+
+
+@contextmanager
+def passes() -> Iterator[list[Run]]:
+    """The backward passes inside the ``with`` block, with the routes that they took."""
+    found: list[Run] = []
+    finish = backward_module.finish
+
+    def noted(run: Run):
+        found.append(run)
+        return finish(run)
+
+    backward_module.finish = noted
+    try:
+        yield found
+    finally:
+        backward_module.finish = finish
+
+
+def laid_out(tensor: Tensor, order: str) -> Tensor:
+    """The values of a matrix (one row for all where expanded) behind other strides; what lies between is NaN."""
+    if order == "transposed":
+        return tensor.t().contiguous().t()
+    if order == "sliced":
+        padded = torch.full((tensor.shape[0] + 2, 2 * tensor.shape[1] + 1), torch.nan, dtype=tensor.dtype)
+        padded[1:-1, 1::2] = tensor
+        return padded[1:-1, 1::2]
+    return tensor[:1].expand_as(tensor) if order == "expanded" else tensor
+
+
+def bits(tensor: Tensor) -> Tensor:
+    """For comparisons in which NaN equals itself."""
+    return tensor.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()])
+
+
+def quicken() -> None:
+    """Take two wastes out of the interpreter, two thirds of its time: nothing else changes.
+
+    A kernel's function that calls another looks through triton.language again for what to patch, at every call. All of
+    it is patched by then, but for what the modules of ``triton.language`` itself see: once is enough.
+    """
+    patched: set[str] = set()
+
+    def call(self, *args, **kwargs):
+        if self.fn.__module__ not in patched:
+            interpreter._patch_lang(self.fn)
+            patched.add(self.fn.__module__)
+        function = self.rewrite()
+        try:
+            return function(*args, **kwargs)
+        except Exception as error:
+            raise InterpreterError(repr(error)) from error
+
+    interpreter.InterpretedFunction.__call__ = call
+
+    find, known = interpreter._get_np_dtype, {}
+
+    def numpy_type(dtype):
+        if dtype.scalar.is_ptr():
+            return find(dtype)
+        name = dtype.scalar.name
+        if name not in known:
+            known[name] = find(dtype.scalar)
+        return known[name]
+
+    interpreter._get_np_dtype = numpy_type
+
+
+assert tl.core is not tl  # both are patched by name in ``interpreter._patch_lang``
+quicken()

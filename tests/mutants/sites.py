@@ -1,0 +1,204 @@
+"""Where the kernels can be broken: their source as a tree, edits of its text, and mutants that survive edits around them.
+
+A mutant is known by its file, its function, the text of its statement and what is replaced in it: not by line numbers.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import hashlib
+import itertools
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+FOLDER = Path("glora_kernels", "_triton")
+KERNEL_FILES = ("tile.py", "assemble.py", "fused.py", "token_pass.py", "weight_pass.py", "contract.py", "finish.py")
+
+Edit = tuple[int, int, str]  # bytes from, to, and what stands there instead
+Operator = Callable[["Function", ast.AST], Iterator[Edit]]
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One broken kernel."""
+
+    file: str
+    function: str
+    operator: str
+    statement: str  # on one line
+    original: str
+    replacement: str
+    occurrence: int  # among those that are alike in all of the above
+    line: int
+    edit: Edit = field(compare=False)
+
+    @cached_property
+    def id(self) -> str:
+        key = (self.file, self.function, self.operator, self.statement, self.original, self.replacement)
+        return hashlib.sha1(repr((*key, self.occurrence)).encode()).hexdigest()[:10]
+
+    @property
+    def path(self) -> Path:
+        return FOLDER / self.file
+
+    def applied(self, source: str) -> str:
+        start, end, text = self.edit
+        code = source.encode()
+        return (code[:start] + text.encode() + code[end:]).decode()
+
+    def diff(self, source: str) -> str:
+        lines = (text.splitlines() for text in (source, self.applied(source)))
+        return "\n".join(itertools.islice(difflib.unified_diff(*lines, n=0, lineterm=""), 2, None))
+
+
+class Function:
+    """A kernel's function as operators see it: its tree, its text, and what it calls.
+
+    Attributes:
+        tree: the function.
+        parameters: their names, in order.
+        signatures: of every function of the kernel files, by name.
+    """
+
+    def __init__(self, tree: ast.FunctionDef, source: str, signatures: dict[str, list[str]]) -> None:
+        self.tree = tree
+        self.code = source.encode()
+        self.signatures = signatures
+        self.parameters = parameters_of(tree)
+        self._starts = [0, *itertools.accumulate(len(line) for line in self.code.splitlines(keepends=True))]
+
+    def start(self, node: ast.AST) -> int:
+        return self._starts[node.lineno - 1] + node.col_offset  # type: ignore[attr-defined]
+
+    def end(self, node: ast.AST) -> int:
+        return self._starts[node.end_lineno - 1] + node.end_col_offset  # type: ignore[attr-defined]
+
+    def text(self, node: ast.AST) -> str:
+        return self.between(self.start(node), self.end(node))
+
+    def between(self, start: int, end: int) -> str:
+        return self.code[start:end].decode()
+
+    def operand(self, node: ast.AST) -> str:
+        """Its text, in parentheses unless it needs none anywhere."""
+        atoms = (ast.Name, ast.Constant, ast.Call, ast.Attribute, ast.Subscript)
+        return self.text(node) if isinstance(node, atoms) else f"({self.text(node)})"
+
+    def replaced(self, node: ast.AST, text: str) -> Edit:
+        return self.start(node), self.end(node), text
+
+    def swapped(self, first: ast.AST, second: ast.AST) -> Edit:
+        between = self.between(self.end(first), self.start(second))
+        return self.start(first), self.end(second), self.text(second) + between + self.text(first)
+
+    def sign_replaced(self, left: ast.AST, right: ast.AST, old: str, new: str) -> Edit:
+        """The sign between two operands."""
+        start, end = self.end(left), self.start(right)
+        return start, end, self.between(start, end).replace(old, new, 1)
+
+    def arguments(self, call: ast.Call) -> dict[str, ast.expr]:
+        """The arguments of a call to one of the kernels' own functions, by parameter; nothing for other calls."""
+        name = call.func.id if isinstance(call.func, ast.Name) else ""
+        if name not in self.signatures:
+            return {}
+        named = {keyword.arg: keyword.value for keyword in call.keywords if keyword.arg}
+        return {**dict(zip(self.signatures[name], call.args)), **named}
+
+    def sites(self) -> Iterator[tuple[ast.stmt, ast.AST]]:
+        """Every node that runs, with its statement; no docstring, and no hint to the compiler."""
+        for statement in _statements(self.tree.body):
+            for node in _own_nodes(statement):
+                yield statement, node
+
+
+def parameters_of(tree: ast.FunctionDef) -> list[str]:
+    return [argument.arg for argument in tree.args.args]
+
+
+def called(node: ast.AST) -> str:
+    """``tl.sum`` for a call of it; nothing for what is no call of a name."""
+    return ast.unparse(node.func) if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) else ""
+
+
+def _statements(body: list[ast.stmt]) -> Iterator[ast.stmt]:
+    for statement in body:
+        if isinstance(statement, ast.Expr) and (
+            isinstance(statement.value, ast.Constant) or called(statement.value) == "tl.assume"
+        ):
+            continue
+        yield statement
+        for block in ("body", "orelse"):
+            yield from _statements(getattr(statement, block, []))
+
+
+def _own_nodes(statement: ast.stmt) -> Iterator[ast.AST]:
+    """The statement and its expressions, without the statements inside it and without annotations."""
+    yield statement
+    for name, value in ast.iter_fields(statement):
+        if name not in ("body", "orelse", "annotation"):
+            for child in value if isinstance(value, list) else [value]:
+                if isinstance(child, ast.AST):
+                    yield from ast.walk(child)
+
+
+def functions(sources: dict[str, str]) -> Iterator[tuple[str, Function]]:
+    """Every function of the given files, with the name of its file."""
+    trees = {file: _functions(ast.parse(source)) for file, source in sources.items()}
+    signatures = {tree.name: parameters_of(tree) for found in trees.values() for tree in found}
+    for file, found in trees.items():
+        for tree in found:
+            yield file, Function(tree, sources[file], signatures)
+
+
+def _functions(module: ast.Module) -> list[ast.FunctionDef]:
+    return [node for node in module.body if isinstance(node, ast.FunctionDef)]
+
+
+def mutants(sources: dict[str, str], operators: dict[str, Operator]) -> list[Mutant]:
+    """All mutants of the given files, none of them twice and each of them valid Python."""
+    found: list[Mutant] = []
+    seen: set[tuple] = set()
+    alike: Counter[tuple] = Counter()
+    for file, function in functions(sources):
+        for (statement, node), (name, operator) in itertools.product(function.sites(), operators.items()):
+            for edit in operator(function, node):
+                if (file, *edit) in seen or not _changes(sources[file], edit):
+                    continue
+                seen.add((file, *edit))
+                key = (file, function.tree.name, name, _one_line(function, statement), *_replacement(function, edit))
+                found.append(Mutant(*key, alike[key], node.lineno, edit))  # type: ignore[attr-defined]
+                alike[key] += 1
+    return found
+
+
+def _replacement(function: Function, edit: Edit) -> tuple[str, str]:
+    start, end, text = edit
+    return " ".join(function.between(start, end).split()), " ".join(text.split())
+
+
+def _one_line(function: Function, statement: ast.stmt) -> str:
+    """The text of a statement; of one that holds others, its head."""
+    body = getattr(statement, "body", None)
+    end = function.start(body[0]) if body else function.end(statement)
+    return " ".join(line.partition("  # ")[0] for line in function.between(function.start(statement), end).split("\n"))
+
+
+def _changes(source: str, edit: Edit) -> bool:
+    start, end, text = edit
+    code = source.encode()
+    try:
+        after = ast.parse(code[:start] + text.encode() + code[end:])
+    except SyntaxError:
+        return False
+    return ast.dump(after) != ast.dump(ast.parse(source))
+
+
+def read_sources(root: Path = ROOT, only: str | None = None) -> dict[str, str]:
+    """The kernel files by name."""
+    names = [name for name in KERNEL_FILES if only in (None, name)]
+    return {name: (root / FOLDER / name).read_text() for name in names}
