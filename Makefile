@@ -4,13 +4,34 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: quickstart test check bench clean
+# Both ends of the range of Triton that is supported; `make aot-matrix` compiles the kernels with each.
+TRITONS := 3.6.0 3.9.0
+
+.PHONY: quickstart test check interpreter aot aot-matrix mutants bench clean
 
 quickstart: $(VENV)/ready-demo
 	$(RUN) -m glora quickstart
 
 test: check
 	$(RUN) -m pytest
+	$(MAKE) interpreter aot
+
+# Triton decides when it is imported whether kernels are interpreted: a process of its own.
+interpreter: $(VENV)/ready-test
+	TRITON_INTERPRET=1 $(RUN) -m pytest tests/interpreter
+
+aot: $(VENV)/ready-test
+	$(RUN) -m glora_kernels.aot
+
+aot-matrix: $(foreach version,$(TRITONS),$(VENV)/triton-$(version))
+	for version in $(TRITONS); do \
+	PYTHONPATH=$(VENV)/triton-$$version $(RUN) -m glora_kernels.aot --json $(VENV)/aot-$$version.json || exit 1; done
+
+$(VENV)/triton-%: $(VENV)/ready-test
+	$(RUN) -m pip install --quiet --no-deps --target $@ triton==$*
+
+mutants: $(VENV)/ready-test
+	$(RUN) -m tests.mutants
 
 check: $(VENV)/ready-test
 	$(RUN) -m ruff format --check .

@@ -4,8 +4,8 @@ Every launch of a step is listed with its operations and its bytes of device mem
 
     overhead + max(flops / rate, bytes / bandwidth)
 
-seconds. A dense product runs in whole waves of tiles over the processors (:func:`_product_seconds`). The numbers of
-each machine are in ``machines.py``; nothing here has been measured by us. The lists follow ``_triton/forward.py`` and
+seconds. A dense product runs in waves of tiles over the processors (:func:`_product_seconds`). The numbers of each
+machine are in ``machines.py``; nothing here has been measured by us. The lists follow ``_triton/forward.py`` and
 ``_triton/passes.py``, and a test compares them with what those launch.
 
 M tokens, N out, K in, R rank. This module loads no Triton.
@@ -13,6 +13,7 @@ M tokens, N out, K in, R rank. This module loads no Triton.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
@@ -20,11 +21,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .dispatch import STRATEGIES
 from .machines import Machine, machine_for
 from .reuse import MIN_INPUTS_TO_REUSE, MIN_TOKENS_TO_REUSE, PROBED_TOKENS
 from .terms import SLOTS, Constant, LowRank, Terms, Vector
 
-STRATEGIES = ("assemble", "fused")
 NONE, CONSTANT, VECTOR, LOW_RANK = "none", "constant", "vector", "low rank"
 _KINDS: dict[type, str] = {type(None): NONE, Constant: CONSTANT, Vector: VECTOR, LowRank: LOW_RANK}
 
@@ -43,8 +44,8 @@ TILES = ((128, 256, 1.0), (128, 128, 0.92), (64, 128, 0.78), (64, 64, 0.55), (32
 SPLITS = (1, 2, 4, 8)  # of the sum of a product, by the vendor's library; the kernels here do not split
 SHORTEST_SPLIT = 512  # how much of the sum a split keeps at least
 DRAW = 2.0  # a processor can draw this many times its even share of the bandwidth [E]
-# The rate of products with W_eff in registers is the least certain number of all: fused has to win by this factor.
-CAUTION = 1.0
+WINS = 0.98  # fused is taken below this share of assemble's time: the rate of the vendor's library is the surer one
+REMEMBERED = 1 << 15  # problems
 
 
 class Problem(NamedTuple):
@@ -193,6 +194,7 @@ class Prediction:
         forward, backward: the launches, in order.
         forward_seconds, backward_seconds: what they take on the device. Host time is not in it: where it is longer,
             as with few tokens in eager mode, the number of launches decides.
+        scratch_bytes: see :func:`scratch_bytes`.
     """
 
     strategy: str
@@ -200,21 +202,35 @@ class Prediction:
     backward: tuple[Launch, ...]
     forward_seconds: float
     backward_seconds: float
+    scratch_bytes: int
 
     @property
     def seconds(self) -> float:
         return self.forward_seconds + self.backward_seconds
 
 
-@lru_cache(maxsize=1 << 15)
+@lru_cache(maxsize=REMEMBERED)
 def strategy_for(problem: Problem) -> str:
-    """The strategy that is predicted to be faster over forward and backward; assemble where it is close.
+    """The strategy that is predicted to be faster over forward and backward; assemble where they are close.
+
+    Decided for the tokens rounded to four significant bits, so that batches of many lengths share their decisions.
 
     Raises:
         ValueError: nothing is known of the architecture or of an older one of its family.
     """
+    return _faster(problem._replace(tokens=rounded(problem.tokens)))
+
+
+@lru_cache(maxsize=REMEMBERED)
+def _faster(problem: Problem) -> str:
     assemble, fused = (predict(problem, strategy).seconds for strategy in STRATEGIES)
-    return "fused" if fused * CAUTION < assemble else "assemble"
+    return "fused" if fused < WINS * assemble else "assemble"
+
+
+def rounded(tokens: int) -> int:
+    """To the nearest number of four significant bits, by less than 7%."""
+    step = 1 << max(0, tokens.bit_length() - 4)
+    return (tokens + step // 2) // step * step
 
 
 def predict(problem: Problem, strategy: str) -> Prediction:
@@ -222,7 +238,7 @@ def predict(problem: Problem, strategy: str) -> Prediction:
     machine = machine_for(problem.architecture)
     forward, backward = launches(problem, strategy)
     times = (sum(seconds(launch, problem, machine) for launch in part) for part in (forward, backward))
-    return Prediction(strategy, tuple(forward), tuple(backward), *times)
+    return Prediction(strategy, tuple(forward), tuple(backward), *times, scratch_bytes(problem, strategy))
 
 
 def launches(problem: Problem, strategy: str) -> tuple[list[Launch], list[Launch]]:
@@ -240,6 +256,15 @@ def route_of(problem: Problem) -> str:
     if kind == LOW_RANK:
         return "projected" if problem.projects else "dense"
     return "solved" if problem.tokens >= MIN_TOKENS_TO_REUSE and problem.inputs >= MIN_INPUTS_TO_REUSE else "dense"
+
+
+def scratch_bytes(problem: Problem, strategy: str) -> int:
+    """Of what forward or backward hold at once beside their results: W_eff, dW, g = dy W0 and partial sums."""
+    p, route = problem, route_of(problem)
+    formed = p.weight_bytes * (p.adapts_weight and strategy == "assemble")
+    backward = formed * (p.wants_x and route != "scaled") + formed * (route == "dense")
+    backward += p.x_bytes * (route == "scaled") + _sums(p, route)
+    return max(formed, backward)
 
 
 # Forward.
@@ -313,19 +338,15 @@ def _scaled(p: Problem, strategy: str) -> list[Launch]:
 
 
 def _dense(p: Problem, strategy: str) -> list[Launch]:
+    """dW is taken to be in the layer's type; for fp16 it is in fp32."""
     steps = [_token_pass(p, "dense")] if _sums_bias(p, "dense") else []
     if strategy == "assemble":
-        steps += [_weight_gradient(p), _contraction(p)]
+        steps += [_product("dW", p), _contraction(p)]
     else:
         steps.append(_contracted(p))
     if p.wants_x:
         steps.append(_product("dx", p) if strategy == "assemble" else _fused("dx", p))
     return steps
-
-
-def _weight_gradient(p: Problem) -> Launch:
-    """dW: in fp32 for fp16, which is taken for bf16 here, and else in the layer's type."""
-    return _product("dW", p)
 
 
 def _contraction(p: Problem) -> Launch:
@@ -352,8 +373,11 @@ def _needs_token_pass(p: Problem, route: str) -> bool:
 
 def _sums_bias(p: Problem, route: str) -> bool:
     """Whether db is summed up: for C, D and E, and to solve for A."""
-    solves = route == "solved" and (p.bias or p.has("C") or p.has("E"))
-    return solves or p.wants("C") or p.wants("D") or p.wants("E")
+    return any(map(p.wants, "CDE")) or (route == "solved" and _has_bias(p))
+
+
+def _has_bias(p: Problem) -> bool:
+    return p.bias or p.has("C") or p.has("E")
 
 
 def _contracts_b(p: Problem, route: str) -> bool:
@@ -393,8 +417,7 @@ def _weight_pass(p: Problem, route: str, writes: bool) -> Launch:
 
 def _finish(p: Problem, route: str) -> Launch:
     """Reads every partial sum, writes the gradients."""
-    sums = _token_sums(p, route) + (_contraction_sums(p) if route == "dense" else _weight_sums(p, route))
-    return Launch("finish", 0, sums + p.factor_bytes, PASS)
+    return Launch("finish", 0, _sums(p, route) + p.factor_bytes, PASS)
 
 
 # Partial sums, bytes. A pass writes one slice for each of its blocks of tokens, rows or columns.
@@ -405,18 +428,25 @@ def _block(p: Problem) -> int:
     return 64 if p.element == 2 and max(p.ranks) <= 16 else 32
 
 
+def _sums(p: Problem, route: str) -> int:
+    return _token_sums(p, route) + (_contraction_sums(p) if route == "dense" else _weight_sums(p, route))
+
+
 def _token_sums(p: Problem, route: str) -> int:
-    numbers = _sums_bias(p, route) * p.outputs + (route == "solved") * p.outputs
+    solves = route == "solved"
+    vectors = any(p.wants(slot) and p.kind(slot) == VECTOR for slot in "DE")
+    numbers = (p.wants("C") or vectors or (solves and _has_bias(p))) * p.outputs + solves * p.outputs
     numbers += (route == "projected") * p.rank("A") * (p.outputs + p.inputs)
     numbers += (route == "scaled" and p.kind("A") == VECTOR) * p.inputs
     if _contracts_b(p, route):
-        numbers += p.rank("B") * (p.outputs + p.inputs) or p.outputs
+        numbers += p.rank("B") * (p.outputs + p.inputs) or (solves or p.kind("B") == VECTOR) * p.outputs
     return -(-p.tokens // _block(p)) * numbers * p.wide
 
 
 def _weight_sums(p: Problem, route: str) -> int:
-    numbers = (p.wants("C") + (route == "projected") * p.rank("A")) * p.inputs
-    return -(-p.outputs // _block(p)) * numbers * p.wide
+    numbers = (p.wants("C") + (route == "projected") * p.rank("A")) * p.inputs * -(-p.outputs // _block(p))
+    numbers += (route == "solved") * p.outputs * -(-p.inputs // _block(p))
+    return numbers * p.wide
 
 
 def _contraction_sums(p: Problem) -> int:
@@ -424,7 +454,7 @@ def _contraction_sums(p: Problem) -> int:
     numbers = p.wants("C") * down
     for slot in "AB":
         if p.wants(slot):
-            numbers += p.rank(slot) * (across + down) or across
+            numbers += p.rank(slot) * (across + down) + (p.kind(slot) == VECTOR) * across
     return numbers * p.wide
 
 
@@ -455,9 +485,10 @@ def _rate(kind: str, problem: Problem, machine: Machine) -> float:
 
 
 def _product_seconds(launch: Launch, machine: Machine, rate: float, bandwidth: float) -> float:
-    """The best of a few tiles: whole waves of them over the processors, or what those at work can draw from memory.
+    """The best of a few tiles: waves of them over the processors, or what those at work can draw from memory.
 
-    The vendor's library may split the sum as well, and then adds up fp32 parts.
+    A last wave that is not full counts half of what it leaves idle, since the real tiles are not known here. The
+    vendor's library may split the sum as well, and then adds up fp32 parts.
     """
     rows, columns, depth = launch.shape or (0, 0, 0)
     best = float("inf")
@@ -467,7 +498,8 @@ def _product_seconds(launch: Launch, machine: Machine, rate: float, bandwidth: f
         for splits in SPLITS:
             if splits > 1 and (launch.kind != BLAS or depth < splits * SHORTEST_SPLIT):
                 break
-            waves = 1.0 if tiles * splits <= machine.processors else tiles * splits / machine.processors + 0.5
+            waves = tiles * splits / machine.processors
+            waves = (waves + math.ceil(waves)) / 2 if waves > 1 else 1.0
             drawn = min(1.0, DRAW * tiles * splits / machine.processors)
             merging = (splits > 1) * (machine.overhead + splits * rows * columns * 4 / machine.cache_bandwidth)
             best = min(best, max(waves * one / splits, launch.bytes / (bandwidth * drawn)) + merging)

@@ -129,9 +129,8 @@ def machine_for(architecture: str) -> Machine:
     """
     name = nearest(INTERPRETED_AS if architecture == INTERPRETER else architecture, MACHINES)
     if name is None:
-        raise ValueError(
-            f"architecture: expected one of {(*MACHINES, INTERPRETER)} or a newer one, got {architecture!r}"
-        )
+        known = ", ".join((*MACHINES, INTERPRETER))
+        raise ValueError(f"architecture: expected one of {known}, or a newer relative of one; got {architecture!r}")
     return MACHINES[name]
 
 

@@ -1,114 +1,220 @@
-"""What a call will cost and why: dense products, operations and bytes kept for backward."""
+"""What a call will cost and why: dense products, operations, bytes kept for backward; on a GPU also time."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
-from . import dispatch
 from .autocast import cast_operands
 from .checks import check_call
+from .cost import PASS, Problem, predict, rounded, route_of, strategy_for
+from .dispatch import MAX_TRITON_RANK, STRATEGIES, Decision, decide
+from .explanation import Explanation
+from .machines import INTERPRETER, machine_for
 from .reuse import PROBED_TOKENS, reuses_output
-from .routes import needs_weight_gradient, scales_inputs
-from .terms import LowRank, Terms, Vector
+from .routes import needs_weight_gradient, scales_inputs, scales_rows
+from .terms import LowRank, Terms, compute_dtype
+
+_STRATEGIES = {
+    "assemble": "assemble: W_eff in one pass, then one GEMM",
+    "fused": "fused: one GEMM that forms W_eff in registers",
+}
+_ROUTES = {
+    "thin": "backward forms thin products only",
+    "projected": "backward forms thin products and W0^T dV only",
+    "scaled": "backward reads da from dy W0",
+    "solved": "backward solves da from the output",
+    "dense": "backward contracts dW with W0 and the factors",
+}
+_ONLY_BIAS = "W0 as it is; only the bias is adapted"
 
 
-@dataclass(frozen=True)
-class Explanation:
-    """The plan of one ``glora_linear`` call and of its backward pass.
+class _Call(NamedTuple):
+    """The operands, checked, and the slots that want a gradient."""
 
-    Attributes:
-        backend: where the call goes.
-        reason: why that backend.
-        strategy: how the backend goes about it.
-        tokens, outputs, inputs: M, N, K.
-        forward_units, backward_units: dense GEMMs of 2 M N K operations each.
-        forward_flops, backward_flops: multiplications and additions of all matrix products.
-        saved: what is kept for backward beside parameters.
-        saved_bytes: the size of it; an output that the rest of the graph holds anyway included.
-    """
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    terms: Terms
+    wanted: frozenset[str]
 
-    backend: str
-    reason: str
-    strategy: str
-    tokens: int
-    outputs: int
-    inputs: int
-    forward_units: int
-    backward_units: int
-    forward_flops: int
-    backward_flops: int
-    saved: tuple[str, ...]
-    saved_bytes: int
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """M, N, K."""
+        outputs, inputs = self.weight.shape
+        return math.prod(self.x.shape[:-1]), outputs, inputs
 
-    def to_dict(self) -> dict:
-        return asdict(self)
-
-    def __str__(self) -> str:
-        kept = " and ".join(self.saved) or "nothing"
-        return (
-            f"backend   {self.backend} ({self.reason})\n"
-            f"strategy  {self.strategy}\n"
-            f"shape     M = {self.tokens} tokens, N = {self.outputs} out, K = {self.inputs} in\n"
-            f"forward   {self.forward_units} dense GEMM, {self.forward_flops / 1e9:.3f} GFLOP in all\n"
-            f"backward  {self.backward_units} dense GEMM, {self.backward_flops / 1e9:.3f} GFLOP in all\n"
-            f"saved     {kept}, {self.saved_bytes:,} bytes"
-        )
+    @property
+    def keeps_output(self) -> bool:
+        tokens, _, inputs = self.sizes
+        return "A" in self.wanted and reuses_output(tokens, inputs, self.terms)
 
 
-def explain(x: Tensor, weight: Tensor, bias: Tensor | None, terms: Terms) -> Explanation:
+def explain(
+    x: Tensor, weight: Tensor, bias: Tensor | None, terms: Terms, *, architecture: str | None = None
+) -> Explanation:
     """What ``glora_linear(x, weight, bias, terms)`` would do; nothing is computed.
 
     Arguments, shapes and errors are those of :func:`glora_kernels.glora_linear`. Backward is
     planned for the tensors that require grad now.
+
+    Args:
+        architecture: ``"sm_90"``, ``"gfx942"`` and the like: plan for the Triton backend on such a GPU instead, wherever
+            the operands are and whatever backend is chosen.
+
+    Raises:
+        ValueError: an architecture of which, and of whose older relatives, nothing is known.
     """
     x, weight, bias = cast_operands(x, weight, bias)
     check_call(x, weight, bias, terms)
-    decision = dispatch.decide()
-    outputs, inputs = weight.shape
-    tokens = math.prod(x.shape[:-1])
-    wanted = frozenset(slot for slot, term in terms.active if any(s.requires_grad for s in term.storages))
+    decision = decide(weight, terms) if architecture is None else _pretend(weight, terms, architecture)
+    call = _Call(x, weight, bias, terms, _wanted(bias, terms))
     if decision.backend == "reference":
-        strategy = "dense A, B and W_eff, differentiated by autograd"
-        saved: tuple[str, ...] = ("x", "W_eff", "dense A and B")
-        units = 1, bool(x.requires_grad) + bool(wanted & {"A", "B"})
-        saved_numbers = x.numel() + 3 * weight.numel()
-        flops = _forward_flops(tokens, outputs, inputs, terms), units[1] * 2 * tokens * outputs * inputs
+        plan = _reference_plan(call)
+    elif decision.backend == "triton" and x.numel() and weight.numel():  # it leaves empty ones to the torch backend
+        plan = _triton_plan(call, architecture or _architecture(weight.device), decision)
     else:
-        strategy = _strategy(terms, wanted, tokens, inputs)
-        keeps_output = "A" in wanted and reuses_output(tokens, inputs, terms)
-        saved = tuple(name for name, kept in (("x", wanted & {"A", "B"}), ("y", keeps_output)) if kept)
-        saved_numbers = x.numel() * ("x" in saved) + tokens * outputs * ("y" in saved)
-        units = 1, _backward_units(terms, wanted, x.requires_grad, keeps_output)
-        flops = (
-            _forward_flops(tokens, outputs, inputs, terms),
-            _backward_flops(tokens, outputs, inputs, terms, wanted, x.requires_grad, units[1])
-            + 2 * PROBED_TOKENS * outputs * inputs * keeps_output,
-        )
-    return Explanation(
-        *decision, strategy, tokens, outputs, inputs, *units, *flops, saved, saved_numbers * x.element_size()
-    )
+        plan = _torch_plan(call)
+    return Explanation(decision.backend, decision.reason, plan.pop("strategy"), *call.sizes, **plan)
 
 
-def _strategy(terms: Terms, wanted: frozenset[str], tokens: int, inputs: int) -> str:
-    if not terms.adapts_weight:
-        return "W0 as it is; only the bias is adapted"
+def _wanted(bias: Tensor | None, terms: Terms) -> frozenset[str]:
+    asked = {slot for slot, term in terms.active if any(storage.requires_grad for storage in term.storages)}
+    return frozenset(asked if bias is not None else asked - {"D"})
+
+
+def _pretend(weight: Tensor, terms: Terms, architecture: str) -> Decision:
+    """Where the call would go on a GPU of this architecture."""
+    machine_for(architecture)
+    unfit = None
+    rank = max(_rank(term) for term in (terms.A, terms.B, terms.C))
+    if weight.dtype == torch.float64 and architecture != INTERPRETER:
+        unfit = "fp64"
+    elif rank > MAX_TRITON_RANK:
+        unfit = f"rank {rank} is above {MAX_TRITON_RANK}"
+    if unfit is not None:
+        return Decision("torch", f"on {architecture}, Triton kernels do not serve this call: {unfit}")
+    return Decision("triton", f"as if on {architecture}")
+
+
+def _architecture(device: torch.device) -> str:
+    if device.type == "cpu":
+        return INTERPRETER
+    from ._triton.device import architecture  # loads Triton, which serves this call anyway
+
+    return architecture(device)
+
+
+# The Triton backend.
+
+
+def _triton_plan(call: _Call, architecture: str, decision: Decision) -> dict[str, Any]:
+    tokens, _, inputs = call.sizes
+    whole = Problem.of(tokens, call.weight, call.terms, architecture)  # what the backend decides by
+    has_bias = call.bias is not None
+    problem = whole._replace(bias=has_bias, wanted=call.wanted, wants_x=call.x.requires_grad)
+    taken = decision.strategy or strategy_for(whole)
+    predictions = tuple(predict(problem, name) for name in sorted(STRATEGIES, key=lambda name: name != taken))
+    forward, backward = predictions[0].forward, predictions[0].backward
+    route = route_of(problem)
+    return {
+        "strategy": _triton_strategy(call, taken, route),
+        "forward_units": sum(launch.kind != PASS for launch in forward),
+        "backward_units": sum(launch.kind != PASS for launch in backward),
+        "forward_flops": sum(launch.flops for launch in forward),
+        "backward_flops": sum(launch.flops for launch in backward),
+        **_saved(call),
+        "architecture": architecture,
+        "route": route,
+        "choice": _choice(whole, decision),
+        "predictions": predictions,
+    }
+
+
+def _triton_strategy(call: _Call, taken: str, route: str) -> str:
+    if not call.terms.adapts_weight:
+        return _ONLY_BIAS
+    return f"{_STRATEGIES[taken]}; {_ROUTES[route]}" if call.wanted or call.x.requires_grad else _STRATEGIES[taken]
+
+
+def _choice(whole: Problem, decision: Decision) -> str:
+    if decision.strategy is not None:
+        return f"{decision.strategy}, {decision.reason}"
+    if not whole.adapts_weight:
+        return "none to be made: the strategies differ in how they form W_eff"
+    decided = whole._replace(tokens=rounded(whole.tokens))
+    ways = sorted((predict(decided, name) for name in STRATEGIES), key=lambda way: way.strategy != strategy_for(whole))
+    times = " against ".join(f"{way.seconds * 1e6:,.1f} us for {way.strategy}" for way in ways)
+    return f"predicted, not measured, for a training step of {decided.tokens} tokens: {times}"
+
+
+# The other backends.
+
+
+def _reference_plan(call: _Call) -> dict[str, Any]:
+    tokens, outputs, inputs = call.sizes
+    wants_x, unit = call.x.requires_grad, 2 * tokens * outputs * inputs
+    units = bool(wants_x) + bool(call.wanted & {"A", "B"})
+    return {
+        "strategy": "dense A, B and W_eff, differentiated by autograd",
+        "forward_units": 1,
+        "backward_units": units,
+        "forward_flops": _forward_flops(call),
+        "backward_flops": units * unit,
+        "saved": ("x", "W_eff", "dense A and B"),
+        "saved_bytes": (call.x.numel() + 3 * call.weight.numel()) * call.x.element_size(),
+    }
+
+
+def _torch_plan(call: _Call) -> dict[str, Any]:
+    _, outputs, inputs = call.sizes
+    units = _backward_units(call)
+    probes = 2 * PROBED_TOKENS * outputs * inputs * call.keeps_output
+    return {
+        "strategy": _torch_strategy(call),
+        "forward_units": 1,
+        "backward_units": units,
+        "forward_flops": _forward_flops(call),
+        "backward_flops": _backward_flops(call, units) + probes,
+        **_saved(call),
+    }
+
+
+def _saved(call: _Call) -> dict[str, Any]:
+    """Of both the torch and the Triton backend: x, V = W0 Ad, and y with the bias that was added to it."""
+    (tokens, outputs, _), terms, size = call.sizes, call.terms, call.x.element_size()
+    projected = isinstance(terms.A, LowRank) and terms.product == "matmul"
+    adapts_bias = terms.C is not None or terms.E is not None or (terms.D is not None and call.bias is not None)
+    sizes = {
+        "x": call.x.numel() * size * bool(call.wanted & {"A", "B"}),
+        "V": outputs * _rank(terms.A) * compute_dtype(call.weight.dtype).itemsize * projected,
+        "y": tokens * outputs * size * call.keeps_output,
+        "b_eff": outputs * size * (call.keeps_output and adapts_bias),
+    }
+    return {"saved": tuple(name for name in sizes if sizes[name]), "saved_bytes": sum(sizes.values())}
+
+
+def _torch_strategy(call: _Call) -> str:
+    if not call.terms.adapts_weight:
+        return _ONLY_BIAS
     way = "assemble W_eff in one pass, then one GEMM"
-    if needs_weight_gradient(terms, wanted):
+    if needs_weight_gradient(call.terms, call.wanted):
         return way + "; backward contracts dW with W0 and the factors"
-    if "A" in wanted and isinstance(terms.A, Vector) and terms.product == "hadamard":
-        source = "the output" if reuses_output(tokens, inputs, terms) else "x W0^T (too few tokens to reuse the output)"
+    if "A" in call.wanted and scales_rows(call.terms):
+        source = "the output" if call.keeps_output else "x W0^T (too few tokens to reuse the output)"
         return way + f"; backward reads da from {source}"
     return way + "; backward forms thin products only"
 
 
-def _backward_units(terms: Terms, wanted: frozenset[str], wants_x: bool, keeps_output: bool) -> int:
-    if "A" not in wanted or (isinstance(terms.A, LowRank) and terms.product == "matmul"):
+def _backward_units(call: _Call) -> int:
+    terms, wants_x = call.terms, call.x.requires_grad
+    if "A" not in call.wanted or (isinstance(terms.A, LowRank) and terms.product == "matmul"):
         return int(wants_x)
-    if isinstance(terms.A, LowRank) or (isinstance(terms.A, Vector) and terms.product == "hadamard"):
-        return int(wants_x) + (not keeps_output)
+    if isinstance(terms.A, LowRank) or scales_rows(terms):
+        return int(wants_x) + (not call.keeps_output)
     return 1  # dy W0 serves both dx and da
 
 
@@ -116,27 +222,27 @@ def _rank(term: object) -> int:
     return term.factors[1].shape[0] if isinstance(term, LowRank) else 0
 
 
-def _forward_flops(tokens: int, outputs: int, inputs: int, terms: Terms) -> int:
-    weight_passes = 2 * outputs * inputs
-    prompt = weight_passes + 2 * inputs * _rank(terms.C) if terms.C is not None else 0
-    return 2 * tokens * outputs * inputs + _assembly_flops(outputs, inputs, terms) + prompt
+def _forward_flops(call: _Call) -> int:
+    tokens, outputs, inputs = call.sizes
+    prompt = 2 * outputs * inputs + 2 * inputs * _rank(call.terms.C) if call.terms.C is not None else 0
+    return 2 * tokens * outputs * inputs + _assembly_flops(call) + prompt
 
 
-def _assembly_flops(outputs: int, inputs: int, terms: Terms, projected: bool = False) -> int:
-    a_products = 1 if terms.product == "hadamard" or projected else 2
-    return 2 * outputs * inputs * (a_products * _rank(terms.A) + _rank(terms.B))
+def _assembly_flops(call: _Call, projected: bool = False) -> int:
+    _, outputs, inputs = call.sizes
+    a_products = 1 if call.terms.product == "hadamard" or projected else 2
+    return 2 * outputs * inputs * (a_products * _rank(call.terms.A) + _rank(call.terms.B))
 
 
-def _backward_flops(
-    tokens: int, outputs: int, inputs: int, terms: Terms, wanted: frozenset[str], wants_x: bool, units: int
-) -> int:
+def _backward_flops(call: _Call, units: int) -> int:
+    (tokens, outputs, inputs), terms, wanted = call.sizes, call.terms, call.wanted
     total = units * 2 * tokens * outputs * inputs
     thin = 4 * tokens * (outputs + inputs)  # both gradients of a low-rank term, for each rank
     one_sided = 2 * tokens * outputs  # the gradient of a vector or constant B
     on_weight = 2 * outputs * inputs
     scales_dx = "A" in wanted and scales_inputs(terms)
-    if wants_x and not scales_dx:
-        total += _assembly_flops(outputs, inputs, terms, projected=True)
+    if call.x.requires_grad and not scales_dx:
+        total += _assembly_flops(call, projected=True)
     if scales_dx and terms.B is not None:
         total += 2 * tokens * (outputs + inputs) * _rank(terms.B)
     if needs_weight_gradient(terms, wanted):

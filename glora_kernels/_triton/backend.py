@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from .. import _torch
@@ -31,7 +32,9 @@ class TritonBackend:
             return _torch.forward(x, weight, bias, terms)
         flat = x.reshape(-1, x.shape[-1])
         y, projected, b_eff = forward(flat, weight, bias, terms, self._strategy(flat, weight, terms))
-        return Forward(y.view(*x.shape[:-1], weight.shape[0]), projected, b_eff)
+        if x.dim() != 2:  # in place of a view, which a successor such as ReLU(inplace=True) could not overwrite
+            y = torch.ops.aten._unsafe_view(y, (*x.shape[:-1], weight.shape[0]))
+        return Forward(y, projected, b_eff)
 
     def backward(self, step: Step) -> tuple[Tensor | None, SlotGradients]:
         """The gradient of x, if wanted, and those of the storages of every wanted slot."""

@@ -7,6 +7,7 @@ of time is what is launched.
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -75,10 +76,13 @@ def shipped(target: str) -> list[Build]:
     backend, _, name = target.partition(":")
     architecture = f"sm_{name}" if backend == "cuda" else name
     builds: dict[tuple, Build] = {}
+    labels: Counter[str] = Counter()
     for case in _cases():
         for build in _builds_of(case, architecture):
             key = (build.kernel, *map(str, build[2:7]))
-            builds.setdefault(key, build)
+            if key not in builds:
+                labels[build.label] += 1
+                builds[key] = build._replace(label=f"{build.label} #{labels[build.label]}")
     return list(builds.values())
 
 
@@ -101,34 +105,36 @@ def _cases() -> Iterator[Case]:
 
 
 def _builds_of(case: Case, architecture: str) -> Iterator[Build]:
-    launches = launches_of(case, architecture)
+    with pretended(architecture):
+        launches = sum(launches_of(case), [])
     for launch in launches:
         same = sum(other.kernel is launch.kernel for other in launches)
         yield build_of(launch, f"{launch.kernel.fn.__name__} {case}", same)
 
 
-def launches_of(case: Case, architecture: str) -> list[Launch]:
-    """What a forward and a backward pass of the layer would launch."""
+def launches_of(
+    case: Case, size: tuple[int, int] = SIZE, device: str = "meta"
+) -> tuple[list[Launch], list[Launch]]:
+    """What forward and backward of a layer of ``size`` (N, K) would launch; on meta tensors see ``pretended``."""
     backend = TritonBackend(case.strategy)
-    x, weight, bias, terms = _operands(case)
-    with pretended(architecture), recorded() as launches, torch.no_grad():
+    x, weight, bias, terms = _operands(case, size, device)
+    wanted = frozenset(slot for slot in SLOTS if getattr(terms, slot) is not None)
+    with recorded() as first:
         y, projected, b_eff = backend.forward(x, weight, bias, terms)
-        output = y if reuses_output(x.shape[0], x.shape[1], terms) else None
-        step = Step(
-            y, x, weight, bias, terms, output, b_eff, projected, frozenset(s for s in SLOTS if getattr(terms, s)), True
-        )
-        backend.backward(step)
-    return launches
+    output = y if reuses_output(x.shape[0], x.shape[1], terms) else None
+    with recorded() as second:
+        backend.backward(Step(y, x, weight, bias, terms, output, b_eff, projected, wanted, True))
+    return first, second
 
 
-def _operands(case: Case) -> tuple[Tensor, Tensor, Tensor, Terms]:
-    outputs, inputs = SIZE
+def _operands(case: Case, size: tuple[int, int], device: str) -> tuple[Tensor, Tensor, Tensor, Terms]:
+    outputs, inputs = size
 
-    def empty(*shape: int, dtype: torch.dtype = case.factors) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
+    def random(*shape: int, dtype: torch.dtype = case.factors) -> Tensor:
+        return torch.randn(shape, device=device).to(dtype)
 
     def term(kind: str, rows: int, columns: int) -> LowRank | Vector | Constant | None:
-        down, up = empty(rows, 64), empty(64, columns)
+        down, up = random(rows, 64), random(64, columns)
         if kind == "lora":
             return LowRank(down, up, case.rank)
         return None if kind == "none" else Vector(down) if kind == "vector" else Constant(down)
@@ -138,12 +144,12 @@ def _operands(case: Case) -> tuple[Tensor, Tensor, Tensor, Terms]:
         term(case.a, a_rows, inputs),
         term(case.b, outputs, inputs),
         term(case.c, inputs, 1),  # type: ignore[arg-type]
-        Vector(empty(outputs)),
-        Constant(empty(outputs)),
+        Vector(random(outputs)),
+        Constant(random(outputs)),
         case.product,
     )
-    x, weight = empty(case.tokens, inputs, dtype=case.dtype), empty(outputs, inputs, dtype=case.dtype)
-    return x, weight, empty(outputs, dtype=case.dtype), terms
+    x, weight = random(case.tokens, inputs, dtype=case.dtype), random(outputs, inputs, dtype=case.dtype)
+    return x, weight, random(outputs, dtype=case.dtype), terms
 
 
 def build_of(launch: Launch, label: str, launches: int = 1) -> Build:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
 import triton.language as tl
@@ -12,9 +14,10 @@ from torch import Tensor
 from triton.runtime import interpreter
 from triton.runtime.errors import InterpreterError
 
-import glora_kernels._triton.backward as backward_module
 from glora_kernels import Terms, glora_linear, use_backend
-from glora_kernels._triton.passes import Run
+from glora_kernels._triton.launch import launch
+from glora_kernels._triton.operands import ADDED, COLUMN, NONE
+from glora_kernels._triton.settings import KERNELS, Tile, forced_tiles
 from tests.helpers import assert_contract, generator_for, make_call, make_term, oracle, results
 
 STRATEGIES = ("assemble", "fused")
@@ -106,21 +109,56 @@ def check(call, dy: Tensor | None = None, strategy: str | None = None, overflow:
     return assert_contract(run(call, dy, strategy, overflow), *oracle(*call, dy), call[0].dtype)
 
 
+class Call(NamedTuple):
+    """A launch that has run: the kernel's name, and its arguments by name, outputs among them."""
+
+    kernel: str
+    arguments: dict[str, Any]
+
+
 @contextmanager
-def passes() -> Iterator[list[Run]]:
-    """The backward passes inside the ``with`` block, with the routes that they took."""
-    found: list[Run] = []
-    finish = backward_module.finish
-
-    def noted(run: Run):
-        found.append(run)
-        return finish(run)
-
-    backward_module.finish = noted
+def launching(function: Callable) -> Iterator[None]:
+    """Call ``function(kernel, grid, tile, **arguments)`` in place of ``launch``, inside the ``with`` block."""
+    modules = [
+        m for name, m in sys.modules.items() if name.startswith("glora_kernels._triton.") and hasattr(m, "launch")
+    ]
+    modules = [m for m in modules if m.launch is launch]
     try:
-        yield found
+        for module in modules:
+            module.launch = function
+        yield
     finally:
-        backward_module.finish = finish
+        for module in modules:
+            module.launch = launch
+
+
+@contextmanager
+def watched() -> Iterator[list[Call]]:
+    """The launches inside the ``with`` block."""
+    found: list[Call] = []
+
+    def noted(kernel, grid, tile, /, **arguments):
+        launch(kernel, grid, tile, **arguments)
+        found.append(Call(kernel.__name__, arguments))
+
+    with launching(noted):
+        yield found
+
+
+def route(found: list[Call]) -> str:
+    """Which route a watched backward pass took, by what it launched; see ``glora_kernels/_triton/backward.py``."""
+    by_name = {call.kernel: call.arguments for call in found}
+    if "contract_kernel" in by_name:
+        return "solved" if by_name["contract_kernel"]["ONLY_LOST"] else "dense"
+    kind = by_name["token_pass_kernel"]["A"] if "token_pass_kernel" in by_name else NONE
+    return {ADDED: "projected", COLUMN: "scaled", NONE: "thin"}[kind]
+
+
+@contextmanager
+def tiles(tokens: int, rows: int, columns: int, swap: bool = False) -> Iterator[None]:
+    """The same tile for every kernel."""
+    with forced_tiles(dict.fromkeys(KERNELS, Tile(tokens, rows, columns, 4, 2, swap))):
+        yield
 
 
 def laid_out(tensor: Tensor, order: str) -> Tensor:

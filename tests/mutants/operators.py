@@ -8,6 +8,7 @@ Not among them: what the interpreter does not model (``input_precision``, ``num_
 from __future__ import annotations
 
 import ast
+import itertools
 import re
 from collections.abc import Iterator
 
@@ -54,8 +55,8 @@ def mask_dropped(function: Function, node: ast.AST) -> Iterator[Edit]:
 def conjunct_dropped(function: Function, node: ast.AST) -> Iterator[Edit]:
     """One side of ``a & b``."""
     if _binary(node, ast.BitAnd):
-        yield function.replaced(node, function.operand(node.left))  # type: ignore[attr-defined]
-        yield function.replaced(node, function.operand(node.right))  # type: ignore[attr-defined]
+        yield function.replaced(node, function.operand(node.left))
+        yield function.replaced(node, function.operand(node.right))
 
 
 @operator
@@ -89,9 +90,9 @@ def strides_swapped(function: Function, node: ast.AST) -> Iterator[Edit]:
     """Two strides exchanged: neighbours in a call, or the two of an offset."""
     if isinstance(node, ast.Call):
         strides = [value for name, value in function.arguments(node).items() if name.startswith("stride_")]
-        yield from (function.swapped(*pair) for pair in zip(strides, strides[1:]))
+        yield from (function.swapped(*pair) for pair in itertools.pairwise(strides))
     elif _binary(node, ast.Add):
-        factors = [side.right for side in (node.left, node.right) if _binary(side, ast.Mult)]  # type: ignore[attr-defined]
+        factors = [side.right for side in (node.left, node.right) if _binary(side, ast.Mult)]
         if len(factors) == 2 and all(function.text(factor).startswith("stride") for factor in factors):
             yield function.swapped(*factors)
 
@@ -103,8 +104,8 @@ def accumulator_not_carried(function: Function, node: ast.AST) -> Iterator[Edit]
         yield function.replaced(node, "pass")
         target = function.text(node.target)
         yield function.replaced(node, f"{target} = {function.text(node.value)}")
-    elif called(node) == "tl.dot" and len(node.args) > 2:  # type: ignore[attr-defined]
-        _, second, sums = node.args[:3]  # type: ignore[attr-defined]
+    elif called(node) == "tl.dot" and len(node.args) > 2:
+        _, second, sums = node.args[:3]
         yield function.end(second), function.end(sums), ""
     elif isinstance(node, ast.Call) and "acc" in (arguments := function.arguments(node)):
         yield function.replaced(arguments["acc"], f"tl.zeros_like({function.text(arguments['acc'])})")
@@ -113,17 +114,17 @@ def accumulator_not_carried(function: Function, node: ast.AST) -> Iterator[Edit]
 @operator
 def term_dropped(function: Function, node: ast.AST) -> Iterator[Edit]:
     """One side of ``a + b``, or the second of ``a - b``."""
-    if _binary(node, ast.Add, ast.Sub) and not _number(node.left) and not _number(node.right):  # type: ignore[attr-defined]
-        yield function.replaced(node, function.operand(node.left))  # type: ignore[attr-defined]
-        if isinstance(node.op, ast.Add):  # type: ignore[attr-defined]
-            yield function.replaced(node, function.operand(node.right))  # type: ignore[attr-defined]
+    if _binary(node, ast.Add, ast.Sub) and not _number(node.left) and not _number(node.right):
+        yield function.replaced(node, function.operand(node.left))
+        if isinstance(node.op, ast.Add):
+            yield function.replaced(node, function.operand(node.right))
 
 
 @operator
 def one_dropped(function: Function, node: ast.AST) -> Iterator[Edit]:
     """The number of ``1.0 + a`` or ``a - 1``."""
     if _binary(node, ast.Add, ast.Sub):
-        sides = [node.left, node.right]  # type: ignore[attr-defined]
+        sides = [node.left, node.right]
         kept = [side for side in sides if not _number(side)]
         if len(kept) == 1:
             yield function.replaced(node, function.operand(kept[0]))
@@ -133,9 +134,9 @@ def one_dropped(function: Function, node: ast.AST) -> Iterator[Edit]:
 def factor_dropped(function: Function, node: ast.AST) -> Iterator[Edit]:
     """One side of ``a * b``, or the divisor: of values, offsets and block numbers."""
     if _binary(node, ast.Mult, ast.Div, ast.FloorDiv):
-        yield function.replaced(node, function.operand(node.left))  # type: ignore[attr-defined]
-        if isinstance(node.op, ast.Mult):  # type: ignore[attr-defined]
-            yield function.replaced(node, function.operand(node.right))  # type: ignore[attr-defined]
+        yield function.replaced(node, function.operand(node.left))
+        if isinstance(node.op, ast.Mult):
+            yield function.replaced(node, function.operand(node.right))
 
 
 @operator
@@ -145,7 +146,7 @@ def sign_flipped(function: Function, node: ast.AST) -> Iterator[Edit]:
     if isinstance(node, ast.AugAssign) and type(node.op) in signs:
         yield function.sign_replaced(node.target, node.value, *signs[type(node.op)])
     elif _binary(node, *signs) and "_ptr" not in function.text(node) and "arange" not in function.text(node):
-        yield function.sign_replaced(node.left, node.right, *signs[type(node.op)])  # type: ignore[attr-defined]
+        yield function.sign_replaced(node.left, node.right, *signs[type(node.op)])
 
 
 @operator
@@ -168,14 +169,14 @@ def index_narrowed(function: Function, node: ast.AST) -> Iterator[Edit]:
 def transpose_dropped(function: Function, node: ast.AST) -> Iterator[Edit]:
     """``tl.trans(x)`` as ``x``."""
     if called(node) == "tl.trans":
-        yield function.replaced(node, function.operand(node.args[0]))  # type: ignore[attr-defined]
+        yield function.replaced(node, function.operand(node.args[0]))
 
 
 @operator
 def axis_changed(function: Function, node: ast.AST) -> Iterator[Edit]:
     """A sum over the other axis."""
-    if called(node) in ("tl.sum", "tl.max") and len(node.args) == 2:  # type: ignore[attr-defined]
-        axis = node.args[1]  # type: ignore[attr-defined]
+    if called(node) in ("tl.sum", "tl.max") and len(node.args) == 2:
+        axis = node.args[1]
         yield function.replaced(axis, {"0": "1", "1": "0"}[function.text(axis)])
 
 
@@ -201,9 +202,9 @@ def division_changed(function: Function, node: ast.AST) -> Iterator[Edit]:
     """``//`` as ``%`` or the other way round, and ``cdiv`` rounded down."""
     signs = {ast.FloorDiv: ("//", "%"), ast.Mod: ("%", "//")}
     if _binary(node, *signs):
-        yield function.sign_replaced(node.left, node.right, *signs[type(node.op)])  # type: ignore[attr-defined]
+        yield function.sign_replaced(node.left, node.right, *signs[type(node.op)])
     elif called(node) == "tl.cdiv":
-        yield function.replaced(node, " // ".join(map(function.operand, node.args)))  # type: ignore[attr-defined]
+        yield function.replaced(node, " // ".join(map(function.operand, node.args)))
 
 
 @operator
@@ -220,7 +221,7 @@ def loop_shortened(function: Function, node: ast.AST) -> Iterator[Edit]:
 def bound_dropped(function: Function, node: ast.AST) -> Iterator[Edit]:
     """One side of ``min(a, b)``."""
     minimum = isinstance(node, ast.Call) and function.text(node.func) in ("min", "tl.minimum")
-    for kept in node.args if minimum else ():  # type: ignore[attr-defined]
+    for kept in node.args if minimum else ():
         yield function.replaced(node, function.operand(kept))
 
 
@@ -228,7 +229,7 @@ def bound_dropped(function: Function, node: ast.AST) -> Iterator[Edit]:
 def branches_swapped(function: Function, node: ast.AST) -> Iterator[Edit]:
     """``tl.where`` the wrong way round."""
     if called(node) == "tl.where":
-        yield function.swapped(*node.args[1:])  # type: ignore[attr-defined]
+        yield function.swapped(*node.args[1:])
 
 
 @operator
@@ -246,7 +247,7 @@ def operand_mistaken(function: Function, node: ast.AST) -> Iterator[Edit]:
 def absolute_dropped(function: Function, node: ast.AST) -> Iterator[Edit]:
     """``tl.abs(x)`` as ``x``."""
     if called(node) == "tl.abs":
-        yield function.replaced(node, function.operand(node.args[0]))  # type: ignore[attr-defined]
+        yield function.replaced(node, function.operand(node.args[0]))
 
 
 @operator
@@ -254,7 +255,7 @@ def number_off_by_one(function: Function, node: ast.AST) -> Iterator[Edit]:
     """An integer in a sum, or a loop's step, one too large."""
     numbers: list[ast.AST] = []
     if _binary(node, ast.Add, ast.Sub):
-        numbers = [node.left, node.right]  # type: ignore[attr-defined]
+        numbers = [node.left, node.right]
     elif isinstance(node, ast.For) and isinstance(node.iter, ast.Call):
         numbers = [*node.iter.args[2:]]
     for number in numbers:
@@ -266,7 +267,7 @@ def number_off_by_one(function: Function, node: ast.AST) -> Iterator[Edit]:
 def start_changed(function: Function, node: ast.AST) -> Iterator[Edit]:
     """Sums that start at one."""
     if called(node) == "tl.zeros":
-        shape, kind = node.args[0], node.keywords[0]  # type: ignore[attr-defined]
+        shape, kind = node.args[0], node.keywords[0]
         yield function.replaced(node, f"tl.full({function.text(shape)}, 1.0, {function.text(kind)})")
 
 
@@ -274,7 +275,7 @@ def start_changed(function: Function, node: ast.AST) -> Iterator[Edit]:
 def addend_dropped(function: Function, node: ast.AST) -> Iterator[Edit]:
     """``tl.fma(a, b, c)`` as ``a * b``."""
     if called(node) == "tl.fma":
-        yield function.replaced(node, " * ".join(map(function.operand, node.args[:2])))  # type: ignore[attr-defined]
+        yield function.replaced(node, " * ".join(map(function.operand, node.args[:2])))
 
 
 @operator

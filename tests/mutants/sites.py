@@ -1,4 +1,4 @@
-"""Where the kernels can be broken: their source as a tree, edits of its text, and mutants that survive edits around them.
+"""Where the kernels can be broken: their source as a tree, edits of its text, and mutants that outlive other edits.
 
 A mutant is known by its file, its function, the text of its statement and what is replaced in it: not by line numbers.
 """
@@ -73,10 +73,10 @@ class Function:
         self._starts = [0, *itertools.accumulate(len(line) for line in self.code.splitlines(keepends=True))]
 
     def start(self, node: ast.AST) -> int:
-        return self._starts[node.lineno - 1] + node.col_offset  # type: ignore[attr-defined]
+        return self._starts[node.lineno - 1] + node.col_offset
 
     def end(self, node: ast.AST) -> int:
-        return self._starts[node.end_lineno - 1] + node.end_col_offset  # type: ignore[attr-defined]
+        return self._starts[node.end_lineno - 1] + node.end_col_offset
 
     def text(self, node: ast.AST) -> str:
         return self.between(self.start(node), self.end(node))
@@ -108,6 +108,19 @@ class Function:
             return {}
         named = {keyword.arg: keyword.value for keyword in call.keywords if keyword.arg}
         return {**dict(zip(self.signatures[name], call.args)), **named}
+
+    def changes(self, edit: Edit) -> bool:
+        """Whether it leaves valid Python, and another program."""
+        start, end, text = edit
+        before, after = self.code[self.start(self.tree) : start], self.code[end : self.end(self.tree)]
+        try:
+            return ast.dump(ast.parse(before + text.encode() + after).body[0]) != self._dump
+        except SyntaxError:
+            return False
+
+    @cached_property
+    def _dump(self) -> str:
+        return ast.dump(ast.parse(self.text(self.tree)).body[0])
 
     def sites(self) -> Iterator[tuple[ast.stmt, ast.AST]]:
         """Every node that runs, with its statement; no docstring, and no hint to the compiler."""
@@ -167,11 +180,11 @@ def mutants(sources: dict[str, str], operators: dict[str, Operator]) -> list[Mut
     for file, function in functions(sources):
         for (statement, node), (name, operator) in itertools.product(function.sites(), operators.items()):
             for edit in operator(function, node):
-                if (file, *edit) in seen or not _changes(sources[file], edit):
+                if (file, *edit) in seen or not function.changes(edit):
                     continue
                 seen.add((file, *edit))
                 key = (file, function.tree.name, name, _one_line(function, statement), *_replacement(function, edit))
-                found.append(Mutant(*key, alike[key], node.lineno, edit))  # type: ignore[attr-defined]
+                found.append(Mutant(*key, alike[key], node.lineno, edit))
                 alike[key] += 1
     return found
 
@@ -186,16 +199,6 @@ def _one_line(function: Function, statement: ast.stmt) -> str:
     body = getattr(statement, "body", None)
     end = function.start(body[0]) if body else function.end(statement)
     return " ".join(line.partition("  # ")[0] for line in function.between(function.start(statement), end).split("\n"))
-
-
-def _changes(source: str, edit: Edit) -> bool:
-    start, end, text = edit
-    code = source.encode()
-    try:
-        after = ast.parse(code[:start] + text.encode() + code[end:])
-    except SyntaxError:
-        return False
-    return ast.dump(after) != ast.dump(ast.parse(source))
 
 
 def read_sources(root: Path = ROOT, only: str | None = None) -> dict[str, str]:

@@ -1,0 +1,86 @@
+"""Tables of a run: on the screen, and for docs/mutation.md from the file that ``--json`` wrote."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from .operators import OPERATORS, describe
+from .sites import KERNEL_FILES
+
+WAYS = ("wrong", "detector", "crash", "timeout")
+BEGIN, END = "<!-- rendered: begin -->", "<!-- rendered: end -->"
+
+
+def score(records: list[dict]) -> float:
+    """The share that was killed."""
+    return sum(record["status"] == "killed" for record in records) / max(len(records), 1)
+
+
+def table(records: list[dict], key: str, names: list[str]) -> Iterator[str]:
+    """Markdown: a row for each of the names that has mutants."""
+    yield f"| {key} | mutants | wrong result | detector | crash | timeout | survived |"
+    yield "|---|---|---|---|---|---|---|"
+    for name in names:
+        if chosen := [record for record in records if record[key] == name]:
+            yield _row(f"`{name}`", chosen)
+    yield _row("all", records)
+
+
+def _row(title: str, records: list[dict]) -> str:
+    ways = [sum(record["status"] == "killed" and record["how"] == way for record in records) for way in WAYS]
+    survived = sum(record["status"] == "survived" for record in records)
+    return "| " + " | ".join(map(str, (title, len(records), *ways, survived))) + " |"
+
+
+def rendered(results: dict) -> str:
+    """What stands in docs/mutation.md."""
+    return "\n".join(_paragraphs(results))
+
+
+def _paragraphs(results: dict) -> Iterator[str]:
+    records = results["mutants"]
+    killed = sum(record["status"] == "killed" for record in records)
+    versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
+    yield f"**{killed} of {len(records)} mutants killed: {score(records):.1%}.** {results['date']}, {versions};"
+    yield f"seed {results['seed']}, of {results['sites']} sites in {len(KERNEL_FILES)} files; a suite of {results['tests']}"
+    yield f"tests and {results['suite_seconds']:.0f} s. Drawn beside them and not counted: {results['illegal']} that are no"
+    yield f"legal kernels, {len(results['equivalent'])} that are equivalent.\n"
+    yield from table(records, "file", list(KERNEL_FILES))
+    yield ""
+    yield from table(records, "operator", sorted(OPERATORS))
+    yield "\nOperators:\n"
+    yield from (f"- `{name}`: {describe(name)}" for name in sorted(OPERATORS))
+    yield "\nSurvivors:" + ("\n" if killed < len(records) else " none.")
+    for record in records:
+        if record["status"] == "survived":
+            yield f"- `{record['id']}` {record['operator']} in `{record['function']}` of `{record['file']}`\n"
+            yield _fenced(record["diff"])
+    yield "\nDrawn and equivalent, with the reason:\n"
+    yield from (f"- {_change(entry)}: {entry['reason']}" for entry in results["equivalent"])
+
+
+def _change(entry: dict) -> str:
+    place = f"`{entry['file']}` `{entry['function']}`, {entry['operator']}"
+    return f"{place}, `{entry['original']}` → `{entry['replacement']}` in `{entry['statement']}`"
+
+
+def _fenced(text: str) -> str:
+    return "\n".join(f"  {line}" for line in ("```diff", *text.splitlines(), "```", ""))
+
+
+def put_into(document: Path, text: str) -> None:
+    """Replace what stands between the marks of a document."""
+    before, _, rest = document.read_text().partition(BEGIN)
+    _, found, after = rest.partition(END)
+    if not found:
+        raise SystemExit(f"{document}: expected {BEGIN} and {END}")
+    document.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}")
+
+
+def show(results: dict, write: Callable[[str], None] = print) -> None:
+    """The tables, the survivors and the reviewed list, as ``--render`` writes them, and what the list has too much."""
+    write(rendered(results))
+    for entry in results["unused"]:
+        write(f"no longer needed in equivalent.py: {entry}")
+    write(f"score {score(results['mutants']):.1%}")

@@ -1,0 +1,246 @@
+"""Runs the interpreter suite on copies of the repository: once as it is, then once a mutant.
+
+A mutant is run against every test that runs the function it breaks, as seen in the unbroken run, and against no other:
+what a test never calls cannot change its outcome. Quick tests first, and before them those that noticed earlier mutants
+of the same function; the first failure ends the run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from .sites import ROOT, Mutant
+
+NEEDED = ("glora_kernels", "tests", "pyproject.toml")
+SUITE = Path("tests", "interpreter")
+VERSIONS = ("torch", "triton", "numpy", "hypothesis")
+STARTUP = 90.0  # seconds, on a loaded machine
+
+
+class CheckError(Exception):
+    """The check itself cannot go on."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a mutant.
+
+    Attributes:
+        status: ``killed``, ``survived``, or ``illegal``: no compiler would take it, and it does not count.
+        how: ``wrong`` result, ``detector``, ``crash`` or ``timeout``.
+        killer: the test that failed.
+        message: how it failed.
+        tests: how many were to be run.
+        seconds: it took.
+    """
+
+    status: str
+    how: str = ""
+    killer: str = ""
+    message: str = ""
+    tests: int = 0
+    seconds: float = 0.0
+
+
+class Suite:
+    """A snapshot of the repository, so that edits made meanwhile do not matter, and its tests.
+
+    Attributes:
+        tests: by name: ``seconds``, and the ``functions`` of the kernels that it runs; filled by :meth:`record`.
+    """
+
+    def __init__(self, scratch: Path, root: Path = ROOT) -> None:
+        self.scratch = scratch
+        self.folder = scratch / "unbroken"
+        _copy(root, self.folder)
+        self.tests: dict[str, dict] = {}
+        self._killers: dict[tuple[str, str], list[str]] = defaultdict(list)
+
+    @property
+    def files(self) -> list[str]:
+        """The files with tests."""
+        return sorted(path.relative_to(self.folder).as_posix() for path in (self.folder / SUITE).glob("test_*.py"))
+
+    def fingerprint(self, test_files: Iterable[str]) -> str:
+        """Of everything that a run of these test files depends on."""
+        package = (path for path in (self.folder / "glora_kernels").rglob("*") if path.suffix in (".py", ".json"))
+        support = (path for path in (self.folder / SUITE).rglob("*.py") if not path.name.startswith("test_"))
+        common = (self.folder / name for name in ("tests/conftest.py", "tests/helpers.py", "pyproject.toml"))
+        paths = {*package, *support, *common, *(self.folder / file for file in test_files)}
+        found = hashlib.sha1("".join(importlib.metadata.version(name) for name in VERSIONS).encode())
+        for path in sorted(paths):
+            found.update(path.relative_to(self.folder).as_posix().encode() + path.read_bytes())
+        return found.hexdigest()[:16]
+
+    def record(self) -> None:
+        """Run the unbroken code; every test must pass."""
+        record = self.scratch / "record.json"
+        done, _ = _pytest(self.folder, [SUITE.as_posix()], {"MUTANTS_RECORD": str(record)}, limit=None)
+        if done.returncode != 0:
+            raise CheckError(f"the suite fails on the unbroken code:\n{(done.stdout + done.stderr)[-4000:]}")
+        self.tests = json.loads(record.read_text())
+        _widen_shared(self.tests)
+
+    def covering(self, file: str, function: str) -> list[str]:
+        """The tests that run a function: proven ones, then quick ones, alike ones apart from each other."""
+        found = [name for name, test in self.tests.items() if f"{file}:{function}" in test["functions"]]
+        proven = self._killers[file, function]
+        place = {name: index for index, name in enumerate(proven)}
+
+        def key(name: str) -> tuple:
+            size = math.frexp(self.tests[name]["seconds"])[1]
+            return place.get(name, len(proven)), size, hashlib.sha1(name.encode()).digest()
+
+        return sorted(found, key=key)
+
+    def run(self, mutant: Mutant, limit: float | None = None) -> Outcome:
+        """Break the kernel in a copy of the snapshot and run the tests that concern it."""
+        tests = self.covering(mutant.file, mutant.function)
+        if not tests:
+            return Outcome("survived", message="no test runs the function")
+        with tempfile.TemporaryDirectory(dir=self.scratch) as folder:
+            _copy(self.folder, Path(folder))
+            broken = Path(folder) / mutant.path
+            broken.write_text(mutant.applied(broken.read_text()))
+            outcome = self._verdict(Path(folder), tests, limit or STARTUP + 4 * self.seconds(tests))
+        if outcome.killer in self.tests:
+            self.credit(mutant, outcome.killer)
+        return outcome
+
+    def credit(self, mutant: Mutant, killer: str) -> None:
+        """Try this test first from now on."""
+        proven = self._killers[mutant.file, mutant.function]
+        if killer in proven:
+            proven.remove(killer)
+        proven.insert(0, killer)
+
+    def seconds(self, tests: Iterable[str]) -> float:
+        return sum(self.tests[name]["seconds"] for name in tests)
+
+    def _verdict(self, folder: Path, tests: list[str], limit: float) -> Outcome:
+        order, report = folder / "order.json", folder / "report.json"
+        order.write_text(json.dumps(tests))
+        files = sorted({name.partition("::")[0] for name in tests})
+        variables = {"MUTANTS_ORDER": str(order), "MUTANTS_REPORT": str(report)}
+        done, seconds = _pytest(folder, ["-x", *files], variables, limit)
+        common = {"tests": len(tests), "seconds": round(seconds, 1)}
+        if done is None:
+            return Outcome("killed", "timeout", **common)
+        if done.returncode < 0:
+            return Outcome("killed", "crash", message=signal.Signals(-done.returncode).name, **common)
+        found = json.loads(report.read_text())
+        if not Path(found["package"]).is_relative_to(folder.resolve()):
+            raise CheckError(f"the tests ran {found['package']}, not the copy in {folder}")
+        if done.returncode == 0 and found["passed"] == len(tests):
+            return Outcome("survived", **common)
+        if found["killer"] is None:
+            raise CheckError(
+                f"pytest ended with {done.returncode}, and no test failed:\n{(done.stdout + done.stderr)[-2000:]}"
+            )
+        status = "illegal" if found["kind"] == "illegal" else "killed"
+        return Outcome(status, found["kind"], found["killer"], found["message"], **common)
+
+
+def _widen_shared(tests: dict[str, dict]) -> None:
+    """A test that uses what another one in its file has set up may depend on all that the file runs."""
+    for name, test in tests.items():
+        if test.pop("shared"):
+            file = name.partition("::")[0]
+            test["functions"] = sorted(
+                {f for n, t in tests.items() if n.startswith(file + "::") for f in t["functions"]}
+            )
+
+
+def _copy(source: Path, target: Path) -> None:
+    for name in NEEDED:
+        if (source / name).is_dir():
+            shutil.copytree(source / name, target / name, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            target.mkdir(exist_ok=True)
+            shutil.copy2(source / name, target / name)
+
+
+def _pytest(folder: Path, arguments: list[str], variables: dict[str, str], limit: float | None):
+    """pytest's process, or None if it took longer than ``limit``; and the seconds that it took."""
+    command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider"]
+    command += ["-p", "tests.mutants.plugin", *arguments]
+    fixed = {"TRITON_INTERPRET": "1", "PYTHONDONTWRITEBYTECODE": "1", "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
+    began = time.monotonic()
+    process = subprocess.Popen(
+        command,
+        cwd=folder,
+        env={**os.environ, **fixed, **variables},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,  # so that it can be ended with whatever it has started
+    )
+    try:
+        output = process.communicate(timeout=limit)
+    except BaseException as error:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        if isinstance(error, subprocess.TimeoutExpired):
+            return None, time.monotonic() - began
+        raise
+    done = subprocess.CompletedProcess(command, process.returncode, *output)
+    return done, time.monotonic() - began
+
+
+class Journal:
+    """Outcomes on disk, one a line, so that an interrupted run goes on where it was.
+
+    An outcome holds as long as everything that it depends on is the same: for a killed mutant the package and the file
+    with the test that killed it, for any other all files of the suite.
+    """
+
+    def __init__(self, path: Path, suite: Suite) -> None:
+        self.path, self.suite = path, suite
+        self._lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        self._marks: dict[tuple[str, ...], str] = {}
+
+    def tests(self) -> dict[str, dict] | None:
+        """What the run of the unbroken code recorded."""
+        mark = self._mark(self.suite.files)
+        return next((line["tests"] for line in self._lines if "tests" in line and line["mark"] == mark), None)
+
+    def keep_tests(self) -> None:
+        self._append({"tests": self.suite.tests, "mark": self._mark(self.suite.files)})
+
+    def outcome(self, mutant: Mutant) -> Outcome | None:
+        for line in self._lines:
+            if line.get("id") == mutant.id and line["mark"] == self._mark(self._files(line["outcome"]["killer"])):
+                return Outcome(**line["outcome"])
+        return None
+
+    def keep(self, mutant: Mutant, outcome: Outcome) -> None:
+        mark = self._mark(self._files(outcome.killer))
+        self._append({"id": mutant.id, "mark": mark, "outcome": asdict(outcome)})
+
+    def _files(self, killer: str) -> list[str]:
+        return [killer.partition("::")[0]] if killer else self.suite.files
+
+    def _mark(self, files: list[str]) -> str:
+        if tuple(files) not in self._marks:
+            known = all((self.suite.folder / file).exists() for file in files)
+            self._marks[tuple(files)] = self.suite.fingerprint(files) if known else "gone"
+        return self._marks[tuple(files)]
+
+    def _append(self, line: dict) -> None:
+        self._lines.append(line)
+        with self.path.open("a") as file:
+            file.write(json.dumps(line) + "\n")
