@@ -35,9 +35,9 @@ FUSED = "fused"  # a dense product in Triton, of which an operand is W_eff, form
 CONTRACTED = "contracted"  # a dense product in Triton, dW, contracted in registers
 PASS = "pass"  # bound by memory: reads and writes matrices once or twice
 
-# What a product of each kind reaches of the vendor's rate in fp32: Triton's plain multiply-adds are no match. [E]
-SINGLE_SHARE = 0.5
-PASS_SHARE = 0.2  # of the vendor's rate: thin products inside passes, padded to a rank of 16 [E]
+# Shares of the vendor's rate; [E] is an estimate, as in machines.py.
+SINGLE_SHARE = 0.5  # products in Triton, in fp32 without TF32 [E]
+PASS_SHARE = 0.2  # thin products inside passes, padded to a rank of 16 [E]
 # Tiles (rows, columns) and the share of the best rate that they reach: smaller ones load more for each operation.
 # [E] the first four are those of guides/kernels.md, section 1.
 TILES = ((128, 256, 1.0), (128, 128, 0.92), (64, 128, 0.78), (64, 64, 0.55), (32, 64, 0.35), (16, 64, 0.2))

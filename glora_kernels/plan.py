@@ -62,8 +62,8 @@ def explain(
     planned for the tensors that require grad now.
 
     Args:
-        architecture: ``"sm_90"``, ``"gfx942"`` and the like: plan for the Triton backend on such a GPU instead, wherever
-            the operands are and whatever backend is chosen.
+        architecture: ``"sm_90"``, ``"gfx942"`` and the like: plan for the Triton backend on such a GPU
+            instead, wherever the operands are and whatever backend is chosen.
 
     Raises:
         ValueError: an architecture of which, and of whose older relatives, nothing is known.
@@ -112,8 +112,7 @@ def _architecture(device: torch.device) -> str:
 
 
 def _triton_plan(call: _Call, architecture: str, decision: Decision) -> dict[str, Any]:
-    tokens, _, inputs = call.sizes
-    whole = Problem.of(tokens, call.weight, call.terms, architecture)  # what the backend decides by
+    whole = Problem.of(call.sizes[0], call.weight, call.terms, architecture)  # what the backend decides by
     has_bias = call.bias is not None
     problem = whole._replace(bias=has_bias, wanted=call.wanted, wants_x=call.x.requires_grad)
     taken = decision.strategy or strategy_for(whole)
