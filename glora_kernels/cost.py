@@ -237,8 +237,8 @@ def predict(problem: Problem, strategy: str) -> Prediction:
     """The launches of a strategy and what they would take; ValueError as in :func:`strategy_for`."""
     machine = machine_for(problem.architecture)
     forward, backward = launches(problem, strategy)
-    times = (sum(seconds(launch, problem, machine) for launch in part) for part in (forward, backward))
-    return Prediction(strategy, tuple(forward), tuple(backward), *times, scratch_bytes(problem, strategy))
+    there, back = (sum(seconds(launch, problem, machine) for launch in part) for part in (forward, backward))
+    return Prediction(strategy, tuple(forward), tuple(backward), there, back, scratch_bytes(problem, strategy))
 
 
 def launches(problem: Problem, strategy: str) -> tuple[list[Launch], list[Launch]]:

@@ -68,9 +68,11 @@ def _lines(prediction: Prediction) -> list[str]:
     first = (
         f"  {prediction.strategy:9} {prediction.seconds * 1e6:,.1f} us, {prediction.scratch_bytes:,} bytes of scratch"
     )
-    parts = (("forward", prediction.forward, prediction.forward_seconds),)
-    parts += (("backward", prediction.backward, prediction.backward_seconds),)
-    return [first, *(f"    {name:8} {_summary(launches, seconds)}" for name, launches, seconds in parts if launches)]
+    ways = {
+        "forward": (prediction.forward, prediction.forward_seconds),
+        "backward": (prediction.backward, prediction.backward_seconds),
+    }
+    return [first, *(f"    {name:8}  {_summary(*way)}" for name, way in ways.items() if way[0])]
 
 
 def _summary(launches: tuple[Launch, ...], seconds: float) -> str:

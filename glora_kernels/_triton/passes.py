@@ -16,7 +16,7 @@ from .contract import contract_kernel
 from .finish import finish_kernel
 from .forward import Context, share_of
 from .launch import launch
-from .operands import COLUMN, NONE, BiasOperands, Operand, bias_operands, padded_rank
+from .operands import COLUMN, NONE, BiasOperands, Operand, bias_operands, dense, padded_rank
 from .partials import FINISH_BLOCK, NO_SLICES, TIMES_BIAS, TIMES_UP, Job, Partials, Slices, blocks, table
 from .settings import Tile
 from .token_pass import token_pass_kernel
@@ -122,7 +122,7 @@ def token_pass(run: Run, g: Tensor | None = None) -> Tensor | None:
         au_ptr=a.right,
         b_ptr=b.left,
         bu_ptr=b.right,
-        bias_ptr=step.bias,
+        bias_ptr=None if step.bias is None else dense(step.bias),
         partials_ptr=run.buffer,
         at_db=run.at("db"),
         at_db_sum=run.at("db_sum"),
@@ -337,7 +337,7 @@ def finish(run: Run, jobs: tuple[Job, ...], grads: Tensor) -> None:
         table_ptr=table(jobs, grads.device),
         partials_ptr=run.buffer,
         grads_ptr=grads,
-        bias_ptr=step.bias,
+        bias_ptr=None if step.bias is None else dense(step.bias),
         cu_ptr=run.prompt.cu,
         a_ptr=run.a.left if solved else None,
         b_ptr=run.b.left if solved else None,

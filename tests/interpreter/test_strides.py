@@ -76,7 +76,7 @@ def test_storages_and_bias(path, product, shape, strategy):
     x, weight, b0, terms = make(path, shape, product=product)
     for order in ("transposed", "sliced"):
         bias = torch.full((2 * len(b0),), torch.nan)[::2].copy_(b0)
-        call = (x, weight, bias, terms.map(lambda s: in_place(s, order) if s.dim() == 2 else s))
+        call = (x, weight, bias, terms.map(lambda s, order=order: in_place(s, order) if s.dim() == 2 else s))
         with tiles(32, 16, 16):
             check(call, strategy=strategy)
 
@@ -175,7 +175,7 @@ def test_offsets_beyond_int32(path, product, shape, operand, place, strategy):
 def test_the_detector_would_notice(operand, strategy, monkeypatch):
     """With offsets in int32 each of those cases fails."""
     monkeypatch.setattr(forward_module, "index_type", lambda *_: tl.int32)
-    path, product, shape = ROUTES["dense"]
+    path, product, shape = ROUTES["projected"]
     (x, weight, *others), dy = (call := make(path, shape, product=product, dtype=torch.bfloat16)), upstream(call)
     x, weight, dy = (far_apart(t) if name == operand else t for name, t in (("x", x), ("weight", weight), ("dy", dy)))
     with tiles(32, 32, 32), kernels(strategy, overflow=True), pytest.raises(InterpreterError, match="int32 overflow"):

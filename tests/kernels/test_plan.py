@@ -1,10 +1,12 @@
 """What explain() says is what happens: dense GEMMs, operations, bytes kept for backward."""
 
+import json
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from glora_kernels import Constant, LowRank, Terms, Vector, explain, glora_linear
+from glora_kernels import Constant, LowRank, Terms, Vector, explain, glora_linear, use_backend
 
 TOKENS, SIZE, RANK = 2048, 1024, 8
 UNIT = 2 * TOKENS * SIZE * SIZE
@@ -79,6 +81,8 @@ def test_saved_bytes(product, a, b):
     del y
     beside = sum(size for pointer, size in saved.items() if pointer not in known)
     assert beside <= (1.01 if (a, b) != ("none", "none") else 0) * x.nbytes
+    plan = explain(*call)  # under hooks y is not kept, nor the bias that was added to it
+    assert beside == plan.saved_bytes - ("y" in plan.saved) * (x.nbytes + bias.nbytes)
 
 
 def test_output_is_kept_only_where_its_reuse_pays():
@@ -105,6 +109,98 @@ def test_explain_counts_what_wants_a_gradient():
 
 
 def test_explain_is_plain_data():
-    import json
+    call = make("vector", "none")
+    plan = json.loads(json.dumps(explain(*call).to_dict()))
+    assert (plan["backend"], plan["architecture"], plan["predictions"]) == ("torch", None, [])
+    plan = json.loads(json.dumps(explain(*call, architecture="sm_90").to_dict()))
+    assert plan["backend"] == "triton"
+    assert {launch["name"] for launch in plan["predictions"][0]["backward"]} >= {"token_pass", "dx", "finish"}
 
-    assert json.loads(json.dumps(explain(*make("vector", "none")).to_dict()))["backend"] == "torch"
+
+# The Triton backend, pretended ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("product", "a", "b"), HADAMARD + MATMUL)
+def test_triton_counts_what_torch_counts(product, a, b):
+    """The same mathematics: units are equal, operations within 1%, what is kept is the same."""
+    call = make(a, b, product)
+    plan, here = explain(*call, architecture="sm_90"), explain(*call)
+    assert (plan.forward_units, plan.backward_units) == (here.forward_units, here.backward_units)
+    assert plan.forward_flops == pytest.approx(here.forward_flops, rel=0.01)
+    assert plan.backward_flops == pytest.approx(here.backward_flops, rel=0.01)
+    assert (plan.saved, plan.saved_bytes) == (here.saved, here.saved_bytes)
+    assert {way.strategy for way in plan.predictions} == {"assemble", "fused"}
+
+
+def half(tokens, size, a="lora", b="lora"):
+    """A call in bf16 on no device."""
+    _, _, _, terms = make(a, b)
+    terms = terms.map(
+        lambda s: torch.empty([size if d == SIZE else d for d in s.shape], device="meta").requires_grad_()
+    )
+    x, weight, bias = (
+        torch.empty(*s, dtype=torch.bfloat16, device="meta") for s in ((tokens, size), (size, size), (size,))
+    )
+    return x.requires_grad_(), weight, bias, terms
+
+
+def test_the_strategy_is_the_one_predicted_to_be_faster():
+    for tokens, taken in ((64, "fused"), (8192, "assemble")):
+        plan = explain(*half(tokens, 4096), architecture="sm_90")
+        first, second = plan.predictions
+        assert first.strategy == taken and plan.strategy.startswith(taken)
+        assert first.seconds < second.seconds
+        assert f"us for {taken} against" in plan.choice
+        assert plan.forward_flops == sum(launch.flops for launch in first.forward)
+        assert plan.route == "dense" and "contracts dW" in plan.strategy
+
+
+def test_explain_reads_well():
+    lines = str(explain(*half(64, 4096), architecture="gfx942")).splitlines()
+    assert lines[0] == "backend   triton (as if on gfx942)"
+    assert "predicted for gfx942, route dense:" in lines
+    assert sum("backward  " in line and " us, " in line for line in lines) == 2
+    only_bias = str(explain(*half(64, 4096, "none", "none"), architecture="gfx942"))
+    assert "only the bias is adapted" in only_bias and only_bias.count("scratch") == 1
+
+
+@pytest.mark.parametrize(("a", "route"), [("vector", "solved"), ("constant", "scaled"), ("none", "thin")])
+def test_explain_names_the_route(a, route):
+    assert explain(*half(256, 1024, a), architecture="sm_80").route == route
+
+
+def test_nothing_is_predicted_for_a_pass_that_is_not_run():
+    x, weight, bias, terms = half(64, 4096)
+    plan = explain(x.detach(), weight, bias, terms.map(torch.Tensor.detach), architecture="sm_90")
+    assert plan.backward_units == plan.backward_flops == plan.predictions[0].backward_seconds == 0
+    assert plan.strategy == "fused: one GEMM that forms W_eff in registers"
+
+
+@pytest.mark.parametrize("strategy", ["assemble", "fused"])
+def test_a_chosen_strategy_is_explained(strategy, monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    x, weight, bias, terms = make("lora", "lora")
+    with use_backend("triton", strategy=strategy):
+        plan = explain(x, weight, bias, terms)
+        assert explain(x[:0], weight, bias, terms).predictions == ()
+    assert (plan.backend, plan.architecture) == ("triton", "interpreter")
+    assert plan.predictions[0].strategy == strategy
+    assert plan.choice == f"{strategy}, chosen by use_backend"
+    with use_backend("triton"):
+        assert "us for assemble against" in explain(x, weight, bias, terms).choice
+
+
+def test_calls_that_triton_does_not_serve():
+    x, weight, bias, terms = make("lora", "lora")
+    double = explain(x.double(), weight.double(), bias.double(), terms, architecture="sm_90")
+    assert (double.backend, double.predictions) == ("torch", ())
+    assert "fp64" in double.reason
+    wide = Terms(B=LowRank(storage(SIZE, 65), storage(65, SIZE)))
+    assert "rank 65 is above 64" in explain(x, weight, bias, wide, architecture="sm_90").reason
+
+
+def test_unknown_architectures_are_refused():
+    with pytest.raises(ValueError, match=r"architecture: expected one of sm_80, .*gfx942.* got 'sm_75'"):
+        explain(*make("lora", "lora"), architecture="sm_75")
+    assert explain(*make("lora", "lora"), architecture="sm_103").architecture == "sm_103"

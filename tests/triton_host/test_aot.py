@@ -131,7 +131,7 @@ def shipped(target):
 def command(*arguments, cache, **variables):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= {"TRITON_CACHE_DIR": str(cache), "PYTHONWARNINGS": "error::UserWarning"} | variables
-    whole = [sys.executable, "-m", "glora_kernels.aot", "--builds", "tests.triton.test_aot", *arguments]
+    whole = [sys.executable, "-m", "glora_kernels.aot", "--builds", "tests.triton_host.test_aot", *arguments]
     return subprocess.run(whole, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
 
 

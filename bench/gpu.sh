@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# One command on a machine with an NVIDIA GPU, under 9 minutes, from the source tree and without a network:
+#   bench/gpu.sh OUTDIR
+# runs the GPU tests, then times every kernel and strategy; leaves JSON and logs in OUTDIR and prints a short table last.
+set -uo pipefail
+out=$(realpath "${1:?usage: bench/gpu.sh OUTDIR}")
+cd "$(dirname "$0")/.."
+mkdir -p "$out"
+export PYTHONPATH=$PWD PYTHONUNBUFFERED=1
+python=${PYTHON:-python3}
+"$python" -c 'import torch; assert torch.cuda.is_available(), "no GPU here"; print(torch.__version__, torch.cuda.get_device_name())' || exit 2
+timeout 240 "$python" -m pytest -q -x --maxfail=20 -p no:cacheprovider -o addopts= tests/gpu >"$out/tests.log" 2>&1
+tests=$?
+tail -n 25 "$out/tests.log"
+timeout 270 "$python" -m bench.gpu_ops --out "$out/gpu_ops.json" 2>"$out/gpu_ops.err"
+ops=$?
+[ $ops -eq 0 ] || tail -n 20 "$out/gpu_ops.err"
+echo "tests: exit $tests, timings: exit $ops; logs and JSON in $out"
+[ $tests -eq 0 ] && [ $ops -eq 0 ]
