@@ -148,11 +148,10 @@ def kernels(bandwidth: float, rate: float) -> list[dict[str, Any]]:
             for direction, part in zip(("forward", "backward"), found):
                 for one in part:
                     label = f"{direction} {one.kernel.fn.__name__}"
-                    took = milliseconds(
-                        {label: lambda one=one: launch(one.kernel, one.grid, one.tile, **one.arguments)}
-                    )
-                    row = {"shape": name, "strategy": strategy, "kernel": label, "milliseconds": took[label]}
-                    rows.append({**row, "floor_milliseconds": floors.get(label)})
+                    run = partial(launch, one.kernel, one.grid, one.tile, **one.arguments)
+                    row = {"shape": name, "strategy": strategy, "kernel": label}
+                    row |= {"milliseconds": milliseconds({label: run})[label], "floor_milliseconds": floors.get(label)}
+                    rows.append(row)
     return rows
 
 
