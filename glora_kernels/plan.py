@@ -71,7 +71,8 @@ def explain(
     x, weight, bias = cast_operands(x, weight, bias)
     check_call(x, weight, bias, terms)
     decision = decide(weight, terms) if architecture is None else _pretend(weight, terms, architecture)
-    call = _Call(x, weight, bias, terms, _wanted(bias, terms))
+    wanted = frozenset(slot for slot, term in terms.active if any(s.requires_grad for s in term.storages))
+    call = _Call(x, weight, bias, terms, wanted)
     if decision.backend == "reference":
         plan = _reference_plan(call)
     elif decision.backend == "triton" and x.numel() and weight.numel():  # it leaves empty ones to the torch backend
@@ -79,11 +80,6 @@ def explain(
     else:
         plan = _torch_plan(call)
     return Explanation(decision.backend, decision.reason, plan.pop("strategy"), *call.sizes, **plan)
-
-
-def _wanted(bias: Tensor | None, terms: Terms) -> frozenset[str]:
-    asked = {slot for slot, term in terms.active if any(storage.requires_grad for storage in term.storages)}
-    return frozenset(asked if bias is not None else asked - {"D"})
 
 
 def _pretend(weight: Tensor, terms: Terms, architecture: str) -> Decision:
@@ -120,7 +116,7 @@ def _triton_plan(call: _Call, architecture: str, decision: Decision) -> dict[str
     forward, backward = predictions[0].forward, predictions[0].backward
     route = route_of(problem)
     return {
-        "strategy": _triton_strategy(call, taken, route),
+        "strategy": _triton_strategy(call, taken, route if backward else None),
         "forward_units": sum(launch.kind != PASS for launch in forward),
         "backward_units": sum(launch.kind != PASS for launch in backward),
         "forward_flops": sum(launch.flops for launch in forward),
@@ -133,10 +129,10 @@ def _triton_plan(call: _Call, architecture: str, decision: Decision) -> dict[str
     }
 
 
-def _triton_strategy(call: _Call, taken: str, route: str) -> str:
+def _triton_strategy(call: _Call, taken: str, route: str | None) -> str:
     if not call.terms.adapts_weight:
         return _ONLY_BIAS
-    return f"{_STRATEGIES[taken]}; {_ROUTES[route]}" if call.wanted or call.x.requires_grad else _STRATEGIES[taken]
+    return _STRATEGIES[taken] if route is None else f"{_STRATEGIES[taken]}; {_ROUTES[route]}"
 
 
 def _choice(whole: Problem, decision: Decision) -> str:

@@ -102,6 +102,6 @@ def _weight_gradient(dy: Tensor, x: Tensor | None) -> Tensor:
     assert x is not None
     if dy.dtype != torch.float16:
         return dy.t() @ x
-    if dy.is_cuda:
+    if dy.is_cuda and not torch.version.hip:  # ROCm's library has no product of another output type
         return torch.mm(dy.t(), x, out_dtype=torch.float32)
     return dy.t().float() @ x.float()

@@ -54,7 +54,7 @@ def launch(kernel: Any, grid: int, tile: Tile, /, **arguments: Any) -> None:
         grid: how many programs.
         tile: its warps and stages.
         arguments: in the order of the kernel's parameters. An absent tensor is None: the constants must see to it that
-            it is not read. The device is that of the first, whichever is current.
+            it is not read. The device is that of the tensors, whichever is current.
     """
     if _record is not None:
         _record.append(Launch(kernel, grid, tile, arguments))
@@ -67,12 +67,13 @@ def launch(kernel: Any, grid: int, tile: Tile, /, **arguments: Any) -> None:
 
 def _run(kernel: Any, grid: int, tile: Tile, arguments: dict[str, Any]) -> None:
     values = tuple(arguments.values())
-    device = values[0].device.index
+    pointers = _pointer_count(kernel.fn)
+    tensors = values[:pointers]
+    device = next(tensor for tensor in tensors if tensor is not None).device.index
     if device != torch.cuda.current_device():
         with torch.cuda.device(device):
             return _run(kernel, grid, tile, arguments)
-    pointers = _pointer_count(kernel.fn)
-    types = [None if t is None else (t.dtype, t.data_ptr() % ALIGNMENT == 0) for t in values[:pointers]]
+    types = [None if t is None else (t.dtype, t.data_ptr() % ALIGNMENT == 0) for t in tensors]
     key = (kernel.fn, device, tile, *types, *values[pointers:])
     compiled = _compiled.get(key)
     if compiled is None:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from glora_kernels import glora_linear
 from tests.helpers import assert_contract, generator_for, oracle
@@ -152,8 +153,6 @@ def test_output_changed_in_place_is_noticed(b, strategy):
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_checkpointing(use_reentrant):
     """The output is not kept: saved-tensor hooks are active, or it is recomputed and then overwritten."""
-    from torch.utils.checkpoint import checkpoint
-
     call = vector_call(torch.float64, shape=REUSED)
     leaves = leaves_of(call)
 

@@ -6,7 +6,8 @@ import triton.language as tl
 from triton.runtime.errors import InterpreterError
 
 import glora_kernels._triton.forward as forward_module
-from glora_kernels import glora_linear
+from glora_kernels import Terms, Vector, glora_linear
+from glora_kernels._triton.numerics import LARGEST_BLOCK
 from tests.helpers import assert_contract, oracle, results
 from tests.interpreter.cases import (
     RAGGED,
@@ -85,8 +86,6 @@ def test_storages_and_bias(path, product, shape, strategy):
 @pytest.mark.parametrize("slot", ["C", "D", "E"])
 def test_vectors_behind_strides(slot, strategy):
     """Of one dimension, with a stride of their own, and the first column of a transposed storage."""
-    from glora_kernels import Terms, Vector
-
     x, weight, b0, _ = make(("none",) * 5)
     length = weight.shape[1] if slot == "C" else weight.shape[0]
     wide = torch.full((length, 3), torch.nan)
@@ -186,8 +185,6 @@ def test_the_detector_would_notice(operand, strategy, monkeypatch):
 @pytest.mark.parametrize("step", [-1, 0, 1])
 def test_int32_is_taken_only_where_whole_blocks_fit(step, strategy):
     """A row that lies beyond the last is masked, but its offset is formed."""
-    from glora_kernels._triton.numerics import LARGEST_BLOCK
-
     x, *others = make(("lora_3", "lora_3", "none", "none", "none"), dtype=torch.bfloat16)
     stride = 2**31 // (x.shape[0] + LARGEST_BLOCK) + step
     storage = untouched((x.shape[0] + 1) * stride, x.dtype)

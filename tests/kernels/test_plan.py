@@ -122,8 +122,9 @@ def test_explain_is_plain_data():
 
 @pytest.mark.parametrize(("product", "a", "b"), HADAMARD + MATMUL)
 def test_triton_counts_what_torch_counts(product, a, b):
-    """The same mathematics: units are equal, operations within 1%, what is kept is the same."""
-    call = make(a, b, product)
+    """The same units, operations within 1%, the same kept; with few tokens, where more than the dense products shows."""
+    x, *rest = make(a, b, product)
+    call = x[:64].detach().requires_grad_(), *rest
     plan, here = explain(*call, architecture="sm_90"), explain(*call)
     assert (plan.forward_units, plan.backward_units) == (here.forward_units, here.backward_units)
     assert plan.forward_flops == pytest.approx(here.forward_flops, rel=0.01)

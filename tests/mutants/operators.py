@@ -65,8 +65,8 @@ def condition_shortened(function: Function, node: ast.AST) -> Iterator[Edit]:
     if isinstance(node, ast.BoolOp):
         joint = " and " if isinstance(node.op, ast.And) else " or "
         for dropped in node.values:
-            rest = [function.operand(value) for value in node.values if value is not dropped]
-            yield function.replaced(node, f"({joint.join(rest)})")
+            rest = [value for value in node.values if value is not dropped]
+            yield function.replaced(node, f"({joint.join(map(function.text, rest))})")
 
 
 @operator
@@ -105,8 +105,8 @@ def accumulator_not_carried(function: Function, node: ast.AST) -> Iterator[Edit]
         target = function.text(node.target)
         yield function.replaced(node, f"{target} = {function.text(node.value)}")
     elif called(node) == "tl.dot" and len(node.args) > 2:
-        _, second, sums = node.args[:3]
-        yield function.end(second), function.end(sums), ""
+        named = [f"{keyword.arg}={function.text(keyword.value)}" for keyword in node.keywords]
+        yield function.replaced(node, f"tl.dot({', '.join([*map(function.text, node.args[:2]), *named])})")
     elif isinstance(node, ast.Call) and "acc" in (arguments := function.arguments(node)):
         yield function.replaced(arguments["acc"], f"tl.zeros_like({function.text(arguments['acc'])})")
 
@@ -268,7 +268,7 @@ def start_changed(function: Function, node: ast.AST) -> Iterator[Edit]:
     """Sums that start at one."""
     if called(node) == "tl.zeros":
         shape, kind = node.args[0], node.keywords[0]
-        yield function.replaced(node, f"tl.full({function.text(shape)}, 1.0, {function.text(kind)})")
+        yield function.replaced(node, f"tl.full({function.text(shape)}, 1.0, {function.text(kind.value)})")
 
 
 @operator

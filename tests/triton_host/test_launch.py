@@ -112,9 +112,11 @@ def test_runs_on_the_device_of_the_tensors(gpu):
 
 
 def test_absent_tensors_are_none(gpu):
-    x = FakeTensor()
-    launch(toy_kernel, 1, TILE, x_ptr=x, y_ptr=None, N=1, stride=1, BLOCK=16)
-    assert gpu.launched[0][2][-5:] == (x, None, 1, 1, 16)
+    """Also the first: the device is that of one that is there."""
+    y = FakeTensor(index=1)
+    launch(toy_kernel, 1, TILE, x_ptr=None, y_ptr=y, N=1, stride=1, BLOCK=16)
+    assert gpu.launched[0][1:] == (1, gpu.launched[0][2])
+    assert gpu.launched[0][2][-5:] == (None, y, 1, 1, 16)
 
 
 def test_arguments_in_another_order_are_refused(gpu):

@@ -1,0 +1,91 @@
+"""glora_merge through the kernels: fp32 inside, one rounding, the bits that the forward pass multiplies by."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from glora_kernels import glora_linear, glora_merge, reference
+from tests.helpers import ALL_PATHS, CONTRACT, UNIT_ROUNDOFF
+from tests.interpreter.cases import DTYPES, PRODUCTS, kernels, laid_out, make
+
+
+def merged(weight, b0, terms, **options):
+    with kernels():
+        return glora_merge(weight, b0, terms, **options)
+
+
+@pytest.mark.parametrize("product", PRODUCTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_merged_layer_is_bit_equal_to_the_unmerged(dtype, product):
+    for path in ALL_PATHS[::41]:
+        x, weight, b0, terms = make(path, dtype=dtype, product=product)
+        with kernels("assemble"), torch.no_grad():
+            assert torch.equal(F.linear(x, *merged(weight, b0, terms)), glora_linear(x, weight, b0, terms)), path
+
+
+@pytest.mark.parametrize("product", PRODUCTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_fused_product_multiplies_by_the_merged_bits(dtype, product):
+    """x = 1 reads W_eff, x = 0 reads b_eff."""
+    for path in ALL_PATHS[::47]:
+        _, weight, b0, terms = make(path, dtype=dtype, product=product)
+        w_eff, b_eff = merged(weight, b0, terms)
+        one = torch.eye(weight.shape[1], dtype=dtype)
+        with kernels("fused"), torch.no_grad():
+            assert torch.equal(glora_linear(torch.zeros_like(one), weight, b0, terms)[0], b_eff), path
+            without_bias = terms if terms.C is None and terms.E is None else None
+            if without_bias is not None:
+                assert torch.equal(glora_linear(one, weight, None, without_bias).t(), w_eff), path
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("product", PRODUCTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_one_rounding(dtype, product, bias):
+    """Half types: within one unit roundoff (and a little fp32 noise) of the exact W_eff, elementwise."""
+    for path in ALL_PATHS[(13 if bias else 0) :: 43]:
+        _, weight, b0, terms = make(path, dtype=dtype, product=product, bias=bias)
+        got = merged(weight, b0, terms)
+        wide = terms.map(lambda s: s.detach().double())
+        want = reference.glora_merge(weight.double(), None if b0 is None else b0.double(), wide)
+        scale = reference.glora_merge(
+            weight.double().abs(), None if b0 is None else b0.double().abs(), wide.map(torch.abs)
+        )
+        allowed = 1.02 if dtype in (torch.float16, torch.bfloat16) else CONTRACT[dtype]
+        for g, w, s in zip(got, want, scale):
+            if w is None:
+                assert g is None
+                continue
+            assert g.dtype == dtype
+            assert ((g.double() - w).abs() <= allowed * UNIT_ROUNDOFF[dtype] * s + torch.finfo(dtype).tiny).all(), path
+
+
+@pytest.mark.parametrize("order", ["transposed", "sliced", "expanded"])
+@pytest.mark.parametrize("product", PRODUCTS)
+def test_any_strides(product, order):
+    _, weight, b0, terms = make(("lora_3", "lora_3", "lora_3", "vector", "constant"), product=product)
+    want = merged(laid_out(weight, order).contiguous(), b0, terms)
+    got = merged(laid_out(weight, order), b0, terms)
+    assert all(torch.equal(g, w) and g.is_contiguous() for g, w in zip(got, want))
+
+
+def test_result_shares_nothing_with_the_arguments():
+    for path in ALL_PATHS[::19]:
+        for bias in (True, False):
+            _, weight, b0, terms = make(path, (5, 7, 6), bias=bias)
+            tensors = [weight, *([b0] if bias else []), *terms.flatten()[0]]
+            taken = {tensor.untyped_storage().data_ptr() for tensor in tensors}
+            for tensor in merged(weight, b0, terms):
+                assert tensor is None or not tensor.requires_grad
+                assert tensor is None or tensor.untyped_storage().data_ptr() not in taken
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_not_finite_is_refused(bad):
+    _, weight, b0, terms = make(("none", "vector", "none", "none", "none"))
+    with torch.no_grad():
+        terms.B.value[4, 0] = bad
+    with pytest.raises(ValueError, match="merged weight: expected finite values, got 23"):
+        merged(weight, b0, terms)
+    w_eff, _ = merged(weight, b0, terms, safe=False)
+    assert (~w_eff.isfinite()).nonzero()[:, 0].unique().tolist() == [4]
