@@ -21,9 +21,11 @@ def failures(build: Build, target: Target, reading: Reading) -> list[str]:
 
 
 def _spill(build: Build, target: Target, reading: Reading) -> str | None:
-    if not reading.stack and not any(reading.spills.values()):
+    # Without a stack, scalar registers of an AMD GPU went to lanes of vector registers and not to memory.
+    spills = {name: count for name, count in reading.spills.items() if name != "sgpr" or reading.stack}
+    if not reading.stack and not any(spills.values()):
         return None
-    counts = "".join(f", {count} {name}" for name, count in reading.spills.items())
+    counts = "".join(f", {count} {name}" for name, count in spills.items())
     return f"spill: expected none, got {reading.stack} bytes of stack{counts}"
 
 
