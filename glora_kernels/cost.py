@@ -491,16 +491,17 @@ def _product_seconds(launch: Launch, machine: Machine, rate: float, bandwidth: f
     vendor's library may split the sum as well, and then adds up fp32 parts.
     """
     rows, columns, depth = launch.shape or (0, 0, 0)
-    best = float("inf")
+    short, long = (rows, columns) if rows < columns else (columns, rows)
+    memory, parts = launch.bytes / bandwidth, rows * columns * 4 / machine.cache_bandwidth
+    allowed = [splits for splits in SPLITS if splits == 1 or (launch.kind == BLAS and depth >= splits * SHORTEST_SPLIT)]
+    best = math.inf
     for tile_rows, tile_columns, share in TILES:
-        tiles = -(-min(rows, columns) // tile_rows) * -(-max(rows, columns) // tile_columns)
+        tiles = -(-short // tile_rows) * -(-long // tile_columns)
         one = 2 * tile_rows * tile_columns * depth * machine.processors / (rate * share)
-        for splits in SPLITS:
-            if splits > 1 and (launch.kind != BLAS or depth < splits * SHORTEST_SPLIT):
-                break
-            waves = tiles * splits / machine.processors
-            waves = (waves + math.ceil(waves)) / 2 if waves > 1 else 1.0
-            drawn = min(1.0, DRAW * tiles * splits / machine.processors)
-            merging = (splits > 1) * (machine.overhead + splits * rows * columns * 4 / machine.cache_bandwidth)
-            best = min(best, max(waves * one / splits, launch.bytes / (bandwidth * drawn)) + merging)
+        for splits in allowed:
+            load = tiles * splits / machine.processors
+            computing = one / splits * ((load + math.ceil(load)) / 2 if load > 1 else 1.0)
+            drawing = memory / (DRAW * load) if DRAW * load < 1 else memory
+            merging = machine.overhead + splits * parts if splits > 1 else 0.0
+            best = min(best, (computing if computing > drawing else drawing) + merging)
     return best

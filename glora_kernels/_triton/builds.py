@@ -106,15 +106,14 @@ def _cases() -> Iterator[Case]:
 
 def _builds_of(case: Case, architecture: str) -> Iterator[Build]:
     with pretended(architecture):
-        launches = sum(launches_of(case), [])
+        forward, backward = launches_of(case)
+    launches = [*forward, *backward]
     for launch in launches:
         same = sum(other.kernel is launch.kernel for other in launches)
         yield build_of(launch, f"{launch.kernel.fn.__name__} {case}", same)
 
 
-def launches_of(
-    case: Case, size: tuple[int, int] = SIZE, device: str = "meta"
-) -> tuple[list[Launch], list[Launch]]:
+def launches_of(case: Case, size: tuple[int, int] = SIZE, device: str = "meta") -> tuple[list[Launch], list[Launch]]:
     """What forward and backward of a layer of ``size`` (N, K) would launch; on meta tensors see ``pretended``."""
     backend = TritonBackend(case.strategy)
     x, weight, bias, terms = _operands(case, size, device)

@@ -14,6 +14,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from ..machines import nearest
+
 FILE = Path(__file__).with_name("settings.json")
 VERSION = 1
 KERNELS = ("assemble", "weight_pass", "fused", "token_pass", "contract", "gemm_contract")
@@ -103,16 +105,6 @@ def rules(architecture: str) -> Table:
     if name is None:
         raise LookupError(f"{FILE.name}: no settings for {architecture}; known: {sorted(tables)}")
     return tables[name]
-
-
-def nearest(architecture: str, known: tuple[str, ...]) -> str | None:
-    """The architecture itself or the newest older one of its family (``sm_`` by number); None if there is none."""
-    if architecture in known:
-        return architecture
-    if not architecture.startswith("sm_"):
-        return None
-    older = [name for name in known if name.startswith("sm_") and int(name[3:]) <= int(architecture[3:])]
-    return max(older, key=lambda name: int(name[3:]), default=None)
 
 
 @lru_cache

@@ -11,9 +11,11 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from glora_kernels import Constant, LowRank, Terms, Vector, glora_linear
-from glora_kernels._triton import device
+from glora_kernels import glora_linear
+from glora_kernels._triton import TritonBackend, device
 from glora_kernels._triton.launch import recorded
+from glora_kernels._triton.partials import table
+from glora_kernels.step import Step
 from tests.interpreter.cases import (
     KINDS,
     PRODUCTS,
@@ -28,6 +30,7 @@ from tests.interpreter.cases import (
 
 FREE = {"view", "_unsafe_view", "t", "transpose", "detach", "alias", "slice", "select", "expand", "as_strided"}
 FREE |= {"empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided"}
+FREE |= {"device"}  # asked of fake tensors
 FREE |= {"lift_fresh"}  # the table of a path's gradients: copied to the device once, then kept
 FORWARD = {"assemble": 2, "fused": 2}
 BACKWARD = {"thin": 4, "projected": 4, "scaled": 4, "solved": 5, "dense": 5}  # as backward.py says
@@ -49,13 +52,14 @@ class Operations(TorchDispatchMode):
 
 def counted(call, strategy, dy=None):
     """What forward launches, and what backward does: names of kernels and of torch's operations."""
+    dy = upstream(call) if dy is None else dy
     with kernels(strategy), recorded() as found, Operations() as operations:
         y = glora_linear(*call)
         forward = [launch.kernel.__name__ for launch in found] + operations.names
         found.clear()
         operations.names.clear()
         wanted = [leaf for leaf in leaves_of(call) if leaf.requires_grad]
-        torch.autograd.grad(y, wanted, upstream(call) if dy is None else dy, allow_unused=True)
+        torch.autograd.grad(y, wanted, dy, allow_unused=True)
     return forward, [launch.kernel.__name__ for launch in found] + operations.names
 
 
@@ -120,36 +124,29 @@ def test_a_bias_path_needs_no_new_weight():
     assert counted(make(("none",) * 5), "fused") == (["addmm"], ["mm"])
 
 
+@pytest.mark.parametrize("architecture", ["sm_90", "gfx942"])
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
-def test_on_a_gpu(dtype, strategy, monkeypatch):
-    """The host code as it runs for CUDA tensors, on fake ones: fp16 sums dW in fp32 there, by one product too."""
-    monkeypatch.setattr(device, "_gpu", lambda _: "sm_90")
-    with FakeTensorMode():
-        outputs, inputs, tokens = 768, 512, 4096
-
-        def storage(*shape):
-            return torch.empty(shape, dtype=torch.float32, device="cuda", requires_grad=True)
-
-        def term(kind, rows, columns):
-            down = storage(rows, 8)
-            kinds = {"lora": lambda: LowRank(down, storage(8, columns), 4)}
-            return kinds.get(kind, lambda: {"vector": Vector, "constant": Constant}[kind](down))()
-
-        x = torch.empty(tokens, inputs, dtype=dtype, device="cuda", requires_grad=True)
-        weight = torch.empty(outputs, inputs, dtype=dtype, device="cuda")
-        bias = torch.empty(outputs, dtype=dtype, device="cuda")
-        dy = torch.empty(tokens, outputs, dtype=dtype, device="cuda")
-        for product, a, b in itertools.product(PRODUCTS, ("lora", "vector", "constant"), ("lora", "vector")):
-            rows = outputs if product == "hadamard" else inputs
-            terms = Terms(
-                term(a, rows, inputs),
-                term(b, outputs, inputs),
-                term("lora", inputs, 1),
-                Vector(storage(outputs)),
-                Constant(storage(outputs)),
-                product,
-            )
-            forward, backward = counted((x, weight, bias, terms), strategy, dy)
-            assert {name for name in forward + backward if not name.endswith("_kernel")} <= {"mm", "addmm"}
-            assert len(forward) <= 2 and len(backward) <= 5, (product, a, b, forward, backward)
+def test_on_a_gpu(dtype, strategy, architecture, monkeypatch):
+    """The host code on fake CUDA tensors: what it does for each type there, fp32 sums of dW for fp16 among it."""
+    monkeypatch.setattr(device, "_gpu", lambda _: architecture)
+    backend, (tokens, outputs, inputs) = TritonBackend(strategy), (4096, 768, 512)
+    for product, a, b in itertools.product(PRODUCTS, KINDS, ("lora_3", "vector")):
+        path = (a, b, "lora_3", "vector", "constant")
+        *_, terms = make(path, (1, outputs, inputs), product=product)
+        with FakeTensorMode(allow_non_fake_inputs=True) as fake, torch.no_grad():
+            terms = terms.map(lambda s, fake=fake: fake.from_tensor(s).to("cuda"))
+            x, y = (torch.empty(tokens, size, dtype=dtype, device="cuda") for size in (inputs, outputs))
+            weight, bias = (torch.empty(size, dtype=dtype, device="cuda") for size in ((outputs, inputs), outputs))
+            with recorded() as forward, Operations() as operations:
+                _, projected, b_eff = backend.forward(x, weight, bias, terms)
+                assert len(forward) + len(operations.names) <= 2, (path, forward, operations.names)
+            wanted = frozenset(slot for slot, _ in terms.active)
+            output = y if expected_route(product, a) == "solved" else None
+            step = Step(y, x, weight, bias, terms, output, b_eff, projected, wanted, True)
+            for _ in range(2):  # the first copies the table of this path's gradients to the device
+                with recorded() as backward, Operations() as operations:
+                    backend.backward(step)
+            table.cache_clear()  # fake, and of no use to others
+            assert set(operations.names) <= {"mm"}
+            assert len(backward) + len(operations.names) <= BACKWARD[expected_route(product, a)], path

@@ -60,10 +60,9 @@ def storage(*shape):
 
 def make(product, a, b, tokens, outputs, inputs, rank):
     def term(kind, rows):
-        if kind == "none":
-            return None
-        down, up = storage(rows, rank), storage(rank, inputs)
-        return {"lora": LowRank(down, up), "vector": Vector(down), "constant": Constant(down)}[kind]
+        if kind == "lora":
+            return LowRank(storage(rows, rank), storage(rank, inputs))
+        return {"none": lambda _: None, "vector": Vector, "constant": Constant}[kind](storage(rows))
 
     x = torch.randn(tokens, inputs, requires_grad=True)
     weight, bias = torch.randn(outputs, inputs) / inputs**0.5, torch.randn(outputs) * 0.01
@@ -86,7 +85,7 @@ def count(product, a, b, strategy, shape):
         torch.autograd.grad(y, leaves_of(call), torch.ones_like(y))
     sums = {BLOCK: counter.get_total_flops(), COUNTED_RANK: 0, PROBES: 0}
     for sizes in found:
-        sums[min(sizes)] += 2 * math.prod(sizes)
+        sums[COUNTED_RANK if COUNTED_RANK in sizes else min(sizes)] += 2 * math.prod(sizes)
     return Count(*sums.values())
 
 
@@ -115,14 +114,14 @@ def test_extrapolation():
 def test_assemble(product, a, b):
     """At 1024 x 1024, 2048 tokens and rank 8: at most 2.05 units a step, 3.05 where A is a hadamard low rank.
 
-    A rank of 8 is padded to 16, which doubles what thin products cost: 0.08 units more at the most (there).
+    Two low ranks of a matmul product are LoRA's thin products twice, with nothing to share: 2.09. All but the dense
+    units is for products with factors; a rank of 8 is padded to 16 in them, which doubles it.
     """
     found = extrapolated(product, a, b, "assemble", (TOKENS, SIZE, SIZE))
     assert found.dense == units(product, a) * UNIT
-    # Two low ranks of a matmul product are LoRA's thin products twice: nothing to share.
-    twice = 0.03 * (product == "matmul" and (a, b) == ("lora", "lora"))
-    assert found.total(RANK) <= (units(product, a) + 0.05 + twice) * UNIT
-    assert found.total(PADDED_RANK) <= (units(product, a) + 0.09 + 3 * twice) * UNIT
+    thin = 0.09 if product == "matmul" and (a, b) == ("lora", "lora") else 0.05
+    assert found.total(RANK) <= (units(product, a) + thin) * UNIT
+    assert found.total(PADDED_RANK) <= (units(product, a) + 2 * thin) * UNIT
 
 
 @pytest.mark.parametrize(("product", "a", "b"), CASES[::3])
@@ -130,8 +129,9 @@ def test_fused(product, a, b):
     """The same dense products; and W_eff is formed anew for every block of 64 tokens, in forward and for dx."""
     found = extrapolated(product, a, b, "fused", (TOKENS, SIZE, SIZE))
     assert found.dense == units(product, a) * UNIT
-    formed = 2 * ((a, b).count("lora")) * RANK / BLOCK
-    assert found.total(RANK) <= (units(product, a) + 0.08 + formed) * UNIT
+    formed = 2 * (a, b).count("lora") * RANK / BLOCK
+    thin = 0.09 if product == "matmul" and (a, b) == ("lora", "lora") else 0.05
+    assert found.total(RANK) <= (units(product, a) + thin + formed) * UNIT
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)

@@ -318,15 +318,6 @@ def test_nearest_architecture():
             machine_for(name)
 
 
-def test_one_answer_to_which_architecture_is_nearest():
-    """The tile settings and the cost model agree."""
-    pytest.importorskip("triton")
-    from glora_kernels._triton import settings
-
-    for name in ("sm_75", "sm_80", "sm_87", "sm_89", "sm_103", "sm_120", "gfx90a", "gfx942"):
-        assert settings.nearest(name, tuple(MACHINES)) == nearest(name, MACHINES), name
-
-
 # The tables of docs/strategies.md -------------------------------------------------------------------------------------
 
 SHAPES = ((768, 768), (3072, 768), (4096, 4096), (11008, 4096))  # N, K

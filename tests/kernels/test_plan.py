@@ -122,7 +122,7 @@ def test_explain_is_plain_data():
 
 @pytest.mark.parametrize(("product", "a", "b"), HADAMARD + MATMUL)
 def test_triton_counts_what_torch_counts(product, a, b):
-    """The same units, operations within 1%, the same kept; with few tokens, where more than the dense products shows."""
+    """The same units, operations within 1%, the same kept; with few tokens, where the thin products show."""
     x, *rest = make(a, b, product)
     call = x[:64].detach().requires_grad_(), *rest
     plan, here = explain(*call, architecture="sm_90"), explain(*call)

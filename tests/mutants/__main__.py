@@ -74,16 +74,20 @@ def check(options: argparse.Namespace) -> dict:
         suite = Suite(Path(scratch))
         sources = read_sources(suite.folder, options.only)
         journal = Journal(options.results, suite)
-        if (known := journal.tests()) is None:
-            print("the unbroken code first", file=sys.stderr)
-            suite.record()
-            journal.keep_tests()
-        else:
-            suite.tests = known
+        record(suite, journal)
         found = mutants(sources, OPERATORS)
         order = [m for m in drawn(found, options.seed) if not options.id or m.id in options.id]
         done = list(run(suite, journal, order, options))
     return summary(options, suite, sources, found, order, done)
+
+
+def record(suite: Suite, journal: Journal) -> None:
+    """The unbroken code first."""
+    for file in tqdm(suite.files, unit="file", desc="unbroken"):
+        if (tests := journal.tests(file)) is None:
+            tests = suite.record(file)
+            journal.keep_tests(file, tests)
+        suite.tests.update(tests)
 
 
 def run(suite: Suite, journal: Journal, order: list[Mutant], options) -> Iterator[tuple[Mutant, Outcome]]:

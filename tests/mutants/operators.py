@@ -113,10 +113,10 @@ def accumulator_not_carried(function: Function, node: ast.AST) -> Iterator[Edit]
 
 @operator
 def term_dropped(function: Function, node: ast.AST) -> Iterator[Edit]:
-    """One side of ``a + b``, or the second of ``a - b``."""
+    """One side of ``a + b``, but no pointer, or the second of ``a - b``."""
     if _binary(node, ast.Add, ast.Sub) and not _number(node.left) and not _number(node.right):
         yield function.replaced(node, function.operand(node.left))
-        if isinstance(node.op, ast.Add):
+        if isinstance(node.op, ast.Add) and "ptr" not in function.text(node.left):
             yield function.replaced(node, function.operand(node.right))
 
 

@@ -60,7 +60,7 @@ class Suite:
     """A snapshot of the repository, so that edits made meanwhile do not matter, and its tests.
 
     Attributes:
-        tests: by name: ``seconds``, and the ``functions`` of the kernels that it runs; filled by :meth:`record`.
+        tests: by name: ``seconds``, and the ``functions`` of the kernels that it runs, as :meth:`record` finds them.
     """
 
     def __init__(self, scratch: Path, root: Path = ROOT) -> None:
@@ -86,14 +86,15 @@ class Suite:
             found.update(path.relative_to(self.folder).as_posix().encode() + path.read_bytes())
         return found.hexdigest()[:16]
 
-    def record(self) -> None:
-        """Run the unbroken code; every test must pass."""
+    def record(self, file: str) -> dict[str, dict]:
+        """Run a file of tests on the unbroken code; every test must pass."""
         record = self.scratch / "record.json"
-        done, _ = _pytest(self.folder, [SUITE.as_posix()], {"MUTANTS_RECORD": str(record)}, limit=None)
+        done, _ = _pytest(self.folder, [file], {"MUTANTS_RECORD": str(record)}, limit=None)
         if done.returncode != 0:
             raise CheckError(f"the suite fails on the unbroken code:\n{(done.stdout + done.stderr)[-4000:]}")
-        self.tests = json.loads(record.read_text())
-        _widen_shared(self.tests)
+        found = json.loads(record.read_text())
+        _widen_shared(found)
+        return found
 
     def covering(self, file: str, function: str) -> list[str]:
         """The tests that run a function: proven ones, then quick ones, alike ones apart from each other."""
@@ -157,12 +158,10 @@ class Suite:
 
 def _widen_shared(tests: dict[str, dict]) -> None:
     """A test that uses what another one in its file has set up may depend on all that the file runs."""
-    for name, test in tests.items():
+    everything = sorted({function for test in tests.values() for function in test["functions"]})
+    for test in tests.values():
         if test.pop("shared"):
-            file = name.partition("::")[0]
-            test["functions"] = sorted(
-                {f for n, t in tests.items() if n.startswith(file + "::") for f in t["functions"]}
-            )
+            test["functions"] = everything
 
 
 def _copy(source: Path, target: Path) -> None:
@@ -213,13 +212,13 @@ class Journal:
         self._lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
         self._marks: dict[tuple[str, ...], str] = {}
 
-    def tests(self) -> dict[str, dict] | None:
-        """What the run of the unbroken code recorded."""
-        mark = self._mark(self.suite.files)
-        return next((line["tests"] for line in self._lines if "tests" in line and line["mark"] == mark), None)
+    def tests(self, file: str) -> dict[str, dict] | None:
+        """What the run of a file on the unbroken code recorded."""
+        lines = (line for line in self._lines if line.get("file") == file)
+        return next((line["tests"] for line in lines if line["mark"] == self._mark([file])), None)
 
-    def keep_tests(self) -> None:
-        self._append({"tests": self.suite.tests, "mark": self._mark(self.suite.files)})
+    def keep_tests(self, file: str, tests: dict[str, dict]) -> None:
+        self._append({"file": file, "mark": self._mark([file]), "tests": tests})
 
     def outcome(self, mutant: Mutant) -> Outcome | None:
         for line in self._lines:

@@ -179,7 +179,7 @@ EXPECTED = [
     ("hip:gfx942", "pretending", ["matrix instructions: expected some, got none"]),
     ("cuda:80", "spilling", ["spill: expected none, got "]),
     ("hip:gfx942", "spilling", ["spill: expected none, got "]),
-    ("cuda:80", "greedy", ["shared memory: expected at most 166912 bytes, got 196608"]),
+    ("cuda:80", "greedy", ["shared memory: expected at most 101376 bytes, got 196608"]),
     ("cuda:80", "chained", ["chained dots: expected an accumulator for each dot of a loop, got %"]),
     (
         "cuda:90",

@@ -34,7 +34,8 @@ def test_the_first_rule_that_fits_is_taken():
         ("sm_103", "sm_100"),
         ("sm_75", None),
         ("gfx942", "gfx942"),
-        ("gfx950", None),
+        ("gfx950", "gfx942"),
+        ("gfx90a", None),
     ],
 )
 def test_nearest_older_of_the_family(architecture, expected):
