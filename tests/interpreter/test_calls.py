@@ -69,23 +69,34 @@ def test_nothing_to_compute(a, shape, product, strategy):
     ],
 )
 def test_only_needed_gradients_are_computed(path, product, shape, strategy):
-    """Every subset of the tensors that want a gradient: those get the oracle's, the others None."""
+    """Every subset of x and the terms that want a gradient: those get the oracle's, the others None."""
     x, weight, b0, terms = make(path, shape, product=product, dtype=torch.float64)
     storages, structure = terms.flatten()
     leaves = [x, *storages]
     dy = upstream((x, weight))
-    for leaf in leaves:
-        leaf.requires_grad_()
     names = ["x", *(f"{slot}{i}" for slot, term in terms.active for i in range(len(term.storages)))]
     want, _ = oracle(x, weight, b0, terms, dy)
-    for subset in range(1, 2 ** len(leaves)):
-        for index, leaf in enumerate(leaves):
-            leaf.requires_grad_(bool(subset >> index & 1))
+    slots = ["x", *(slot for slot, _ in terms.active)]
+    for subset in range(1, 2 ** len(slots)):
+        wanted = {slot for index, slot in enumerate(slots) if subset >> index & 1}
+        for name, leaf in zip(names, leaves):
+            leaf.requires_grad_(name[0] in wanted)
         with tiles(64, 16, 64):
             got = run((x, weight, b0, Terms.unflatten(storages, structure)), dy, strategy)
         assert got.keys() == {"y", *(name for name, leaf in zip(names, leaves) if leaf.requires_grad)}
         for name, found in got.items():
             torch.testing.assert_close(found, want[name], rtol=1e-10, atol=1e-10, msg=f"{subset:b} {name}")
+
+
+@each_strategy
+def test_one_factor_of_a_term_may_want_a_gradient(strategy):
+    """Then the other gets none."""
+    for product, kept in (("hadamard", 0), ("hadamard", 1), ("matmul", 0), ("matmul", 1)):
+        call = make(("lora_3", "lora_3", "lora_1", "none", "none"), product=product)
+        storages = call[3].flatten()[0]
+        for index, storage in enumerate(storages):
+            storage.requires_grad_(index % 2 == kept)
+        check(call, strategy=strategy)
 
 
 def test_tensors_that_want_no_gradient_get_none():
@@ -107,12 +118,11 @@ def test_no_bias_no_gradient_of_d(strategy):
 
 
 @each_strategy
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @each_product
 @pytest.mark.parametrize("a", KINDS)
-def test_same_call_same_bits(a, product, dtype, strategy):
-    """Forward and all gradients, on every route; workspaces hold something else each time."""
-    for shape, b in ((RAGGED, "lora_3"), (REUSED, "vector")):
+def test_same_call_same_bits(a, product, strategy):
+    """Forward and all gradients, on every route."""
+    for shape, b, dtype in ((RAGGED, "lora_3", torch.bfloat16), (REUSED, "vector", torch.float32)):
         call = make((a, b, *rest(KINDS.index(a))), shape, product=product, dtype=dtype)
         dy = upstream(call)
         with tiles(32, 16, 32):

@@ -73,7 +73,7 @@ def test_what_is_solved_from_the_output_is_exact(b, dtype):
     for bias, strategy in itertools.product((True, False), STRATEGIES):
         call = integer_call(("vector", b, "lora_1", "vector", "vector"), (66, 21, 68), 5, bias=bias, dtype=dtype)
         dy = upstream_of_integers(call, 7)
-        with watched() as found:
+        with watched() as found, tiles(32, 16, 32):
             check_bits(call, dy, strategy)
         assert route(found) == "solved"
         lost = next(c for c in found if c.kernel == "weight_pass_kernel").arguments["lost_ptr"]

@@ -48,7 +48,7 @@ def in_place(tensor, order):
 @pytest.mark.parametrize("order", ["transposed", "sliced", "expanded"])
 def test_x(order, path, product, shape, strategy):
     x, *others = make(path, shape, product=product)
-    with tiles(32, 16, 16):
+    with tiles(32, 32, 16):
         check((in_place(x, order), *others), strategy=strategy)
 
 
@@ -57,7 +57,7 @@ def test_x(order, path, product, shape, strategy):
 @pytest.mark.parametrize("order", ["transposed", "sliced", "expanded"])
 def test_weight(order, path, product, shape, strategy):
     x, weight, *others = make(path, shape, product=product)
-    with tiles(32, 16, 16):
+    with tiles(32, 32, 16):
         check((x, laid_out(weight, order), *others), strategy=strategy)
 
 
@@ -66,7 +66,7 @@ def test_weight(order, path, product, shape, strategy):
 @pytest.mark.parametrize("order", ["transposed", "sliced", "expanded"])
 def test_gradient_of_the_output(order, path, product, shape, strategy):
     call = make(path, shape, product=product)
-    with tiles(32, 16, 16):
+    with tiles(32, 32, 16):
         check(call, laid_out(upstream(call), order), strategy)
 
 
@@ -78,7 +78,7 @@ def test_storages_and_bias(path, product, shape, strategy):
     for order in ("transposed", "sliced"):
         bias = torch.full((2 * len(b0),), torch.nan)[::2].copy_(b0)
         call = (x, weight, bias, terms.map(lambda s, order=order: in_place(s, order) if s.dim() == 2 else s))
-        with tiles(32, 16, 16):
+        with tiles(32, 32, 16):
             check(call, strategy=strategy)
 
 
