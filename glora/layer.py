@@ -8,7 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from glora_kernels import Constant, LowRank, Terms, Vector, configured_linear, encode, glora_linear, glora_merge
+from glora_kernels import (
+    Constant,
+    LowRank,
+    Terms,
+    Vector,
+    configured_linear,
+    encode,
+    glora_linear,
+    glora_merge,
+    takes_operator,
+)
 
 from .config import SLOTS, Choice, LayerShape, PathConfig
 
@@ -130,7 +140,8 @@ class GLoRALinear(nn.Module):
             raise ValueError(f"path: expected ranks up to {self.rank} (the rank of the storage), got {path}")
         self._path = path
         # The path as data, for compiled graphs. No buffer: it stays on the CPU, and out of state dicts.
-        self._config = encode({slot: (choice.kind, choice.rank) for slot, choice in path.choices.items()})
+        with torch.inference_mode(False):  # a graph that trains reads it too
+            self._config = encode({slot: (choice.kind, choice.rank) for slot, choice in path.choices.items()})
 
     @property
     def shape(self) -> LayerShape:
@@ -162,7 +173,7 @@ class GLoRALinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``(..., K) -> (..., N)``. Under ``torch.compile`` the path is data: one graph serves every path."""
-        if torch.compiler.is_compiling():
+        if takes_operator():
             storages = [getattr(self, name) for name in SUPPORT_NAMES]
             return configured_linear(x, self.weight, self.bias, storages, self._config, self.product)
         return glora_linear(x, self.weight, self.bias, self.terms())

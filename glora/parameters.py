@@ -46,7 +46,8 @@ def drop_unread_gradients(model: nn.Module) -> None:
     """Set to None the gradients of support tensors that the current paths do not read.
 
     Eagerly they are None already. A compiled graph serves every path and cannot know: there they are zero, and an
-    optimiser would move the tensors by their moments and weight decay. Call it between ``backward`` and ``step``.
+    optimiser would move the tensors by their moments and weight decay. Call it between ``backward`` and ``step``, with
+    one backward pass a step: gradients that earlier passes left under other paths would go too.
     """
     for layer in glora_layers(model).values():
         read = {id(parameter) for parameter in layer.support_parameters(layer.path)}

@@ -8,7 +8,7 @@ from .configuration import encode
 from .dispatch import available_backends, use_backend
 from .ops import glora_linear, glora_merge
 from .plan import Explanation, explain
-from .registered import configured_linear
+from .registered import configured_linear, takes_operator
 from .terms import Constant, LowRank, Terms, Vector
 
 __all__ = [
@@ -24,5 +24,6 @@ __all__ = [
     "glora_linear",
     "glora_merge",
     "reference",
+    "takes_operator",
     "use_backend",
 ]

@@ -36,7 +36,7 @@ class _GLoRALinear(torch.autograd.Function):
         ctx.wanted = _wanted_slots(terms, ctx.needs_input_grad[5:], bias is not None)
         ctx.x_shape = x.shape
         tokens = math.prod(x.shape[:-1])
-        keep = "A" in ctx.wanted and reuses_output(tokens, x.shape[-1], terms) and _output_can_be_kept(y)
+        keep = "A" in ctx.wanted and reuses_output(tokens, x.shape[-1], terms) and _output_can_be_kept(y, backend)
         ctx.output = y.detach() if keep else None  # shares y's version counter, is in no cycle with ctx
         ctx.output_version = y._version if keep else None
         kept_x = x if ctx.wanted & {"A", "B"} else None
@@ -93,16 +93,16 @@ def _wanted_slots(terms: Terms, needs_grad: tuple[bool, ...], has_bias: bool) ->
     return frozenset(wanted)
 
 
-def _output_can_be_kept(y: Tensor) -> bool:
+def _output_can_be_kept(y: Tensor, backend: Backend) -> bool:
     """Whether y may be kept outside ``save_for_backward``, and the route of its reuse be taken.
 
     Under saved-tensor hooks (checkpointing, offloading) keeping it would defeat their purpose, and a
     change in place could not be seen. The route depends on values, which meta and fake tensors do not
-    have and a CUDA graph capture cannot look at.
+    have; and where the host looks at them, a CUDA graph cannot be captured.
     """
     if type(y) is not Tensor or y.device.type == "meta":
         return False
-    if y.is_cuda and torch.cuda.is_current_stream_capturing():
+    if backend.reads_values and y.is_cuda and torch.cuda.is_current_stream_capturing():
         return False
     return torch._C._autograd._top_saved_tensors_default_hooks(True) is None
 

@@ -13,7 +13,14 @@ from .terms import Terms
 
 
 class Backend(Protocol):
-    """Gradients in closed form; arguments have been checked, and autocast is off."""
+    """Gradients in closed form; arguments have been checked, and autocast is off.
+
+    Attributes:
+        reads_values: whether the host looks at values in backward, so that it cannot be captured in a CUDA graph.
+    """
+
+    @property
+    def reads_values(self) -> bool: ...
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None, terms: Terms) -> Forward:
         """y for x of any leading shape."""

@@ -29,14 +29,23 @@ def encode(kinds: dict[str, tuple[str, int]]) -> Tensor:
     return torch.tensor([(_CODES[kind], rank) for kind, rank in pairs], dtype=torch.int64, device="cpu")
 
 
+def check_devices(weight: Tensor, storages: Sequence[Tensor | None], config: Tensor) -> None:
+    """Raise ValueError for a storage on another device than the weight, or a configuration that is not on the CPU."""
+    for name, storage in zip(STORAGES, storages):
+        if storage is not None and storage.device != weight.device:
+            raise ValueError(f"{name}: expected device {weight.device} (that of weight), got {storage.device}")
+    if config.device.type != "cpu":
+        raise ValueError(f"config: expected a CPU tensor, got one on {config.device}")
+
+
 def decode(storages: Sequence[Tensor | None], config: Tensor, product: str) -> Terms:
     """The terms that ``config`` selects from the eight ``storages`` (in the order of ``STORAGES``).
 
     Raises:
         ValueError: a configuration of another shape or device, an unknown kind, or a storage that is read and absent.
     """
-    if config.device.type != "cpu" or tuple(config.shape) != (len(SLOTS), 2):
-        raise ValueError(f"config: expected a CPU tensor of shape (5, 2), got {tuple(config.shape)} on {config.device}")
+    if tuple(config.shape) != (len(SLOTS), 2):
+        raise ValueError(f"config: expected shape (5, 2), got {tuple(config.shape)}")
     terms = {}
     for slot, (code, rank) in zip(SLOTS, config.tolist()):
         if code not in _KINDS:

@@ -18,11 +18,11 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from .dispatch import STRATEGIES
 from .machines import Machine, machine_for
+from .precision import tf32_allowed
 from .reuse import MIN_INPUTS_TO_REUSE, MIN_TOKENS_TO_REUSE, PROBED_TOKENS
 from .terms import SLOTS, Constant, LowRank, Terms, Vector
 
@@ -105,7 +105,7 @@ class Problem(NamedTuple):
             bias,
             wanted,
             wants_x,
-            element == 4 and torch.get_float32_matmul_precision() != "highest" and architecture[0] != "g",
+            element == 4 and tf32_allowed() and architecture[0] != "g",
             architecture,
         )
 

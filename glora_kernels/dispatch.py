@@ -12,7 +12,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
+from .machines import nearest
 from .terms import LowRank, Terms
 
 BACKENDS = ("reference", "torch", "triton", "cuda")
@@ -55,6 +57,21 @@ def _triton_reason() -> str | None:
     return "no GPU, and TRITON_INTERPRET=1 is not set"
 
 
+@cache
+def _triton_fault() -> str | None:
+    """Why Triton cannot launch anything on this machine's GPU: not installed, or no C compiler, say. Tried once."""
+    reason = _triton_reason()
+    if reason is not None:
+        return reason
+    try:
+        import triton
+
+        triton.runtime.driver.active.get_current_target()
+    except Exception as error:  # whatever it takes the driver to start
+        return f"Triton cannot be used: {type(error).__name__}: {error}"
+    return None
+
+
 def _interpreted() -> bool:
     """Whether Triton would run kernels in its interpreter, asked without loading Triton."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
@@ -69,8 +86,9 @@ def use_backend(name: str, strategy: str | None = None) -> Iterator[None]:
     :func:`glora_kernels.explain` predicts to be faster.
 
     The environment variable ``GLORA_BACKEND`` does the same for a whole process; the innermost
-    ``use_backend`` wins. The choice belongs to the thread (or task) that made it. ``torch.compile``
-    traces the reference formula, whatever was chosen.
+    ``use_backend`` wins. The choice belongs to the thread (or task) that made it; a backward pass keeps that
+    of its forward pass. A compiled graph asks when it runs, forward and backward each: there the variable is the
+    sure way, since PyTorch runs backward on a GPU in a thread of its own.
 
     Raises:
         ValueError: an unknown name, or a strategy of another backend.
@@ -95,7 +113,7 @@ def decide(weight: Tensor, terms: Terms) -> Decision:
         ValueError, RuntimeError: the choice in force is unknown, not available, or cannot be
             honoured for this call.
     """
-    tracing = _tracing_reason()
+    tracing = tracing_reason()
     choice, source = _choice()
     if choice.backend == "auto":
         return Decision("reference", tracing) if tracing is not None else _automatic(weight, terms)
@@ -121,7 +139,7 @@ def _choice() -> tuple[Choice, str]:
 def _automatic(weight: Tensor, terms: Terms) -> Decision:
     if weight.device.type != "cuda":
         return Decision("torch", f"the fastest for device {weight.device.type}")
-    unfit = triton_unfit(weight, terms)
+    unfit = _triton_fault() or triton_unfit(weight, terms)
     if unfit is not None:
         return Decision("torch", f"Triton kernels do not serve this call: {unfit}")
     return Decision("triton", "fused kernels for this device")
@@ -129,6 +147,8 @@ def _automatic(weight: Tensor, terms: Terms) -> Decision:
 
 def triton_unfit(weight: Tensor, terms: Terms) -> str | None:
     """Why the Triton kernels cannot serve these operands, if that is so."""
+    if isinstance(weight, FakeTensor):
+        return "fake tensors have no memory to launch on"
     if weight.device.type != "cuda":
         if weight.device.type != "cpu" or not _interpreted():
             return f"the operands are on {weight.device.type}, not on a GPU"
@@ -150,12 +170,12 @@ def _architecture(device: torch.device) -> str:
 
 @cache
 def _has_settings(architecture: str) -> bool:
-    from ._triton.settings import load, nearest
+    from ._triton.settings import load
 
     return nearest(architecture, tuple(load())) is not None
 
 
-def _tracing_reason() -> str | None:
+def tracing_reason() -> str | None:
     """Why only plainly composed operations will do, if that is so."""
     if torch._C._are_functorch_transforms_active():
         return "a torch.func transform is active, which the composed formula supports to any order"

@@ -11,7 +11,7 @@ from .backends import backend_for
 from .checks import check_call, check_layer
 from .configuration import pack
 from .dispatch import decide
-from .registered import configured_linear
+from .registered import configured_linear, takes_operator
 from .terms import Terms
 
 
@@ -39,12 +39,12 @@ def glora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, terms: Terms) -
         TypeError, ValueError: an argument that does not fit, by name, before anything is computed.
         RuntimeError: a backend was chosen that cannot be used here.
     """
+    if takes_operator():
+        storages, config = pack(terms)
+        return configured_linear(x, weight, bias, storages, config, terms.product)
     x, weight, bias = cast_operands(x, weight, bias)
     check_call(x, weight, bias, terms)
     with without_autocast(x.device.type):
-        if torch.compiler.is_compiling():
-            storages, config = pack(terms)
-            return configured_linear(x, weight, bias, storages, config, terms.product)
         decision = decide(weight, terms)
         if decision.backend == "reference":
             return reference.glora_linear(x, weight, bias, terms)

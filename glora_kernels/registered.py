@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from . import reference
+from .autocast import cast_operands, without_autocast
 from .backends import backend_for
 from .checks import check_call
-from .configuration import PLACES, STORAGES, decode, spread
-from .dispatch import decide
+from .configuration import PLACES, STORAGES, check_devices, decode, spread
+from .dispatch import decide, tracing_reason
 from .step import SlotGradients, Step
 from .terms import Terms
 
@@ -29,8 +30,10 @@ _FIRST_STORAGE, _LAST_STORAGE = 3, 3 + len(STORAGES)
 _NEEDS = 1 + len(STORAGES)  # x and the storages
 
 library = torch.library.Library("glora", "DEF")
-library.define(f"linear({_OPERANDS}) -> Tensor")
-library.define(f"linear_backward(Tensor dy, {_OPERANDS}, bool[{_NEEDS}] needs) -> Tensor[]")
+# The configuration is read on the host: a captured CUDA graph would replay the path of its capture for ever.
+_TAGS = (torch.Tag.cudagraph_unsafe,)
+library.define(f"linear({_OPERANDS}) -> Tensor", tags=_TAGS)
+library.define(f"linear_backward(Tensor dy, {_OPERANDS}, bool[{_NEEDS}] needs) -> Tensor[]", tags=_TAGS)
 
 
 def configured_linear(
@@ -55,12 +58,20 @@ def configured_linear(
     Raises:
         TypeError, ValueError: an argument that does not fit, by name, before anything is computed.
     """
-    return torch.ops.glora.linear(x, weight, bias, *storages, config, product)
+    x, weight, bias = cast_operands(x, weight, bias)
+    with without_autocast(x.device.type):
+        return torch.ops.glora.linear(x, weight, bias, *storages, config, product)
+
+
+def takes_operator() -> bool:
+    """Whether a compiler traces a plain call; transforms and forward-mode AD need the composed formula."""
+    return torch.compiler.is_compiling() and tracing_reason() is None
 
 
 @torch.library.impl(library, "linear", "CompositeExplicitAutograd")
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, *rest) -> Tensor:
     *storages, config, product = rest
+    check_devices(weight, storages, config)
     terms = decode(storages, config, product)
     check_call(x, weight, bias, terms)
     _refuse_forward_mode()
@@ -78,6 +89,10 @@ def _refuse_forward_mode() -> None:
 
 @torch.library.register_fake("glora::linear", lib=library)
 def _linear_fake(x: Tensor, weight: Tensor, bias: Tensor | None, *rest) -> Tensor:
+    # Meta tensors among real ones come here too: without the checks they would be answered with unwritten memory.
+    *storages, config, _ = rest
+    check_call(x, weight, bias, Terms())
+    check_devices(weight, storages, config)
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
@@ -89,12 +104,14 @@ def _linear_backward(dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None,
     wanted = frozenset(slot for slot in active if any(needs[1 + place] for place in PLACES[slot]))
     with torch.no_grad():
         dx, grads = _gradients(dy, x, weight, bias, terms, wanted, needs[0])
-    placed = [dx, *spread(terms, grads)]
-    return [_owned(grad, like) if need else dy.new_empty(0) for grad, like, need in zip(placed, (x, *storages), needs)]
+    placed = zip(spread(terms, grads), storages, needs[1:])
+    whole = [None if dx is None else dx.reshape(x.shape).contiguous()]
+    whole += [_owned(grad, like) if need else None for grad, like, need in placed]
+    return [dy.new_empty(0) if grad is None else grad for grad in whole]
 
 
 def _owned(grad: Tensor | None, like: Tensor | None) -> Tensor:
-    """A gradient of its own, contiguous as the fake kernel promises; zero where nothing was read."""
+    """A gradient in memory of its own, contiguous as the fake kernel promises; zero where nothing was read."""
     assert like is not None
     if grad is None:
         return torch.zeros(like.shape, dtype=like.dtype, device=like.device)

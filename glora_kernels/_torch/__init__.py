@@ -4,4 +4,6 @@ from .assemble import assemble, project
 from .gradients import backward
 from .linear import forward
 
-__all__ = ["assemble", "backward", "forward", "project"]
+reads_values = True  # which rows of da have to be formed anew
+
+__all__ = ["assemble", "backward", "forward", "project", "reads_values"]

@@ -26,11 +26,16 @@ class TritonBackend:
 
     strategy: str | None = None
 
+    @property
+    def reads_values(self) -> bool:
+        """No: which rows of da are lost is decided on the device."""
+        return False
+
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None, terms: Terms) -> Forward:
         """y for x of any leading shape."""
         if x.numel() == 0 or weight.numel() == 0:
             return _torch.forward(x, weight, bias, terms)
-        flat = x.reshape(-1, x.shape[-1])
+        flat, weight = x.reshape(-1, x.shape[-1]).resolve_neg(), weight.resolve_neg()
         y, projected, b_eff = forward(flat, weight, bias, terms, self._strategy(flat, weight, terms))
         if x.dim() != 2:  # in place of a view, which a successor such as ReLU(inplace=True) could not overwrite
             y = torch.ops.aten._unsafe_view(y, (*x.shape[:-1], weight.shape[0]))
@@ -40,13 +45,15 @@ class TritonBackend:
         """The gradient of x, if wanted, and those of the storages of every wanted slot."""
         if step.dy.numel() == 0 or step.weight.numel() == 0:
             return _torch.backward(step)
+        x = None if step.x is None else step.x.resolve_neg()
+        step = step._replace(dy=step.dy.resolve_neg(), x=x, weight=step.weight.resolve_neg())
         return backward(step, self._strategy(step.dy, step.weight, step.terms))
 
     def assemble(self, weight: Tensor, bias: Tensor | None, terms: Terms) -> tuple[Tensor, Tensor | None]:
         """``(W_eff, b_eff)``, rounded once."""
         if weight.numel() == 0:
             return _torch.assemble(weight, bias, terms)
-        w_eff, b_eff, _ = assemble(weight, bias, terms, context(0, weight))
+        w_eff, b_eff, _ = assemble(weight.resolve_neg(), bias, terms, context(0, weight))
         return w_eff, b_eff
 
     def project(self, weight: Tensor, terms: Terms) -> Tensor | None:

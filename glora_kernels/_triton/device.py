@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from functools import lru_cache
 
 import torch
-import triton
 
 from .settings import INTERPRETER
 
@@ -43,8 +42,3 @@ def _gpu(index: int) -> str:
 
 def is_hip(name: str) -> bool:
     return name.startswith("gfx")
-
-
-def interpreted() -> bool:
-    """Whether kernels run in Triton's interpreter, on the CPU."""
-    return bool(triton.knobs.runtime.interpret)

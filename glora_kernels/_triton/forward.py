@@ -5,18 +5,18 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..precision import tf32_allowed
 from ..step import Forward
 from ..terms import LowRank, Terms, compute_dtype
 from .assemble import assemble_kernel
 from .device import architecture, is_hip
 from .fused import fused_kernel
 from .launch import launch
-from .numerics import Numerics, index_type, numerics, tf32_allowed
+from .numerics import Numerics, index_type, numerics
 from .operands import (
     ADDED,
     NONE,
@@ -25,6 +25,7 @@ from .operands import (
     a_operand,
     b_operand,
     bias_operands,
+    cdiv,
     dense,
     padded_rank,
 )
@@ -101,7 +102,7 @@ def _assemble(
     share = share_of(inputs, tile, a.kind == ADDED or folded.c_kind != NONE or not write_weight)
     launch(
         assemble_kernel,
-        triton.cdiv(outputs, tile.rows) * triton.cdiv(inputs, share),
+        cdiv(outputs, tile.rows) * cdiv(inputs, share),
         tile,
         w_ptr=weight,
         w_eff_ptr=w_eff,
@@ -173,7 +174,7 @@ def multiply(
     tile = shared.tile("fused", a.rank, b.rank, folded.rank)
     launch(
         fused_kernel,
-        triton.cdiv(x.shape[0], tile.tokens) * triton.cdiv(weight.shape[0], tile.rows),
+        cdiv(x.shape[0], tile.tokens) * cdiv(weight.shape[0], tile.rows),
         tile,
         x_ptr=x,
         w_ptr=weight,

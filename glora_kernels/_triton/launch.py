@@ -2,7 +2,8 @@
 
 Triton's own launcher examines every argument at every launch, which costs more than the GEMM of a ViT layer. Here a
 compiled kernel is found by one dictionary look-up over the numbers, types and alignment of its arguments and called
-directly. Numbers are small integers that repeat from step to step (shapes, strides, ranks), so the look-up hits.
+directly. What the kernels list as VARYING (tokens, ranks, places in a buffer) is no part of the look-up, but for
+whether it needs 64 bits; shapes and strides are, and repeat from step to step.
 """
 
 from __future__ import annotations
@@ -74,7 +75,9 @@ def _run(kernel: Any, grid: int, tile: Tile, arguments: dict[str, Any]) -> None:
         with torch.cuda.device(device):
             return _run(kernel, grid, tile, arguments)
     types = [None if t is None else (t.dtype, t.data_ptr() % ALIGNMENT == 0) for t in tensors]
-    key = (kernel.fn, device, tile, *types, *values[pointers:])
+    fixed, varying = _places(kernel)
+    wide = [values[place] >= 2**31 for place in varying]
+    key = (kernel.fn, device, tile, *types, *wide, *[values[place] for place in fixed])
     compiled = _compiled.get(key)
     if compiled is None:
         _check_order(kernel, arguments)
@@ -88,6 +91,14 @@ def compile_for(kernel: Any, values: tuple, tile: Tile) -> Any:
     """The kernel compiled for such arguments, from Triton's cache where it is there; nothing is launched."""
     options = {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True}
     return kernel.warmup(*values, grid=(1,), **options)
+
+
+@cache
+def _places(kernel: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Where the numbers and constants stand that a build depends on, and the numbers that it does not."""
+    numbers = [parameter for parameter in kernel.params if not parameter.name.endswith("_ptr")]
+    varying = tuple(parameter.num for parameter in numbers if parameter.do_not_specialize)
+    return tuple(parameter.num for parameter in numbers if parameter.num not in varying), varying
 
 
 @cache

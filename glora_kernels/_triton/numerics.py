@@ -47,10 +47,6 @@ def numerics(dtype: torch.dtype, hip: bool, tf32: bool) -> Numerics:
     return Numerics(wide, factors, rough, "ieee", wide, rough)
 
 
-def tf32_allowed() -> bool:
-    return torch.get_float32_matmul_precision() != "highest"
-
-
 def index_type(tokens: int, weight: Tensor, *matrices: Tensor) -> tl.dtype:
     """int64 if an offset into the weight, the matrices or a (tokens, N or K) result could pass 2^31, else int32."""
     largest = (tokens + LARGEST_BLOCK) * max(weight.shape)

@@ -11,10 +11,13 @@ from torch import Tensor
 from . import finish
 
 FINISH_BLOCK = 256
+TABLES = 1 << 16  # kept at once, of less than a kilobyte each
 ALIGN = 16  # elements, so that every part begins on a boundary of 64 bytes
 PLAIN, TIMES_BIAS, TIMES_UP, SOLVED = (
     k.value for k in (finish.PLAIN, finish.TIMES_BIAS, finish.TIMES_UP, finish.SOLVED)
 )
+
+_captured: list[tuple[Tensor, Tensor]] = []
 
 
 class Slices(NamedTuple):
@@ -85,12 +88,23 @@ def blocks(jobs: tuple[Job, ...]) -> int:
     return sum(-(-job.size // FINISH_BLOCK) for job in jobs)
 
 
-@lru_cache(maxsize=16384)
+@lru_cache(maxsize=TABLES)
 def table(jobs: tuple[Job, ...], device: torch.device) -> Tensor:
-    """The jobs as a table on the device; small, and kept, since the same paths come again."""
+    """The jobs as a table on the device; small, and kept, since the same paths come again.
+
+    It is copied from pinned memory, so that the host need not wait, nor a capture fail; what a captured graph reads
+    is kept for good.
+    """
     rows, first = [], 0
     for job, target in zip(jobs, targets(jobs)[0]):
         where = (first, job.slices.at, job.slices.number, job.slices.size, target)
         rows.append([*where, job.size, job.inner, int(job.up), job.width, job.rank, job.rows, job.kind])
         first += -(-job.size // FINISH_BLOCK)
-    return torch.tensor(rows, dtype=torch.int64, device=device)
+    host = torch.tensor(rows, dtype=torch.int64)
+    if device.type != "cuda":
+        return host.to(device)
+    host = host.pin_memory()
+    copy = host.to(device, non_blocking=True)
+    if torch.cuda.is_current_stream_capturing():
+        _captured.append((host, copy))
+    return copy

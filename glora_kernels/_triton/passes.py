@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
-import triton
 from torch import Tensor
 
 from ..reuse import ACCEPTED_LOSS, PROBED_TOKENS
@@ -16,7 +15,7 @@ from .contract import contract_kernel
 from .finish import finish_kernel
 from .forward import Context, share_of
 from .launch import launch
-from .operands import COLUMN, NONE, BiasOperands, Operand, bias_operands, dense, padded_rank
+from .operands import COLUMN, NONE, BiasOperands, Operand, bias_operands, cdiv, dense, padded_rank
 from .partials import FINISH_BLOCK, NO_SLICES, TIMES_BIAS, TIMES_UP, Job, Partials, Slices, blocks, table
 from .settings import Tile
 from .token_pass import token_pass_kernel
@@ -60,7 +59,7 @@ class Run:
 
     @property
     def token_blocks(self) -> int:
-        return triton.cdiv(self.step.dy.shape[0], self.token_tile.tokens)
+        return cdiv(self.step.dy.shape[0], self.token_tile.tokens)
 
     @property
     def weight_share(self) -> int:
@@ -97,11 +96,9 @@ class Run:
 
 def token_pass(run: Run, g: Tensor | None = None) -> Tensor | None:
     """See token_pass.py; with ``g = dy W0`` it returns dx."""
-    step, thin = run.step, run.route != "dense"
-    contracts_b = thin and run.contracts_b
-    if not (
-        any(map(run.has, ("db", "db_sum", "db_bias"))) or contracts_b or run.route in ("scaled", "projected", "solved")
-    ):
+    step = run.step
+    contracts_b = run.contracts_b and run.route != "dense"
+    if not (contracts_b or run.sums_bias or run.route in ("projected", "scaled", "solved")):
         return None
     (outputs, inputs), x = step.weight.shape, step.x
     dx = torch.empty_like(g) if g is not None and step.wants_x else None
@@ -182,7 +179,7 @@ def weight_pass(run: Run) -> Tensor | None:
     tile, numerics = run.weight_tile, run.shared.numerics
     launch(
         weight_pass_kernel,
-        triton.cdiv(outputs, tile.rows) * triton.cdiv(inputs, run.weight_share),
+        cdiv(outputs, tile.rows) * cdiv(inputs, run.weight_share),
         tile,
         w_ptr=step.weight,
         w_eff_ptr=w_eff,
@@ -201,6 +198,7 @@ def weight_pass(run: Run) -> Tensor | None:
         at_dc=run.at("dc"),
         at_cu=run.at("cu"),
         at_ad=run.at("ad"),
+        at_t=run.at("t"),
         slices=run.token_blocks,
         M=step.dy.shape[0],
         N=outputs,
@@ -259,7 +257,7 @@ def contraction(run: Run, dw: Tensor | None) -> Tensor | None:
     tile, numerics = run.contract_tile, run.shared.numerics
     launch(
         contract_kernel,
-        triton.cdiv(outputs, tile.rows) * triton.cdiv(inputs, tile.columns),
+        cdiv(outputs, tile.rows) * cdiv(inputs, tile.columns),
         tile,
         dw_ptr=dw,
         dy_ptr=dy,

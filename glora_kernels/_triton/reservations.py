@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import triton
-
 from ..terms import Constant, LowRank
-from .operands import LOW_RANK
+from .operands import LOW_RANK, cdiv
 from .passes import Run
 
 
@@ -62,22 +60,22 @@ def _token_sums(run: Run) -> None:
 def _weight_sums(run: Run) -> None:
     """C, and the left factor of a projected A, from the weight pass; lost rows, from the contraction."""
     outputs, inputs = run.step.weight.shape
-    row_blocks = triton.cdiv(outputs, run.weight_tile.rows)
+    row_blocks = cdiv(outputs, run.weight_tile.rows)
     if run.wants("C"):
         run.reserve("dc", row_blocks, inputs)
-        _prompt_sums(run, row_blocks * triton.cdiv(inputs, run.weight_share))
+        _prompt_sums(run, row_blocks * cdiv(inputs, run.weight_share))
     if run.route == "projected":
         run.reserve("ad", row_blocks, inputs * run.a.rank)
     if run.route == "solved":
-        run.reserve("exact", triton.cdiv(inputs, run.contract_tile.columns), outputs)
+        run.reserve("exact", cdiv(inputs, run.contract_tile.columns), outputs)
 
 
 def _contraction(run: Run) -> None:
     """A, B and C, from the contraction of dW."""
     terms = run.step.terms
     outputs, inputs = run.step.weight.shape
-    row_blocks = triton.cdiv(outputs, run.contract_tile.rows)
-    column_blocks = triton.cdiv(inputs, run.contract_tile.columns)
+    row_blocks = cdiv(outputs, run.contract_tile.rows)
+    column_blocks = cdiv(inputs, run.contract_tile.columns)
     for slot, name, operand in (("A", "a", run.a), ("B", "b", run.b)):
         if not run.wants(slot):
             continue

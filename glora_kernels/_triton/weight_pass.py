@@ -27,7 +27,7 @@ from .tile import (
 )
 
 # Numbers that change from call to call: a new value needs no new build.
-VARYING = ["M", "share", "slices", "rank_a", "rank_b", "rank_c", "at_db", "at_dv", "at_dc", "at_cu", "at_ad"]
+VARYING = ["M", "share", "slices", "rank_a", "rank_b", "rank_c", "at_db", "at_dv", "at_dc", "at_cu", "at_ad", "at_t"]
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -49,6 +49,7 @@ def weight_pass_kernel(
     at_dc,
     at_cu,
     at_ad,
+    at_t,
     slices,
     M,
     N,
@@ -158,5 +159,6 @@ def weight_pass_kernel(
         elif B == ROW:
             taken += x_sum[:, None] * tl.abs(b_rows.to(WIDE))[None, :]
         allowed = loss * tl.abs(1.0 + a_rows.to(WIDE)) * tl.sum(dy * reach, 0)
-        kept = tl.sum(dy * taken, 0) < allowed  # false for NaN
+        t = sum_slices(partials_ptr + at_t, slices, N, rows, row_mask, BLOCK_N, WIDE)
+        kept = (tl.sum(dy * taken, 0) < allowed) & (tl.abs(t) < float("inf"))  # false for NaN
         tl.store(lost_ptr + rows, tl.where(kept, 0, 1), mask=row_mask)

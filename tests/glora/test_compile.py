@@ -79,3 +79,21 @@ def test_path_as_data_follows_the_layer():
         compiled = torch.compile(other, fullgraph=True, backend="aot_eager")
         torch.testing.assert_close(compiled(x), model(x))
     assert not any("config" in name for name in model.state_dict())
+
+
+def test_autocast():
+    """After a plain linear layer, whose output is bf16 there."""
+    model, x = make(), torch.randn(5, SIZE)
+    both = nn.Sequential(nn.Linear(SIZE, SIZE), model)
+    compiled = torch.compile(both, fullgraph=True, backend="aot_eager")
+    with torch.autocast("cpu", torch.bfloat16):
+        found, want = compiled(x), both(x)
+    assert found.dtype == want.dtype == torch.bfloat16
+    torch.testing.assert_close(found, want)
+
+
+def test_path_set_in_inference_mode_can_be_trained():
+    model, x = make(), torch.randn(5, SIZE)
+    with torch.inference_mode():
+        glora.set_paths(model, dict.fromkeys(glora.get_paths(model), glora.PathConfig(B="lora_2")))
+    torch.compile(model, fullgraph=True, backend="aot_eager")(x).sum().backward()

@@ -1,4 +1,4 @@
-"""The Triton kernels on a real GPU, against the fp64 oracle: every kind, every shipped tile, the same bits each time."""
+"""The Triton kernels on a real GPU against the fp64 oracle: every kind, every shipped tile, the same bits."""
 
 import itertools
 
