@@ -52,18 +52,22 @@ RANK = 8
 ROUNDOFF = 2.0**-8  # of bf16
 
 
-def milliseconds(functions: Mapping[str, Callable[[], object]], rounds: int = 15) -> dict[str, float]:
-    """Median time of each by CUDA events; all run once a round, in turn."""
+def milliseconds(functions: Mapping[str, Callable[[], object]], rounds: int = 15, repeats: int = 1) -> dict[str, float]:
+    """Median time of each by CUDA events; all run once a round, in turn.
+
+    A kernel shorter than its own launch wants ``repeats`` between two events, back to back.
+    """
     times: dict[str, list[float]] = {name: [] for name in functions}
     for index in range(-3, rounds):
         for name, function in functions.items():
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             start.record()
-            function()
+            for _ in range(repeats):
+                function()
             end.record()
             end.synchronize()
             if index >= 0:
-                times[name].append(start.elapsed_time(end))
+                times[name].append(start.elapsed_time(end) / repeats)
     return {name: statistics.median(found) for name, found in times.items()}
 
 
@@ -150,7 +154,10 @@ def kernels(bandwidth: float, rate: float) -> list[dict[str, Any]]:
                     label = f"{direction} {one.kernel.fn.__name__}"
                     run = partial(launch, one.kernel, one.grid, one.tile, **one.arguments)
                     row = {"shape": name, "strategy": strategy, "kernel": label}
-                    row |= {"milliseconds": milliseconds({label: run})[label], "floor_milliseconds": floors.get(label)}
+                    row |= {
+                        "milliseconds": milliseconds({label: run}, repeats=20)[label],
+                        "floor_milliseconds": floors.get(label),
+                    }
                     rows.append(row)
     return rows
 

@@ -35,7 +35,7 @@ class TritonBackend:
         """y for x of any leading shape."""
         if x.numel() == 0 or weight.numel() == 0:
             return _torch.forward(x, weight, bias, terms)
-        flat, weight = x.reshape(-1, x.shape[-1]).resolve_neg(), weight.resolve_neg()
+        flat, weight = plain(x.reshape(-1, x.shape[-1])), plain(weight)
         y, projected, b_eff = forward(flat, weight, bias, terms, self._strategy(flat, weight, terms))
         if x.dim() != 2:  # in place of a view, which a successor such as ReLU(inplace=True) could not overwrite
             y = torch.ops.aten._unsafe_view(y, (*x.shape[:-1], weight.shape[0]))
@@ -45,15 +45,15 @@ class TritonBackend:
         """The gradient of x, if wanted, and those of the storages of every wanted slot."""
         if step.dy.numel() == 0 or step.weight.numel() == 0:
             return _torch.backward(step)
-        x = None if step.x is None else step.x.resolve_neg()
-        step = step._replace(dy=step.dy.resolve_neg(), x=x, weight=step.weight.resolve_neg())
+        x = None if step.x is None else plain(step.x)
+        step = step._replace(dy=plain(step.dy), x=x, weight=plain(step.weight))
         return backward(step, self._strategy(step.dy, step.weight, step.terms))
 
     def assemble(self, weight: Tensor, bias: Tensor | None, terms: Terms) -> tuple[Tensor, Tensor | None]:
         """``(W_eff, b_eff)``, rounded once."""
         if weight.numel() == 0:
             return _torch.assemble(weight, bias, terms)
-        w_eff, b_eff, _ = assemble(weight.resolve_neg(), bias, terms, context(0, weight))
+        w_eff, b_eff, _ = assemble(plain(weight), bias, terms, context(0, weight))
         return w_eff, b_eff
 
     def project(self, weight: Tensor, terms: Terms) -> Tensor | None:
@@ -65,3 +65,8 @@ class TritonBackend:
             return self.strategy
         name = architecture(weight.device)
         return strategy_for(Problem.of(tokens.shape[0], weight, terms, name))
+
+
+def plain(tensor: Tensor) -> Tensor:
+    """The tensor without a pending negation, which only PyTorch's own operations see (``z.conj().imag`` has one)."""
+    return tensor.resolve_neg() if tensor.is_neg() else tensor

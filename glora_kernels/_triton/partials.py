@@ -100,10 +100,9 @@ def table(jobs: tuple[Job, ...], device: torch.device) -> Tensor:
         where = (first, job.slices.at, job.slices.number, job.slices.size, target)
         rows.append([*where, job.size, job.inner, int(job.up), job.width, job.rank, job.rows, job.kind])
         first += -(-job.size // FINISH_BLOCK)
-    host = torch.tensor(rows, dtype=torch.int64)
     if device.type != "cuda":
-        return host.to(device)
-    host = host.pin_memory()
+        return torch.tensor(rows, dtype=torch.int64, device=device)
+    host = torch.tensor(rows, dtype=torch.int64).pin_memory()
     copy = host.to(device, non_blocking=True)
     if torch.cuda.is_current_stream_capturing():
         _captured.append((host, copy))

@@ -105,6 +105,7 @@ def gpu(monkeypatch):
     def pretend(name):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(dispatch, "_architecture", lambda device: name)
+        monkeypatch.setattr(dispatch, "_triton_fault", lambda: None)
 
     return pretend
 
@@ -133,6 +134,21 @@ def test_what_triton_does_not_serve(gpu, architecture, call, reason):
     assert reason in decision.reason
     with use_backend("triton"), pytest.raises(RuntimeError, match=rf"'triton' cannot be used here .*{reason}"):
         decide("cuda", **call)
+
+
+def test_auto_does_without_a_triton_that_cannot_launch(gpu, monkeypatch):
+    """Not installed, or without the C compiler that its driver needs."""
+    gpu("sm_90")
+    monkeypatch.setattr(dispatch, "_triton_fault", lambda: "no C compiler")
+    assert decide("cuda") == ("torch", "Triton kernels do not serve this call: no C compiler", None)
+
+
+def test_fake_tensors_go_to_torch():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        weight = torch.empty(6, 5)
+    assert dispatch.triton_unfit(weight, Terms()) == "fake tensors have no memory to launch on"
 
 
 def test_strategy_goes_with_triton(gpu):
