@@ -118,3 +118,11 @@ def test_generated_calls_keep_the_contract(path, shape, bias, product, dtype, fp
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_several_blocks_each_way(strategy, product):
     check(make(("lora_3", "lora_7", "lora_3", "vector", "constant"), (50, 37, 53), product=product), strategy=strategy)
+
+
+@pytest.mark.parametrize("shape", [(260, 3, 4), (3, 260, 4), (3, 4, 260)], ids=str)
+@pytest.mark.parametrize(("product", "a"), [("hadamard", "lora_3"), ("matmul", "lora_3"), ("matmul", "vector")])
+def test_more_slices_than_a_sum_takes_at_once(product, a, shape):
+    """Seventeen blocks along one dimension."""
+    with tiles(16, 16, 16):
+        check(make((a, "lora_1", "lora_1", "vector", "constant"), shape, product=product), strategy="fused")
