@@ -23,6 +23,7 @@ from glora_kernels.cost import (
 )
 from glora_kernels.dispatch import STRATEGIES
 from glora_kernels.machines import MACHINES, machine_for, nearest
+from glora_kernels.precision import tf32_allowed
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "strategies.md"
 KINDS = ("lora", "vector", "constant", "none")
@@ -256,7 +257,7 @@ def test_single_precision_is_slower_and_tf32_in_between(monkeypatch):
         return predict(make_problem(4096, 1024, 1024, "sm_90", dtype=dtype), "assemble").seconds
 
     half, single = time_of(torch.bfloat16), time_of(torch.float32)
-    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
+    monkeypatch.setattr(cost, "tf32_allowed", lambda: True)
     assert half < time_of(torch.float32) < single
     assert not make_problem(64, 64, 64, "gfx942", dtype=torch.float32).tf32
 
@@ -356,3 +357,15 @@ def test_document_shows_the_machines(name):
     row = [name, f"{machine.half / 1e12:.0f}", f"{machine.triton:.2f}", f"{machine.assembled:.2f}"]
     row += [f"{machine.bandwidth / 1e12:.2f}", f"{machine.overhead * 1e6:.1f}"]
     assert f"| {' | '.join(row)} |" in DOCUMENT.read_text()
+
+
+def test_tf32_follows_every_setting_of_torch():
+    """The present one and the one before it; asking for the older after the present one was set raises in torch."""
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    try:
+        for setting, expected in (("tf32", True), ("ieee", False)):
+            matmul.fp32_precision = setting
+            assert tf32_allowed() == expected
+    finally:
+        matmul.fp32_precision = before

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import Phase, settings
 
 RECORD, ORDER, REPORT = (os.environ.get(f"MUTANTS_{name}") for name in ("RECORD", "ORDER", "REPORT"))
-DETECTORS = ("bf16 in ", "overflow detected")  # what tests/interpreter/shim.py makes the interpreter say
+DETECTORS = ("bf16 in ", "overflow detected", "Assume failed")  # as tests/interpreter/shim.py and the interpreter say
 
 _running: set[str] = set()
 _recorded: dict[str, dict] = {}
@@ -79,7 +79,7 @@ def pytest_exception_interact(node, call: pytest.CallInfo, report) -> None:
 
 
 def kind_of(error: BaseException) -> str:
-    """``wrong`` results; a ``detector`` of the shim's; or ``illegal``, which no compiler would take."""
+    """``wrong`` results; a ``detector`` of the interpreter; or ``illegal``, which no compiler would take."""
     chain = list(_chain(error))
     if not any(type(link).__name__ == "InterpreterError" for link in chain):
         return "wrong"
