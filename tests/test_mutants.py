@@ -147,6 +147,7 @@ def test_failures_are_told_apart():
 
     assert kind_of(AssertionError("error over u*S")) == "wrong"
     assert kind_of(caused(InterpreterError("shape"), ValueError("shape"))) == "illegal"
+    assert kind_of(caused(InterpreterError("x"), AssertionError("Assume failed"))) == "detector"
     assert kind_of(caused(InterpreterError("x"), TypeError("bf16 in create_fadd: kernels load"))) == "detector"
     assert (
         kind_of(caused(InterpreterError("x"), AssertionError("int32 overflow detected for operation mul")))
