@@ -1,13 +1,17 @@
 """What the mutation check found untested: see docs/mutation.md.
 
-Offsets of programs that are far out, slices that do not begin at 0, which rows count as lost, and the bias's rounding.
+Reads outside of the operands whose values are multiplied with zero, offsets of programs that are far out, many slices
+and slices that do not begin at 0, which rows count as lost and by which tokens, and the bias's rounding.
 """
+
+import itertools
 
 import numpy as np
 import pytest
 import torch
 import triton
 import triton.language as tl
+from triton.runtime.errors import InterpreterError
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 from glora_kernels import glora_linear
@@ -19,11 +23,14 @@ from glora_kernels._triton.tile import sum_slices
 from glora_kernels._triton.token_pass import token_pass_kernel
 from glora_kernels._triton.weight_pass import weight_pass_kernel
 from tests.interpreter.cases import (
+    KINDS,
+    PRODUCTS,
     RAGGED,
     REUSED,
     STRATEGIES,
     check,
     kernels,
+    launching,
     make,
     run,
     tiles,
@@ -50,6 +57,86 @@ def test_no_slices_are_found_because_they_begin_at_zero(path, product, shape, st
     check(make(path, shape, product=product), strategy=strategy)
 
 
+# -- addresses ---------------------------------------------------------------------------------------
+# A poisoned neighbourhood shows only what reaches a result. Here every address that is not masked is looked at.
+
+GAP = 2**12  # elements between operands
+
+
+class Bounds:
+    """The operands of a launch, apart from each other, and a check that all that is read or written lies in one."""
+
+    def __init__(self, monkeypatch):
+        self.ranges = []
+        for name in ("create_masked_load", "create_masked_store"):
+            monkeypatch.setattr(InterpreterBuilder, name, self._checked(getattr(InterpreterBuilder, name)))
+
+    def _checked(self, method):
+        def checked(builder, pointers, *others):
+            mask = others[0] if method.__name__ == "create_masked_load" else others[1]
+            addresses = pointers.data[mask.data.astype(bool)]
+            inside = np.zeros(addresses.shape, dtype=bool)
+            for first, last in self.ranges:
+                inside |= (addresses >= first) & (addresses < last)
+            assert inside.all() or not self.ranges, f"{method.__name__}: an address outside of every operand"
+            return method(builder, pointers, *others)
+
+        return checked
+
+    def launch(self, kernel, grid, tile, /, **arguments):
+        tensors = {name: value for name, value in arguments.items() if isinstance(value, torch.Tensor)}
+        copies = {name: self._apart(tensor) for name, tensor in tensors.items()}
+        try:
+            launch(kernel, grid, tile, **{**arguments, **copies})
+        finally:
+            self.ranges.clear()
+        for name, tensor in tensors.items():
+            tensor.copy_(copies[name])
+
+    def _apart(self, tensor):
+        assert tensor.is_contiguous() or tensor.t().is_contiguous()
+        copy = torch.zeros(tensor.numel() + 2 * GAP, dtype=tensor.dtype)
+        copy = copy.as_strided(tensor.shape, tensor.stride(), GAP).copy_(tensor)
+        self.ranges.append((copy.data_ptr(), copy.data_ptr() + tensor.numel() * tensor.element_size()))
+        return copy
+
+
+@each_strategy
+@pytest.mark.parametrize("product", PRODUCTS)
+@pytest.mark.parametrize("a", KINDS)
+def test_every_address_lies_in_an_operand(a, product, strategy, monkeypatch):
+    bounds = Bounds(monkeypatch)
+    for index, (b, c) in enumerate(itertools.product(("lora_3", "vector", "none"), ("lora_3", "vector"))):
+        call = make((a, b, c, "vector", "vector"), bias=bool(index % 3), product=product)
+        with launching(bounds.launch):
+            check(call, strategy=strategy)
+
+
+@each_strategy
+@pytest.mark.parametrize("b", KINDS)
+def test_every_address_lies_in_an_operand_where_the_output_is_reused(b, strategy, monkeypatch):
+    bounds = Bounds(monkeypatch)
+    call = make(("vector", b, "lora_3", "vector", "vector"), REUSED)
+    with torch.no_grad():
+        call[3].A.value[5, 0] = -1  # a row that is formed from x and W0
+    with launching(bounds.launch), tiles(32, 16, 32):
+        check(call, strategy=strategy)
+
+
+def test_the_bounds_notice(monkeypatch):
+    bounds = Bounds(monkeypatch)
+
+    def too_far(kernel, grid, tile, /, **arguments):
+        wrong = {"RED": arguments["RED"] + 1} if kernel.__name__ == "fused_kernel" else {}
+        bounds.launch(kernel, grid, tile, **{**arguments, **wrong})
+
+    with launching(too_far), pytest.raises(InterpreterError, match="outside of every operand"):
+        check(make(("none", "lora_3", "none", "none", "none")), strategy="fused")
+
+
+# -- lost rows ---------------------------------------------------------------------------------------
+
+
 @each_strategy
 @pytest.mark.parametrize("b", ["lora_3", "vector", "none"])
 @pytest.mark.parametrize("bias", [True, False])
@@ -70,6 +157,17 @@ def test_rows_are_lost_where_the_formula_says(bias, b, strategy):
     assert torch.equal(lost[clear], ~kept[clear])
     assert (b == "none" and not bias) or 10 < lost.sum() < 60
     assert clear.sum() > 60
+
+
+def test_the_tokens_looked_at_are_spread_over_the_batch():
+    """Every sixth or so, and no other: dy is zero there."""
+    call = make(("vector", "none", "none", "none", "vector"), (90, 70, 80))
+    dy = torch.zeros(90, 70)
+    dy[(torch.arange(1, 16) * 90 // 16)] = upstream(call)[:15]
+    with watched() as found:
+        check(call, dy)
+    lost = next(launched.arguments["lost_ptr"] for launched in found if launched.kernel == "weight_pass_kernel")
+    assert lost.sum() < 60
 
 
 def _formula(arguments, terms):
@@ -206,16 +304,24 @@ def test_probes_of_very_many_tokens(monkeypatch):
     first = first_launch(weight_pass_kernel, ("vector", "lora_3", "none", "none", "none"), "hadamard", REUSED, "fused")
     first |= {"stride_xm": 0, "stride_ym": 0}
     want = first["lost_ptr"] = torch.full_like(first["lost_ptr"], -1)
-    launch_far(monkeypatch, weight_pass_kernel, 0, first)
+    nothing = torch.zeros_like(first["partials_ptr"])
+    launch_far(monkeypatch, weight_pass_kernel, 0, first, nothing)
     many = {**first, "M": 2**29, "lost_ptr": torch.full_like(want, -1)}
-    launch_far(monkeypatch, weight_pass_kernel, 0, many)
-    assert torch.equal(many["lost_ptr"], want) and (want[:16] != -1).all()
+    launch_far(monkeypatch, weight_pass_kernel, 0, many, nothing)
+    assert torch.equal(many["lost_ptr"], want) and 0 in want[:16] and -1 not in want[:16]
 
 
 @triton.jit
 def added_kernel(ptr, out_ptr, slices, stride, BLOCK: tl.constexpr, WIDE: tl.constexpr):
     offsets = tl.arange(0, BLOCK)
     tl.store(out_ptr + offsets, sum_slices(ptr, slices, stride, offsets, offsets < BLOCK, BLOCK, WIDE))
+
+
+@pytest.mark.parametrize("slices", [1, 16, 17, 35])
+def test_any_number_of_slices(slices):
+    partials, out = torch.randn(slices, 20, dtype=torch.float64), torch.empty(16, dtype=torch.float64)
+    added_kernel[(1,)](partials, out, slices, 20, 16, tl.float64)
+    torch.testing.assert_close(out, partials[:, :16].sum(0))
 
 
 def test_slices_far_apart():
