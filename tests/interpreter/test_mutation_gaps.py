@@ -332,3 +332,10 @@ def test_slices_far_apart():
     with kernels(overflow=True):
         added_kernel[(1,)](partials, out, 3, stride, 16, tl.float32)
     assert torch.equal(out, torch.full((16,), 21.0))
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("c", ["lora_3", "none"])
+def test_several_shares_of_columns(c, strategy):
+    """A pass over W0 that no sum binds to whole rows gives its columns to several programs: none may walk another's."""
+    check(make(("none", "lora_3", c, "vector", "vector"), (17, 19, 150)), strategy=strategy)
