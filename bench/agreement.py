@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from typing import Protocol
 
 from torch import Tensor, nn
 
-from glora_kernels import use_backend
+from .oracle import oracle_model
 
 Results = dict[str, Tensor]
 
@@ -16,11 +15,17 @@ Results = dict[str, Tensor]
 class Task(Protocol):
     """One forward and backward pass: what is timed, and what is checked."""
 
-    def step(self, model: nn.Module) -> Tensor:
-        """Reset every gradient to None, run both passes, return the output."""
+    def reset(self, model: nn.Module) -> None:
+        """Every gradient back to None."""
+
+    def forward(self, model: nn.Module) -> Tensor:
+        """The output."""
+
+    def backward(self, model: nn.Module, output: Tensor) -> None:
+        """Gradients of everything that requires them."""
 
     def input_gradients(self) -> Results:
-        """The gradients that a step leaves on the task's own tensors."""
+        """Those that backward leaves on the task's own tensors."""
 
     def double(self) -> Task:
         """The same task in fp64."""
@@ -28,15 +33,16 @@ class Task(Protocol):
 
 def results(task: Task, model: nn.Module) -> Results:
     """The output and every gradient of one step."""
-    output = task.step(model).detach()
+    task.reset(model)
+    output = task.forward(model)
+    task.backward(model, output)
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    return {"output": output, **task.input_gradients(), **gradients}
+    return {"output": output.detach(), **task.input_gradients(), **gradients}
 
 
 def reference_results(task: Task, model: nn.Module) -> Results:
-    """As :func:`results`, in fp64 and, where ``model`` has GLoRA, by the reference formula."""
-    with use_backend("reference"):
-        return results(task.double(), copy.deepcopy(model).double())
+    """As :func:`results`, in fp64 and, where ``model`` has GLoRA, by the literal formula."""
+    return results(task.double(), oracle_model(model))
 
 
 def require_agreement(

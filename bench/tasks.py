@@ -1,11 +1,17 @@
-"""What is timed: one layer, and a whole classifier."""
+"""What is timed: one layer, a whole classifier, and its inference."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from .agreement import Task
+from .timing import Timed, Watch
+
+FORWARD, BACKWARD = "forward", "backward"
 
 
 @dataclass(frozen=True, eq=False)
@@ -20,12 +26,15 @@ class LayerTask:
     x: Tensor
     dy: Tensor
 
-    def step(self, model: nn.Module) -> Tensor:
+    def reset(self, model: nn.Module) -> None:
         self.x.grad = None
         model.zero_grad(set_to_none=True)
-        y = model(self.x)
+
+    def forward(self, model: nn.Module) -> Tensor:
+        return model(self.x)
+
+    def backward(self, model: nn.Module, y: Tensor) -> None:
         y.backward(self.dy)
-        return y
 
     def input_gradients(self) -> dict[str, Tensor]:
         assert self.x.grad is not None
@@ -37,7 +46,7 @@ class LayerTask:
 
 @dataclass(frozen=True, eq=False)
 class ClassifierTask:
-    """Forward, cross-entropy, backward.
+    """Forward; cross-entropy and backward.
 
     Args:
         images: a batch that does not require grad.
@@ -47,14 +56,57 @@ class ClassifierTask:
     images: Tensor
     labels: Tensor
 
-    def step(self, model: nn.Module) -> Tensor:
+    def reset(self, model: nn.Module) -> None:
         model.zero_grad(set_to_none=True)
-        logits = model(self.images)
-        F.cross_entropy(logits, self.labels).backward()
-        return logits
+
+    def forward(self, model: nn.Module) -> Tensor:
+        return model(self.images)
+
+    def backward(self, model: nn.Module, logits: Tensor) -> None:
+        F.cross_entropy(logits.float() if logits.element_size() < 4 else logits, self.labels).backward()
 
     def input_gradients(self) -> dict[str, Tensor]:
         return {}
 
     def double(self) -> ClassifierTask:
         return ClassifierTask(self.images.double(), self.labels)
+
+
+@dataclass(frozen=True, eq=False)
+class InferenceTask:
+    """Forward alone, without a graph.
+
+    Args:
+        images: a batch.
+    """
+
+    images: Tensor
+
+    def reset(self, model: nn.Module) -> None:
+        pass
+
+    @torch.inference_mode()
+    def forward(self, model: nn.Module) -> Tensor:
+        return model(self.images)
+
+    def backward(self, model: nn.Module, output: Tensor) -> None:
+        pass
+
+    def input_gradients(self) -> dict[str, Tensor]:
+        return {}
+
+    def double(self) -> InferenceTask:
+        return InferenceTask(self.images.double())
+
+
+def step(task: Task, model: nn.Module) -> Timed:
+    """Both passes, timed one by one; resetting the gradients is not timed."""
+
+    def timed(watch: Watch) -> None:
+        task.reset(model)
+        with watch(FORWARD):
+            output = task.forward(model)
+        with watch(BACKWARD):
+            task.backward(model, output)
+
+    return timed

@@ -1,17 +1,166 @@
-"""Interleaved, paired timing: A B A B ..., so that a drifting machine biases no ratio."""
+"""Interleaved, paired timing: A B A B ..., so that a drifting machine biases no ratio.
+
+A timed function is called with a :class:`Watch` and times its parts with it; what it does outside of them is not timed:
+
+    def step(watch):
+        glora.set_paths(model, paths)
+        with watch("forward"):
+            y = model(x)
+        with watch("backward"):
+            y.backward(dy)
+"""
 
 from __future__ import annotations
 
 import gc
+import math
 import statistics
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
-Times = dict[str, list[float]]
+WHOLE = "whole"
+Times = dict[str, list[float]]  # seconds of every round, by name of the function
+Phases = dict[str, Times]  # by name of the part
+
+
+class Watch(Protocol):
+    """Measures parts of a function."""
+
+    def __call__(self, phase: str) -> AbstractContextManager[None]:
+        """Time the ``with`` block; parts of one name add up."""
+
+    def seconds(self) -> dict[str, float]:
+        """Of each part since the last call."""
+
+
+Timed = Callable[[Watch], object]
+
+
+def plain(function: Callable[[], object]) -> Timed:
+    """All of ``function`` as one part, :data:`WHOLE`."""
+
+    def timed(watch: Watch) -> None:
+        with watch(WHOLE):
+            function()
+
+    return timed
+
+
+class ClockWatch:
+    """Reads a clock before and after, with the GPU idle at both times if there is one.
+
+    Args:
+        clock: seconds since some moment. ``time.process_time`` counts what the process was given, not what passed.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.perf_counter):
+        self._clock = clock
+        self._found: dict[str, float] = defaultdict(float)
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        _synchronize()
+        start = self._clock()
+        yield
+        _synchronize()
+        self._found[phase] += self._clock() - start
+
+    def seconds(self) -> dict[str, float]:
+        found, self._found = dict(self._found), defaultdict(float)
+        return found
+
+
+class EventWatch:
+    """CUDA events on the current stream: what the GPU took, with the host running ahead of it.
+
+    Args:
+        event: what makes an event; for tests.
+    """
+
+    def __init__(self, event: Callable[[], torch.cuda.Event] | None = None):
+        self._event = event or (lambda: torch.cuda.Event(enable_timing=True))
+        self._found: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        start, end = self._event(), self._event()
+        start.record()
+        yield
+        end.record()
+        self._found.append((phase, start, end))
+
+    def seconds(self) -> dict[str, float]:
+        total: dict[str, float] = defaultdict(float)
+        for phase, start, end in self._found:
+            end.synchronize()
+            total[phase] += start.elapsed_time(end) / 1e3
+        self._found = []
+        return dict(total)
+
+
+def interleave(
+    functions: Mapping[str, Timed],
+    rounds: int,
+    *,
+    warmup: int = 1,
+    prepare: Callable[[], object] | None = None,
+    watch: Watch | None = None,
+) -> Phases:
+    """Seconds of every part of every function in every round.
+
+    A round runs all of them once, forwards in even rounds and backwards in odd ones; functions to be
+    compared closely should therefore be neighbours.
+
+    Args:
+        functions: what to time, by name; all have the same parts.
+        rounds: how many timed rounds.
+        warmup: how many rounds to run before, untimed.
+        prepare: called before every round, warm-up included; not timed.
+        watch: what measures; the default reads the wall clock.
+
+    Raises:
+        ValueError: fewer than one round, or functions that differ in their parts.
+    """
+    if rounds < 1:
+        raise ValueError(f"rounds: expected at least 1, got {rounds}")
+    watch = ClockWatch() if watch is None else watch
+    phases: Phases = {}
+    for index in range(-warmup, rounds):
+        if prepare is not None:
+            prepare()
+        order = list(functions)[:: 1 if index % 2 == 0 else -1]
+        with _no_garbage_collection():
+            for name in order:
+                functions[name](watch)
+                found = watch.seconds()
+                if index >= 0:
+                    _add(phases, name, found)
+    _require_equal_lengths(phases, functions, rounds)
+    return phases
+
+
+def _add(phases: Phases, name: str, found: Mapping[str, float]) -> None:
+    for phase, seconds in found.items():
+        phases.setdefault(phase, {}).setdefault(name, []).append(seconds)
+
+
+def _require_equal_lengths(phases: Phases, functions: Mapping[str, Timed], rounds: int) -> None:
+    for phase, times in phases.items():
+        odd = [name for name in functions if len(times.get(name, ())) != rounds]
+        if odd:
+            raise ValueError(f"functions: expected all to have a part {phase!r} in every round, not so: {odd}")
+
+
+def total(phases: Phases) -> Times:
+    """The parts of every round added up."""
+    names = next(iter(phases.values()))
+    return {name: [sum(parts) for parts in zip(*(times[name] for times in phases.values()))] for name in names}
 
 
 @dataclass(frozen=True)
@@ -20,6 +169,7 @@ class Ratio:
 
     Attributes:
         median, low, high: of the ratios of the rounds; low and high are the smallest and largest.
+        lower, upper, confidence: the interval that holds the median of such ratios with that confidence.
         candidate_seconds, baseline_seconds: median times.
         rounds: how many.
     """
@@ -27,60 +177,41 @@ class Ratio:
     median: float
     low: float
     high: float
+    lower: float
+    upper: float
+    confidence: float
     candidate_seconds: float
     baseline_seconds: float
     rounds: int
 
 
-def interleave(
-    functions: Mapping[str, Callable[[], object]],
-    rounds: int,
-    *,
-    warmup: int = 1,
-    prepare: Callable[[], object] | None = None,
-    clock: Callable[[], float] = time.perf_counter,
-) -> Times:
-    """Seconds of every function in every round.
-
-    A round runs all of them once, forwards in even rounds and backwards in odd ones; functions to be
-    compared closely should therefore be neighbours.
-
-    Args:
-        functions: what to time, by name.
-        rounds: how many timed rounds.
-        warmup: how many rounds to run before, untimed.
-        prepare: called before every round, warm-up included; not timed.
-        clock: seconds since some moment.
-
-    Raises:
-        ValueError: fewer than one round.
-    """
-    if rounds < 1:
-        raise ValueError(f"rounds: expected at least 1, got {rounds}")
-    times: Times = {name: [] for name in functions}
-    for index in range(-warmup, rounds):
-        if prepare is not None:
-            prepare()
-        order = list(functions)[:: 1 if index % 2 == 0 else -1]
-        with _no_garbage_collection():
-            for name in order:
-                seconds = _seconds(functions[name], clock)
-                if index >= 0:
-                    times[name].append(seconds)
-    return times
-
-
 def ratio(times: Mapping[str, list[float]], candidate: str, baseline: str) -> Ratio:
-    """The median of the paired ratios, with the smallest and largest."""
+    """The median of the paired ratios, with its interval and the smallest and largest."""
     paired = [a / b for a, b in zip(times[candidate], times[baseline], strict=True)]
     return Ratio(
         statistics.median(paired),
         min(paired),
         max(paired),
+        *median_interval(paired),
         statistics.median(times[candidate]),
         statistics.median(times[baseline]),
         len(paired),
     )
+
+
+def median_interval(values: list[float], confidence: float = 0.95) -> tuple[float, float, float]:
+    """``(lower, upper, confidence)``: an interval for the median, free of any assumption on the distribution.
+
+    It lies between two order statistics: of n values the median of the distribution is below the (k+1)-th smallest or
+    above the (k+1)-th largest with probability ``2 P(Binomial(n, 1/2) <= k)``. The narrowest that has the asked
+    confidence is returned; with fewer than 6 values none has 95%, and the whole range is, with the confidence it has.
+    """
+    count, ordered = len(values), sorted(values)
+    outside = lambda k: 2 * sum(math.comb(count, i) for i in range(k + 1)) / 2**count  # noqa: E731
+    k = 0
+    while 2 * (k + 1) < count and 1 - outside(k + 1) >= confidence:
+        k += 1
+    return ordered[k], ordered[count - 1 - k], max(0.0, 1 - outside(k))
 
 
 @contextmanager
@@ -94,14 +225,6 @@ def _no_garbage_collection() -> Iterator[None]:
     finally:
         if was_enabled:
             gc.enable()
-
-
-def _seconds(function: Callable[[], object], clock: Callable[[], float]) -> float:
-    _synchronize()
-    start = clock()
-    function()
-    _synchronize()
-    return clock() - start
 
 
 def _synchronize() -> None:

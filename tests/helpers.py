@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from glora_kernels import Constant, LowRank, Terms, Vector, reference
+from glora_kernels.contract import PROMISED as CONTRACT
+from glora_kernels.contract import largest_constant
 
 WEIGHT_CHOICES = ("lora_1", "lora_3", "vector", "constant", "none")
 PROMPT_CHOICES = ("lora_1", "lora_3", "vector", "none")
@@ -18,11 +20,6 @@ ALL_PATHS = list(itertools.product(WEIGHT_CHOICES, WEIGHT_CHOICES, PROMPT_CHOICE
 
 # Generated cases are the same in every run; another seed draws others.
 TEST_SEED = int(os.environ.get("GLORA_TEST_SEED", "0"))
-
-UNIT_ROUNDOFF = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8, torch.float32: 2.0**-24, torch.float64: 2.0**-53}
-# guides/reliability.md, section 2: promised constants. fp64 is the test vehicle and has no promise
-# of its own; the bound of fp32 holds there too.
-CONTRACT = {torch.float16: 3.0, torch.bfloat16: 3.0, torch.float32: 8.0, torch.float64: 8.0}
 
 
 def generator_for(*key) -> torch.Generator:
@@ -119,19 +116,13 @@ def oracle(x, weight, bias, terms, dy) -> tuple[dict, dict]:
 def worst_constant(got: dict, want: dict, scale: dict, dtype: torch.dtype) -> dict[str, float]:
     """``max (|got - want| - tiny) / (u S)`` for each result; infinite where S is 0 and the error is not."""
     worst = {}
-    tiny = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
     for name, expected in want.items():
         actual = got[name]
         if expected is None:
             assert actual is None, f"{name}: expected no gradient"
             continue
         assert actual is not None, f"{name}: no gradient"
-        error = (actual.double() - expected).abs()
-        # A value beyond the dtype's range rounds to infinity: fp16's is small.
-        overflow = expected.to(actual.dtype).isinf() & (actual == expected.to(actual.dtype))
-        excess = torch.where(overflow, 0.0, error - tiny).clamp_min(0)
-        ratio = torch.where(excess > 0, excess / (UNIT_ROUNDOFF[dtype] * scale[name]), excess)
-        worst[name] = float(ratio.max()) if ratio.numel() else 0.0
+        worst[name] = largest_constant(actual, expected, scale[name], dtype)
     return worst
 
 

@@ -5,7 +5,8 @@ import torch
 from torch.nn import functional as F
 
 from glora_kernels import Terms, Vector, glora_linear, glora_merge, reference, use_backend
-from tests.helpers import ALL_PATHS, CONTRACT, UNIT_ROUNDOFF, make_call
+from glora_kernels.contract import UNIT_ROUNDOFF
+from tests.helpers import ALL_PATHS, CONTRACT, make_call
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 

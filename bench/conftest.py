@@ -1,0 +1,184 @@
+"""Options of ``pytest bench/``, and how interleaved times become entries of pytest-benchmark.
+
+pytest-benchmark times one function after the other. Here all that are compared run A B A B ... in one go, the first
+time that one of them is asked for (``measured``); each test then hands its own seconds over (``hand_in``), through a
+clock that shows them again. So there are its tables, its JSON and its comparisons, from paired rounds.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Hashable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from . import report
+from .environment import environment
+from .section import Section
+from .settings import CLOCKS, Settings
+from .shapes import SHAPE_SETS
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+COLUMNS = ["median", "min", "max", "rounds"]
+SETTINGS = pytest.StashKey[Settings]()
+SECTIONS = pytest.StashKey[dict[Hashable, Any]]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("bench", "what to measure, and how")
+    group.addoption("--shapes", default="small", help=f"shape sets, by commas: {', '.join(SHAPE_SETS)}, or all")
+    group.addoption("--dtype", default="float32", choices=DTYPES, help="of weights and inputs")
+    group.addoption("--device", default="cpu", choices=("cpu", "cuda"))
+    group.addoption("--rounds", type=int, default=7, help="timed rounds of every interleaved run")
+    group.addoption("--threads", type=int, default=1, help="of torch on a CPU; 1 spreads least")
+    group.addoption("--clock", default="wall", choices=CLOCKS, help="on a CPU: time that passed, or that was given")
+    group.addoption("--results", type=Path, help="folder for results.json, table.md and pictures")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[SETTINGS] = _settings(config)
+    config.stash[SECTIONS] = {}
+    config.addinivalue_line("filterwarnings", "default")  # what peers warn of is not ours to mend
+    config.addinivalue_line("markers", "benchmark: an entry of pytest-benchmark")
+    torch.set_num_threads(config.stash[SETTINGS].threads)
+    if config.getoption("benchmark_columns", None) is not None and not _given(config, "--benchmark-columns"):
+        config.option.benchmark_columns = COLUMNS
+
+
+def _given(config: pytest.Config, option: str) -> bool:
+    return any(str(argument).startswith(option) for argument in config.invocation_params.args)
+
+
+def _settings(config: pytest.Config) -> Settings:
+    asked = config.getoption("shapes").split(",")
+    shapes = tuple(name for name in SHAPE_SETS if name != "tiny") if asked == ["all"] else tuple(asked)
+    unknown = [name for name in shapes if name not in SHAPE_SETS]
+    if unknown:
+        raise pytest.UsageError(f"--shapes: expected some of {', '.join(SHAPE_SETS)}, or all; got {unknown}")
+    for option in ("rounds", "threads"):
+        if config.getoption(option) < 1:
+            raise pytest.UsageError(f"--{option}: expected at least 1, got {config.getoption(option)}")
+    device = config.getoption("device")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise pytest.UsageError("--device: expected a GPU for cuda, found none")
+    results = config.getoption("results")
+    if results is not None and results.exists() and not results.is_dir():
+        raise pytest.UsageError(f"--results: expected a folder, got the file {results}")
+    dtype, rounds = DTYPES[config.getoption("dtype")], config.getoption("rounds")
+    return Settings(shapes, device, dtype, rounds, config.getoption("clock"), config.getoption("threads"))
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """``layer`` and ``model`` of every shape set that was asked for."""
+    sets = metafunc.config.stash[SETTINGS].sets
+    if "layer" in metafunc.fixturenames:
+        layers = [pytest.param(name, one, id=f"{name} {one.name}") for name in sets for one in sets[name].layers]
+        metafunc.parametrize(("shape_set", "layer"), layers, scope="session")
+    if "model" in metafunc.fixturenames:
+        models = [pytest.param(name, found.model, id=name) for name, found in sets.items() if found.model is not None]
+        metafunc.parametrize(("shape_set", "model"), models, scope="session")
+
+
+@pytest.fixture(scope="session")
+def settings(request: pytest.FixtureRequest) -> Settings:
+    return request.config.stash[SETTINGS]
+
+
+@pytest.fixture(scope="session")
+def measured(request: pytest.FixtureRequest) -> Callable:
+    """``measured(function, *arguments)``: what it returns, measured once a session. A failure fails every asker."""
+    found = request.config.stash[SECTIONS]
+
+    def once(function: Callable, *arguments: Any) -> Any:
+        key = (function, *arguments)
+        if key not in found:
+            try:
+                found[key] = function(*arguments)
+            except Exception as error:
+                found[key] = error
+        if isinstance(found[key], Exception):
+            raise found[key]
+        return found[key]
+
+    return once
+
+
+class ReplayClock:
+    """Passes as many seconds in each :meth:`advance` as one round took."""
+
+    __name__ = "interleaved rounds"
+
+    def __init__(self, seconds: list[float]):
+        self._now, self._seconds = 0.0, iter(seconds)
+
+    def __call__(self) -> float:
+        return self._now
+
+    def advance(self) -> None:
+        self._now += next(self._seconds, 0.0)
+
+
+@pytest.fixture
+def hand_in(request: pytest.FixtureRequest, settings: Settings) -> Callable[[Section, str, str], None]:
+    """``hand_in(section, phase, entrant)``: an entry of pytest-benchmark; fails for who was refused."""
+
+    def give(section: Section, phase: str, entrant: str) -> None:
+        if entrant in section.missing:
+            pytest.skip(section.missing[entrant])
+        if entrant not in section.phases[phase]:
+            refused = "; ".join(f"{name}: {reason}" for name, reason in section.refused.items())
+            pytest.fail(f"{entrant!r} was not timed: {refused}", pytrace=False)
+        if not request.config.pluginmanager.hasplugin("benchmark"):
+            return
+        seconds = section.phases[phase][entrant]
+        clock = ReplayClock(seconds)
+        request.node.add_marker(pytest.mark.benchmark(group=f"{section.title}: {phase}", timer=clock))
+        benchmark = request.getfixturevalue("benchmark")
+        benchmark.extra_info.update(_extra(section, entrant, seconds, settings, request.config))
+        benchmark.pedantic(clock.advance, rounds=len(seconds))
+
+    return give
+
+
+def _extra(
+    section: Section, entrant: str, seconds: list[float], settings: Settings, config: pytest.Config
+) -> dict[str, Any]:
+    """What an entry says beside its times."""
+    median = statistics.median(seconds)
+    return {
+        **{name: value for name, value in environment(settings.device).items() if name in ("device", "versions")},
+        "dtype": str(settings.dtype).removeprefix("torch."),
+        "shape": section.title,
+        "strategy": section.strategies.get(entrant),
+        "error": section.errors.get(entrant),
+        **{f"{unit}_per_second": count / median for unit, count in section.units.items()},
+        **section.facts.get(entrant, {}),
+    }
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    sections = _sections(config)
+    if sections:
+        terminalreporter.section("ratios of times: median [95% interval of the median]")
+        terminalreporter.write_line(report.summary([section.to_dict() for section in sections]))
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    folder, sections = session.config.getoption("results"), _sections(session.config)
+    if folder is not None and sections:
+        content = report.results(sections, session.config.stash[SETTINGS], session.testsfailed)
+        report.write(content, folder)
+
+
+def _sections(config: pytest.Config) -> list[Section]:
+    """All that were measured, in order."""
+    found = config.stash.get(SECTIONS, {}).values()
+    return [
+        section
+        for one in found
+        for section in (one if isinstance(one, list) else [one])
+        if isinstance(section, Section)
+    ]

@@ -1,0 +1,178 @@
+"""Ours and every peer on one backbone, each held against the fp64 reference before anything is timed."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+
+import torch
+from torch import nn
+
+import glora
+from glora import PathConfig
+from glora.paths import Paths
+
+from ..agreement import Results, Task, reference_results, require_agreement, results
+from . import formulas, lycoris_models, peft_models
+from .names import (
+    ASSEMBLED,
+    FROZEN,
+    GLORA,
+    HIRA,
+    LORA,
+    LYCORIS,
+    LYCORIS_BYPASS,
+    OFFICIAL,
+    OURS,
+    OURS_MATMUL,
+    all_low_rank,
+    hira,
+    lora,
+    lycoris,
+)
+
+ADAPTER_STD = 0.02  # of every factor: not zero, for zeros run faster
+
+
+@dataclass(frozen=True)
+class Entrant:
+    """One that takes part.
+
+    Attributes:
+        make: from the backbone, and the one of ours with the same product, to an adapted model.
+        path: on which ours computes the same, by rank; None for who can be set to any path.
+        names: what our parameters are called there, by layer; None where they have our own names.
+        product: ``"hadamard"`` or ``"matmul"``.
+        package: what has to be installed.
+    """
+
+    make: Callable[[nn.Module, nn.Module], nn.Module]
+    path: Callable[[int], PathConfig] | None = None
+    names: dict[str, str] | None = None
+    product: str = "hadamard"
+    package: str = "glora"
+
+
+ENTRANTS = {
+    FROZEN: Entrant(lambda backbone, ours: _frozen_model(backbone, next(iter(glora.glora_layers(ours))))),
+    LORA: Entrant(peft_models.lora_model, lora, peft_models.LORA_NAMES, package="peft"),
+    OURS: Entrant(lambda _backbone, ours: ours),
+    ASSEMBLED: Entrant(lambda backbone, ours: formulas.with_layers(backbone, ours, formulas.AssembledLinear)),
+    OFFICIAL: Entrant(lambda backbone, ours: formulas.with_layers(backbone, ours, formulas.OfficialLinear)),
+    HIRA: Entrant(peft_models.hira_model, hira, peft_models.HIRA_NAMES, package="peft"),
+    GLORA: Entrant(peft_models.glora_model, all_low_rank, peft_models.GLORA_NAMES, package="peft"),
+    OURS_MATMUL: Entrant(lambda _backbone, ours: ours, lycoris, product="matmul"),
+    LYCORIS_BYPASS: Entrant(lycoris_models.bypass_model, lycoris, lycoris_models.NAMES, "matmul", "lycoris"),
+    LYCORIS: Entrant(lycoris_models.lycoris_model, lycoris, lycoris_models.NAMES, "matmul", "lycoris"),
+}
+ANY_PATH = (OURS, ASSEMBLED, OFFICIAL)
+
+
+@dataclass
+class Field:
+    """Models by entrant, and who was refused.
+
+    Attributes:
+        models: of those that take part.
+        layers: the names of the adapted layers.
+        rank: of every adapter.
+        errors: the largest relative error of each against fp64, once :meth:`check` has run.
+        refused: who does not take part, and why.
+        missing: whose package is not installed.
+    """
+
+    models: dict[str, nn.Module]
+    layers: tuple[str, ...]
+    rank: int
+    errors: dict[str, float] = field(default_factory=dict)
+    refused: dict[str, str] = field(default_factory=dict)
+    missing: dict[str, str] = field(default_factory=dict)
+
+    def set_paths(self, paths: Paths) -> None:
+        """The same paths for all that can be set to any."""
+        for name in ANY_PATH:
+            if name in self.models:
+                glora.set_paths(self.models[name], paths)
+
+    def set_path(self, path: PathConfig) -> None:
+        """The same path for every layer of all that can be set to any."""
+        self.set_paths(dict.fromkeys(self.layers, path))
+
+    def check(self, task: Task, path_sets: Sequence[Paths], tolerance: float) -> None:
+        """Hold output and gradients of everyone against fp64; who is wrong is refused and leaves.
+
+        Args:
+            path_sets: on which to check those that can be set to any path.
+            tolerance: the largest relative error allowed, in the 2-norm, of each tensor.
+        """
+        for paths in path_sets:
+            self.set_paths(paths)
+            want = reference_results(task, self.models[OURS])
+            for name in ANY_PATH:
+                self._hold(name, task, want, tolerance)
+        for name, entrant in ENTRANTS.items():
+            if name in self.models and entrant.path is not None:
+                ours = self._ours(entrant.product)
+                glora.set_paths(ours, dict.fromkeys(self.layers, entrant.path(self.rank)))
+                self._hold(name, task, reference_results(task, ours), tolerance)
+        if FROZEN in self.models:
+            self._hold(FROZEN, task, reference_results(task, self.models[FROZEN]), tolerance)
+        for name in self.refused:
+            self.models.pop(name, None)
+
+    def _ours(self, product: str) -> nn.Module:
+        return self.models[OURS if product == "hadamard" else OURS_MATMUL]
+
+    def _hold(self, name: str, task: Task, want: Results, tolerance: float) -> None:
+        if name not in self.models or name in self.refused:
+            return
+        try:
+            got = results(task, self.models[name])
+            error = require_agreement(name, got, want, tolerance, self._names(name))
+        except Exception as failure:  # whatever a peer does wrong, it does not end the run of the others
+            self.refused[name] = f"{type(failure).__name__}: {failure}"
+            return
+        self.errors[name] = max(self.errors.get(name, 0.0), error)
+
+    def _names(self, name: str) -> Mapping[str, str] | None:
+        names = ENTRANTS[name].names
+        if names is None:
+            return None
+        return {f"{layer}.{own}": f"{layer}.{theirs}" for layer in self.layers for own, theirs in names.items()}
+
+
+def make_field(backbone: nn.Module, names: Iterable[str], rank: int, entrants: Iterable[str] = ENTRANTS) -> Field:
+    """Ours and ``entrants``, adapted at exactly ``names`` and frozen everywhere else."""
+    names = tuple(names)
+    ours = {product: _our_model(backbone, names, rank, product) for product in ("hadamard", "matmul")}
+    made = Field({}, names, rank)
+    for name in dict.fromkeys((OURS, OURS_MATMUL, *entrants)):
+        entrant = ENTRANTS[name]
+        if find_spec(entrant.package) is None:
+            made.missing[name] = f"the package {entrant.package} is not installed"
+            continue
+        model = entrant.make(backbone, ours[entrant.product])
+        if entrant.names is not None:
+            peft_models.copy_factors(ours[entrant.product], model, entrant.names)
+        made.models[name] = model
+    return made
+
+
+def _our_model(backbone: nn.Module, names: tuple[str, ...], rank: int, product: str) -> nn.Module:
+    model = glora.inject(copy.deepcopy(backbone), rank, targets=names, exclude=(), product=product)
+    with torch.no_grad():
+        for parameter in glora.trainable_parameters(model):
+            parameter.normal_(std=ADAPTER_STD)
+    return model
+
+
+def _frozen_model(backbone: nn.Module, first: str) -> nn.Module:
+    """All frozen, and yet its backward pass goes back to the output of the layer ``first``.
+
+    There it ends in an adapted model too, whose first adapted layer has no input to differentiate by.
+    """
+    model = copy.deepcopy(backbone).requires_grad_(False)
+    model.get_submodule(first).register_forward_hook(lambda _module, _inputs, y: y.requires_grad_())
+    return model

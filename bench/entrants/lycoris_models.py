@@ -1,0 +1,38 @@
+"""LyCORIS' glora (package lycoris-lora) at alpha = rank, with the factors of ours."""
+
+from __future__ import annotations
+
+import copy
+
+from torch import nn
+
+import glora
+
+NAMES = {
+    "Ad": "lycoris.a1.weight",
+    "Au": "lycoris.a2.weight",
+    "Bd": "lycoris.b1.weight",
+    "Bu": "lycoris.b2.weight",
+}
+
+
+def lycoris_model(backbone: nn.Module, ours: nn.Module) -> nn.Module:
+    """As it comes: the dense difference of the weight is formed, and multiplied by in a second product."""
+    return _adapted(backbone, ours, bypass=False)
+
+
+def bypass_model(backbone: nn.Module, ours: nn.Module) -> nn.Module:
+    """``bypass_mode``: thin products beside the frozen layer."""
+    return _adapted(backbone, ours, bypass=True)
+
+
+def _adapted(backbone: nn.Module, ours: nn.Module, bypass: bool) -> nn.Module:
+    from lycoris.modules.glora import GLoRAModule
+
+    model = copy.deepcopy(backbone).requires_grad_(False)
+    for name, layer in glora.glora_layers(ours).items():
+        linear = model.get_submodule(name)
+        adapter = GLoRAModule(name, linear, 1.0, layer.rank, layer.rank, bypass_mode=bypass)
+        adapter.apply_to()
+        linear.lycoris = adapter.to(layer.weight)
+    return model

@@ -1,0 +1,1 @@
+"""One module for each group of ``pytest bench/``: what is measured, and how."""

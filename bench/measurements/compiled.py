@@ -1,0 +1,114 @@
+"""One layer as in ``layer.py``, everyone under ``torch.compile``.
+
+The path of those that take any is all low rank, and for ours the random ones beside: one graph serves them all, where
+the others compile anew for each.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+import glora
+from glora import PathConfig
+
+from ..entrants import ASSEMBLED, FROZEN, GLORA, HIRA, LORA, LYCORIS_BYPASS, OFFICIAL, OURS, OURS_MATMUL, all_low_rank
+from ..section import Comparison, Section, against, per_run
+from ..settings import SEED, Settings
+from ..shapes import Layer
+from ..tasks import LayerTask, step
+from ..timing import Timed, Watch, interleave
+from .layer import NAME, RANDOM, make_layer, spread_paths
+
+EAGER = ", eager"
+COMPILED = (FROZEN, LORA, OURS, ASSEMBLED, OFFICIAL, GLORA, HIRA, OURS_MATMUL, LYCORIS_BYPASS)
+ENTRIES = (*COMPILED[:3], OURS + EAGER, OURS + RANDOM, *COMPILED[3:])
+COMPARISONS = (
+    *against((FROZEN, LORA), [OURS + RANDOM]),
+    *(Comparison(OURS, name) for name in (OFFICIAL, ASSEMBLED, GLORA, OURS + EAGER)),
+    Comparison(OURS_MATMUL, LYCORIS_BYPASS),
+)
+
+
+class CompiledLayerTask(LayerTask):
+    """As :class:`LayerTask`, with every model compiled.
+
+    torch keeps what it compiled with the code object; a copy of it for each model, or they would share a cache, go
+    through each other's guards and hit its limit.
+    """
+
+    @functools.cache  # noqa: B019, lives as long as the measurement
+    def _compiled(self, model: nn.Module) -> Callable[[nn.Module, Tensor], Tensor]:
+        return torch.compile(types.FunctionType(_call.__code__.replace(), globals()))
+
+    def forward(self, model: nn.Module) -> Tensor:
+        return self._compiled(model)(model, self.x)
+
+    def backward(self, model: nn.Module, y: Tensor) -> None:
+        super().backward(model, y)
+        if glora.glora_layers(model):
+            glora.drop_unread_gradients(model)
+
+
+def _call(model: nn.Module, x: Tensor) -> Tensor:
+    return model(x)
+
+
+def measure(shape_set: str, layer: Layer, settings: Settings) -> Section:
+    """Check everyone compiled, then time them."""
+    field, eager = make_layer(layer, settings, COMPILED)
+    task = CompiledLayerTask(eager.x, eager.dy)
+    path = all_low_rank(layer.rank)
+    torch.compiler.reset()
+    field.check(task, [{NAME: path}], settings.layer_tolerance)
+    field.set_path(path)
+
+    functions: dict[str, Timed] = {name: step(task, model) for name, model in field.models.items()}
+    shares = {}
+    if OURS in functions:
+        drawn = spread_paths(layer.rank, torch.Generator().manual_seed(SEED))
+        functions[OURS + EAGER] = _eagerly(functions[OURS])
+        functions[OURS + RANDOM] = _on_each(field.models[OURS], drawn, path, functions[OURS])
+        shares[OURS + RANDOM] = len(drawn)
+    ordered = {name: functions[name] for name in ENTRIES if name in functions}
+    phases = interleave(ordered, settings.rounds, watch=settings.watch())
+    tokens = layer.tokens_on(settings.device)
+    return Section(
+        "compiled layer",
+        f"{shape_set} {layer.name}",
+        f"under torch.compile, {layer.name}: {tokens} x {layer.inputs} -> {layer.outputs}, rank {layer.rank}, "
+        "all low rank where not said",
+        settings.layer_tolerance,
+        field.errors,
+        field.refused,
+        field.missing,
+        {phase: per_run(times, shares) for phase, times in phases.items()},
+        COMPARISONS,
+        units={"tokens": tokens},
+    )
+
+
+def _eagerly(timed: Timed) -> Timed:
+    """As if not compiled."""
+
+    def run(watch: Watch) -> None:
+        with torch.compiler.set_stance("force_eager"):
+            timed(watch)
+
+    return run
+
+
+def _on_each(ours: nn.Module, paths: list[PathConfig], usual: PathConfig, timed: Timed) -> Timed:
+    """On each of ``paths``, then back to the usual one; setting them is not timed."""
+
+    def run(watch: Watch) -> None:
+        for path in paths:
+            glora.set_paths(ours, {NAME: path})
+            timed(watch)
+        glora.set_paths(ours, {NAME: usual})
+
+    return run

@@ -1,0 +1,94 @@
+"""Images per second of the original model, the merged one and each unmerged peer (the paper's Table 3)."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+import glora
+from glora import SearchSpace
+
+from .. import counting
+from ..agreement import require_agreement, results
+from ..entrants import ASSEMBLED, GLORA, HIRA, LORA, LYCORIS_BYPASS, OFFICIAL, OURS, Field
+from ..oracle import oracle_model
+from ..section import Comparison, Section
+from ..settings import SEED, Settings
+from ..shapes import Model
+from ..tasks import InferenceTask
+from ..timing import interleave, plain
+from .model import make_backbone, make_model
+
+BATCHES = (1, 4, 16)
+ORIGINAL, CONTROL, MERGED = "original", "original, a second copy", "merged"
+UNMERGED = (OURS, ASSEMBLED, OFFICIAL, LORA, HIRA, GLORA, LYCORIS_BYPASS)
+ENTRIES = (CONTROL, ORIGINAL, MERGED, *UNMERGED)
+COMPARISONS = tuple(Comparison(name, ORIGINAL) for name in (MERGED, CONTROL, *UNMERGED))
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """Models by entrant, ready to be timed, and the field that they were checked in."""
+
+    models: dict[str, nn.Module]
+    field: Field
+    image_size: tuple[int, ...]
+
+
+def make(model: Model, settings: Settings) -> Prepared:
+    """Everyone in eval mode, checked; ours on random paths, merged and not."""
+    field, trained = make_model(model, settings)
+    task = InferenceTask(trained.images[:1])
+    for one in field.models.values():
+        one.eval().requires_grad_(False)
+    ours = field.models[OURS]
+    paths = glora.sample_paths(ours, SearchSpace((model.rank,)), torch.Generator().manual_seed(SEED))
+    field.check(task, [paths], settings.model_tolerance)
+    original = make_backbone(model, settings).eval().requires_grad_(False)
+    models: dict[str, nn.Module] = {ORIGINAL: original, CONTROL: copy.deepcopy(original)}
+    glora.set_paths(ours, paths)
+    models[MERGED] = merged = copy.deepcopy(ours)
+    glora.merge(merged)
+    want = results(task.double(), oracle_model(ours))
+    field.errors[MERGED] = require_agreement(MERGED, results(task, merged), want, settings.model_tolerance)
+    models |= {name: field.models[name] for name in UNMERGED if name in field.models}
+    return Prepared(models, field, tuple(trained.images.shape[1:]))
+
+
+def measure(shape_set: str, model: Model, batch: int, settings: Settings, prepared: Prepared) -> Section:
+    """Time everyone; a second copy of the original says how far apart two equal models are found to be."""
+    models, field = prepared.models, prepared.field
+    task = InferenceTask(settings.randn(batch, *prepared.image_size))
+    runs = {name: functools.partial(task.forward, models[name]) for name in ENTRIES if name in models}
+    phases = interleave(
+        {name: plain(run) for name, run in runs.items()}, 2 * settings.rounds, warmup=2, watch=settings.watch()
+    )
+    facts: dict[str, dict[str, float]] = {}
+    for name, run in runs.items():
+        facts[name] = {"parameters": sum(p.numel() for p in models[name].parameters())}
+        if settings.device == "cpu":
+            facts[name]["flops"] = counting.flops(run)
+    return Section(
+        "inference",
+        f"{shape_set} batch {batch}",
+        f"inference with {model.name}, batch {batch}",
+        settings.model_tolerance,
+        field.errors,
+        field.refused,
+        field.missing,
+        phases,
+        COMPARISONS,
+        facts,
+        {"images": batch},
+    )
+
+
+def architecture(model: nn.Module) -> list[tuple]:
+    """Every module with its type and settings, and every parameter and buffer with its shape and type, by name."""
+    modules = [(name, type(module), module.extra_repr()) for name, module in model.named_modules()]
+    tensors = [(name, tensor.shape, tensor.dtype) for name, tensor in model.state_dict().items()]
+    return [*modules, *tensors]

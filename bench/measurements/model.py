@@ -1,0 +1,136 @@
+"""A training step of a whole timm model: forward, cross-entropy and backward, AdamW; new random paths every round."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+import glora
+from glora import SearchSpace
+
+from .. import counting
+from ..entrants import (
+    ASSEMBLED,
+    FROZEN,
+    GLORA,
+    HIRA,
+    LORA,
+    LYCORIS,
+    LYCORIS_BYPASS,
+    OFFICIAL,
+    OURS,
+    OURS_MATMUL,
+    Field,
+    make_field,
+)
+from ..section import Comparison, Section, against
+from ..settings import SEED, Settings
+from ..shapes import Model
+from ..tasks import ClassifierTask, step
+from ..timing import Timed, Watch, interleave
+
+OPTIMIZER = "optimizer"
+ENTRIES = (FROZEN, LORA, OURS, ASSEMBLED, OFFICIAL, HIRA, OURS_MATMUL, LYCORIS_BYPASS, LYCORIS, GLORA)
+COMPARISONS = (
+    *(Comparison(OURS, name) for name in (OFFICIAL, ASSEMBLED, GLORA, LORA, FROZEN)),
+    Comparison(OURS_MATMUL, LYCORIS_BYPASS),
+    Comparison(OURS_MATMUL, LYCORIS),
+    *against((FROZEN,), (LORA, HIRA, GLORA, LYCORIS_BYPASS, LYCORIS, ASSEMBLED, OFFICIAL)),
+)
+
+
+def measure(shape_set: str, model: Model, settings: Settings) -> Section:
+    """Check and time everyone; those that take any path get the same new one for every layer, every round."""
+    field, task = make_model(model, settings)
+    generator = torch.Generator().manual_seed(SEED)
+    # Under a layer norm the gradient of a constant is a sum that cancels to nothing: the layers check these.
+    checkable = SearchSpace((model.rank,), B=("lora", "vector", "none"), D=("vector", "none"), E=("vector", "none"))
+    space = SearchSpace((model.rank,))
+    ours = field.models[OURS]
+    field.check(task, [glora.sample_paths(ours, checkable, generator)], settings.model_tolerance)
+
+    functions = {name: _training_step(task, field.models[name]) for name in ENTRIES if name in field.models}
+    phases = interleave(
+        functions,
+        settings.rounds,
+        prepare=lambda: field.set_paths(glora.sample_paths(ours, space, generator)),
+        watch=settings.watch(),
+    )
+    field.set_paths(glora.sample_paths(ours, space, torch.Generator().manual_seed(SEED)))
+    return Section(
+        "model",
+        f"{shape_set} step",
+        f"training step of {model.name}, batch {model.batch_on(settings.device)}, rank {model.rank}, random paths",
+        settings.model_tolerance,
+        field.errors,
+        field.refused,
+        field.missing,
+        phases,
+        COMPARISONS,
+        {name: _count(task, field.models[name], settings.device) for name in functions},
+        {"images": model.batch_on(settings.device)},
+    )
+
+
+def make_model(model: Model, settings: Settings) -> tuple[Field, ClassifierTask]:
+    """Everyone in the same linear layers of a randomly initialised model, and random images for it."""
+    backbone = make_backbone(model, settings)
+    batch, size = model.batch_on(settings.device), backbone.default_cfg["input_size"]
+    images, labels = settings.randn(batch, *size), torch.randint(1000, (batch,), device=settings.device)
+    return make_field(backbone, linear_names(backbone, model.linears), model.rank), ClassifierTask(images, labels)
+
+
+def make_backbone(model: Model, settings: Settings) -> nn.Module:
+    """From timm, randomly initialised (always the same) and without anything random in forward.
+
+    Biases and norms are moved off the zeros and ones that they start at.
+    """
+    import timm
+
+    torch.manual_seed(SEED)
+    backbone = timm.create_model(model.name, drop_path_rate=0.0).train()
+    with torch.no_grad():
+        for parameter in backbone.parameters():
+            if parameter.dim() == 1:
+                parameter.add_(torch.randn_like(parameter), alpha=0.02)
+    return backbone.to(settings.device, settings.dtype)
+
+
+def linear_names(backbone: nn.Module, expected: int) -> list[str]:
+    """Of all linear layers but those of the head.
+
+    Raises:
+        ValueError: another number of them than ``expected``: this timm builds another model.
+    """
+    modules = backbone.named_modules()
+    names = [name for name, module in modules if type(module) is nn.Linear and name.split(".")[0] != "head"]
+    if len(names) != expected:
+        raise ValueError(f"model: expected {expected} linear layers beside the head, got {len(names)}")
+    return names
+
+
+def _training_step(task: ClassifierTask, model: nn.Module) -> Timed:
+    parameters = glora.trainable_parameters(model)
+    optimizer = torch.optim.AdamW(parameters, lr=1e-4, weight_decay=1e-4) if parameters else None
+    passes = step(task, model)
+
+    def timed(watch: Watch) -> None:
+        passes(watch)
+        with watch(OPTIMIZER):
+            if optimizer is not None:
+                optimizer.step()
+
+    return timed
+
+
+def _count(task: ClassifierTask, model: nn.Module, device: str) -> dict[str, float]:
+    def both() -> None:
+        task.reset(model)
+        task.backward(model, task.forward(model))
+
+    task.reset(model)
+    return {
+        "saved_bytes": counting.saved_bytes(lambda: task.forward(model), (model,)),
+        "peak_bytes": counting.peak_bytes(both, device),
+        "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+    }

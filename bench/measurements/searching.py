@@ -1,0 +1,64 @@
+"""Candidates a second of a search: each merged once, or W_eff formed anew in every layer and batch."""
+
+from __future__ import annotations
+
+import torch
+from torch.utils.data import TensorDataset
+
+import glora
+from glora import SearchSpace
+from glora.evaluation import evaluate, evaluate_merged
+
+from ..entrants import OFFICIAL, OURS
+from ..oracle import oracle_model
+from ..section import Comparison, Section
+from ..settings import SEED, Settings
+from ..shapes import Model
+from ..timing import interleave, plain
+from .model import make_model
+
+MERGED, UNMERGED = "ours, merged", "ours, unmerged"
+BATCHES, BATCH = 4, 4  # of images that every candidate is scored on
+
+
+def measure(shape_set: str, model: Model, settings: Settings) -> Section:
+    """Check that all give a candidate the same loss, then time its evaluation; a new candidate every round."""
+    field, task = make_model(model, settings)
+    ours, official = field.models[OURS], field.models[OFFICIAL]
+    images = settings.randn(BATCHES * BATCH, *task.images.shape[1:])
+    data = TensorDataset(images, torch.randint(1000, (len(images),)))
+    space, generator = SearchSpace((model.rank,)), torch.Generator().manual_seed(SEED)
+    candidate = {}
+
+    def draw() -> None:
+        candidate.update(glora.sample_paths(ours, space, generator))
+        field.set_paths(candidate)
+
+    runs = {
+        MERGED: lambda: evaluate_merged(ours, candidate, data, BATCH),
+        UNMERGED: lambda: evaluate(ours, data, BATCH),
+        OFFICIAL: lambda: evaluate(official, data, BATCH),
+    }
+    draw()
+    want = evaluate(oracle_model(ours), TensorDataset(images.double(), data.tensors[1]), BATCH).loss
+    errors = {name: abs(run().loss / want - 1) for name, run in runs.items()}
+    wrong = {name: error for name, error in errors.items() if not error <= settings.model_tolerance}
+    refused = {name: f"its loss is off by {error:.1e}" for name, error in wrong.items()}
+    phases = interleave(
+        {name: plain(run) for name, run in runs.items() if name not in refused},
+        settings.rounds,
+        prepare=draw,
+        watch=settings.watch(),
+    )
+    return Section(
+        "search",
+        f"{shape_set} candidate",
+        f"scoring a candidate of {model.name} on {BATCHES} batches of {BATCH} images",
+        settings.model_tolerance,
+        errors,
+        refused,
+        {},
+        phases,
+        (Comparison(MERGED, OFFICIAL), Comparison(MERGED, UNMERGED), Comparison(UNMERGED, OFFICIAL)),
+        units={"candidates": 1},
+    )

@@ -1,0 +1,68 @@
+"""The truth that everything is held against before it is timed: the formula in fp64, from stored tensors and path.
+
+It shares no line with what it checks: neither ``glora_kernels`` nor the layer's own reading of its path.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import glora
+from glora import GLoRALinear
+from glora.modules import replace_modules
+
+
+class OracleLinear(nn.Module):
+    """``y = (W0 + W0*A + B) x + W0 c + D*b0 + E + b0`` with dense A and B; ``W0 @ A`` for the matmul product.
+
+    Holds fp64 copies of a layer's parameters, under their names.
+    """
+
+    def __init__(self, layer: GLoRALinear):
+        super().__init__()
+        for name, parameter in layer.named_parameters():
+            self.register_parameter(name, nn.Parameter(parameter.detach().double(), parameter.requires_grad))
+        self.path, self.product, self.has_bias = layer.path.to_dict(), layer.product, layer.bias is not None
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, eye = self.weight, torch.eye(self.weight.shape[1]).to(self.weight)
+        if self.product == "hadamard":
+            change = weight * self.matrix("A", torch.ones_like(weight))
+        elif self.path["A"].startswith("lora"):
+            change = weight @ self.matrix("A", eye)
+        else:
+            change = weight @ (self.matrix("A", torch.ones_like(eye)) * eye)
+        bias = self.row("E") + (weight @ self.matrix("C", torch.ones_like(weight[0])[:, None]))[:, 0]
+        if self.has_bias:
+            bias = bias + self.bias + self.bias * self.row("D")
+        return F.linear(x, weight + change + self.matrix("B", torch.ones_like(weight)), bias)
+
+    def matrix(self, slot: str, ones: Tensor) -> Tensor:
+        """A, B or C, as large as ``ones``."""
+        kind, down, up = self.path[slot], self.get_parameter(f"{slot}d"), self.get_parameter(f"{slot}u")
+        if kind.startswith("lora"):
+            rank = int(kind.split("_")[1])
+            return down[:, :rank] @ up[:rank]
+        values = {"vector": lambda: down[:, :1], "constant": lambda: down[0, 0], "none": lambda: 0.0}[kind]()
+        return ones * values
+
+    def row(self, slot: str) -> Tensor:
+        """D or E, one value a row."""
+        values, ones = self.get_parameter(slot), torch.ones_like(self.weight[:, 0])
+        return {"vector": lambda: values, "constant": lambda: ones * values[0], "none": lambda: ones * 0.0}[
+            self.path[slot]
+        ]()
+
+
+def oracle_model(model: nn.Module) -> nn.Module:
+    """``model`` in fp64, with the formula in the places of its adapted layers; it shares nothing with it."""
+    oracle = copy.deepcopy(model)
+    replacements: dict[nn.Module, nn.Module] = {
+        layer: OracleLinear(layer) for layer in glora.glora_layers(oracle).values()
+    }
+    replace_modules(oracle, replacements)
+    return oracle.double()

@@ -1,0 +1,75 @@
+"""The figures of one interleaved run, as plain data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, NamedTuple
+
+from .timing import WHOLE, Phases, ratio, total
+
+
+class Comparison(NamedTuple):
+    """Whose time is divided by whose."""
+
+    candidate: str
+    baseline: str
+
+
+@dataclass
+class Section:
+    """One interleaved run.
+
+    Attributes:
+        group: ``"layer"``, ``"model"`` and the like.
+        name: of what was measured; unique in its group.
+        title: one line for tables and plots.
+        tolerance, errors: the relative error against fp64 allowed, and the largest seen, by entrant.
+        refused, missing: who was not timed because it was wrong, or was not installed; and why.
+        phases: seconds, by part, entrant and round.
+        comparisons: what :meth:`ratios` divides, in the order of the table.
+        facts: whatever else was counted, by entrant.
+        strategies: how ours went about it, by entrant.
+        units: how many images, tokens or candidates one run of an entrant is, by what they are.
+    """
+
+    group: str
+    name: str
+    title: str
+    tolerance: float = 0.0
+    errors: dict[str, float] = field(default_factory=dict)
+    refused: dict[str, str] = field(default_factory=dict)
+    missing: dict[str, str] = field(default_factory=dict)
+    phases: Phases = field(default_factory=dict)
+    comparisons: tuple[Comparison, ...] = ()
+    facts: dict[str, dict[str, float]] = field(default_factory=dict)
+    units: dict[str, int] = field(default_factory=dict)
+    strategies: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if len(self.phases) > 1:
+            self.phases = {**self.phases, WHOLE: total(self.phases)}
+
+    def ratios(self) -> list[dict[str, Any]]:
+        """Every comparison in every part; those of entrants that were not timed are left out."""
+        return [
+            {"phase": phase, **comparison._asdict(), **asdict(ratio(times, *comparison))}
+            for phase, times in self.phases.items()
+            for comparison in self.comparisons
+            if comparison.candidate in times and comparison.baseline in times
+        ]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        content = {name: value for name, value in vars(self).items() if name != "comparisons"}
+        return {**content, "ratios": self.ratios()}
+
+
+def against(baselines: Iterable[str], candidates: Iterable[str]) -> tuple[Comparison, ...]:
+    """Every candidate over every baseline, but not over itself."""
+    return tuple(Comparison(c, b) for c in candidates for b in baselines if c != b)
+
+
+def per_run(times: Mapping[str, list[float]], share: Mapping[str, int]) -> dict[str, list[float]]:
+    """Times divided by how many runs one timing of an entrant holds; 1 for those not in ``share``."""
+    return {name: [seconds / share.get(name, 1) for seconds in found] for name, found in times.items()}

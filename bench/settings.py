@@ -1,0 +1,57 @@
+"""How to measure, as the options of ``pytest bench/`` say."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import torch
+
+from .shapes import SHAPE_SETS, ShapeSet
+from .timing import ClockWatch, EventWatch, Watch
+
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+SEED = 0
+# The largest relative error in the 2-norm, by dtype, of one layer and of a whole model.
+LAYER_TOLERANCES = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}
+MODEL_TOLERANCES = {torch.float32: 1e-3, torch.float16: 5e-2, torch.bfloat16: 3e-1}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to measure.
+
+    Attributes:
+        shapes: names of shape sets.
+        device: ``"cpu"`` or ``"cuda"``.
+        dtype: of weights and inputs.
+        rounds: timed rounds of every interleaved run.
+        clock: on a CPU: ``"wall"``, what a user waits, or ``"cpu"``, the time that the process was given.
+        threads: of torch, on a CPU.
+    """
+
+    shapes: tuple[str, ...] = ("small",)
+    device: str = "cpu"
+    dtype: torch.dtype = torch.float32
+    rounds: int = 7
+    clock: str = "wall"
+    threads: int = 1
+
+    @property
+    def sets(self) -> dict[str, ShapeSet]:
+        return {name: SHAPE_SETS[name] for name in self.shapes}
+
+    @property
+    def layer_tolerance(self) -> float:
+        return LAYER_TOLERANCES[self.dtype]
+
+    @property
+    def model_tolerance(self) -> float:
+        return MODEL_TOLERANCES[self.dtype]
+
+    def watch(self) -> Watch:
+        return EventWatch() if self.device != "cpu" else ClockWatch(CLOCKS[self.clock])
+
+    def randn(self, *size: int) -> torch.Tensor:
+        """From torch's generator of the CPU, whatever the device."""
+        return torch.randn(*size).to(self.device, self.dtype)
