@@ -83,8 +83,7 @@ class GLoRALinear(nn.Module):
         """
         if type(linear) is not nn.Linear:
             raise TypeError(f"linear: expected exactly torch.nn.Linear, got {qualified_name(type(linear))}")
-        hooked = linear._forward_hooks or linear._forward_pre_hooks or linear._backward_hooks
-        if hooked or "forward" in vars(linear) or "weight" not in linear._parameters:
+        if not is_bare(linear) or "weight" not in linear._parameters:
             raise TypeError("linear: expected one without hooks, pruning or weight norm; they would be lost")
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
@@ -210,6 +209,12 @@ class GLoRALinear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"rank={self.rank}, product={self.product}, path=({path})"
         )
+
+
+def is_bare(module: nn.Module) -> bool:
+    """Whether calling ``module`` runs the forward of its class and nothing else: no hooks, no wrapper."""
+    hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+    return not any(hooks) and "forward" not in vars(module)
 
 
 def qualified_name(kind: type) -> str:
