@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -106,10 +107,9 @@ def _target_lines(targets: list[dict[str, Any]]) -> list[str]:
         return []
     lines = ["| set out to show | at most | found | |", "|---|---|---|---|"]
     for row in targets:
-        what = f"{row['group']} {row['section']}, {row['quantity'].replace('_', ' ')}: {row['candidate']} / {row['baseline']}"
-        lines.append(
-            f"| {what} | {row['at_most']:.2f} | {row['found']:.3f} | {'met' if row['met'] else '**missed**'} |"
-        )
+        what = f"{row['group']} {row['section']}, {row['quantity'].replace('_', ' ')}"
+        pair, verdict = _pair(row), "met" if row["met"] else "**missed**"
+        lines.append(f"| {what}: {pair} | {row['at_most']:.2f} | {row['found']:.3f} | {verdict} |")
     return [*lines, ""]
 
 
@@ -128,8 +128,6 @@ def _ratio_lines(section: dict[str, Any]) -> list[str]:
 
 def _time_lines(section: dict[str, Any]) -> list[str]:
     """Median milliseconds of every part, what a second makes of it, and what was counted."""
-    import statistics
-
     phases, units = section["phases"], section["units"]
     if not phases:
         return []
