@@ -166,7 +166,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     folder, sections = session.config.getoption("results"), _sections(session.config)
     if folder is not None and sections:
-        content = report.results(sections, session.config.stash[SETTINGS], session.testsfailed)
+        interrupted = exitstatus == pytest.ExitCode.INTERRUPTED
+        content = report.results(sections, session.config.stash[SETTINGS], session.testsfailed, interrupted)
         report.write(content, folder)
 
 

@@ -1,4 +1,4 @@
-"""Running the benchmarks, which stand outside of this package: as ``bench/`` in a checkout, installed as ``glora_bench``."""
+"""Running the benchmarks, which stand outside of this package: ``bench/`` in a checkout, ``glora_bench`` installed."""
 
 from __future__ import annotations
 
