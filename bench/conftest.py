@@ -146,6 +146,7 @@ def _extra(
     median = statistics.median(seconds)
     return {
         **{name: value for name, value in environment(settings.device).items() if name in ("device", "versions")},
+        "entrant": entrant,
         "dtype": str(settings.dtype).removeprefix("torch."),
         "shape": section.title,
         "strategy": section.strategies.get(entrant),
