@@ -64,9 +64,7 @@ def measure(shape_set: str, model: Model, batch: int, settings: Settings, prepar
     models, field = prepared.models, prepared.field
     task = InferenceTask(settings.randn(batch, *prepared.image_size))
     runs = {name: functools.partial(task.forward, models[name]) for name in ENTRIES if name in models}
-    phases = interleave(
-        {name: plain(run) for name, run in runs.items()}, 2 * settings.rounds, warmup=2, watch=settings.watch()
-    )
+    phases = interleave({name: plain(run) for name, run in runs.items()}, settings.rounds, watch=settings.watch())
     facts: dict[str, dict[str, float]] = {}
     for name, run in runs.items():
         facts[name] = {"parameters": sum(p.numel() for p in models[name].parameters())}

@@ -117,13 +117,10 @@ def import_peft(model: nn.Module, folder: str | os.PathLike) -> nn.Module:
     names = list(dict.fromkeys(match[1] for match in found if match is not None))
     linears = _matching_layers(model, names, form, folder)
     _check_tensors(model, linears, tensors, form, folder)
-    layers = glora_layers(model)
-    if not layers:
+    if not glora_layers(model):
         saved = {id(p) for name, p in model.named_parameters() if name in tensors}
-        plain: list[Any] = list(linears.values())
-        adapt(model, plain, form.rank, "hadamard", saved)
-        layers = glora_layers(model)
-    _load(model, layers, tensors, form)
+        adapt(model, linears.values(), form.rank, "hadamard", saved)
+    _load(model, glora_layers(model), tensors, form)
     return model
 
 
@@ -138,12 +135,13 @@ class _Form(NamedTuple):
         a, c, d = (f"lora_{self.rank}" if kind == "lora" else kind for kind in self.kinds.values())
         return PathConfig(a, a, c, d, d) if bias else PathConfig(a, a)
 
-    def shapes(self, linear: nn.Module) -> dict[str, tuple[int, ...]]:
+    def shapes(self, linear: nn.Linear | GLoRALinear) -> dict[str, tuple[int, ...]]:
         """Of everything that PEFT keeps for a layer, by ``glora_<slot>.<name>``."""
+        sizes = linear.out_features, linear.in_features
         return {
             f"glora_{slot}.{name}": shape
             for slot, choice in self.path(linear.bias is not None).choices.items()
-            for name, shape in _stored(slot, choice.kind, self.rank, *linear.weight.shape).items()
+            for name, shape in _stored(slot, choice.kind, self.rank, *sizes).items()
         }
 
 
@@ -291,7 +289,7 @@ def _read_form(file: Path) -> _Form:
     return _Form(kinds, rank)
 
 
-def _matching_layers(model: nn.Module, names: list[str], form: _Form, folder: object) -> dict[str, nn.Module]:
+def _matching_layers(model: nn.Module, names: list[str], form: _Form, folder: object) -> dict[str, Any]:
     """The layers of the adapter, in the model. Raises ValueError if they are not there or do not fit."""
     layers = glora_layers(model)
     if not names:
@@ -317,7 +315,7 @@ def _matching_layers(model: nn.Module, names: list[str], form: _Form, folder: ob
 
 
 def _check_tensors(
-    model: nn.Module, linears: Mapping[str, nn.Module], tensors: Mapping[str, Tensor], form: _Form, folder: object
+    model: nn.Module, linears: Mapping[str, nn.Linear | GLoRALinear], tensors: Mapping[str, Tensor], form: _Form, folder: object
 ) -> None:
     own = model.state_dict()
     expected = {
