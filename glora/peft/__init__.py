@@ -7,6 +7,7 @@ Importing this loads no PEFT; :func:`accelerate` does, the exchange of folders n
 """
 
 from .acceleration import Acceleration, accelerate
-from .exchange import export_peft, import_peft
+from .exporting import export_peft
+from .importing import import_peft
 
 __all__ = ["Acceleration", "accelerate", "export_peft", "import_peft"]
