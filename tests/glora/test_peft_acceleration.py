@@ -359,6 +359,25 @@ def test_a_trained_base():
     torch.testing.assert_close(gradients(model, x), wanted)
 
 
+class Packed(torch.Tensor):
+    """As quantised weights come in a plain nn.Linear."""
+
+
+@pytest.mark.parametrize(
+    ("weight", "reason"),
+    [
+        (torch.ones(8, 6, dtype=torch.int8), "its weight is torch.nn.parameter.Parameter of torch.int8"),
+        (torch.ones(8, 6).as_subclass(Packed), f"its weight is {__name__}.Packed of torch.float32"),
+        (torch.ones(8, 6, device="meta"), "its adapter is not on the device of its weight"),
+    ],
+    ids=["dtype", "subclass", "device"],
+)
+def test_weights_that_the_operator_cannot_read(weight, reason):
+    model = adapted(glora_config())
+    model.base_model.model.fc1.base_layer.weight = nn.Parameter(weight, requires_grad=False)
+    assert accelerate(model).kept == {NAMES[0]: reason}
+
+
 def test_hooks_of_the_base_run():
     model, x = adapted(hira_config()), tokens()
     model.base_model.model.fc1.base_layer.register_forward_hook(lambda _module, _inputs, y: 2 * y)
@@ -366,7 +385,7 @@ def test_hooks_of_the_base_run():
 
 
 def test_a_changed_path():
-    """A parametrised tensor of PEFT's is read through its parametrisation."""
+    """A parametrised tensor is read through its parametrisation."""
 
     class Halved(nn.Module):
         def forward(self, tensor):
@@ -378,6 +397,12 @@ def test_a_changed_path():
     (reason,) = accelerate(copy.deepcopy(model)).kept.values()
     assert reason.startswith("its D is a changed ")
     assert_kept(model, x, {"fc1": reason})
+
+
+def test_hooks_of_a_path_run():
+    model, x = adapted(glora_config()), tokens()
+    model.base_model.model.fc1.glora_B["default"].register_forward_hook(lambda _module, _inputs, matrix: 2 * matrix)
+    assert_kept(model, x, {"fc1": "its B is a changed peft.tuners.glora.layer.GloraLoraPath"})
 
 
 def test_a_replaced_forward():

@@ -106,6 +106,36 @@ def test_a_frozen_head_is_not_written(tmp_path):
     assert not any("head" in name for name in load_file(tmp_path / "adapter" / "adapter_model.safetensors"))
 
 
+class Head(nn.Module):
+    """Trained tensors of its own and of a child, and a buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale, self.fc = nn.Parameter(torch.ones(5)), nn.Linear(5, 3)
+        self.register_buffer("shift", torch.zeros(3))
+
+    def forward(self, x):
+        return self.fc(x * self.scale) + self.shift
+
+
+def test_a_trained_module_is_written_whole(tmp_path):
+    def make():
+        torch.manual_seed(0)
+        model = mlp()
+        model.head = Head()
+        return model
+
+    model = glora.inject(make(), RANK)
+    randomize(model)
+    model.head.shift.fill_(2.0)
+    glora.set_paths(model, dict.fromkeys(("fc1", "fc2"), peft_path(KINDS[0], RANK)))
+    export_peft(model, tmp_path / "adapter")
+    loaded = peft.PeftModel.from_pretrained(make(), tmp_path / "adapter")
+    assert loaded.peft_config["default"].modules_to_save == ["head"]
+    torch.testing.assert_close(loaded(tokens()), model(tokens()))
+    assert torch.equal(import_peft(make(), tmp_path / "adapter")(tokens()), model(tokens()))
+
+
 def test_a_name_that_ends_another(tmp_path):
     """PEFT compares ends of names: a list of fc1 would take block.fc1 in, which is not adapted."""
     torch.manual_seed(0)
