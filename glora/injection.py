@@ -65,8 +65,11 @@ def inject(
 def adapt(model: nn.Module, linears: Iterable[nn.Linear], rank: int, product: str, kept: set[int]) -> None:
     """Replace exactly ``linears``, and freeze every parameter of ``model`` whose id is not ``kept``.
 
-    On an error the model is unchanged.
+    Raises:
+        TypeError: one of ``linears`` cannot be replaced (see :func:`inject`); the model is unchanged then.
     """
+    linears = list(linears)
+    _refuse_read_directly(model, linears)
     replacements: dict[nn.Module, nn.Module] = {}
     requires_grad = {p: p.requires_grad for p in model.parameters()}
     try:
@@ -86,23 +89,12 @@ def _choose(
     named: Mapping[str, nn.Module], targets: tuple[str, ...] | None, left_alone: set[nn.Module]
 ) -> list[nn.Linear]:
     chosen: dict[nn.Linear, None] = {}
-    read_directly = {
-        child
-        for module in named.values()
-        if isinstance(module, nn.TransformerEncoderLayer)
-        for child in (module.linear1, module.linear2)
-    }
     for name, module in named.items():
         if module in left_alone or not isinstance(module, nn.Linear):
             continue
         selected = targets is None or any(matches(name, pattern) for pattern in targets)
         if not selected:
             continue
-        if module in read_directly:
-            raise TypeError(
-                f"model: {name!r} belongs to an nn.TransformerEncoderLayer, whose fast path reads its weight without "
-                "calling it; exclude it"
-            )
         if type(module) is nn.Linear:
             chosen[module] = None
         elif targets is not None:
@@ -112,6 +104,19 @@ def _choose(
         scope = "" if targets is None else f" among targets {list(targets)}"
         raise ValueError(f"model: expected at least one nn.Linear to adapt{scope}, found none")
     return list(chosen)
+
+
+def _refuse_read_directly(model: nn.Module, linears: list[nn.Linear]) -> None:
+    names = {module: name for name, module in model.named_modules()}
+    for module in names:
+        if not isinstance(module, nn.TransformerEncoderLayer):
+            continue
+        for child in (module.linear1, module.linear2):
+            if child in linears:
+                raise TypeError(
+                    f"model: {names[child]!r} belongs to an nn.TransformerEncoderLayer, whose fast path reads its "
+                    "weight without calling it; exclude it"
+                )
 
 
 def _checked_names(argument: str, names: Iterable[str]) -> tuple[str, ...]:
