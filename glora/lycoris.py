@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import math
 import os
-from typing import Any, NamedTuple
+from collections import Counter
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -175,7 +176,8 @@ def _refuse_other_trained(model: nn.Module, layers: dict[str, GLoRALinear]) -> N
 
 def _keys(layers: dict[str, GLoRALinear], prefix: str) -> dict[str, str]:
     keys = {name: _key(prefix, name) for name in layers}
-    repeated = sorted(name for name, key in keys.items() if list(keys.values()).count(key) > 1)
+    counts = Counter(keys.values())
+    repeated = sorted(name for name, key in keys.items() if counts[key] > 1)
     if repeated:
         raise ValueError(f"model: expected names that differ when dots become underscores, got {repeated}")
     return keys
@@ -188,12 +190,13 @@ def _key(prefix: str, name: str) -> str:
 def _entries(layer: GLoRALinear, layout: str) -> dict[str, Tensor]:
     choices = layer.path.choices
     rank = max(choices["A"].rank, choices["B"].rank, 1)
-    factors: list[Tensor] = []
-    for slot, down, up in (("A", layer.Ad, layer.Au), ("B", layer.Bd, layer.Bu)):
-        read = choices[slot].rank
-        factors += [down.new_zeros(down.shape[0], rank), up.new_zeros(rank, up.shape[1])]
-        factors[-2][:, :read] = down.detach()[:, :read]
-        factors[-1][:read] = up.detach()[:read]
+    factors = []
+    for slot, rows in (("A", layer.in_features), ("B", layer.out_features)):
+        down, up, read = getattr(layer, f"{slot}d"), getattr(layer, f"{slot}u"), choices[slot].rank
+        factors += [down.new_zeros(rows, rank), up.new_zeros(rank, layer.in_features)]
+        if read:
+            factors[-2][:, :read] = down.detach()[:, :read]
+            factors[-1][:read] = up.detach()[:read]
     entries = {f"{name}.weight": factor for name, factor in zip(LAYOUTS[layout], factors)}
     return {**entries, "alpha": torch.tensor(float(rank))}
 
@@ -202,8 +205,8 @@ def _entries(layer: GLoRALinear, layout: str) -> dict[str, Tensor]:
 
 
 def _check_options(prefix: str, layout: str) -> None:
-    if not isinstance(prefix, str) or not prefix:
-        raise ValueError(f"prefix: expected a text such as 'lycoris', got {prefix!r}")
+    if not isinstance(prefix, str) or not prefix or "." in prefix:
+        raise ValueError(f"prefix: expected a text without dots such as 'lycoris', got {prefix!r}")
     if layout not in LAYOUTS:
         raise ValueError(f"layout: expected one of {list(LAYOUTS)}, got {layout!r}")
 
@@ -271,11 +274,12 @@ def _check_entries(found: dict[str, dict[str, Tensor]], file: str | os.PathLike)
 
 
 def _layout(model: nn.Module, found: dict[str, dict[str, Tensor]], asked: str | None, file: str | os.PathLike) -> str:
-    """The layout that every layer's shapes fit."""
-    fits = {name: _fitting(model.get_submodule(name), entries) for name, entries in found.items()}
+    """The one layout that the shapes of every layer fit."""
+    weights = {name: cast(Tensor, model.get_submodule(name).weight) for name in found}
+    fits = {name: _fitting(weights[name], entries) for name, entries in found.items()}
     unfit = [
-        f"{name}: weight {tuple(model.get_submodule(name).weight.shape)}, "  # type: ignore[union-attr, arg-type]
-        + ", ".join(f"{entry} {tuple(tensor.shape)}" for entry, tensor in sorted(found[name].items()))
+        f"{name}: weight {tuple(weights[name].shape)}, "
+        + ", ".join(f"{entry} {tuple(found[name][entry].shape)}" for entry in ENTRIES[:4])
         for name, layouts in fits.items()
         if not layouts or (asked is not None and asked not in layouts)
     ]
@@ -291,8 +295,8 @@ def _layout(model: nn.Module, found: dict[str, dict[str, Tensor]], asked: str | 
     return common[0]
 
 
-def _fitting(module: Any, entries: dict[str, Tensor]) -> list[str]:
-    rows, columns = module.weight.shape
+def _fitting(weight: Tensor, entries: dict[str, Tensor]) -> list[str]:
+    rows, columns = weight.shape
     fitting = []
     for layout, factors in LAYOUTS.items():
         shapes = [tuple(entries[f"{factor}.weight"].shape) for factor in factors]
