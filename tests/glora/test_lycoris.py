@@ -474,6 +474,14 @@ def test_refuses_a_file_of_another_model(file, model, message):
     assert_refused(model(), file, message)
 
 
+def test_a_bare_linear_layer_cannot_be_replaced(file):
+    tensors = random_file(file, model=nn.Linear(6, 6))
+    assert "lycoris_.alpha" in tensors
+    assert_refused(nn.Linear(6, 6), file, r"no linear layer is called \['lycoris_'\]")
+    layer = glora.GLoRALinear(6, 6, rank=2, product="matmul")
+    assert load_lycoris(layer, file).path == PathConfig("lora_2", "lora_2")
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -1,6 +1,7 @@
 """Files and search results of the official code: its names, its order, its formula, and what must be refused."""
 
 import itertools
+import os
 import pickle
 from collections import OrderedDict
 
@@ -347,6 +348,22 @@ def test_refuses_ranks_that_differ_in_a_plain_model(file):
 def test_refuses_damaged_and_foreign_pickles(file, make, content):
     file.write_bytes(content)
     assert_refused(make(), file, "expected an official GLoRA file, it is damaged or something else")
+
+
+class _Code:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, folder):
+        self.folder = str(folder)
+
+    def __reduce__(self):
+        return os.mkdir, (self.folder,)
+
+
+def test_code_in_a_file_is_not_run(file, tmp_path):
+    torch.save({"Ad": torch.ones(2, 2), "code": _Code(tmp_path / "ran")}, file)
+    assert_refused(trained(), file, "expected an official GLoRA file, it is damaged or something else")
+    assert not (tmp_path / "ran").exists()
 
 
 @models
