@@ -37,6 +37,11 @@ class PathHistory:
     def __reduce__(self):
         return PathHistory, (self.now,)
 
+    @property
+    def since(self) -> int:
+        """The number of the first node that can be made under the path of now."""
+        return self._starts[-1]
+
     def set(self, path: PathConfig) -> None:
         """Raises RuntimeError during a backward pass, where it would have no effect."""
         if _in_backward():

@@ -132,7 +132,7 @@ class GLoRALinear(nn.Module):
 
     @property
     def path(self) -> PathConfig:
-        """The kind of each support tensor; may be set to any path of up to :attr:`rank`, at any time but during backward.
+        """The kind of each support tensor; may be set to any path of up to :attr:`rank`, at any time outside backward.
 
         A forward pass that activation checkpointing runs again during backward takes the path of its first run
         (:mod:`glora.history`).
@@ -146,9 +146,13 @@ class GLoRALinear(nn.Module):
         if path.rank > self.rank:
             raise ValueError(f"path: expected ranks up to {self.rank} (the rank of the storage), got {path}")
         self._history.set(path)
-        # The path as data, for compiled graphs. No buffer: it stays on the CPU, and out of state dicts.
+        self._encode_path()
+
+    def _encode_path(self) -> None:
+        """The path as data, for compiled graphs. No buffer: it stays on the CPU, and out of state dicts."""
+        kinds = {slot: (choice.kind, choice.rank) for slot, choice in self.path.choices.items()}
         with torch.inference_mode(False):  # a graph that trains reads it too
-            self._config = encode({slot: (choice.kind, choice.rank) for slot, choice in path.choices.items()})
+            self._config = encode(kinds, self._history.since)
 
     @property
     def shape(self) -> LayerShape:
@@ -215,11 +219,13 @@ class GLoRALinear(nn.Module):
         """Copies, shallow ones too, have a path of their own."""
         super().__setstate__(state)
         self._history = PathHistory(self.path)
+        self._encode_path()
 
     def _replicate_for_data_parallel(self) -> GLoRALinear:
         """A replica lives for one forward pass and its backward, which has its numbers in a thread of its own."""
         replica = super()._replicate_for_data_parallel()
         replica._history = PathHistory(self.path)
+        replica._encode_path()
         return replica
 
     def extra_repr(self) -> str:

@@ -7,7 +7,6 @@ from itertools import cycle, islice
 
 import pytest
 import torch
-from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import glora

@@ -109,7 +109,7 @@ def test_pack_is_the_inverse_of_decode():
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (torch.zeros(4, 2, dtype=torch.int64), r"config: expected shape \(5, 2\), got \(4, 2\)"),
+        (torch.zeros(4, 2, dtype=torch.int64), r"config: expected shape \(5, 2\) or \(6, 2\), got \(4, 2\)"),
         (torch.zeros(5, 2, dtype=torch.int64, device="meta"), "config: expected a CPU tensor, got one on meta"),
         (NONE_READ + 9, "config: A: expected a kind of 0 to 3, got 9"),
         (encode({"B": ("lora", 5)}), "B.rank: expected 1 to 4 .* got 5"),
