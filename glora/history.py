@@ -12,13 +12,13 @@ from bisect import bisect_right
 from threading import current_thread
 
 import torch
-from torch.utils.checkpoint import CheckpointFunction
+
+from glora_kernels.repetition import in_backward, next_node, repeated_node
 
 from .config import PathConfig
 
 LONGEST = 256
 _ADVICE = "keep the paths until backward is done"
-_REENTRANT = CheckpointFunction._backward_cls  # type: ignore[attr-defined]
 
 
 class PathHistory:
@@ -44,14 +44,14 @@ class PathHistory:
 
     def set(self, path: PathConfig) -> None:
         """Raises RuntimeError during a backward pass, where it would have no effect."""
-        if _in_backward():
+        if in_backward():
             raise RuntimeError(
                 "path: expected to be set outside of backward, where a layer runs again with the path of its first "
                 "run; got a new path during a backward pass"
             )
         self._enter_thread()
         self.now = path
-        start = torch._C._autograd._get_sequence_nr()
+        start = next_node()
         if start == self._starts[-1]:  # no node was made since the previous path was set
             self._paths[-1] = path
         elif path != self._paths[-1]:
@@ -63,15 +63,14 @@ class PathHistory:
         """The path to run with: during backward that of the forward pass that is run again, otherwise that of now.
 
         Raises:
-            RuntimeError: it cannot be told which path that was. Only where paths have changed since: after more than
-                ``LONGEST`` changes, with forward passes in several threads, or inside nested checkpoints one of which
-                is reentrant.
+            RuntimeError: it cannot be told which path that was: after more than ``LONGEST`` changes, or with forward
+                passes in several threads.
         """
         if torch.compiler.is_compiling():
             return self.now
-        if _in_backward():
-            node = torch._C._current_autograd_node()
-            return self.now if node is None else self._at(node)  # None: in a callback at the end of backward
+        if in_backward():
+            node = repeated_node()
+            return self.now if node is None else self._at(node)
         self._enter_thread()
         self._ran = True
         return self.now
@@ -85,8 +84,8 @@ class PathHistory:
             self._thread, self._ran = thread, False
             self._starts, self._paths = [0], [self.now]
 
-    def _at(self, node) -> PathConfig:
-        place = bisect_right(self._starts, node._sequence_nr()) - 1
+    def _at(self, node: int) -> PathConfig:
+        place = bisect_right(self._starts, node) - 1
         if place < 0:
             raise RuntimeError(
                 f"path: expected at most {LONGEST} changes between a checkpointed forward pass and its backward, got "
@@ -98,20 +97,4 @@ class PathHistory:
                 "path: expected the checkpointed forward passes of a layer in one thread, got several, which does not "
                 f"tell the path of each; {_ADVICE}"
             )
-        if path != self.now and _makes_nested_nodes(node):
-            raise RuntimeError(
-                "path: expected nested checkpoints with use_reentrant=False each, got a reentrant one, and paths that "
-                f"changed after the forward pass; {_ADVICE}"
-            )
         return path
-
-
-def _in_backward() -> bool:
-    return torch._C._current_graph_task_id() != -1
-
-
-def _makes_nested_nodes(node) -> bool:
-    """Whether this run, itself a repetition, is the first of an inner checkpoint, whose nodes have numbers of today."""
-    if not torch.is_grad_enabled():
-        return True
-    return isinstance(node, _REENTRANT) and torch._C._autograd._top_saved_tensors_default_hooks(True) is not None

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .repetition import repeated_node
 from .terms import SLOTS, Constant, LowRank, Term, Terms, Vector
 
 STORAGES = ("ad", "au", "bd", "bu", "cd", "cu", "d", "e")
@@ -40,8 +41,8 @@ def check_current(config: Tensor) -> None:
     A checkpoint around a compiled function runs it again during backward, with the configuration of today. A checkpoint
     that was compiled itself keeps the configuration, and is right.
     """
-    node = torch._C._current_autograd_node()
-    if node is not None and len(config) > len(SLOTS) and node._sequence_nr() < config[-1, 0].item():
+    node = repeated_node()
+    if node is not None and len(config) > len(SLOTS) and node < config[-1, 0].item():
         raise RuntimeError(
             "config: expected that of the forward pass which this backward pass runs again, got a later one; put the "
             "checkpoint inside of what is compiled, or keep the paths until backward is done"

@@ -2,7 +2,9 @@
 
 import copy
 import pickle
+import random
 import threading
+from functools import partial
 from itertools import cycle, islice
 
 import pytest
@@ -108,6 +110,16 @@ def test_backward_twice(use_reentrant):
     assert_same(found, gradients(model, [lambda: plain(model, x)], twice))
 
 
+def test_the_last_node_before_a_change():
+    model, (x, _) = trained_mlp(), inputs(2)
+
+    def ones(y):
+        y.backward(torch.ones_like(y))
+
+    found = gradients(model, [lambda: checkpoint(model, x, use_reentrant=True)], ones)
+    assert_same(found, gradients(model, [lambda: model(x)], ones))
+
+
 def nested(model, x, inner, outer):
     def body(z):
         z = checkpoint(lambda t: model.act(model.fc1(t)), z.sin(), use_reentrant=inner)
@@ -120,38 +132,23 @@ def unnested(model, x):
     return model.head(model.fc2(model.act(model.fc1(x.sin()))).cos()).square().sum()
 
 
-def test_nested():
+# torch's own, of an inner reentrant checkpoint whose outer one runs it without gradients
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True")
+@pytest.mark.parametrize("elsewhere", [False, True], ids=["here", "in-a-thread"])
+@pytest.mark.parametrize("inner", [False, True], ids=["inner-non-reentrant", "inner-reentrant"])
+@pytest.mark.parametrize("outer", [False, True], ids=["outer-non-reentrant", "outer-reentrant"])
+def test_nested(inner, outer, elsewhere):
+    """Backward in a thread of its own, as on a GPU: what a reentrant checkpoint makes there is numbered anew."""
     model, xs = trained_mlp(), inputs(3)
-    found = gradients(model, [lambda x=x: nested(model, x, False, False) for x in xs])
+    backward = in_a_thread if elsewhere else torch.Tensor.backward
+    found = gradients(model, [lambda x=x: nested(model, x, inner, outer) for x in xs], backward)
     assert_same(found, gradients(model, [lambda x=x: unnested(model, x) for x in xs]))
 
 
-MIXED = pytest.mark.parametrize(("inner", "outer"), [(True, True), (False, True), (True, False)])
-# torch's own, of an inner reentrant checkpoint whose outer one runs it without gradients
-quiet = pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True")
-
-
-@quiet
-@MIXED
-def test_nested_reentrant_is_refused_rather_than_wrong(inner, outer):
-    model, (x, _) = trained_mlp(), inputs(2)
-    with pytest.raises(RuntimeError, match="nested checkpoints with use_reentrant=False each, got a reentrant one"):
-        gradients(model, [lambda: nested(model, x, inner, outer)])
-
-
-@quiet
-@MIXED
-def test_nested_reentrant_is_fine_while_paths_are_kept(inner, outer):
-    model, xs = trained_mlp(), inputs(2)
-
-    def steps(loss):
-        model.zero_grad(set_to_none=True)
-        for x, paths in zip(xs, draws(model, 2)):
-            set_paths(model, paths)
-            loss(x).backward()
-        return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
-
-    assert_same(steps(lambda x: nested(model, x, inner, outer)), steps(lambda x: unnested(model, x)))
+def in_a_thread(loss):
+    thread = threading.Thread(target=loss.backward)
+    thread.start()
+    thread.join()
 
 
 def test_part_of_a_region():
@@ -183,6 +180,65 @@ def test_paths_changed_and_changed_back(use_reentrant):
         return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
 
     assert_same(grads(whole), grads(plain))
+
+
+def test_double_backward():
+    """The paths change before each of the two passes."""
+    model, (x, _) = trained_mlp(), inputs(2)
+
+    def twice(loss):
+        (dx,) = torch.autograd.grad(loss, x, create_graph=True)
+        set_paths(model, draws(model, 6)[-1])
+        dx.square().sum().backward()
+        set_paths(model, draws(model, 2)[-1])
+
+    found = gradients(model, [lambda: whole(model, x, False)], twice)
+    assert_same(found, gradients(model, [lambda: plain(model, x)], twice))
+
+
+def blocks(model, x, call):
+    return model.head(call(model.fc2, call(lambda z: model.act(model.fc1(z.sin())), x)) * x.sum())
+
+
+def siblings(model, x, call):
+    return model.head(model.fc2(call(model.fc1, x) * call(lambda z: model.fc1(z * 2), x)))
+
+
+def three_deep(model, x, call):
+    return call(lambda z: call(lambda u: model.head(call(model.fc2, u.exp())), call(model.fc1, z.sin()).tanh()), x)
+
+
+def history(seed, checkpoints):
+    """Gradients after every backward of a random history: forward passes, changes of paths, backward passes."""
+    chance, gen, model = random.Random(seed), generator(seed), trained_mlp()
+    pending, seen = [], []
+    for _ in range(12):
+        action = chance.choice(("paths", "forward", "forward", "backward"))
+        reentrant, form = chance.choice(((False, blocks), (True, blocks), (True, siblings), (False, three_deep)))
+        keep, place = chance.random() < 0.4, chance.random()
+        if action == "paths":
+            set_paths(model, sample_paths(model, SPACE, gen))
+        elif action == "forward":
+            x = torch.randn(3, IN_FEATURES, generator=gen).requires_grad_()
+            call = partial(checkpoint, use_reentrant=reentrant) if checkpoints else lambda f, z: f(z)
+            pending.append((form(model, x, call).square().mean(), x))
+        elif pending:
+            loss, x = pending.pop(int(place * len(pending)))
+            loss.backward(retain_graph=keep)
+            seen += [x.grad.clone(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
+            pending += [(loss, x)] * keep
+    return seen
+
+
+def test_any_order_of_calls():
+    compared = 0
+    for seed in range(40):
+        found, want = history(seed, True), history(seed, False)
+        assert len(found) == len(want), seed
+        for got, expected in zip(found, want):
+            torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5, msg=f"history {seed}")
+        compared += len(found)
+    assert compared > 500
 
 
 # -- the switches of timm and transformers ---------------------------------------------------------------------------

@@ -5,6 +5,7 @@ import torch
 
 from glora_kernels import Terms, configured_linear, encode, glora_linear
 from glora_kernels.configuration import STORAGES, decode, pack
+from glora_kernels.repetition import next_node
 from tests.helpers import ALL_PATHS, make_call
 
 PATHS = [
@@ -101,6 +102,27 @@ def test_pack_is_the_inverse_of_decode():
         assert [slot for slot, _ in again.active] == [slot for slot, _ in terms.active]
         assert all(a is b for a, b in zip(again.flatten()[0], terms.flatten()[0]))
         assert torch.equal(pack(again)[1], config)
+
+
+def test_a_configuration_may_say_since_when_it_holds():
+    """Run again in backward for an earlier node, it is refused; for a later one, and outside, it is not read."""
+    x, weight, b0, storages, _ = make(PATHS[0])
+    early = x.detach().clone().requires_grad_().sin()
+    since = next_node()
+    late = x.detach().clone().requires_grad_().sin()
+    plain, dated = encode({"B": ("lora", 2)}), encode({"B": ("lora", 2)}, since)
+    want, found = configured_linear(x, weight, b0, storages, plain), []
+
+    def again(_):
+        found.append(configured_linear(x, weight, b0, storages, dated))
+
+    early.register_hook(again)
+    late.register_hook(again)
+    assert torch.equal(configured_linear(x, weight, b0, storages, dated), want)
+    late.sum().backward()
+    assert torch.equal(*found, want)
+    with pytest.raises(RuntimeError, match="config: expected that of the forward pass which this backward pass runs"):
+        early.sum().backward()
 
 
 # -- bad input -------------------------------------------------------------------------------------
