@@ -118,7 +118,7 @@ def _choose(
 
 
 def _read_directly(modules: Iterable[nn.Module]) -> dict[nn.Module, str]:
-    """Linear layers of PyTorch's own modules whose weights these read without calling them, and which does."""
+    """The linear layers whose weights a module of PyTorch's own reads without calling them, and which module does."""
     read: dict[nn.Module, str] = {}
     for module in modules:
         if isinstance(module, nn.TransformerEncoderLayer):
@@ -135,7 +135,7 @@ def _check_kept(model: nn.Module, chosen: Iterable[nn.Linear], kept: set[int]) -
         named = model.named_parameters(remove_duplicate=False)
         names = [name for name, p in named if id(p) in frozen & kept]
         raise ValueError(
-            f"exclude: expected modules that share no trainable parameter with an adapted layer, got one named "
+            "exclude: expected modules that share no trainable parameter with an adapted layer, got one named "
             f"{names}; exclude all of them, or freeze it first"
         )
 

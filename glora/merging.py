@@ -86,8 +86,8 @@ def merge(model: nn.Module, sample: Tensor | None = None, *, keep: bool = False,
 
     The merged model has the names, shapes and module types that it had before ``inject``, and so its
     cost; only a weight that was tied to another module is a parameter of its own afterwards, as the
-    report says. What ties weights again undoes the merge (transformers does when it loads a model: set
-    ``config.tie_word_embeddings = False`` first).
+    report says. Tying it again undoes the merge: transformers' ``tie_weights()`` does, unless the model's
+    ``config.tie_word_embeddings`` is set to False.
     Effective weights are formed in fp32 (fp64 for fp64) and rounded once.
 
     Args:

@@ -357,7 +357,7 @@ def test_a_layer_used_twice_is_not_tied_to_another():
 
 def test_what_is_excluded_may_not_go_on_training_a_frozen_weight():
     model = LanguageModel()
-    message = r"^exclude: expected modules that share no trainable .* names \['embed.weight', 'lm_head.weight'\]"
+    message = r"^exclude: expected modules that share no trainable .* named \['embed.weight', 'lm_head.weight'\]"
     with unchanged(model), pytest.raises(ValueError, match=message):
         inject(model, 2, exclude=("embed",))
     model.embed.weight.requires_grad_(False)
