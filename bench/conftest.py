@@ -146,6 +146,7 @@ def _extra(
     median = statistics.median(seconds)
     return {
         **{name: value for name, value in environment(settings.device).items() if name in ("device", "versions")},
+        "entrant": entrant,
         "dtype": str(settings.dtype).removeprefix("torch."),
         "shape": section.title,
         "strategy": section.strategies.get(entrant),
@@ -166,7 +167,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     folder, sections = session.config.getoption("results"), _sections(session.config)
     if folder is not None and sections:
-        content = report.results(sections, session.config.stash[SETTINGS], session.testsfailed)
+        interrupted = exitstatus == pytest.ExitCode.INTERRUPTED
+        content = report.results(sections, session.config.stash[SETTINGS], session.testsfailed, interrupted)
         report.write(content, folder)
 
 
