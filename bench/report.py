@@ -93,7 +93,9 @@ def table(content: dict[str, Any]) -> str:
         lines += [f"*{name} did not take part: {reason}*" for name, reason in section["missing"].items()]
         if section["errors"]:
             worst = max(section["errors"].values())
-            lines += [f"Largest error against fp64 {worst:.1e}, allowed {section['tolerance']:.0e}.", ""]
+            mine = [error for name, error in section["errors"].items() if name.startswith(("ours", "merged"))]
+            least = f"; of ours {max(mine):.2g}, allowed {section['tolerance']:g}" if mine else ""
+            lines += [f"Largest error against fp64 ({section['unit']}): {worst:.2g}{least}.", ""]
         if section["group"] == "inference":
             verdict = "equal within noise" if merged_as_fast(section) else "NOT equal within noise"
             lines += [f"Merged and original are {verdict}.", ""]

@@ -9,8 +9,10 @@ from .evaluation import Metrics, evaluate, evaluate_merged
 from .evolution import SearchResult, SearchSettings, evolve, search
 from .injection import inject
 from .layer import GLoRALinear
+from .lycoris import load_lycoris, save_lycoris
 from .merging import MergeReport, merge, unmerge
 from .modules import glora_layers
+from .official import load_official, official_paths, save_official
 from .parameters import count_parameters, drop_unread_gradients, trainable_parameters
 from .paths import get_paths, sample_paths, set_paths, using_paths
 from .training import Recipe, TrainSummary, train
@@ -37,9 +39,14 @@ __all__ = [
     "glora_layers",
     "inject",
     "load_adapter",
+    "load_lycoris",
+    "load_official",
     "merge",
+    "official_paths",
     "sample_paths",
     "save_adapter",
+    "save_lycoris",
+    "save_official",
     "search",
     "set_paths",
     "train",

@@ -23,7 +23,8 @@ def inject(
     """Replace linear layers of ``model`` by :class:`GLoRALinear`, in place; outputs stay the same.
 
     Then only support tensors require grad, and whatever the excluded modules left trainable (the
-    classifier head). A name selects a module if its dotted components occur in a row in the
+    classifier head). A frozen weight may be tied to other modules: it stays tied, and each adapted
+    layer has support tensors of its own. A name selects a module if its dotted components occur in a row in the
     module's: ``"qkv"``, ``"mlp.fc1"``, ``"blocks.11"``; never by a part of a component.
 
     Args:
@@ -36,10 +37,11 @@ def inject(
         ``model`` itself.
 
     Raises:
-        ValueError: an empty, repeated or unmatched name; nothing to adapt; a model adapted
-            before. The model is unchanged then.
-        TypeError: a target that is an ``nn.Linear`` subclass, which may compute something else; one
-            with hooks, pruning or weight norm; one that an ``nn.TransformerEncoderLayer`` reads directly.
+        ValueError: an empty, repeated or unmatched name; nothing to adapt; a model adapted before;
+            a layer that shares a trainable parameter with an excluded module. The model is unchanged then.
+        TypeError: a target that is an ``nn.Linear`` subclass, which may compute something else; one with hooks,
+            pruning or weight norm; one that an ``nn.TransformerEncoderLayer`` or ``nn.MultiheadAttention`` reads
+            directly.
     """
     targets = None if targets is None else _checked_names("targets", targets)
     excluded = _checked_names("exclude", exclude)
@@ -58,15 +60,23 @@ def inject(
 
     left_alone = {module for name, module in named.items() if any(matches(name, pattern) for pattern in excluded)}
     kept = {id(p) for module in left_alone for p in module.parameters()}
-    adapt(model, _choose(named, targets, left_alone), rank, product, kept)
+    chosen = _choose(named, targets, left_alone)
+    _check_kept(model, chosen, kept)
+    adapt(model, chosen, rank, product, kept)
     return model
 
 
 def adapt(model: nn.Module, linears: Iterable[nn.Linear], rank: int, product: str, kept: set[int]) -> None:
     """Replace exactly ``linears``, and freeze every parameter of ``model`` whose id is not ``kept``.
 
-    On an error the model is unchanged.
+    Raises:
+        TypeError: one of ``linears`` cannot be replaced (see :func:`inject`); the model is unchanged then.
     """
+    linears = list(linears)
+    readers = _read_directly(model.modules())
+    for name, module in model.named_modules():
+        if module in readers and module in linears:
+            raise _bypassed(name, readers[module])
     replacements: dict[nn.Module, nn.Module] = {}
     requires_grad = {p: p.requires_grad for p in model.parameters()}
     try:
@@ -86,32 +96,57 @@ def _choose(
     named: Mapping[str, nn.Module], targets: tuple[str, ...] | None, left_alone: set[nn.Module]
 ) -> list[nn.Linear]:
     chosen: dict[nn.Linear, None] = {}
-    read_directly = {
-        child
-        for module in named.values()
-        if isinstance(module, nn.TransformerEncoderLayer)
-        for child in (module.linear1, module.linear2)
-    }
+    readers = _read_directly(named.values())
     for name, module in named.items():
         if module in left_alone or not isinstance(module, nn.Linear):
             continue
         selected = targets is None or any(matches(name, pattern) for pattern in targets)
         if not selected:
             continue
-        if module in read_directly:
-            raise TypeError(
-                f"model: {name!r} belongs to an nn.TransformerEncoderLayer, whose fast path reads its weight without "
-                "calling it; exclude it"
-            )
-        if type(module) is nn.Linear:
+        exact = type(module) is nn.Linear
+        if module in readers and (exact or targets is not None):
+            raise _bypassed(name, readers[module])
+        if exact:
             chosen[module] = None
         elif targets is not None:
             kind = qualified_name(type(module))
-            raise TypeError(f"targets: expected exactly torch.nn.Linear at {name!r}, got its subclass {kind}")
+            raise TypeError(
+                f"targets: expected exactly torch.nn.Linear at {name!r}, got its subclass {kind}, which may compute "
+                "something else; exclude it, or put an nn.Linear in its place"
+            )
     if not chosen:
         scope = "" if targets is None else f" among targets {list(targets)}"
         raise ValueError(f"model: expected at least one nn.Linear to adapt{scope}, found none")
     return list(chosen)
+
+
+def _read_directly(modules: Iterable[nn.Module]) -> dict[nn.Module, str]:
+    """The linear layers whose weights a module of PyTorch's own reads without calling them, and which module does."""
+    read: dict[nn.Module, str] = {}
+    for module in modules:
+        if isinstance(module, nn.TransformerEncoderLayer):
+            read |= {module.linear1: "TransformerEncoderLayer", module.linear2: "TransformerEncoderLayer"}
+        elif isinstance(module, nn.MultiheadAttention):
+            read[module.out_proj] = "MultiheadAttention"
+    return read
+
+
+def _bypassed(name: str, reader: str) -> TypeError:
+    return TypeError(
+        f"model: {name!r} belongs to an nn.{reader}, which reads its weight without calling it; exclude it"
+    )
+
+
+def _check_kept(model: nn.Module, chosen: Iterable[nn.Linear], kept: set[int]) -> None:
+    """Raise ValueError if what is excluded would go on training a parameter that an adapted layer freezes."""
+    frozen = {id(p) for linear in chosen for p in linear.parameters() if p.requires_grad}
+    if frozen & kept:
+        named = model.named_parameters(remove_duplicate=False)
+        names = [name for name, p in named if id(p) in frozen & kept]
+        raise ValueError(
+            "exclude: expected modules that share no trainable parameter with an adapted layer, got one named "
+            f"{names}; exclude all of them, or freeze it first"
+        )
 
 
 def _checked_names(argument: str, names: Iterable[str]) -> tuple[str, ...]:

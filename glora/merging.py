@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 
@@ -27,6 +28,7 @@ class LayerMerge:
             tokens; 0 where both multiply by the same bits, as the torch backend does.
         error: largest absolute error of the merged output against the formula in fp64.
         bias_created: the linear layer has a bias that the base had not (C or E).
+        untied: the base's weight was another module's too; the merged one is not.
     """
 
     name: str
@@ -34,6 +36,7 @@ class LayerMerge:
     difference: float
     error: float
     bias_created: bool
+    untied: bool
 
 
 @dataclass(frozen=True)
@@ -70,10 +73,11 @@ class MergeReport:
 
     def __str__(self) -> str:
         model = "not measured" if self.model_difference is None else f"{self.model_difference:.2e}"
+        untied = [layer.name for layer in self.layers if layer.untied]
         return (
             f"merged {len(self.layers)} layers: largest difference to the unmerged layer "
             f"{self.largest_difference:.2e}, largest error against fp64 {self.largest_error:.2e}, "
-            f"difference of the model's output {model}"
+            f"difference of the model's output {model}" + (f"; no longer tied: {untied}" if untied else "")
         )
 
 
@@ -81,7 +85,9 @@ def merge(model: nn.Module, sample: Tensor | None = None, *, keep: bool = False,
     """Replace every adapted layer of ``model`` by a plain ``nn.Linear``, in place.
 
     The merged model has the names, shapes and module types that it had before ``inject``, and so its
-    cost; only a weight that was tied to another module is a parameter of its own afterwards.
+    cost; only a weight that was tied to another module is a parameter of its own afterwards, as the
+    report says. Tying it again undoes the merge: transformers' ``tie_weights()`` does, unless the model's
+    ``config.tie_word_embeddings`` is set to False.
     Effective weights are formed in fp32 (fp64 for fp64) and rounded once.
 
     Args:
@@ -102,7 +108,11 @@ def merge(model: nn.Module, sample: Tensor | None = None, *, keep: bool = False,
             merged[name] = layer.merge(safe=safe)
         except ValueError as error:
             raise ValueError(f"layer {name!r}: {error}") from None
-    entries = tuple(_measure(name, layers[name], linear) for name, linear in merged.items())
+    users = Counter(id(p) for module in model.modules() for p in module._parameters.values())
+    entries = tuple(
+        _measure(name, layers[name], linear, untied=users[id(layers[name].weight)] > 1)
+        for name, linear in merged.items()
+    )
     replacements: dict[nn.Module, nn.Module] = {layers[name]: linear for name, linear in merged.items()}
     difference = None if sample is None else _model_difference(model, replacements, sample)
     if safe and difference is not None and not difference < float("inf"):
@@ -132,7 +142,7 @@ def unmerge(model: nn.Module, report: MergeReport) -> None:
 
 
 @torch.no_grad()
-def _measure(name: str, layer: GLoRALinear, linear: nn.Linear) -> LayerMerge:
+def _measure(name: str, layer: GLoRALinear, linear: nn.Linear, untied: bool) -> LayerMerge:
     """Both layers on random tokens of unit variance, and the formula in fp64."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(_PROBE_TOKENS, layer.in_features, generator=generator).to(layer.weight)
@@ -146,6 +156,7 @@ def _measure(name: str, layer: GLoRALinear, linear: nn.Linear) -> LayerMerge:
         _largest(y - unmerged),
         _largest(y - exact),
         linear.bias is not None and layer.bias is None,
+        untied,
     )
 
 

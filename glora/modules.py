@@ -23,6 +23,12 @@ def require_layers(model: nn.Module) -> dict[str, GLoRALinear]:
     return layers
 
 
+def require_real(model: nn.Module) -> None:
+    """Raise ValueError if parameters of ``model`` are on meta, where nothing can be loaded to."""
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise ValueError("model: expected real tensors, got parameters on meta; load the base weights first")
+
+
 def matches(name: str, pattern: str) -> bool:
     """Whether the dotted components of ``pattern`` occur in a row in those of ``name``.
 

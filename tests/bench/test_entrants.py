@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from bench import entrants
-from bench.agreement import reference_results, require_agreement, results
+from bench.agreement import Truth, require_agreement, results, truth
 from bench.oracle import oracle_model
 from bench.tasks import LayerTask
 from glora import PathConfig, SearchSpace
@@ -42,10 +42,10 @@ def some_paths():
 
 
 def test_every_entrant_agrees_with_the_oracle(field, task):
-    field.check(task, some_paths(), 1e-5)
+    field.check(task, some_paths(), 8.0)
     assert not field.refused
     assert set(field.errors) == set(field.models) == set(entrants.ENTRANTS)
-    assert max(field.errors[name] for name in (entrants.OURS, entrants.OURS_MATMUL)) < 1e-5
+    assert 0 < max(field.errors[name] for name in (entrants.OURS, entrants.OURS_MATMUL)) <= 8
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -67,9 +67,9 @@ def test_the_oracle_agrees_with_the_reference_formula(task, bias, product):
 @pytest.mark.parametrize("who", [name for name in entrants.ENTRANTS if name != entrants.FROZEN])
 def test_an_entrant_that_is_a_little_off_is_refused_and_leaves(field, task, who):
     field.models[who].linear.register_forward_hook(lambda _module, _inputs, y: y * 1.001)
-    field.check(task, [ALL], 1e-5)
+    field.check(task, [ALL], 8.0)
     assert set(field.refused) == {who}
-    assert "expected relative errors" in field.refused[who]
+    assert "expected errors over u S" in field.refused[who]
     assert who not in field.models
 
 
@@ -78,7 +78,7 @@ def test_a_peer_with_other_factors_is_refused(field, task, who):
     trained = next(parameter for parameter in field.models[who].parameters() if parameter.requires_grad)
     with torch.no_grad():
         trained.mul_(1.1)
-    field.check(task, [], 1e-5)
+    field.check(task, [], 8.0)
     assert set(field.refused) == {who}
 
 
@@ -86,7 +86,7 @@ def test_a_layer_that_misreads_its_path_is_refused(field, task, monkeypatch):
     """The oracle reads the path for itself."""
     right = GLoRALinear.terms
     monkeypatch.setattr(GLoRALinear, "terms", lambda self, path=None: right(self, PathConfig(B="vector")))
-    field.check(task, [ALL], 1e-5)
+    field.check(task, [ALL], 8.0)
     assert {entrants.OURS, entrants.OURS_MATMUL} <= set(field.refused)
     assert not {entrants.LORA, entrants.GLORA, entrants.HIRA} & set(field.refused)
 
@@ -96,7 +96,7 @@ def test_an_entrant_that_raises_does_not_end_the_run_of_the_others(field, task):
         raise RuntimeError("no such kernel")
 
     field.models[entrants.GLORA].linear.register_forward_hook(fail)
-    field.check(task, [ALL], 1e-5)
+    field.check(task, [ALL], 8.0)
     assert field.refused == {entrants.GLORA: "RuntimeError: no such kernel"}
 
 
@@ -109,27 +109,39 @@ def test_a_package_that_is_not_installed_is_said(monkeypatch):
     assert made.missing[entrants.LYCORIS] == "the package lycoris is not installed"
 
 
-def test_reference_results_are_in_fp64(field, task):
-    assert all(
-        tensor.dtype == torch.float64 for tensor in reference_results(task, field.models[entrants.OURS]).values()
-    )
+def test_the_truth_is_in_fp64_and_its_scale_bounds_it(field, task):
+    want, scale = truth(task, field.models[entrants.OURS])
+    assert set(want) == set(scale)
+    for name, tensor in want.items():
+        assert tensor.dtype == torch.float64
+        assert (tensor.abs() <= scale[name] * (1 + 1e-6)).all()
+
+
+def relative(**tensors):
+    return Truth({name: torch.tensor(values, dtype=torch.float64) for name, values in tensors.items()}, None)
 
 
 def test_a_missing_gradient_is_found():
-    one = torch.ones(2)
     with pytest.raises(ValueError, match="expected results"):
-        require_agreement("peer", {"output": one}, {"output": one, "x": one}, 1e-4)
+        require_agreement("peer", {"output": torch.ones(2)}, relative(output=[1, 1], x=[1, 1]), 1e-4)
 
 
 def test_renamed_results_are_compared():
-    want = {"output": torch.ones(2, dtype=torch.float64), "Bd": torch.ones(3, dtype=torch.float64)}
+    want = relative(output=[1, 1], Bd=[1, 1, 1])
     got = {"output": torch.ones(2), "lora_B": torch.ones(3) * 1.01}
     assert require_agreement("peer", got, want, 0.1, {"Bd": "lora_B"}) == pytest.approx(0.01, rel=1e-3)
     with pytest.raises(ValueError, match="lora_B"):
         require_agreement("peer", got, want, 1e-3, {"Bd": "lora_B"})
 
 
+def test_one_wrong_element_of_many_is_found():
+    want = torch.ones(10_000, dtype=torch.float64)
+    got = want.float()
+    got[77] += 1e-5
+    with pytest.raises(ValueError, match="expected errors over u S up to 8"):
+        require_agreement("ours", {"output": got}, Truth({"output": want}, {"output": want}), 8.0)
+
+
 def test_a_result_that_is_not_a_number_is_refused():
-    want = {"output": torch.ones(2, dtype=torch.float64)}
     with pytest.raises(ValueError, match="nan"):
-        require_agreement("peer", {"output": torch.tensor([1.0, torch.nan])}, want, 1e-3)
+        require_agreement("peer", {"output": torch.tensor([1.0, torch.nan])}, relative(output=[1, 1]), 1e-3)
