@@ -23,12 +23,13 @@ from torch.nn import functional as F
 
 from glora.peft import accelerate
 
-from .agreement import reference_results, require_agreement, results
+from .agreement import Truth, require_agreement, results
 from .counting import saved_bytes
 from .entrants import GLORA, OURS, all_low_rank, make_field
 from .entrants.peft_models import GLORA_NAMES
 from .environment import environment
-from .section import Comparison, Section
+from .oracle import oracle_model
+from .section import RELATIVE, Comparison, Section
 from .settings import SEED, Settings
 from .tasks import LayerTask, step
 from .timing import WHOLE, interleave, ratio
@@ -36,6 +37,7 @@ from .timing import WHOLE, interleave, ratio
 BEFORE, AFTER, FLOOR = "PEFT GLoRA", "PEFT GLoRA, accelerated", "three dense products"
 RANK = 8
 TOKENS, WIDTH, HIDDEN = 197, 768, 3072  # tokens of an image
+TOLERANCE = 1e-5  # of every tensor, relative, in the 2-norm
 AT_MOST = {"time": 0.55, "saved_bytes": 0.60}
 
 
@@ -102,18 +104,18 @@ def measure(make: Callable[[int], tuple[nn.Module, LayerTask]], images: int, set
         raise ValueError(f"accelerate: expected it to serve {names}, got {served}")
 
     field.set_path(all_low_rank(RANK))
-    want = reference_results(task, field.models[OURS])
+    want = Truth(results(task.double(), oracle_model(field.models[OURS])), None)
     theirs = {f"{name}.{own}": f"{name}.{other}" for name in names for own, other in GLORA_NAMES.items()}
-    tolerance = settings.layer_tolerance
-    errors = {who: require_agreement(who, results(task, m), want, tolerance, theirs) for who, m in models.items()}
+    errors = {who: require_agreement(who, results(task, m), want, TOLERANCE, theirs) for who, m in models.items()}
     models[FLOOR] = floor_model(backbone, names)
     steps = {who: step(task, model) for who, model in models.items()}
     return Section(
         "peft_accelerate",
         f"{make.__name__}, {images} images",
         f"{make.__name__} of ViT-B/16, {images} x {TOKENS} tokens, rank {RANK}",
-        tolerance,
+        TOLERANCE,
         errors,
+        unit=RELATIVE,
         phases=interleave(steps, settings.rounds, watch=settings.watch()),
         comparisons=(Comparison(AFTER, BEFORE), Comparison(FLOOR, BEFORE), Comparison(AFTER, FLOOR)),
         facts={who: {"saved_bytes": saved_bytes(partial(task.forward, m), (m,))} for who, m in models.items()},
@@ -145,6 +147,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=9, help="interleaved rounds (default: 9)")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     options = parser.parse_args(arguments)
+    if options.out is not None:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     settings = Settings(rounds=options.rounds, clock="cpu")
     sections = []
