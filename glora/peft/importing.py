@@ -40,6 +40,7 @@ def import_peft(model: nn.Module, folder: str | os.PathLike) -> nn.Module:
         FileNotFoundError: one of the two files is missing.
         ValueError: not a GLoRA adapter, damaged, with trained biases, or made for another model; what differs is
             listed.
+        TypeError: a layer that cannot be adapted (see :func:`glora.inject`).
     """
     form, tensors = _read(Path(folder))
     if any(parameter.is_meta for parameter in model.parameters()):

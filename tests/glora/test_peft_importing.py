@@ -11,6 +11,7 @@ from torch import nn
 
 import glora
 from glora.peft import import_peft
+from tests.data import make_adapters
 from tests.glora.peft_toys import KINDS, adapted, glora_config, hira_config, tokens
 from tests.glora.toys import adapted_mlp, mlp, randomize, same_bits, state, unchanged
 
@@ -71,19 +72,12 @@ def test_a_named_adapter_lies_in_a_folder_of_its_own(tmp_path):
     torch.testing.assert_close(import_peft(mlp(), tmp_path / "other")(tokens()), model(tokens()))
 
 
-def test_a_frozen_folder():
-    """Written once by PEFT 0.21.2, with the base weights and what the adapted model computed."""
+def test_peft_reads_the_frozen_folder_as_we_do():
+    """Written once by PEFT 0.21.2; test_frozen_adapters.py holds what we read against the formula."""
     assert json.loads((FROZEN / CONFIG).read_text())["peft_version"] == "0.21.2"
-    expected = load_file(FROZEN / "expected.safetensors")
-    base = {name.removeprefix("base."): tensor for name, tensor in expected.items() if name.startswith("base.")}
-
-    def make():
-        model = mlp()
-        model.load_state_dict(base)
-        return model
-
-    torch.testing.assert_close(import_peft(make(), FROZEN)(expected["x"]), expected["y"])
-    torch.testing.assert_close(peft.PeftModel.from_pretrained(make(), FROZEN)(expected["x"]), expected["y"])
+    x, model = make_adapters.fixed_input(), make_adapters.fixed_model()
+    theirs = peft.PeftModel.from_pretrained(make_adapters.fixed_model(), FROZEN)
+    torch.testing.assert_close(import_peft(model, FROZEN)(x), theirs(x))
 
 
 # -- refused -----------------------------------------------------------------------------------------
