@@ -36,11 +36,11 @@ def sync_gradients(model: nn.Module) -> None:
             (the first such rank and layer are named); a model within ``DistributedDataParallel`` or
             ``fully_shard``, which average gradients themselves; a sparse gradient.
     """
-    if any(isinstance(module, DistributedDataParallel) for module in model.modules()):
+    if holds_replica(model):
         raise ValueError("model: expected one without DistributedDataParallel, which averages gradients itself")
-    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    if any(is_sharded(parameter) for parameter in named.values()):
+    if holds_shards(model):
         raise ValueError("model: expected one without fully_shard, which averages gradients itself")
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if world_size() == 1 or not named:
         return
     gradients = {name: p.grad for name, p in named.items() if p.grad is not None}
@@ -98,15 +98,25 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return model.module if isinstance(model, DistributedDataParallel) else model
 
 
+def holds_replica(model: nn.Module) -> bool:
+    """Whether ``DistributedDataParallel`` is around the model or a part of it."""
+    return any(isinstance(module, DistributedDataParallel) for module in model.modules())
+
+
+def holds_shards(model: nn.Module) -> bool:
+    """Whether ``fully_shard`` has split the parameters of the model or of a part of it."""
+    return has_group() and any(is_sharded(parameter) for parameter in model.parameters())
+
+
 def averages_itself(model: nn.Module) -> bool:
-    """Whether a backward pass leaves averaged gradients: within ``DistributedDataParallel`` or ``fully_shard``."""
-    return isinstance(model, DistributedDataParallel) or any(is_sharded(p) for p in model.parameters())
+    """Whether a backward pass leaves averaged gradients."""
+    return holds_replica(model) or holds_shards(model)
 
 
 def require_trainable(model: nn.Module, random_paths: bool) -> None:
     """Raise ValueError for a model that several processes would train wrongly without a word."""
     inner = unwrapped(model)
-    if any(isinstance(module, DistributedDataParallel) for module in inner.modules()):
+    if holds_replica(inner):
         raise ValueError("model: expected DistributedDataParallel around the whole model or none, got it around a part")
     if isinstance(model, DistributedDataParallel):
         unread = random_paths or len(trainable_parameters(inner, get_paths(inner))) < len(trainable_parameters(inner))
@@ -116,7 +126,7 @@ def require_trainable(model: nn.Module, random_paths: bool) -> None:
                 "which otherwise leaves gradients that are not averaged where a path does not read every tensor; or "
                 "the model without it, whose gradients glora averages itself"
             )
-    if any(is_sharded(parameter) for parameter in inner.parameters()):
+    if holds_shards(inner):
         _require_fully_sharded(inner)
     if world_size() > 1:
         _require_no_batch_norm(inner)
@@ -161,32 +171,30 @@ def copy_from_first(model: nn.Module) -> None:
             tensor.copy_(data)
 
 
+def require_whole(model: nn.Module) -> None:
+    """Raise ValueError for a model of which this rank holds a part only."""
+    if holds_shards(model):
+        raise ValueError(
+            "model: expected whole parameters, got those of fully_shard; gather them with "
+            "torch.distributed.checkpoint.state_dict.get_model_state_dict and load them into a model without it"
+        )
+
+
 def is_sharded(tensor: Tensor) -> bool:
-    if not has_group():
-        return False
+    """Whether this rank holds a part of ``tensor`` only; there has to be a process group."""
     from torch.distributed.tensor import DTensor  # here: half a second to import
 
     return isinstance(tensor, DTensor)
 
 
-def require_whole(model: nn.Module) -> None:
-    """Raise ValueError for a model in a form that cannot be merged or evaluated by one rank alone."""
-    if any(isinstance(module, DistributedDataParallel) for module in model.modules()):
-        raise ValueError("model: expected one without DistributedDataParallel; pass model.module")
-    if any(is_sharded(parameter) for parameter in model.parameters()):
-        raise ValueError(
-            "model: expected whole parameters, got those of fully_shard; load them into a model without it"
-        )
-
-
 def whole(tensor: Tensor) -> Tensor:
     """A sharded tensor put together, on every rank; any other as it is."""
-    return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+    return tensor.full_tensor() if has_group() and is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def sharded_like(tensor: Tensor, model_tensor: Tensor) -> Tensor:
     """The inverse of :func:`whole`, for a ``tensor`` that is the same on every rank."""
-    if not is_sharded(model_tensor) or tensor.shape != model_tensor.shape:
+    if not has_group() or not is_sharded(model_tensor) or tensor.shape != model_tensor.shape:
         return tensor
     from torch.distributed.tensor import distribute_tensor
 

@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 
 from .checksum import checksum
 from .config import LayerShape, PathConfig, SearchSpace
-from .distributed import require_whole
+from .distributed import holds_replica, require_whole
 from .evaluation import evaluate_merged
 from .files import write_atomically
 from .journal import Journal, Scores
@@ -178,6 +178,8 @@ def _checked_layers(model: nn.Module, space: SearchSpace, limit: int | None, met
     if metric not in ("accuracy", "loss"):
         raise ValueError(f"metric: expected 'accuracy' or 'loss', got {metric!r}")
     require_whole(model)
+    if holds_replica(model):
+        raise ValueError("model: expected one without DistributedDataParallel; pass model.module")
     sampler_for(model, space, limit)  # its checks name the model's layers
     return {name: layer.shape for name, layer in require_layers(model).items()}
 

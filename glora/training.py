@@ -228,7 +228,7 @@ def _prepare(
 def _start_alike(run: _Run) -> None:
     """Make sure that all ranks train the same, from the same tensors."""
     require_agreement("recipe, space, dataset and paths", run.task())
-    if not averages_itself(run.model):
+    if not run.averages_itself:
         copy_from_first(run.inner)
 
 
@@ -287,7 +287,7 @@ def _backward(run: _Run, loss: Tensor) -> None:
     weight = world_size() * share(batch_size)[1] / batch_size
     (loss if weight == 1 else loss * weight).backward()
     drop_unread_gradients(run.inner)
-    if not averages_itself(run.model):
+    if not run.averages_itself:
         sync_gradients(run.model)
 
 
@@ -344,7 +344,7 @@ class _Run:
     ):
         from timm.scheduler import CosineLRScheduler  # here: timm takes seconds to import
 
-        self.model, self.inner = model, unwrapped(model)
+        self.model, self.inner, self.averages_itself = model, unwrapped(model), averages_itself(model)
         self.parameters, self.recipe, self.space = parameters, recipe, space
         self.samples = samples
         self.step = 0
