@@ -16,9 +16,10 @@ from torch.utils.data import Dataset, TensorDataset
 
 import glora
 from glora import PathConfig, Recipe, SearchSettings, SearchSpace, evolve, glora_layers, search, sync_gradients, train
-from glora.distributed import share, unwrapped, whole
+from glora.distributed import _same_everywhere, share, unwrapped, whole
 from glora.ranks import rank
-from tests.glora.test_evolution import LAYERS, additive
+from glora.training import StepSampler
+from tests.glora.test_evolution import LAYERS, Counted, additive
 from tests.glora.test_training import CutError, Pairs, cut_at
 from tests.glora.toys import (
     adapted_mlp,
@@ -130,12 +131,28 @@ def searched(folder, ranks):
 # -- two processes -----------------------------------------------------------------------------------
 
 
+class Recorded(Pairs):
+    """Keeps which samples were read."""
+
+    def __init__(self):
+        self.read = []
+
+    def __getitem__(self, index):
+        self.read.append(index)
+        return super().__getitem__(index)
+
+
 def noisy(folder, cut=None):
-    """A run with dropout, and with samples that are drawn anew."""
+    """A run with dropout, and with samples that are drawn anew: ``(tensors, losses, samples read, draws)``."""
     options = {"checkpoint": folder / "noisy.pt", "on_step": cut_at(cut)} if cut else {}
-    model = adapted_mlp(dropout=0.3)
-    summary = train(model, Pairs(), RECIPE, space=SPACE, progress=False, **options)
-    return tensors(model), summary.losses
+    model, data, draws = adapted_mlp(dropout=0.3), Recorded(), []
+
+    def loss_fn(output, target):
+        draws.append(float(torch.rand(())))
+        return nn.functional.cross_entropy(output, target)
+
+    losses = train(model, data, RECIPE, space=SPACE, progress=False, loss_fn=loss_fn, **options).losses
+    return tensors(model), losses, data.read, draws
 
 
 def cut(name, wrapper, file):
@@ -203,10 +220,18 @@ def test_resumed_run_has_the_bits_of_an_uncut_one(two):
         uncut, resumed = results["noisy"]
         assert same_bits(uncut[0], resumed[0])
         assert uncut[1] == resumed[1]
+        assert (uncut[2][8 * 3 :], uncut[3][8:]) == resumed[2:]
 
 
-def test_dropout_differs_between_ranks(two):
-    assert not same_bits(two[0]["noisy"][0][0], noisy(None)[0])
+def test_each_rank_reads_its_share_alone(two):
+    batches = StepSampler(12, RECIPE.batch_size, RECIPE.seed, 0, RECIPE.steps)
+    first, second = (results["noisy"][0][2] for results in two)
+    assert [first[3 * i : 3 * i + 3] + second[3 * i : 3 * i + 3] for i in range(RECIPE.steps)] == list(batches)
+
+
+def test_ranks_and_steps_draw_differently(two):
+    draws = [draw for results in two for draw in results["noisy"][0][3]]
+    assert len(set(draws)) == len(draws) == 2 * RECIPE.steps
 
 
 @pytest.mark.parametrize("wrapper", WRAPPERS)
@@ -229,8 +254,9 @@ def three_processes(folder):
     results = {batch_size: trained("mlp", "plain", batch_size) for batch_size in (5, 2)}
     results["search"] = searched(folder, 3)
     results["resumed"] = trained("vit", "plain", 6, checkpoint=folder / "from-two.pt")
-    torn = evolve(LAYERS, SPACE, additive, settings=QUICK, journal=folder / "torn.jsonl", progress=False)
-    results["torn"] = torn.history, torn.evaluated
+    counted = Counted()
+    torn = evolve(LAYERS, SPACE, counted, settings=QUICK, journal=folder / "torn.jsonl", progress=False)
+    results["torn"], results["calls"] = (torn.history, torn.evaluated), len(counted.seen)
     return results
 
 
@@ -241,12 +267,14 @@ def test_three_processes(two, folder):
     content = (folder / "complete.jsonl").read_bytes()
     (folder / "torn.jsonl").write_bytes(content[: len(content) // 2])
     known = content[: len(content) // 2].count(b"\n") - 1
-    for results in on_ranks(3, folder / "three", three_processes, folder):
+    three = on_ranks(3, folder / "three", three_processes, folder)
+    for results in three:
         for batch_size in (5, 2):
             assert_close(results[batch_size], in_one_process("mlp", batch_size), 1e-6)
         assert results["search"] == searched(folder, 1)[:2] * 2
         assert_close(results["resumed"], in_one_process("vit", 6), 1e-5)
         assert results["torn"] == (complete.history, len(complete.history) - known)
+    assert sum(results["calls"] for results in three) == len(complete.history) - known
     assert (folder / "torn.jsonl").read_bytes() == content
 
 
@@ -380,7 +408,7 @@ REFUSED = {
     "sparse": (sparse, ValueError, r"model: expected dense gradients, got torch.sparse_coo for 'weight'"),
     "sync-of-ddp": (lambda: sync_gradients(default_ddp()), ValueError, ITSELF),
     "sync-of-fsdp": (lambda: sync_gradients(sharded(trained_mlp())), ValueError, ITSELF),
-    "ddp": (lambda: start(default_ddp()), ValueError, UNREAD),
+    "ddp": (lambda: start(DistributedDataParallel(adapted_mlp())), ValueError, UNREAD),
     "ddp-fixed-path": (lambda: start(default_ddp(), space=None), ValueError, UNREAD),
     "static-graph": (
         lambda: start(static_graph()),
@@ -461,6 +489,17 @@ REFUSED = {
 }
 
 
+def all_read(wrap):
+    """Under a fixed path that reads every tensor default DDP is right."""
+    model = wrap(adapted_mlp())
+    start(model, space=None)
+    return tensors(model)
+
+
+def agreement():
+    return [_same_everywhere({"fc1": text}, torch.device("cpu")) for text in ("A", f"A{rank()}", f"A{1 - rank()}")]
+
+
 def refusals():
     def outcome(call):
         try:
@@ -492,7 +531,8 @@ def gathered():
 
 
 def gradients_and_refusals():
-    return accumulated(rank(), True), half_precision(), sharded_gradients(), gathered(), refusals()
+    checks = gathered(), all_read(DistributedDataParallel), agreement()
+    return accumulated(rank(), True), half_precision(), sharded_gradients(), *checks, refusals()
 
 
 @pytest.fixture(scope="module")
@@ -522,6 +562,16 @@ def test_fully_shard_leaves_unread_gradients_none(checked):
 
 def test_a_sharded_model_is_gathered_into_a_whole_one(checked):
     assert same_bits(checked[0][3], tensors(trained_mlp()))
+
+
+def test_default_ddp_is_taken_where_every_tensor_is_read(checked):
+    expected = all_read(lambda model: model)
+    for _, _, _, _, got, *_ in checked:
+        assert max(float((got[name] - expected[name]).abs().max()) for name in expected) < 1e-6
+
+
+def test_ranks_notice_that_they_differ(checked):
+    assert [found for *_, found, _ in checked] == [[True, False, False]] * 2
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -587,7 +637,7 @@ def test_the_script_of_the_guide(tmp_path):
     options = {"cwd": tmp_path, "env": environment, "capture_output": True, "text": True, "timeout": 120}
     done = subprocess.run(command, check=False, **options)
     assert done.returncode == 0, done.stderr
-    assert done.stderr.count("train: 100%") == 1  # rank 0's bar alone
+    assert done.stderr.count("train:   0%") == 1  # rank 0's bar alone
 
     model = adapted_mlp()
     train(model, points(), RECIPE, space=SPACE, progress=False)
