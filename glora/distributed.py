@@ -1,8 +1,8 @@
 """Gradients, tensors and shares of a model that several processes train.
 
-A random path leaves most support tensors without a gradient, which ``DistributedDataParallel`` as it is by
-default gets wrong without a word: it leaves some gradients as they were on each rank. Here the ranks first make
-sure that they read the same tensors, then average the gradients of those alone.
+A random path leaves most support tensors without a gradient. ``DistributedDataParallel``, as it is by default,
+then leaves some of the others as they were on each rank, and says nothing. Here the ranks first make sure that
+they read the same tensors, and average the gradients of those alone.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ def sync_gradients(model: nn.Module) -> None:
         raise ValueError("model: expected one without DistributedDataParallel, which averages gradients itself")
     if holds_shards(model):
         raise ValueError("model: expected one without fully_shard, which averages gradients itself")
-    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    named = {name: p for name, p in sorted(model.named_parameters()) if p.requires_grad}
     if world_size() == 1 or not named:
         return
     gradients = {name: p.grad for name, p in named.items() if p.grad is not None}
     state = {
-        **{name: str(path) for name, path in get_paths(model).items()},
+        **{name: str(path) for name, path in sorted(get_paths(model).items())},
         **{name: f"gradient {_form(gradient)}" for name, gradient in gradients.items()},
     }
     if not _same_everywhere(state, next(iter(named.values())).device):
@@ -77,8 +77,8 @@ def _average(gradients: Iterable[Tensor]) -> None:
         buckets[gradient.dtype, gradient.device].append(gradient)
     for bucket in buckets.values():
         flat = torch.cat([gradient.reshape(-1) for gradient in bucket])
+        flat /= world_size()  # first: the sum might be beyond the range of fp16
         dist.all_reduce(flat)
-        flat /= world_size()
         for gradient, mean in zip(bucket, flat.split([gradient.numel() for gradient in bucket])):
             gradient.copy_(mean.view_as(gradient))
 
@@ -137,7 +137,7 @@ def _require_fully_sharded(model: nn.Module) -> None:
 
     whole = [name for name, p in model.named_parameters() if not is_sharded(p)]
     if not isinstance(model, FSDPModule) or whole:
-        raise ValueError(f"model: expected fully_shard on the whole model, got parameters without it: {whole}")
+        raise ValueError(f"model: expected fully_shard on the whole model, got it on a part; without it are {whole}")
     for name, parameter in model.named_parameters():
         mesh = parameter.device_mesh  # type: ignore[attr-defined]
         if mesh.ndim != 1 or mesh.size() != world_size():
@@ -164,7 +164,7 @@ def copy_from_first(model: nn.Module) -> None:
     """
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     require_agreement("model", {name: _form(tensor) for name, tensor in tensors.items()})
-    for tensor in tensors.values():
+    for _, tensor in sorted(tensors.items()):
         data = tensor.detach().contiguous()
         dist.broadcast(data, src=0)
         if data.data_ptr() != tensor.data_ptr():

@@ -68,8 +68,11 @@ def together(call: Callable[[], T]) -> T:
 
 
 def from_first(call: Callable[[], T]) -> T:
-    """What ``call`` returns on rank 0, the only one to call it. What it raises is raised on every rank, as its type
-    where that is ValueError and as RuntimeError otherwise."""
+    """What ``call`` returns on rank 0, the only one to call it.
+
+    Raises:
+        ValueError, RuntimeError: on the other ranks, if rank 0 raised a ValueError, or anything else.
+    """
     if world_size() == 1:
         return call()
     error, own = _outcome(call) if is_first() else (None, None)
