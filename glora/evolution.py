@@ -221,7 +221,7 @@ def evolve(
         "limit": limit,
         "scored_by": dict(scored_by or {}),
     }
-    require_agreement("search", description)
+    require_agreement("arguments", {**description, "journal": journal is not None})
     scores = Scores(None if journal is None else Journal(journal, description))
     started = time.perf_counter()
     total = settings.population + settings.generations * (settings.crossover + settings.mutation)

@@ -55,7 +55,6 @@ class Journal:
     Args:
         file: where it is, or will be.
         description: plain data that tells this search from others.
-
     """
 
     def __init__(self, file: str | os.PathLike, description: Mapping[str, Any]):

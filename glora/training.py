@@ -180,7 +180,7 @@ def train(
     require_group()
     run, sampler = together(lambda: _prepare(model, dataset, recipe, space))
     if world_size() > 1:
-        _start_alike(run)
+        _start_alike(run, checkpoint is not None)
     if checkpoint is None or not run.load(checkpoint):
         torch.manual_seed(recipe.seed)
     paths_before = get_paths(run.inner)
@@ -225,9 +225,10 @@ def _prepare(
     return _Run(model, parameters, recipe, space, len(dataset)), sampler  # type: ignore[arg-type]
 
 
-def _start_alike(run: _Run) -> None:
-    """Make sure that all ranks train the same, from the same tensors."""
-    require_agreement("recipe, space, dataset and paths", run.task())
+def _start_alike(run: _Run, saves: bool) -> None:
+    """Make sure that all ranks train the same, from the same tensors, and save at the same steps."""
+    saving = {"checkpoint": saves, "checkpoint_every": run.recipe.checkpoint_every}
+    require_agreement("arguments", {**run.task(), **saving})
     if not run.averages_itself:
         copy_from_first(run.inner)
 

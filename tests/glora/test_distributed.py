@@ -436,12 +436,27 @@ REFUSED = {
     "recipe": (
         lambda: start(trained_mlp(), recipe=recipe(lr=0.1 + rank())),
         ValueError,
-        r"^recipe, space, dataset and paths: expected the same on every rank, got 'recipe' .*'lr': 1.1.* on rank 1",
+        r"^arguments: expected the same on every rank, got 'recipe' .*'lr': 1.1.* on rank 1",
+    ),
+    "steps-of-checkpoints": (
+        lambda: start(trained_mlp(), recipe=recipe(checkpoint_every=1 + rank()), checkpoint="/nowhere/file.pt"),
+        ValueError,
+        r"^arguments: expected the same on every rank, got 'checkpoint_every' 2 on rank 1 and 1 on rank 0",
+    ),
+    "checkpoint-of-one": (
+        lambda: start(trained_mlp(), checkpoint="/nowhere/file.pt" if rank() else None),
+        ValueError,
+        r"^arguments: expected the same on every rank, got 'checkpoint' True on rank 1 and False on rank 0",
+    ),
+    "journal-of-one": (
+        lambda: search_of(trained_mlp(), journal="/nowhere/search.jsonl" if rank() else None),
+        ValueError,
+        r"^arguments: expected the same on every rank, got 'journal' True on rank 1 and False on rank 0",
     ),
     "fixed-paths": (
         lambda: start(trained_mlp(seed=rank()), space=None),
         ValueError,
-        r"^recipe, space, dataset and paths: .* got 'paths' ",
+        r"^arguments: .* got 'paths' ",
     ),
     "model": (
         lambda: start(trained_mlp(rank=2 + rank())),
@@ -477,12 +492,12 @@ REFUSED = {
     "weights": (
         lambda: search_of(trained_mlp(seed=rank())),
         ValueError,
-        r"^search: expected the same on every rank, got 'scored_by' ",
+        r"^arguments: expected the same on every rank, got 'scored_by' ",
     ),
     "settings": (
         lambda: evolve(LAYERS, SPACE, additive, settings=SearchSettings(seed=rank()), progress=False),
         ValueError,
-        r"^search: expected the same on every rank, got 'settings' ",
+        r"^arguments: expected the same on every rank, got 'settings' ",
     ),
     "search-of-ddp": (lambda: search_of(default_ddp()), ValueError, "pass model.module"),
     "search-of-fsdp": (lambda: search_of(sharded(trained_mlp())), ValueError, "expected whole parameters"),
