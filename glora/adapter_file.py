@@ -61,7 +61,7 @@ def load_adapter(model: nn.Module, file: str | os.PathLike) -> nn.Module:
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: not an adapter file, damaged, of a later format, or made for another model; the
-            names and shapes that differ are listed.
+            names and shapes that differ are listed. A model whose parameters are sharded.
     """
     require_whole(model)
     description, tensors = _read(file)

@@ -52,6 +52,9 @@ def evaluate_merged(
     """As :func:`evaluate`, with every layer merged under ``paths`` for the time of the call.
 
     Each W_eff is assembled once, not once a batch. The model and its paths are left as they are.
+
+    Raises:
+        ValueError: an empty data set, paths of another model, or sharded parameters.
     """
     require_whole(model)
     layers = require_layers(model)

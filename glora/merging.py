@@ -91,7 +91,7 @@ def merge(model: nn.Module, sample: Tensor | None = None, *, keep: bool = False,
         safe: refuse a merged weight, bias or output that is not finite.
 
     Raises:
-        ValueError: nothing to merge, or (with ``safe``) a result that is not finite, by layer. The
+        ValueError: nothing to merge, sharded parameters, or (with ``safe``) a result that is not finite, by layer. The
             model is unchanged then.
     """
     require_whole(model)
