@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 KERNELS = sorted((ROOT / "glora_kernels").rglob("*.py"))
-HEAVY = ("triton", "timm", "torchvision", "matplotlib", "sklearn", "safetensors")
+HEAVY = ("triton", "timm", "torchvision", "matplotlib", "sklearn", "safetensors", "torch.distributed.tensor")
 GLORA = sorted((ROOT / "glora").rglob("*.py"))
 
 
