@@ -5,6 +5,7 @@
 
 from .adapter_file import load_adapter, save_adapter
 from .config import LayerShape, PathConfig, SearchSpace
+from .distributed import sync_gradients
 from .evaluation import Metrics, evaluate, evaluate_merged
 from .evolution import SearchResult, SearchSettings, evolve, search
 from .injection import inject
@@ -49,6 +50,7 @@ __all__ = [
     "save_official",
     "search",
     "set_paths",
+    "sync_gradients",
     "train",
     "trainable_parameters",
     "unmerge",

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from glora_kernels.terms import PRODUCTS
 
 from .config import PathConfig
+from .distributed import require_whole
 from .files import write_atomically
 from .injection import adapt
 from .layer import SUPPORT_NAMES, GLoRALinear
@@ -31,10 +32,11 @@ def save_adapter(model: nn.Module, file: str | os.PathLike) -> None:
     """Write the support tensors, the paths and every other trainable parameter of ``model``.
 
     Raises:
-        ValueError: ``model`` has no adapted layer.
+        ValueError: ``model`` has no adapted layer, or its parameters are sharded.
     """
     from safetensors.torch import save
 
+    require_whole(model)
     layers = require_layers(model)
     support = {id(p) for layer in layers.values() for p in layer.support_parameters()}
     trained = {id(p) for p in trainable_parameters(model)} | support
@@ -59,8 +61,9 @@ def load_adapter(model: nn.Module, file: str | os.PathLike) -> nn.Module:
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: not an adapter file, damaged, of a later format, or made for another model; the
-            names and shapes that differ are listed.
+            names and shapes that differ are listed. A model whose parameters are sharded.
     """
+    require_whole(model)
     description, tensors = _read(file)
     return apply_adapter(model, description, tensors, file)
 

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
 from .config import PathConfig
+from .distributed import require_whole
 from .modules import evaluating, replaced_modules, require_layers
 from .paths import check_names
 
@@ -51,7 +52,11 @@ def evaluate_merged(
     """As :func:`evaluate`, with every layer merged under ``paths`` for the time of the call.
 
     Each W_eff is assembled once, not once a batch. The model and its paths are left as they are.
+
+    Raises:
+        ValueError: an empty data set, paths of another model, or sharded parameters.
     """
+    require_whole(model)
     layers = require_layers(model)
     check_names("paths", paths, layers)
     merged: dict[nn.Module, nn.Module] = {layer: layer.merge(paths[name], safe=False) for name, layer in layers.items()}

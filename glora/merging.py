@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from glora_kernels import reference
 
 from .config import PathConfig
+from .distributed import require_whole
 from .layer import GLoRALinear
 from .modules import evaluating, replace_modules, replaced_modules, require_layers
 
@@ -96,9 +97,10 @@ def merge(model: nn.Module, sample: Tensor | None = None, *, keep: bool = False,
         safe: refuse a merged weight, bias or output that is not finite.
 
     Raises:
-        ValueError: nothing to merge, or (with ``safe``) a result that is not finite, by layer. The
+        ValueError: nothing to merge, sharded parameters, or (with ``safe``) a result that is not finite, by layer. The
             model is unchanged then.
     """
+    require_whole(model)
     layers = require_layers(model)
     if "" in layers:
         raise ValueError("model: expected a model that contains GLoRALinear layers; call .merge() on a single layer")

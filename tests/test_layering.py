@@ -9,7 +9,17 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 KERNELS = sorted((ROOT / "glora_kernels").rglob("*.py"))
-HEAVY = ("triton", "timm", "torchvision", "matplotlib", "sklearn", "safetensors", "peft", "transformers")
+HEAVY = (
+    "triton",
+    "timm",
+    "torchvision",
+    "matplotlib",
+    "sklearn",
+    "safetensors",
+    "peft",
+    "transformers",
+    "torch.distributed.tensor",
+)
 GLORA = sorted((ROOT / "glora").rglob("*.py"))
 # PEFT's own layers are what these two work on: one derives from them and is loaded by the other, when it is called.
 PEFT_LAYERS, PEFT_USER = ROOT / "glora" / "peft" / "layers.py", ROOT / "glora" / "peft" / "acceleration.py"

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import PathConfig, parse_choice
+from ..distributed import require_whole
 from ..files import write_folder_atomically
 from ..layer import GLoRALinear
 from ..modules import require_layers
@@ -33,11 +34,12 @@ def export_peft(model: nn.Module, folder: str | os.PathLike) -> None:
     Raises:
         ValueError: no GLoRA layer; what PEFT cannot express, with the layers and reasons (the matmul product,
             A and B or D and E of different kinds, ranks or paths that differ, C or E without a bias, which PEFT
-            drops); trained tensors that PEFT could not save; a folder that holds other files.
+            drops); trained tensors that PEFT could not save, or sharded ones; a folder that holds other files.
     """
     from safetensors.torch import save
 
     layers = require_layers(model)
+    require_whole(model)
     if "" in layers:
         raise ValueError("model: expected a model that contains GLoRALinear layers, got a single one; PEFT needs names")
     form = _common_form(layers)

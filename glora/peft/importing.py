@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from glora_kernels.checks import FLOATING
 
 from ..config import KINDS
+from ..distributed import require_whole
 from ..injection import adapt
 from ..layer import GLoRALinear
 from ..modules import glora_layers
@@ -39,9 +40,10 @@ def import_peft(model: nn.Module, folder: str | os.PathLike) -> nn.Module:
     Raises:
         FileNotFoundError: one of the two files is missing.
         ValueError: not a GLoRA adapter, damaged, with trained biases, or made for another model; what differs is
-            listed.
+            listed. A model whose parameters are sharded.
         TypeError: a layer that cannot be adapted (see :func:`glora.inject`).
     """
+    require_whole(model)
     form, tensors = _read(Path(folder))
     if any(parameter.is_meta for parameter in model.parameters()):
         raise ValueError("model: expected real tensors, got parameters on meta; load the base weights first")
