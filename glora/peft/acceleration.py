@@ -50,7 +50,7 @@ def accelerate(peft_model: nn.Module) -> Acceleration:
     the contract of ``docs/numerics.md``: with fewer dense products than PEFT, and no dense matrix kept for
     backward. Only the class of a layer changes, to a subclass of its own, so that saving, loading, merging,
     switching and disabling adapters, copying and pickling work as before (an accelerated model that was
-    pickled needs glora to be read).
+    pickled needs glora to be read); activation checkpointing and ``torch.compile`` do, too.
 
     A layer falls back to PEFT's forward for as long as that has more to do: no adapter or several are
     active, adapters are merged or disabled, a batch mixes them (``adapter_names``), HiRA's dropout is active,

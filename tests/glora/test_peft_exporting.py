@@ -7,6 +7,7 @@ from collections import OrderedDict
 import peft
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import nn
 
@@ -253,6 +254,24 @@ def test_wrong_models(tmp_path):
     with pytest.raises(ValueError, match="model: expected a model that contains GLoRALinear layers, got a single one"):
         export_peft(glora.GLoRALinear(4, 3), tmp_path / "adapter")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def one_process():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_sharded_models(tmp_path, one_process):
+    from torch.distributed.fsdp import fully_shard
+
+    export_peft(on_path(SAME), tmp_path / "adapter")
+    model = on_path(SAME)
+    fully_shard(model, mesh=dist.init_device_mesh("cpu", (1,)))
+    for exchange in (export_peft, import_peft):
+        with pytest.raises(ValueError, match="model: expected whole parameters, got those of fully_shard"):
+            exchange(model, tmp_path / "adapter")
 
 
 def with_parameter(model):
