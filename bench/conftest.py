@@ -43,7 +43,8 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[SECTIONS] = {}
     config.addinivalue_line("filterwarnings", "default")  # what peers warn of is not ours to mend
     config.addinivalue_line("markers", "benchmark: an entry of pytest-benchmark")
-    torch.set_num_threads(config.stash[SETTINGS].threads)
+    if config.stash[SETTINGS].device == "cpu":
+        torch.set_num_threads(config.stash[SETTINGS].threads)
     if not any(str(argument).startswith("--benchmark-columns") for argument in config.invocation_params.args):
         config.option.benchmark_columns = COLUMNS  # read by pytest-benchmark's own hook, which comes last
 
@@ -57,6 +58,8 @@ def _settings(config: pytest.Config) -> Settings:
     for option in ("rounds", "threads"):
         if config.getoption(option) < 1:
             raise pytest.UsageError(f"--{option}: expected at least 1, got {config.getoption(option)}")
+    if config.getoption("clock") == "cpu" and config.getoption("threads") != 1:
+        raise pytest.UsageError("--clock: expected wall with more than one thread (cpu adds theirs up), got cpu")
     device = config.getoption("device")
     if device == "cuda" and not torch.cuda.is_available():
         raise pytest.UsageError("--device: expected a GPU for cuda, found none")
@@ -94,7 +97,7 @@ def measured(request: pytest.FixtureRequest) -> Callable:
             try:
                 found[key] = function(*arguments)
             except Exception as error:
-                found[key] = error
+                found[key] = error.with_traceback(None)  # which would keep models and tensors alive
         if isinstance(found[key], Exception):
             raise found[key]
         return found[key]
@@ -124,7 +127,7 @@ def hand_in(request: pytest.FixtureRequest, settings: Settings) -> Callable[[Sec
     def give(section: Section, phase: str, entrant: str) -> None:
         if entrant in section.missing:
             pytest.skip(section.missing[entrant])
-        if entrant not in section.phases[phase]:
+        if entrant not in section.phases.get(phase, {}):
             refused = "; ".join(f"{name}: {reason}" for name, reason in section.refused.items())
             pytest.fail(f"{entrant!r} was not timed: {refused}", pytrace=False)
         if not request.config.pluginmanager.hasplugin("benchmark"):

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -15,29 +16,38 @@ def flops(function: Callable[[], object]) -> int:
 
     It does not see into kernels of Triton's.
     """
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: _addmm_flops}) as counter:
         function()
     return counter.get_total_flops()
 
 
-def saved_bytes(forward: Callable[[], object], models: tuple[nn.Module, ...] = ()) -> int:
-    """Bytes that autograd keeps from ``forward`` for backward, each storage once.
+def _addmm_flops(_target, left, right, **_kwargs) -> int:
+    """From shapes; the counter knows addmm, but not in place."""
+    return 2 * left[0] * left[1] * right[1]
 
-    Args:
-        models: whose parameters and buffers do not count: they are there anyway.
+
+def saved_bytes(forward: Callable[[], Tensor], inputs: tuple[Tensor, ...], device: str) -> int:
+    """Bytes that ``forward`` leaves behind for backward, its output not counted.
+
+    What memory has risen by once forward is done, as PyTorch's allocators have it, and those of ``inputs`` that
+    autograd saves: they were there before, and could go but for that.
     """
-    own = {_address(tensor) for model in models for tensor in (*model.parameters(), *model.buffers())}
-    found: dict[int, int] = {}
+    output, risen, _ = _run(forward, device)
+    held = _saved_storages(forward) & {_address(tensor) for tensor in inputs}
+    return risen - output.untyped_storage().nbytes() + sum(t.nbytes for t in inputs if _address(t) in held)
+
+
+def _saved_storages(forward: Callable[[], Tensor]) -> set[int]:
+    """Addresses of the storages that autograd saves."""
+    found: set[int] = set()
 
     def pack(tensor: Tensor) -> Tensor:
-        if _address(tensor) not in own:
-            found[_address(tensor)] = tensor.untyped_storage().nbytes()
+        found.add(_address(tensor))
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        kept = forward()  # as long as it lives no address is given out again
-    del kept
-    return sum(found.values())
+        forward()
+    return found
 
 
 def _address(tensor: Tensor) -> int:
@@ -46,18 +56,23 @@ def _address(tensor: Tensor) -> int:
 
 def peak_bytes(function: Callable[[], object], device: str) -> int:
     """How far memory rises above where it was before ``function``, by PyTorch's allocators."""
+    return _run(function, device)[2]
+
+
+def _run(function: Callable[[], Any], device: str) -> tuple[Any, int, int]:
+    """What ``function`` returns, by how many bytes memory has risen then, and how far in between."""
     if device != "cpu":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        function()
+        made = function()
         torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
+        return made, torch.cuda.memory_allocated() - before, torch.cuda.max_memory_allocated() - before
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        function()
+        made = function()
     level = peak = 0
     for event in profiler.profiler.kineto_results.events():
         if event.name() == "[memory]":
             level += event.nbytes()
             peak = max(peak, level)
-    return peak
+    return made, level, peak

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import platform
 import subprocess
@@ -15,8 +16,9 @@ import torch
 PACKAGES = ("torch", "triton", "timm", "peft", "lycoris-lora", "numpy")
 
 
+@functools.cache
 def environment(device: str) -> dict[str, Any]:
-    """Plain data."""
+    """Plain data; the load is that of the first call."""
     found = {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "commit": _commit(),
@@ -49,6 +51,8 @@ def _commit() -> str | None:
         )
         return done.stdout.strip()
 
+    if not (Path(__file__).parent.parent / "pyproject.toml").is_file():
+        return None  # installed: a repository around it is somebody else's
     try:
         return git("rev-parse", "--short=10", "HEAD") + ("+" if git("status", "--porcelain") else "")
     except (OSError, subprocess.CalledProcessError):  # no git, or not a checkout

@@ -2,10 +2,10 @@
 
     python -m bench.gpu_ops --out results.json
 
-The floor of a layer is the frozen linear layer: forward and dx, two dense products. The floor of a kernel is the time
-its bytes take at the measured speed of a large copy, or its operations at that of a large product, whichever is longer.
-Times are medians of CUDA events over interleaved rounds (``timing.py``); a path is checked against the fp64 formula
-before it is timed.
+The floor of a layer is the frozen linear layer: forward and dx, two dense products; ratios are of paired rounds
+(``timing.py``). The floor of a kernel is the time its bytes take at the speed of a large copy, or its operations at
+that of a large product, measured at the start, whichever is longer. y and every gradient are held against the fp64
+formula before anything is timed.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
@@ -28,9 +29,10 @@ from glora_kernels import Constant, LowRank, Terms, Vector, glora_linear, refere
 from glora_kernels._triton.builds import Case, launches_of
 from glora_kernels._triton.device import architecture
 from glora_kernels._triton.launch import launch
+from glora_kernels.contract import PROMISED, largest_constant
 from glora_kernels.cost import Problem, launches
 
-from .timing import WHOLE, EventWatch, interleave, plain
+from .timing import WHOLE, EventWatch, interleave, plain, ratio
 
 SHAPES = {  # M, N, K
     "ViT-B bs 64 qkv": (12608, 2304, 768),
@@ -52,7 +54,6 @@ ENTRANTS: dict[str, tuple[str, str | None]] = {
 }
 Call = tuple[Tensor, Tensor, Tensor, Terms]
 RANK = 8
-ROUNDOFF = 2.0**-8  # of bf16
 
 
 def milliseconds(functions: Mapping[str, Callable[[], object]], rounds: int = 15, repeats: int = 1) -> dict[str, float]:
@@ -101,16 +102,36 @@ def make(shape: tuple[int, int, int], kinds: tuple[str, str]) -> Call:
     return x, random(outputs, inputs, scale=inputs**-0.5), random(outputs, scale=0.1), terms
 
 
-def require_right(x: Tensor, weight: Tensor, bias: Tensor, terms: Terms, entrant: tuple[str, str | None]) -> None:
-    """y of the first tokens against the fp64 formula; nothing wrong is timed."""
-    with torch.no_grad(), use_backend(*entrant):
-        got = glora_linear(x, weight, bias, terms)[:32].double()
-    operands = [x[:32].detach().double(), weight.double(), bias.double()]
-    wide = terms.map(lambda t: t.detach().double())
-    want = reference.glora_linear(*operands, wide)
-    scale = reference.glora_linear(*(t.abs() for t in operands), wide.map(torch.abs))
-    excess = ((got - want).abs() / (ROUNDOFF * scale)).max().item()
-    assert excess <= 3, f"{entrant}: y is off by {excess:.1f} u S"
+def results_of(function: Callable[..., Tensor], call: Call, dy: Tensor) -> list[Tensor]:
+    """y and every gradient."""
+    y = function(*call)
+    return [y.detach(), *torch.autograd.grad(y, [call[0], *call[3].flatten()[0]], dy)]
+
+
+def in_dtype(call: Call, change: Callable[[Tensor], Tensor]) -> Call:
+    """The same call on changed leaves."""
+    x, weight, bias, terms = call
+
+    def leaf(tensor: Tensor) -> Tensor:
+        return change(tensor.detach()).requires_grad_()
+
+    return leaf(x), change(weight), change(bias), terms.map(leaf)
+
+
+def require_right(call: Call, dy: Tensor) -> None:
+    """y and every gradient of every entrant against the fp64 formula, element by element; nothing wrong is timed.
+
+    Raises:
+        ValueError: one is off.
+    """
+    want = results_of(reference.glora_linear, in_dtype(call, Tensor.double), dy.double())
+    scale = results_of(reference.glora_linear, in_dtype(call, lambda t: t.float().abs()), dy.float().abs())
+    for label, entrant in ENTRANTS.items():
+        with use_backend(*entrant):
+            got = results_of(glora_linear, call, dy)
+        errors = [largest_constant(*three, torch.bfloat16) for three in zip(got, want, scale)]
+        if not all(error <= PROMISED[torch.bfloat16] for error in errors):
+            raise ValueError(f"{label}: not timed, errors of y and the gradients over u S: {errors}")
 
 
 def step_of(
@@ -125,27 +146,25 @@ def step_of(
     return step
 
 
-def layers() -> list[dict[str, Any]]:
+def layers() -> Iterator[dict[str, Any]]:
     """Every entrant's step over the frozen layer's, by shape and path."""
-    rows = []
     for name, shape in SHAPES.items():
         for path, kinds in PATHS.items():
             call = make(shape, kinds)
             x, weight, bias, _ = call
             dy = torch.randn(shape[0], shape[1], device="cuda").bfloat16()
-            for entrant in ENTRANTS.values():
-                require_right(*call, entrant)
+            require_right(call, dy)
             functions = {label: step_of(call, dy, entrant) for label, entrant in ENTRANTS.items()}
             frozen = x.detach().requires_grad_()
             functions["frozen"] = lambda x=frozen, w=weight, b=bias, g=dy: torch.autograd.grad(F.linear(x, w, b), x, g)
-            found = milliseconds(functions)
-            rows.append({"shape": name, "path": path, "milliseconds": found})
-    return rows
+            timed = {label: plain(function) for label, function in functions.items()}
+            times = interleave(timed, 15, warmup=3, watch=EventWatch())[WHOLE]
+            found = {label: asdict(ratio(times, label, "frozen")) for label in ENTRANTS}
+            yield {"shape": name, "path": path, "over_frozen": found}
 
 
-def kernels(bandwidth: float, rate: float) -> list[dict[str, Any]]:
+def kernels(bandwidth: float, rate: float) -> Iterator[dict[str, Any]]:
     """Every kernel of a layer over its own floor, by shape and strategy."""
-    rows = []
     for name, (tokens, outputs, inputs) in SHAPES.items():
         for strategy in ("assemble", "fused"):
             case = Case(torch.bfloat16, torch.float32, "hadamard", "lora", "lora", "vector", tokens, RANK, strategy)
@@ -160,8 +179,7 @@ def kernels(bandwidth: float, rate: float) -> list[dict[str, Any]]:
                         "milliseconds": milliseconds({label: run}, repeats=20)[label],
                         "floor_milliseconds": floors.get(label),
                     }
-                    rows.append(row)
-    return rows
+                    yield row
 
 
 def _floors(case: Case, size: tuple[int, int], bandwidth: float, rate: float) -> dict[str, float]:
@@ -181,8 +199,7 @@ def table(content: dict[str, Any]) -> str:
     """The short table: ratios to the frozen layer, and of kernels to their floors."""
     lines = ["step over the frozen layer's " + " ".join(f"{label:>14}" for label in ENTRANTS)]
     for row in content["layers"]:
-        times = row["milliseconds"]
-        ratios = " ".join(f"{times[label] / times['frozen']:14.2f}" for label in ENTRANTS)
+        ratios = " ".join(f"{row['over_frozen'][label]['median']:14.2f}" for label in ENTRANTS)
         lines.append(f"{row['shape']:<18}{row['path']:<17} {ratios}")
     lines.append("kernel over its floor")
     for row in content["kernels"]:
@@ -199,17 +216,20 @@ def main() -> None:
     if not torch.cuda.is_available():
         parser.error("expected a GPU, found none")
     bandwidth, rate = ceilings()
-    content = {
+    content: dict[str, Any] = {
         "device": torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "triton": triton.__version__,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "bytes_per_second": bandwidth,
         "flops_per_second": rate,
-        "layers": layers(),
-        "kernels": kernels(bandwidth, rate),
+        "layers": [],
+        "kernels": [],
     }
-    out.write_text(json.dumps(content, indent=1))
+    for key, rows in (("layers", layers()), ("kernels", kernels(bandwidth, rate))):
+        for row in rows:
+            content[key].append(row)
+            out.write_text(json.dumps(content, indent=1))  # as it goes: the time may run out
     print(f"{content['device']}: copy {bandwidth / 1e12:.2f} TB/s, product {rate / 1e12:.0f} TFLOP/s")
     print(table(content))
 

@@ -29,13 +29,13 @@ class OracleLinear(nn.Module):
         self.path, self.product, self.has_bias = layer.path.to_dict(), layer.product, layer.bias is not None
 
     def forward(self, x: Tensor) -> Tensor:
-        weight, eye = self.weight, torch.eye(self.weight.shape[1]).to(self.weight)
+        weight = self.weight
         if self.product == "hadamard":
             change = weight * self.matrix("A", torch.ones_like(weight))
-        elif self.path["A"].startswith("lora"):
-            change = weight @ self.matrix("A", eye)
         else:
-            change = weight @ (self.matrix("A", torch.ones_like(eye)) * eye)
+            eye = torch.eye(weight.shape[1], device=weight.device, dtype=weight.dtype)
+            full = self.path["A"].startswith("lora")
+            change = weight @ (self.matrix("A", eye) if full else self.matrix("A", torch.ones_like(eye)) * eye)
         bias = self.row("E") + (weight @ self.matrix("C", torch.ones_like(weight[0])[:, None]))[:, 0]
         if self.has_bias:
             bias = bias + self.bias + self.bias * self.row("D")

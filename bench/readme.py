@@ -96,7 +96,7 @@ def _sentences(sections: list[dict[str, Any]]) -> list[str]:
             shares = [f"{mine / facts[who][SAVED]:.2f} of {label}'s" for label, who in MEMORY if who in facts]
             lines.append(f"- Kept for backward in the {section['title']}: {mine / 2**20:.0f} MiB, {', '.join(shares)}.")
     for section in sections:
-        if section["group"] == "inference":
+        if section["group"] == "latency":
             row = next(r for r in section["ratios"] if (r["candidate"], r["baseline"]) == (MERGED, ORIGINAL))
             interval = f"{row['median']:.3f} ({row['lower']:.3f} to {row['upper']:.3f})"
             noise = "" if merged_as_fast(section) else ", **not within noise**"
@@ -112,8 +112,10 @@ def with_table(text: str, table: str) -> str:
 
 
 def main() -> int:
+    if sys.argv[1:] not in ([], ["--check"]):
+        raise SystemExit("usage: python -m bench.readme [--check]")
     now, wanted = README.read_text(), with_table(README.read_text(), generate())
-    if "--check" in sys.argv[1:]:
+    if sys.argv[1:]:
         return int(now != wanted)
     README.write_text(wanted)
     return 0

@@ -96,7 +96,7 @@ def table(content: dict[str, Any]) -> str:
             mine = [error for name, error in section["errors"].items() if name.startswith(("ours", "merged"))]
             least = f"; of ours {max(mine):.2g}, allowed {section['tolerance']:g}" if mine else ""
             lines += [f"Largest error against fp64 ({section['unit']}): {worst:.2g}{least}.", ""]
-        if section["group"] == "inference":
+        if section["group"] == "latency":
             verdict = "equal within noise" if merged_as_fast(section) else "NOT equal within noise"
             lines += [f"Merged and original are {verdict}.", ""]
         lines += _ratio_lines(section) + _time_lines(section)
@@ -195,6 +195,8 @@ def main() -> None:
     if len(sys.argv) != 2:
         raise SystemExit("usage: python -m bench.report results.json")
     file = Path(sys.argv[1])
+    if not file.is_file():
+        raise SystemExit(f"expected a file of results, got {file}")
     print("\n".join(str(written) for written in write(load(file), file.parent)))
 
 

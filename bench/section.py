@@ -34,6 +34,7 @@ class Section:
         comparisons: what :meth:`ratios` divides, in the order of the table.
         facts: whatever else was counted, by entrant.
         strategies: how ours went about it, by entrant.
+        uncompared: parts of which no ratios are taken.
         units: how many images, tokens or candidates one run of an entrant is, by what they are.
     """
 
@@ -50,6 +51,7 @@ class Section:
     units: dict[str, int] = field(default_factory=dict)
     strategies: dict[str, str] = field(default_factory=dict)
     unit: str = CONTRACT
+    uncompared: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if len(self.phases) > 1:
@@ -61,7 +63,7 @@ class Section:
             {"phase": phase, **comparison._asdict(), **asdict(ratio(times, *comparison))}
             for phase, times in self.phases.items()
             for comparison in self.comparisons
-            if comparison.candidate in times and comparison.baseline in times
+            if phase not in self.uncompared and {*comparison} <= set(times)
         ]
 
     def to_dict(self) -> dict[str, Any]:

@@ -33,7 +33,7 @@ class Model:
     Attributes:
         name: in timm's registry.
         batch: images on a CPU, and on a GPU.
-        linears: how many linear layers are adapted: all but the head.
+        linears: how many linear layers are adapted: all with a bias but the head.
         rank: R of every adapter.
     """
 
@@ -83,7 +83,7 @@ SHAPE_SETS = {
             Layer("stage 3 fc1", (392, 64 * 196), 512, 2048),
             Layer("stage 4 fc2", (98, 64 * 49), 4096, 1024),
         ),
-        Model("swin_base_patch4_window7_224", (2, 64), 99),
+        Model("swin_base_patch4_window7_224", (2, 64), 96),
     ),
     "llama7b": _llama(4096, 11008),
     "llama3b": _llama(3072, 8192, k_proj=1024),

@@ -148,10 +148,14 @@ def _bench(options: argparse.Namespace) -> int:
 
     names = ("shapes", "dtype", "device", "rounds", "threads", "clock")
     arguments = [text for name in names for text in (f"--{name}", str(getattr(options, name)))]
+    file = options.out / "results.json"
+    before = file.stat().st_mtime_ns if file.exists() else None
     status = run_benchmarks(options.only, arguments, options.out, quiet=options.json)
-    if status in (0, 1):
-        file = options.out / "results.json"
-        print(file.read_text() if options.json else f"\nWritten: {options.out}")
+    if status not in (0, 1):
+        return 2
+    if not file.exists() or file.stat().st_mtime_ns == before:
+        raise ValueError(f"only: expected groups that measure something of {options.shapes!r}, got {options.only}")
+    print(file.read_text() if options.json else f"\nWritten: {options.out}")
     return status
 
 

@@ -67,10 +67,16 @@ def _serves(launch: Launch, kernel: str) -> bool:
     return launch.kernel.fn.__name__ == f"{kernel}_kernel"
 
 
-def best_tile(kernel: str, rule: Rule, measure: Measure, tiles: Sequence[Tile]) -> Tile:
-    """The tile with the least time, summed over shapes relative to the best of each; the present one if none runs."""
+def best_tile(kernel: str, rule: Rule, measure: Measure, tiles: Sequence[Tile], deadline: float = math.inf) -> Tile:
+    """The tile with the least time, summed over shapes relative to the best of each; the present one if none runs.
+
+    Args:
+        deadline: of ``time.monotonic``: tiles whose turn comes later are left out.
+    """
     times: dict[Tile, list[float]] = {}
     for tile in tiles:
+        if time.monotonic() >= deadline:
+            break
         with forced_tiles({kernel: tile}):
             measured = [measure(one) for each in problems(kernel, rule, rule.elements[0]) for one in each]
         if measured and all(value is not None for value in measured):
@@ -83,6 +89,7 @@ def best_tile(kernel: str, rule: Rule, measure: Measure, tiles: Sequence[Tile]) 
 
 def time_launch(one: Launch) -> float | None:
     """Median milliseconds of a launch on this GPU; None if it does not fit or spills."""
+    from triton.compiler.errors import CompilationError
     from triton.runtime.errors import OutOfResources
     from triton.testing import do_bench
 
@@ -92,7 +99,7 @@ def time_launch(one: Launch) -> float | None:
         if compiled.n_spills:
             return None
         return do_bench(lambda: launch(one.kernel, one.grid, one.tile, **one.arguments), return_mode="median")
-    except OutOfResources:
+    except (OutOfResources, CompilationError):
         return None
 
 
@@ -103,8 +110,8 @@ def tune(name: str, kernels: Sequence[str], measure: Measure, seconds: float = m
     todo = [(kernel, rule) for kernel in kernels for rule in table[kernel]]
     tuned: dict[str, list[Rule]] = {kernel: [] for kernel in kernels}
     for kernel, rule in tqdm(todo, desc="tune", unit="rule", disable=None):
-        tiles = list(dict.fromkeys(candidates(kernel, rule.tile))) if time.monotonic() < deadline else [rule.tile]
-        best = rule.tile if len(tiles) == 1 else best_tile(kernel, rule, measure, tiles)
+        tiles = list(dict.fromkeys(candidates(kernel, rule.tile)))
+        best = best_tile(kernel, rule, measure, tiles, deadline)
         tuned[kernel].append(replace(rule, tile=best))
     return tuned
 
@@ -150,7 +157,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--kernels", nargs="+", default=list(KERNELS), choices=KERNELS, metavar="KERNEL")
     parser.add_argument("--out", type=Path, default=FILE, help="the file to write (default: the one that is shipped)")
     parser.add_argument("--missing", action="store_true", help="do nothing where this GPU has settings of its own")
-    parser.add_argument("--seconds", type=float, default=math.inf, help="begin no rule after so long")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="try no further tile after so long")
     arguments = parser.parse_args(argv)
     if not torch.cuda.is_available():
         parser.error("expected a GPU to measure on, found none")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -16,6 +15,7 @@ from glora.paths import Paths
 
 from ..agreement import Task, Truth, require_agreement, results, truth
 from . import formulas, lycoris_models, peft_models
+from .copies import sharing
 from .names import (
     ASSEMBLED,
     FROZEN,
@@ -34,7 +34,7 @@ from .names import (
 )
 
 ADAPTER_STD = 0.02  # of every factor: not zero, for zeros run faster
-PEER_SLACK = 10  # peers promise no bound
+PEER_SLACK = 10  # peers promise no bound in units of u S
 
 
 @dataclass(frozen=True)
@@ -77,14 +77,16 @@ class Field:
 
     Attributes:
         models: of those that take part.
+        backbone: what all were made from, whose weights they share.
         layers: the names of the adapted layers.
         rank: of every adapter.
         errors: the largest error of each against fp64, once :meth:`check` has run.
         refused: who does not take part, and why.
-        missing: whose package is not installed.
+        missing: who could not be made: a package is not installed, or is another version.
     """
 
     models: dict[str, nn.Module]
+    backbone: nn.Module
     layers: tuple[str, ...]
     rank: int
     errors: dict[str, float] = field(default_factory=dict)
@@ -106,21 +108,30 @@ class Field:
 
         Args:
             path_sets: on which to check those that can be set to any path.
-            tolerance: see :func:`~bench.agreement.require_agreement`; peers may have :data:`PEER_SLACK` times as much.
+            tolerance: see :func:`~bench.agreement.require_agreement`; in units of u S peers may have
+                :data:`PEER_SLACK` times as much.
         """
         for paths in path_sets:
             self.set_paths(paths)
             want = truth(task, self.models[OURS])
             for name in ANY_PATH:
                 self._hold(name, task, want, tolerance)
+        known: dict[tuple[str, PathConfig], Truth] = {}
         for name, entrant in ENTRANTS.items():
             if name in self.models and entrant.path is not None:
-                ours = self._ours(entrant.product)
-                glora.set_paths(ours, dict.fromkeys(self.layers, entrant.path(self.rank)))
-                self._hold(name, task, truth(task, ours), tolerance)
+                ours, path = self._ours(entrant.product), entrant.path(self.rank)
+                glora.set_paths(ours, dict.fromkeys(self.layers, path))
+                if (entrant.product, path) not in known:
+                    known[entrant.product, path] = truth(task, ours)
+                self._hold(name, task, known[entrant.product, path], tolerance)
         if FROZEN in self.models:
             self._hold(FROZEN, task, truth(task, self.models[FROZEN]), tolerance)
-        for name in self.refused:
+        self.refuse(self.refused)
+
+    def refuse(self, reasons: Mapping[str, str]) -> None:
+        """Leave out who was found wrong, here or elsewhere."""
+        self.refused.update(reasons)
+        for name in reasons:
             self.models.pop(name, None)
 
     def _ours(self, product: str) -> nn.Module:
@@ -131,7 +142,8 @@ class Field:
             return
         try:
             got = results(task, self.models[name])
-            allowed = tolerance if name in (OURS, OURS_MATMUL) else PEER_SLACK * tolerance
+            peer = name not in (OURS, OURS_MATMUL) and want.scale is not None
+            allowed = PEER_SLACK * tolerance if peer else tolerance
             error = require_agreement(name, got, want, allowed, self._names(name))
         except Exception as failure:  # whatever a peer does wrong, it does not end the run of the others
             self.refused[name] = f"{type(failure).__name__}: {failure}"
@@ -149,21 +161,25 @@ def make_field(backbone: nn.Module, names: Iterable[str], rank: int, entrants: I
     """Ours and ``entrants``, adapted at exactly ``names`` and frozen everywhere else."""
     names = tuple(names)
     ours = {product: _our_model(backbone, names, rank, product) for product in ("hadamard", "matmul")}
-    made = Field({}, names, rank)
+    made = Field({}, backbone, names, rank)
     for name in dict.fromkeys((OURS, OURS_MATMUL, *entrants)):
         entrant = ENTRANTS[name]
         if find_spec(entrant.package) is None:
             made.missing[name] = f"the package {entrant.package} is not installed"
             continue
-        model = entrant.make(backbone, ours[entrant.product])
-        if entrant.names is not None:
-            peft_models.copy_factors(ours[entrant.product], model, entrant.names)
+        try:
+            model = entrant.make(backbone, ours[entrant.product])
+            if entrant.names is not None:
+                peft_models.copy_factors(ours[entrant.product], model, entrant.names)
+        except (ImportError, AttributeError, TypeError) as error:  # an older package, say
+            made.missing[name] = f"{entrant.package} did not make it: {type(error).__name__}: {error}"
+            continue
         made.models[name] = model
     return made
 
 
 def _our_model(backbone: nn.Module, names: tuple[str, ...], rank: int, product: str) -> nn.Module:
-    model = glora.inject(copy.deepcopy(backbone), rank, targets=names, exclude=(), product=product)
+    model = glora.inject(sharing(backbone), rank, targets=names, exclude=(), product=product)
     with torch.no_grad():
         for parameter in glora.trainable_parameters(model):
             parameter.normal_(std=ADAPTER_STD)
@@ -175,6 +191,6 @@ def _frozen_model(backbone: nn.Module, first: str) -> nn.Module:
 
     There it ends in an adapted model too, whose first adapted layer has no input to differentiate by.
     """
-    model = copy.deepcopy(backbone).requires_grad_(False)
+    model = sharing(backbone).requires_grad_(False)
     model.get_submodule(first).register_forward_hook(lambda _module, _inputs, y: y.requires_grad_())
     return model

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -13,6 +11,8 @@ from glora import GLoRALinear
 from glora.modules import replace_modules
 from glora_kernels import LowRank, Vector, reference
 from glora_kernels.terms import Constant, Term
+
+from .copies import sharing
 
 
 class OfficialLinear(GLoRALinear):
@@ -58,7 +58,7 @@ class AssembledLinear(GLoRALinear):
 
 def with_layers(backbone: nn.Module, ours: nn.Module, kind: type[GLoRALinear]) -> nn.Module:
     """``ours`` with layers of another kind in the places of its own, and the same values."""
-    model = copy.deepcopy(backbone).requires_grad_(False)
+    model = sharing(backbone).requires_grad_(False)
     replacements: dict[nn.Module, nn.Module] = {}
     for name, layer in glora.glora_layers(ours).items():
         linear = model.get_submodule(name)

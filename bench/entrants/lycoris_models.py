@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import copy
-
 from torch import nn
 
 import glora
+
+from .copies import sharing
 
 NAMES = {
     "Ad": "lycoris.a1.weight",
@@ -29,7 +29,7 @@ def bypass_model(backbone: nn.Module, ours: nn.Module) -> nn.Module:
 def _adapted(backbone: nn.Module, ours: nn.Module, bypass: bool) -> nn.Module:
     from lycoris.modules.glora import GLoRAModule
 
-    model = copy.deepcopy(backbone).requires_grad_(False)
+    model = sharing(backbone).requires_grad_(False)
     for name, layer in glora.glora_layers(ours).items():
         linear = model.get_submodule(name)
         adapter = GLoRAModule(name, linear, 1.0, layer.rank, layer.rank, bypass_mode=bypass)

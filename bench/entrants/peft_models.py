@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 
 import torch
 from torch import nn
 
 import glora
+
+from .copies import sharing
 
 LORA_NAMES = {"Bd": "lora_B.default.weight", "Bu": "lora_A.default.weight"}
 HIRA_NAMES = {"Ad": "hira_B.default", "Au": "hira_A.default"}
@@ -46,12 +47,16 @@ def glora_model(backbone: nn.Module, ours: nn.Module) -> nn.Module:
 
 
 def _adapted(backbone: nn.Module, ours: nn.Module, config: Callable) -> nn.Module:
-    """Adapted at the layers of ``ours``; without the wrapper that PEFT puts around a model."""
+    """Adapted at the layers of ``ours``; without the wrapper that PEFT puts around a model.
+
+    The factors are of the backbone's dtype: in fp32, PEFT's default, x is cast and every thin product, with HiRA a
+    dense one too, runs in fp32.
+    """
     import peft
 
     layers = glora.glora_layers(ours)
     rank = next(iter(layers.values())).rank
-    model = peft.get_peft_model(copy.deepcopy(backbone), config(rank, list(layers)))
+    model = peft.get_peft_model(sharing(backbone), config(rank, list(layers)), autocast_adapter_dtype=False)
     return model.get_base_model()
 
 

@@ -6,9 +6,8 @@ the others compile anew for each.
 
 from __future__ import annotations
 
-import functools
 import types
-from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +15,19 @@ from torch import Tensor, nn
 import glora
 from glora import PathConfig
 
-from ..entrants import ASSEMBLED, FROZEN, GLORA, HIRA, LORA, LYCORIS_BYPASS, OFFICIAL, OURS, OURS_MATMUL, all_low_rank
+from ..entrants import (
+    ASSEMBLED,
+    FROZEN,
+    GLORA,
+    HIRA,
+    LORA,
+    LYCORIS,
+    LYCORIS_BYPASS,
+    OFFICIAL,
+    OURS,
+    OURS_MATMUL,
+    all_low_rank,
+)
 from ..section import Comparison, Section, against, per_run
 from ..settings import SEED, Settings
 from ..shapes import Layer
@@ -25,12 +36,13 @@ from ..timing import Timed, Watch, interleave
 from .layer import NAME, RANDOM, make_layer, spread_paths
 
 EAGER = ", eager"
-COMPILED = (FROZEN, LORA, OURS, ASSEMBLED, OFFICIAL, GLORA, HIRA, OURS_MATMUL, LYCORIS_BYPASS)
+COMPILED = (FROZEN, LORA, OURS, ASSEMBLED, OFFICIAL, GLORA, HIRA, OURS_MATMUL, LYCORIS_BYPASS, LYCORIS)
 ENTRIES = (*COMPILED[:3], OURS + EAGER, OURS + RANDOM, *COMPILED[3:])
 COMPARISONS = (
     *against((FROZEN, LORA), [OURS + RANDOM]),
     *(Comparison(OURS, name) for name in (OFFICIAL, ASSEMBLED, GLORA, OURS + EAGER)),
     Comparison(OURS_MATMUL, LYCORIS_BYPASS),
+    Comparison(OURS_MATMUL, LYCORIS),
 )
 
 
@@ -41,12 +53,14 @@ class CompiledLayerTask(LayerTask):
     through each other's guards and hit its limit.
     """
 
-    @functools.cache  # noqa: B019, lives as long as the measurement
-    def _compiled(self, model: nn.Module) -> Callable[[nn.Module, Tensor], Tensor]:
-        return torch.compile(types.FunctionType(_call.__code__.replace(), globals()))
+    def __init__(self, x: Tensor, dy: Tensor):
+        super().__init__(x, dy)
+        object.__setattr__(self, "compiled", {})
 
     def forward(self, model: nn.Module) -> Tensor:
-        return self._compiled(model)(model, self.x)
+        if model not in self.compiled:
+            self.compiled[model] = torch.compile(types.FunctionType(_call.__code__.replace(), globals()))
+        return self.compiled[model](model, self.x)
 
     def backward(self, model: nn.Module, y: Tensor) -> None:
         super().backward(model, y)
@@ -64,14 +78,17 @@ def measure(shape_set: str, layer: Layer, settings: Settings) -> Section:
     task = CompiledLayerTask(eager.x, eager.dy)
     path = all_low_rank(layer.rank)
     torch.compiler.reset()
+    drawn = spread_paths(layer.rank, torch.Generator().manual_seed(SEED))
     field.check(task, [{NAME: path}], settings.layer_tolerance)
+    alone = replace(field, models={OURS: field.models[OURS]} if OURS in field.models else {})
+    alone.check(task, [{NAME: one} for one in drawn] if alone.models else [], settings.layer_tolerance)
+    field.refuse(alone.refused)
     field.set_path(path)
 
     functions: dict[str, Timed] = {name: step(task, model) for name, model in field.models.items()}
     shares = {}
     if OURS in functions:
-        drawn = spread_paths(layer.rank, torch.Generator().manual_seed(SEED))
-        functions[OURS + EAGER] = _eagerly(functions[OURS])
+        functions[OURS + EAGER] = step(eager, field.models[OURS])
         functions[OURS + RANDOM] = _on_each(field.models[OURS], drawn, path, functions[OURS])
         shares[OURS + RANDOM] = len(drawn)
     ordered = {name: functions[name] for name in ENTRIES if name in functions}
@@ -90,16 +107,6 @@ def measure(shape_set: str, layer: Layer, settings: Settings) -> Section:
         COMPARISONS,
         units={"tokens": tokens},
     )
-
-
-def _eagerly(timed: Timed) -> Timed:
-    """As if not compiled."""
-
-    def run(watch: Watch) -> None:
-        with torch.compiler.set_stance("force_eager"):
-            timed(watch)
-
-    return run
 
 
 def _on_each(ours: nn.Module, paths: list[PathConfig], usual: PathConfig, timed: Timed) -> Timed:

@@ -11,6 +11,7 @@ from torch import nn
 
 import glora
 from glora import SearchSpace
+from glora.paths import Paths
 
 from .. import counting
 from ..agreement import require_agreement, results, truth
@@ -25,8 +26,11 @@ from .model import make_backbone, make_model
 BATCHES = (1, 4, 16)
 ORIGINAL, CONTROL, MERGED = "original", "original, a second copy", "merged"
 UNMERGED = (OURS, ASSEMBLED, OFFICIAL, LORA, HIRA, GLORA, LYCORIS_BYPASS)
-ENTRIES = (CONTROL, ORIGINAL, MERGED, *UNMERGED)
-COMPARISONS = tuple(Comparison(name, ORIGINAL) for name in (MERGED, CONTROL, *UNMERGED))
+ENTRIES = (ORIGINAL, MERGED, *UNMERGED)
+COMPARISONS = tuple(Comparison(name, ORIGINAL) for name in (MERGED, *UNMERGED))
+LATENCY = (CONTROL, ORIGINAL, MERGED)
+LATENCY_COMPARISONS = tuple(Comparison(name, ORIGINAL) for name in (MERGED, CONTROL))
+MORE_ROUNDS = 3  # times as many for the three, whose ratios are to be told from 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,25 +44,35 @@ class Prepared:
 
 def make(model: Model, settings: Settings) -> Prepared:
     """Everyone in eval mode, checked; ours on random paths, merged and not."""
-    field, trained = make_model(model, settings)
-    task = InferenceTask(trained.images[:1])
-    for one in field.models.values():
-        one.eval().requires_grad_(False)
+    field, task, paths = checked(model, settings)
+    if settings.dtype != torch.float32:
+        field.refuse(checked(model, settings.in_fp32())[0].refused)
     ours = field.models[OURS]
-    paths = glora.sample_paths(ours, SearchSpace((model.rank,)), torch.Generator().manual_seed(SEED))
-    field.check(task, [paths], settings.model_tolerance)
     original = make_backbone(model, settings).eval().requires_grad_(False)
     models: dict[str, nn.Module] = {ORIGINAL: original, CONTROL: copy.deepcopy(original)}
     glora.set_paths(ours, paths)
     models[MERGED] = merged = copy.deepcopy(ours)
     glora.merge(merged)
-    field.errors[MERGED] = require_agreement(MERGED, results(task, merged), truth(task, ours), settings.model_tolerance)
+    allowed = settings.inference_tolerance
+    field.errors[MERGED] = require_agreement(MERGED, results(task, merged), truth(task, ours), allowed)
     models |= {name: field.models[name] for name in UNMERGED if name in field.models}
-    return Prepared(models, field, tuple(trained.images.shape[1:]))
+    return Prepared(models, field, tuple(task.images.shape[1:]))
+
+
+def checked(model: Model, settings: Settings) -> tuple[Field, InferenceTask, Paths]:
+    """Everyone in eval mode, what was checked on one image, and the random paths of those that take any."""
+    field, trained = make_model(model, settings)
+    task = InferenceTask(trained.images[:1])
+    for one in field.models.values():
+        one.eval().requires_grad_(False)
+    space, generator = SearchSpace((model.rank,)), torch.Generator().manual_seed(SEED)
+    paths = glora.sample_paths(field.models[OURS], space, generator)
+    field.check(task, [paths], settings.inference_tolerance)
+    return field, task, paths
 
 
 def measure(shape_set: str, model: Model, batch: int, settings: Settings, prepared: Prepared) -> Section:
-    """Time everyone; a second copy of the original says how far apart two equal models are found to be."""
+    """Time everyone."""
     models, field = prepared.models, prepared.field
     task = InferenceTask(settings.randn(batch, *prepared.image_size))
     runs = {name: functools.partial(task.forward, models[name]) for name in ENTRIES if name in models}
@@ -66,13 +80,13 @@ def measure(shape_set: str, model: Model, batch: int, settings: Settings, prepar
     facts: dict[str, dict[str, float]] = {}
     for name, run in runs.items():
         facts[name] = {"parameters": sum(p.numel() for p in models[name].parameters())}
-        if settings.device == "cpu":
+        if settings.device == "cpu" or name in (ORIGINAL, MERGED):  # the counter does not see into kernels of Triton's
             facts[name]["flops"] = counting.flops(run)
     return Section(
         "inference",
         f"{shape_set} batch {batch}",
         f"inference with {model.name}, batch {batch}",
-        settings.model_tolerance,
+        settings.inference_tolerance,
         field.errors,
         field.refused,
         field.missing,
@@ -80,6 +94,23 @@ def measure(shape_set: str, model: Model, batch: int, settings: Settings, prepar
         COMPARISONS,
         facts,
         {"images": batch},
+        unit=RELATIVE,
+    )
+
+
+def measure_latency(shape_set: str, model: Model, batch: int, settings: Settings, prepared: Prepared) -> Section:
+    """Original and merged, and a second copy of the original: how far apart two equal models are found to be."""
+    task = InferenceTask(settings.randn(batch, *prepared.image_size))
+    functions = {name: plain(functools.partial(task.forward, prepared.models[name])) for name in LATENCY}
+    return Section(
+        "latency",
+        f"{shape_set} batch {batch}",
+        f"merged and original {model.name}, batch {batch}",
+        settings.inference_tolerance,
+        {MERGED: prepared.field.errors[MERGED]},
+        phases=interleave(functions, MORE_ROUNDS * settings.rounds, watch=settings.watch()),
+        comparisons=LATENCY_COMPARISONS,
+        units={"images": batch},
         unit=RELATIVE,
     )
 

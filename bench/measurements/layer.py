@@ -47,21 +47,23 @@ PEERS = (LORA, HIRA, GLORA, LYCORIS_BYPASS, LYCORIS)
 ENTRIES = (
     TWO_UNITS,
     THREE_UNITS,
+    *list(KIND_PAIRS)[:10],
     FROZEN,
-    *list(KIND_PAIRS)[4:],
+    OURS + RANDOM,
     LORA,
-    *list(KIND_PAIRS)[:4],
+    *list(KIND_PAIRS)[10:],
     HIRA,
     OURS_MATMUL,
     LYCORIS_BYPASS,
     LYCORIS,
     ALL_LOW_RANK,
     GLORA,
-    *(name + RANDOM for name in WITH_RANDOM_PATHS),
+    ASSEMBLED + RANDOM,
+    OFFICIAL + RANDOM,
 )
 COMPARISONS = (
     *against((FROZEN, LORA), KIND_PAIRS),
-    *against((FROZEN, LORA, GLORA), [OURS + RANDOM]),
+    *against((FROZEN, LORA, GLORA, TWO_UNITS, THREE_UNITS), [OURS + RANDOM]),
     Comparison(OURS + RANDOM, OFFICIAL + RANDOM),
     Comparison(OURS + RANDOM, ASSEMBLED + RANDOM),
     Comparison(ALL_LOW_RANK, GLORA),
@@ -119,7 +121,7 @@ def _functions(
     field: Field, task: LayerTask, kinds: dict[str, PathConfig], drawn: list[PathConfig]
 ) -> dict[str, Timed]:
     """What a round runs, in the order of :data:`ENTRIES`: the closely compared side by side."""
-    weight = field.models[FROZEN].get_parameter(f"{NAME}.weight").detach()
+    weight = field.backbone.get_parameter(f"{NAME}.weight").detach()
     functions: dict[str, Timed] = {
         TWO_UNITS: _products(task.x.detach(), weight, task.dy, 2),
         THREE_UNITS: _products(task.x.detach(), weight, task.dy, 3),
@@ -209,7 +211,7 @@ def _count(model: nn.Module, task: LayerTask, device: str) -> dict[str, float]:
 
     task.reset(model)
     found: dict[str, float] = {
-        "saved_bytes": counting.saved_bytes(lambda: task.forward(model), (model,)),
+        "saved_bytes": counting.saved_bytes(lambda: task.forward(model), (task.x,), device),
         "peak_bytes": counting.peak_bytes(both, device),
     }
     return found | ({"flops": counting.flops(both)} if device == "cpu" else {})

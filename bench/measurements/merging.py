@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections import OrderedDict
 
@@ -9,14 +10,16 @@ import torch
 from torch import Tensor, nn
 
 import glora
-from glora import GLoRALinear, PathConfig, SearchSpace
+from glora import GLoRALinear, SearchSpace
 from glora_kernels import glora_merge, reference
-from glora_kernels.contract import PROMISED, largest_constant
 
+from ..agreement import Truth, require_agreement, results
 from ..entrants import OURS
-from ..section import Section
+from ..oracle import oracle_model
+from ..section import Comparison, Section, per_run
 from ..settings import SEED, Settings
 from ..shapes import Layer
+from ..tasks import InferenceTask, LayerTask
 from ..timing import interleave, plain
 from .layer import NAME, make_layer, spread_paths
 
@@ -26,11 +29,17 @@ PROBE_TOKENS = 64
 
 def measure(shape_set: str, layer: Layer, settings: Settings) -> Section:
     """The time of merging one layer on random paths, beside that of copying its weight and of the plain formula."""
-    field, _ = make_layer(layer, settings)
-    ours = field.models[OURS].get_submodule(NAME)
+    field, task = make_layer(layer, settings, (OURS,))
+    model = field.models[OURS]
+    ours = model.get_submodule(NAME)
     assert isinstance(ours, GLoRALinear)
     drawn = spread_paths(layer.rank, torch.Generator().manual_seed(SEED))
-    constants = [worst_constant(ours, path) for path in drawn]
+    for path in drawn:
+        glora.set_paths(model, {NAME: path})
+        try:
+            field.errors[MERGE] = max(field.errors.get(MERGE, 0.0), hold_merged(model, task, settings))
+        except ValueError as error:
+            field.refused[MERGE] = str(error)
 
     @torch.no_grad()
     def each(function) -> None:
@@ -42,31 +51,39 @@ def measure(shape_set: str, layer: Layer, settings: Settings) -> Section:
         MERGE: plain(functools.partial(each, glora_merge)),
         DENSE: plain(functools.partial(each, reference.glora_merge)),
     }
+    if MERGE in field.refused:
+        del functions[MERGE]
     phases = interleave(functions, settings.rounds, watch=settings.watch())
-    per_merge = {name: [one / len(drawn) for one in times] for name, times in phases["whole"].items()}
     return Section(
         "merge",
         f"{shape_set} {layer.name}",
         f"merging {layer.inputs} -> {layer.outputs}, rank {layer.rank}, random paths",
-        PROMISED[settings.dtype],
-        {MERGE: max(constants)},
-        phases={"whole": per_merge},
-        comparisons=(),
+        settings.layer_tolerance,
+        field.errors,
+        field.refused,
+        field.missing,
+        {phase: per_run(times, dict.fromkeys(times, len(drawn))) for phase, times in phases.items()},
+        tuple(Comparison(MERGE, other) for other in (COPY, DENSE)),
     )
 
 
-@torch.no_grad()
-def worst_constant(layer: GLoRALinear, path: PathConfig) -> float:
-    """The largest ``|err| / (u S)`` of the merged layer on random tokens, see ``glora_kernels.contract``."""
-    x = torch.randn(PROBE_TOKENS, layer.in_features, generator=torch.Generator().manual_seed(SEED)).to(layer.weight)
-    got = layer.merge(path)(x)
-    want, scale = (_formula(layer, path, x, change) for change in (lambda t: t, torch.abs))
-    return largest_constant(got, want, scale, x.dtype)
+def hold_merged(model: nn.Module, task: LayerTask, settings: Settings) -> float:
+    """Hold the merged layer to the numerical contract, and to the unmerged one within both their errors.
 
-
-def _formula(layer: GLoRALinear, path: PathConfig, x: Tensor, change) -> Tensor:
-    wide = lambda tensor: None if tensor is None else change(tensor.double())  # noqa: E731
-    return reference.glora_linear(wide(x), wide(layer.weight), wide(layer.bias), layer.terms(path).map(wide))
+    Raises:
+        ValueError: it is off.
+    """
+    tokens = InferenceTask(task.x.detach()[:PROBE_TOKENS])
+    merged = copy.deepcopy(model)
+    glora.merge(merged)
+    scale = results(InferenceTask(tokens.images.float().abs()), oracle_model(model, magnitudes=True))
+    held = Truth(results(tokens.double(), oracle_model(model)), scale)
+    unmerged = results(tokens, model)
+    apart = {"output": unmerged["output"].double()}
+    require_agreement("unmerged", unmerged, held, settings.layer_tolerance)
+    got = results(tokens, merged)
+    require_agreement("merged against unmerged", got, Truth(apart, scale), 2 * settings.layer_tolerance)
+    return require_agreement("merged", got, held, settings.layer_tolerance)
 
 
 def changed_bits(cycles: int, settings: Settings) -> int:

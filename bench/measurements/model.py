@@ -7,6 +7,7 @@ from torch import nn
 
 import glora
 from glora import SearchSpace
+from glora.sampling import PathSampler
 
 from .. import counting
 from ..entrants import (
@@ -30,6 +31,7 @@ from ..tasks import ClassifierTask, step
 from ..timing import Timed, Watch, interleave
 
 OPTIMIZER = "optimizer"
+WARMUP = 5  # rounds on a GPU, where every new combination of kinds is compiled at its first use
 ENTRIES = (FROZEN, LORA, OURS, ASSEMBLED, OFFICIAL, HIRA, OURS_MATMUL, LYCORIS_BYPASS, LYCORIS, GLORA)
 COMPARISONS = (
     *(Comparison(OURS, name) for name in (OFFICIAL, ASSEMBLED, GLORA, LORA, FROZEN)),
@@ -42,26 +44,31 @@ COMPARISONS = (
 def measure(shape_set: str, model: Model, settings: Settings) -> Section:
     """Check and time everyone; those that take any path get the same new one for every layer, every round."""
     field, task = make_model(model, settings)
-    generator = torch.Generator().manual_seed(SEED)
+    shapes = {name: layer.shape for name, layer in glora.glora_layers(field.models[OURS]).items()}
     # Under a layer norm the gradient of a constant is a sum that cancels to nothing: the layers check these.
     checkable = SearchSpace((model.rank,), B=("lora", "vector", "none"), D=("vector", "none"), E=("vector", "none"))
-    space = SearchSpace((model.rank,))
-    ours = field.models[OURS]
-    field.check(task, [glora.sample_paths(ours, checkable, generator)], settings.model_tolerance)
+    paths = PathSampler(shapes, checkable).sample(torch.Generator().manual_seed(SEED))
+    if settings.dtype != torch.float32:
+        wide, wide_task = make_model(model, settings.in_fp32())
+        wide.check(wide_task, [paths], settings.in_fp32().step_tolerance)
+        field.refuse(wide.refused)
+    field.check(task, [paths], settings.step_tolerance)
 
+    sampler, generator = PathSampler(shapes, SearchSpace((model.rank,))), torch.Generator().manual_seed(SEED)
     functions = {name: _training_step(task, field.models[name]) for name in ENTRIES if name in field.models}
     phases = interleave(
         functions,
         settings.rounds,
-        prepare=lambda: field.set_paths(glora.sample_paths(ours, space, generator)),
+        warmup=1 if settings.device == "cpu" else WARMUP,
+        prepare=lambda: field.set_paths(sampler.sample(generator)),
         watch=settings.watch(),
     )
-    field.set_paths(glora.sample_paths(ours, space, torch.Generator().manual_seed(SEED)))
+    field.set_paths(sampler.sample(torch.Generator().manual_seed(SEED)))
     return Section(
         "model",
         f"{shape_set} step",
         f"training step of {model.name}, batch {model.batch_on(settings.device)}, rank {model.rank}, random paths",
-        settings.model_tolerance,
+        settings.step_tolerance,
         field.errors,
         field.refused,
         field.missing,
@@ -70,6 +77,7 @@ def measure(shape_set: str, model: Model, settings: Settings) -> Section:
         {name: _count(task, field.models[name], settings.device) for name in functions},
         {"images": model.batch_on(settings.device)},
         unit=RELATIVE,
+        uncompared=(OPTIMIZER,),  # the frozen model has none
     )
 
 
@@ -98,15 +106,16 @@ def make_backbone(model: Model, settings: Settings) -> nn.Module:
 
 
 def linear_names(backbone: nn.Module, expected: int) -> list[str]:
-    """Of all linear layers but those of the head.
+    """Of all linear layers with a bias but those of the head: without one, PEFT GLoRA drops C, D and E.
 
     Raises:
         ValueError: another number of them than ``expected``: this timm builds another model.
     """
     modules = backbone.named_modules()
-    names = [name for name, module in modules if type(module) is nn.Linear and name.split(".")[0] != "head"]
+    linears = {name: module for name, module in modules if type(module) is nn.Linear and name.split(".")[0] != "head"}
+    names = [name for name, linear in linears.items() if linear.bias is not None]
     if len(names) != expected:
-        raise ValueError(f"model: expected {expected} linear layers beside the head, got {len(names)}")
+        raise ValueError(f"model: expected {expected} linear layers with a bias beside the head, got {len(names)}")
     return names
 
 
@@ -131,7 +140,7 @@ def _count(task: ClassifierTask, model: nn.Module, device: str) -> dict[str, flo
 
     task.reset(model)
     return {
-        "saved_bytes": counting.saved_bytes(lambda: task.forward(model), (model,)),
+        "saved_bytes": counting.saved_bytes(lambda: task.forward(model), (task.images,), device),
         "peak_bytes": counting.peak_bytes(both, device),
         "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
     }

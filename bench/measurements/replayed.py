@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from glora import PathConfig
 
-from ..entrants import ASSEMBLED, FROZEN, GLORA, HIRA, LORA, OFFICIAL, OURS, all_low_rank
+from ..entrants import ASSEMBLED, FROZEN, GLORA, HIRA, LORA, OFFICIAL, OURS, Field, all_low_rank
 from ..graphs import captured
 from ..section import Comparison, Section, against
 from ..settings import Settings
@@ -34,8 +35,10 @@ def measure(shape_set: str, layer: Layer, settings: Settings) -> Section:
     for path, name in ((vector, A_VECTOR), (everything, ALL_LOW_RANK)):
         field.set_path(path)
         if OURS in field.models:
-            runs[name] = captured(_step(task, field.models[OURS]))
-    runs |= {name: captured(_step(task, model)) for name, model in field.models.items() if name in ENTRIES}
+            runs |= _replay(name, field, field.models[OURS], task)
+    for name, model in field.models.items():
+        if name in ENTRIES:
+            runs |= _replay(name, field, model, task)
     functions = {name: plain(runs[name]) for name in ENTRIES if name in runs}
     tokens = layer.tokens_on(settings.device)
     return Section(
@@ -52,9 +55,31 @@ def measure(shape_set: str, layer: Layer, settings: Settings) -> Section:
     )
 
 
-def _step(task: LayerTask, model: nn.Module) -> Callable[[], None]:
+def _replay(name: str, field: Field, model: nn.Module, task: LayerTask) -> dict[str, Callable[[], None]]:
+    """The step as a graph, if it can be one and its replay leaves the gradients of the eager step; else refused."""
+
     def run() -> None:
         task.reset(model)
         task.backward(model, task.forward(model))
 
-    return run
+    def gradients() -> dict[str, Tensor]:
+        trained = {key: p.grad for key, p in model.named_parameters() if p.grad is not None}
+        return {key: grad.clone() for key, grad in {**task.input_gradients(), **trained}.items()}
+
+    try:
+        run()
+        eager = gradients()
+        replay = captured(run)
+        for gradient in (*task.input_gradients().values(), *(p.grad for p in model.parameters())):
+            if gradient is not None:
+                gradient.fill_(torch.nan)  # whatever the replay does not write is found
+        replay()
+        found = gradients()
+        wrong = [key for key, want in eager.items() if not torch.allclose(found[key], want, rtol=0.05, atol=1e-3)]
+    except Exception as error:  # who synchronises cannot be captured
+        field.refused[name] = f"{type(error).__name__}: {error}"
+        return {}
+    if wrong:
+        field.refused[name] = f"not timed, the replay leaves other gradients: {wrong}"
+        return {}
+    return {name: replay}

@@ -21,7 +21,7 @@ from ..timing import WHOLE, Times, interleave, plain
 from .layer import NAME, make_layer
 
 COPY, PRODUCT, MERGE = "copy", "dense product", "merge"
-COPIED = {"cpu": 2**26, "cuda": 2**29}  # bytes: far more than caches hold
+COPIED = {"cpu": 2**28, "cuda": 2**30}  # bytes: more than caches hold
 EDGE = {"cpu": 1024, "cuda": 8192}  # of the square matrices
 
 

@@ -15,15 +15,17 @@ from ..section import RELATIVE, Comparison, Section
 from ..settings import SEED, Settings
 from ..shapes import Model
 from ..timing import interleave, plain
-from .model import make_model
+from .inference import checked
 
 MERGED, UNMERGED = "ours, merged", "ours, unmerged"
 BATCHES, BATCH = 4, 4  # of images that every candidate is scored on
 
 
 def measure(shape_set: str, model: Model, settings: Settings) -> Section:
-    """Check that all give a candidate the same loss, then time its evaluation; a new candidate every round."""
-    field, task = make_model(model, settings)
+    """Check the logits and the loss of a candidate, then time its evaluation; a new candidate every round."""
+    field, task, _ = checked(model, settings)
+    if not {OURS, OFFICIAL} <= set(field.models):
+        raise ValueError(f"search: not timed, refused: {field.refused}")
     ours, official = field.models[OURS], field.models[OFFICIAL]
     images = settings.randn(BATCHES * BATCH, *task.images.shape[1:])
     data = TensorDataset(images, torch.randint(1000, (len(images),)))
@@ -42,7 +44,7 @@ def measure(shape_set: str, model: Model, settings: Settings) -> Section:
     draw()
     want = evaluate(oracle_model(ours), TensorDataset(images.double(), data.tensors[1]), BATCH).loss
     errors = {name: abs(run().loss / want - 1) for name, run in runs.items()}
-    wrong = {name: error for name, error in errors.items() if not error <= settings.model_tolerance}
+    wrong = {name: error for name, error in errors.items() if not error <= settings.inference_tolerance}
     refused = {name: f"its loss is off by {error:.1e}" for name, error in wrong.items()}
     phases = interleave(
         {name: plain(run) for name, run in runs.items() if name not in refused},
@@ -54,7 +56,7 @@ def measure(shape_set: str, model: Model, settings: Settings) -> Section:
         "search",
         f"{shape_set} candidate",
         f"scoring a candidate of {model.name} on {BATCHES} batches of {BATCH} images",
-        settings.model_tolerance,
+        settings.inference_tolerance,
         errors,
         refused,
         {},

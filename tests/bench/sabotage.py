@@ -1,13 +1,26 @@
-"""A pytest plugin that breaks the torch backend a little: ``-p tests.bench.sabotage``."""
+"""A pytest plugin that breaks one part of the torch backend a little: ``SABOTAGE=part pytest -p tests.bench.sabotage``."""
+
+import os
 
 from glora_kernels import _torch
 
-right = _torch.forward
+forward, backward, assemble = _torch.forward, _torch.backward, _torch.assemble
 
 
-def wrong(*arguments):
-    made = right(*arguments)
-    return made._replace(y=made.y * 1.001)
+def wrong_forward(*arguments):
+    made = forward(*arguments)
+    return made._replace(y=made.y * 1.01)
 
 
-_torch.forward = wrong
+def wrong_backward(step):
+    dx, gradients = backward(step)
+    return dx, {slot: tuple(None if g is None else g * 1.01 for g in found) for slot, found in gradients.items()}
+
+
+def wrong_assemble(*arguments):
+    w_eff, b_eff = assemble(*arguments)
+    return w_eff * 1.01, b_eff
+
+
+part = os.environ["SABOTAGE"]
+setattr(_torch, part, {"forward": wrong_forward, "backward": wrong_backward, "assemble": wrong_assemble}[part])

@@ -1,6 +1,7 @@
 """Targets, verdicts and the README's table, from results made up for the purpose."""
 
 import pytest
+import torch
 
 from bench import readme, report, targets
 from bench.entrants import FROZEN, GLORA, LORA, OFFICIAL, OURS
@@ -24,7 +25,7 @@ def model_section(ours=1.0, lora=1.0, saved=0.5):
 def inference_section(merged, control):
     phases = {"whole": {ORIGINAL: [1.0] * ROUNDS, MERGED: merged, CONTROL: control}}
     pairs = (Comparison(MERGED, ORIGINAL), Comparison(CONTROL, ORIGINAL))
-    return Section("inference", "b", "inference", phases=phases, comparisons=pairs)
+    return Section("latency", "b", "latency", phases=phases, comparisons=pairs)
 
 
 def content(*sections, **changes):
@@ -41,8 +42,6 @@ def test_targets_are_judged_on_what_was_measured():
 
 
 def test_targets_are_of_fp32_on_a_cpu():
-    import torch
-
     half = report.results([model_section()], Settings(dtype=torch.bfloat16), 0, False)
     assert half["targets"] == []
 
@@ -85,6 +84,22 @@ def test_another_format_is_refused(tmp_path):
         report.load(tmp_path / "x.json")
 
 
+def test_swin_adapts_every_linear_layer_that_has_a_bias():
+    import timm
+
+    from bench.measurements.model import linear_names
+    from bench.shapes import SHAPE_SETS
+
+    swin = SHAPE_SETS["swin_b"].model
+    with torch.device("meta"):
+        backbone = timm.create_model(swin.name)
+    names = linear_names(backbone, swin.linears)
+    assert "layers.1.downsample.reduction" not in names and "layers.3.blocks.1.mlp.fc2" in names
+    with pytest.raises(ValueError, match="expected 99 linear layers"):
+        linear_names(backbone, 99)
+
+
 def test_readme_is_up_to_date():
+    assert list(readme.RESULTS.glob("*/results.json"))
     text = readme.README.read_text()
     assert text == readme.with_table(text, readme.generate()), "run python -m bench.readme"

@@ -1,21 +1,25 @@
 """``pytest bench/`` as users run it, on shapes that take no time: alive, whole, and not to be fooled."""
 
 import json
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from bench.measurements.layer import ENTRIES, KIND_PAIRS
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
 
-def run_bench(*arguments, results=None):
+def run_bench(*arguments, results=None, **environment):
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rounds", "2", *arguments]
     command += [] if results is None else ["--results", str(results)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    environment = {**os.environ, **environment}
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, env=environment)
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +35,16 @@ def test_everything_runs(whole_run):
     content = json.loads((folder / "results.json").read_text())
     assert content["failures"] == 0 and not content["interrupted"]
     groups = [section["group"] for section in content["sections"]]
-    assert set(groups) == {"layer", "compiled layer", "model", "inference", "merge", "search", "roofline"}
+    assert set(groups) == {
+        "layer",
+        "compiled layer",
+        "model",
+        "inference",
+        "latency",
+        "merge",
+        "search",
+        "roofline",
+    }
     assert not [section for section in content["sections"] if section["refused"] or section["missing"]]
 
 
@@ -74,16 +87,29 @@ def test_ratios_end_the_output(whole_run):
     assert "ours, random paths / official formula, random paths" in whole_run[0].stdout
 
 
-def test_a_broken_kernel_fails_and_is_not_reported(tmp_path):
-    arguments = ("-p", "tests.bench.sabotage", "bench/test_layer.py", "--shapes", "tiny", "-k", "test_layer and whole")
-    done = run_bench(*arguments, results=tmp_path)
-    assert done.returncode == 1
-    assert "'ours, A vector, B none' was not timed" in done.stdout
+@pytest.mark.parametrize(
+    ("part", "dtype", "tests"),
+    [
+        ("forward", "float32", "test_layer.py and test_layer and whole"),
+        ("backward", "float32", "test_layer.py and test_compiled_layer"),
+        ("backward", "bfloat16", "test_model.py and whole"),
+        ("forward", "bfloat16", "test_inference.py and test_inference and 1"),
+        ("assemble", "float32", "test_merge.py and test_merge"),
+    ],
+)
+def test_what_is_broken_fails_and_is_not_reported(tmp_path, part, dtype, tests):
+    file, _, chosen = tests.partition(" and ")
+    arguments = ("-p", "tests.bench.sabotage", f"bench/{file}", "--shapes", "tiny", "--dtype", dtype, "-k", chosen)
+    done = run_bench(*arguments, results=tmp_path, SABOTAGE=part)
+    assert done.returncode == 1, done.stdout[-3000:]
     content = json.loads((tmp_path / "results.json").read_text())
     section = content["sections"][0]
-    timed = set(section["phases"]["whole"])
-    assert not [name for name in timed if name.startswith("ours")]
-    assert {"PEFT LoRA", "official formula, random paths"} <= timed
+    assert "ours" in section["refused"]
+    assert "'ours" in done.stdout and "was not timed" in done.stdout
+    assert not [
+        name for name in section["phases"].get("whole", {}) if name.split(",")[0] == "ours" and "matmul" not in name
+    ]
+    assert {"PEFT LoRA", "copy of W0"} & set(section["phases"]["whole"])
     assert content["failures"] > 0
     assert "not to be quoted" in (tmp_path / "table.md").read_text()
 
@@ -93,15 +119,12 @@ def test_a_broken_kernel_fails_and_is_not_reported(tmp_path):
     [
         ("--shapes", "vit_z", "--shapes: expected some of .*got \\['vit_z'\\]"),
         ("--rounds", "0", "--rounds: expected at least 1, got 0"),
+        ("--clock=cpu", "--threads=2", "--clock: expected wall with more than one thread"),
         ("--device", "cuda", "--device: expected a GPU for cuda, found none"),
         ("--results", "README.md", "--results: expected a folder, got the file README.md"),
     ],
 )
-def test_bad_options_are_refused_before_any_work(option, value, message, pytestconfig):
-    import re
-
-    import torch
-
+def test_bad_options_are_refused_before_any_work(option, value, message):
     if value == "cuda" and torch.cuda.is_available():
         pytest.skip("there is a GPU here")
     done = run_bench("bench", option, value)
