@@ -4,7 +4,9 @@ Knows tensors, never modules or configurations. Importing it loads no Triton and
 """
 
 from . import reference
+from .assembly import glora_assemble
 from .configuration import encode
+from .convolution import glora_conv2d
 from .dispatch import available_backends, use_backend
 from .ops import glora_linear, glora_merge
 from .plan import Explanation, explain
@@ -21,6 +23,8 @@ __all__ = [
     "configured_linear",
     "encode",
     "explain",
+    "glora_assemble",
+    "glora_conv2d",
     "glora_linear",
     "glora_merge",
     "reference",
