@@ -5,10 +5,12 @@
 
 from .adapter_file import load_adapter, save_adapter
 from .config import LayerShape, PathConfig, SearchSpace
+from .conv import GLoRAConv2d
+from .conv1d import GLoRAConv1D
 from .evaluation import Metrics, evaluate, evaluate_merged
 from .evolution import SearchResult, SearchSettings, evolve, search
 from .injection import inject
-from .layer import GLoRALinear
+from .layer import GLoRALayer, GLoRALinear
 from .merging import MergeReport, merge, unmerge
 from .modules import glora_layers
 from .parameters import count_parameters, drop_unread_gradients, trainable_parameters
@@ -17,6 +19,9 @@ from .training import Recipe, TrainSummary, train
 from .version import __version__
 
 __all__ = [
+    "GLoRAConv1D",
+    "GLoRAConv2d",
+    "GLoRALayer",
     "GLoRALinear",
     "LayerShape",
     "MergeReport",

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from torch import nn
 
-from .layer import GLoRALinear, qualified_name
+from .adapters import adapted, adapters
+from .layer import qualified_name
 from .modules import glora_layers, matches, replace_modules
 
 DEFAULT_EXCLUDE = ("head",)
@@ -19,6 +20,7 @@ def inject(
     targets: Iterable[str] | None = None,
     exclude: Iterable[str] = DEFAULT_EXCLUDE,
     product: str = "hadamard",
+    convolutions: bool = False,
 ) -> nn.Module:
     """Replace linear layers of ``model`` by :class:`GLoRALinear`, in place; outputs stay the same.
 
@@ -28,9 +30,10 @@ def inject(
 
     Args:
         rank: the largest rank a path may ask for.
-        targets: names of layers to adapt; None for every ``nn.Linear``.
+        targets: names of layers to adapt; None for every ``nn.Linear``, and every ``Conv1D`` of Hugging Face's GPT-2.
         exclude: names of modules that are left exactly as they are.
         product: ``"hadamard"`` or ``"matmul"``.
+        convolutions: adapt every ``nn.Conv2d`` too (:class:`GLoRAConv2d`), or those among the targets.
 
     Returns:
         ``model`` itself.
@@ -38,14 +41,15 @@ def inject(
     Raises:
         ValueError: an empty, repeated or unmatched name; nothing to adapt; a model adapted
             before. The model is unchanged then.
-        TypeError: a target that is an ``nn.Linear`` subclass, which may compute something else; one
+        TypeError: a target of a subclass of what is adapted, which may compute something else; one
             with hooks, pruning or weight norm; one that an ``nn.TransformerEncoderLayer`` reads directly.
     """
     targets = None if targets is None else _checked_names("targets", targets)
     excluded = _checked_names("exclude", exclude)
     if glora_layers(model):
-        raise ValueError("model: expected a model without GLoRA, it holds GLoRALinear layers already")
-    if isinstance(model, nn.Linear):
+        raise ValueError("model: expected a model without GLoRA, it holds adapted layers already")
+    kinds = [kind for kind in adapters() if convolutions or kind is not nn.Conv2d]
+    if isinstance(model, tuple(kinds)):
         raise ValueError(
             "model: expected a model that contains linear layers; use GLoRALinear.from_linear for one layer"
         )
@@ -58,20 +62,20 @@ def inject(
 
     left_alone = {module for name, module in named.items() if any(matches(name, pattern) for pattern in excluded)}
     kept = {id(p) for module in left_alone for p in module.parameters()}
-    adapt(model, _choose(named, targets, left_alone), rank, product, kept)
+    adapt(model, _choose(named, targets, left_alone, kinds), rank, product, kept)
     return model
 
 
-def adapt(model: nn.Module, linears: Iterable[nn.Linear], rank: int, product: str, kept: set[int]) -> None:
-    """Replace exactly ``linears``, and freeze every parameter of ``model`` whose id is not ``kept``.
+def adapt(model: nn.Module, modules: Iterable[nn.Module], rank: int, product: str, kept: set[int]) -> None:
+    """Replace exactly ``modules``, and freeze every parameter of ``model`` whose id is not ``kept``.
 
     On an error the model is unchanged.
     """
     replacements: dict[nn.Module, nn.Module] = {}
     requires_grad = {p: p.requires_grad for p in model.parameters()}
     try:
-        for linear in linears:
-            replacements[linear] = GLoRALinear.from_linear(linear, rank, product)
+        for module in modules:
+            replacements[module] = adapted(module, rank, product)
     except Exception:
         for parameter, flag in requires_grad.items():
             parameter.requires_grad_(flag)
@@ -83,9 +87,12 @@ def adapt(model: nn.Module, linears: Iterable[nn.Linear], rank: int, product: st
 
 
 def _choose(
-    named: Mapping[str, nn.Module], targets: tuple[str, ...] | None, left_alone: set[nn.Module]
-) -> list[nn.Linear]:
-    chosen: dict[nn.Linear, None] = {}
+    named: Mapping[str, nn.Module],
+    targets: tuple[str, ...] | None,
+    left_alone: set[nn.Module],
+    kinds: Sequence[type[nn.Module]],
+) -> list[nn.Module]:
+    chosen: dict[nn.Module, None] = {}
     read_directly = {
         child
         for module in named.values()
@@ -93,7 +100,7 @@ def _choose(
         for child in (module.linear1, module.linear2)
     }
     for name, module in named.items():
-        if module in left_alone or not isinstance(module, nn.Linear):
+        if module in left_alone or not isinstance(module, tuple(kinds)):
             continue
         selected = targets is None or any(matches(name, pattern) for pattern in targets)
         if not selected:
@@ -103,14 +110,16 @@ def _choose(
                 f"model: {name!r} belongs to an nn.TransformerEncoderLayer, whose fast path reads its weight without "
                 "calling it; exclude it"
             )
-        if type(module) is nn.Linear:
+        if type(module) in kinds:
             chosen[module] = None
         elif targets is not None:
+            base = next(qualified_name(kind) for kind in kinds if isinstance(module, kind))
             kind = qualified_name(type(module))
-            raise TypeError(f"targets: expected exactly torch.nn.Linear at {name!r}, got its subclass {kind}")
+            raise TypeError(f"targets: expected exactly {base} at {name!r}, got its subclass {kind}")
     if not chosen:
         scope = "" if targets is None else f" among targets {list(targets)}"
-        raise ValueError(f"model: expected at least one nn.Linear to adapt{scope}, found none")
+        wanted = "nn.Linear or nn.Conv2d" if nn.Conv2d in kinds else "nn.Linear"
+        raise ValueError(f"model: expected at least one {wanted} to adapt{scope}, found none")
     return list(chosen)
 
 

@@ -1,4 +1,4 @@
-"""From adapted layers to plain linear ones, with a report of what that cost, and back."""
+"""From adapted layers to plain ones, with a report of what that cost, and back."""
 
 from __future__ import annotations
 
@@ -8,13 +8,9 @@ from dataclasses import asdict, dataclass, field
 import torch
 from torch import Tensor, nn
 
-from glora_kernels import reference
-
 from .config import PathConfig
-from .layer import GLoRALinear
+from .layer import GLoRALayer, qualified_name
 from .modules import evaluating, replace_modules, replaced_modules, require_layers
-
-_PROBE_TOKENS = 16
 
 
 @dataclass(frozen=True)
@@ -26,7 +22,7 @@ class LayerMerge:
         difference: largest absolute difference between merged and unmerged outputs on random
             tokens; 0 where both multiply by the same bits, as the torch backend does.
         error: largest absolute error of the merged output against the formula in fp64.
-        bias_created: the linear layer has a bias that the base had not (C or E).
+        bias_created: the merged layer has a bias that the base had not (C or E).
     """
 
     name: str
@@ -49,7 +45,7 @@ class MergeReport:
 
     layers: tuple[LayerMerge, ...]
     model_difference: float | None = None
-    originals: Mapping[str, GLoRALinear] | None = field(default=None, repr=False)
+    originals: Mapping[str, GLoRALayer] | None = field(default=None, repr=False)
 
     @property
     def largest_difference(self) -> float:
@@ -77,8 +73,15 @@ class MergeReport:
         )
 
 
-def merge(model: nn.Module, sample: Tensor | None = None, *, keep: bool = False, safe: bool = True) -> MergeReport:
-    """Replace every adapted layer of ``model`` by a plain ``nn.Linear``, in place.
+def merge(
+    model: nn.Module,
+    sample: Tensor | None = None,
+    *,
+    keep: bool = False,
+    safe: bool = True,
+    bias: str = "create",
+) -> MergeReport:
+    """Replace every adapted layer of ``model`` by a plain one of the type it was made from, in place.
 
     The merged model has the names, shapes and module types that it had before ``inject``, and so its
     cost; only a weight that was tied to another module is a parameter of its own afterwards.
@@ -88,22 +91,25 @@ def merge(model: nn.Module, sample: Tensor | None = None, *, keep: bool = False,
         sample: an input of the model; the difference of its output is reported.
         keep: keep the adapted layers in the report, so that :func:`unmerge` restores them exactly.
         safe: refuse a merged weight, bias or output that is not finite.
+        bias: what happens where the path of a layer without a bias makes one (C or E): ``"create"`` gives the plain
+            layer a bias, ``"forbid"`` refuses, as for a file format or an engine that has no place for it.
 
     Raises:
-        ValueError: nothing to merge, or (with ``safe``) a result that is not finite, by layer. The
-            model is unchanged then.
+        ValueError: nothing to merge; by layer, a bias that would be created against ``bias="forbid"`` or (with
+            ``safe``) a result that is not finite. The model is unchanged then.
     """
     layers = require_layers(model)
     if "" in layers:
-        raise ValueError("model: expected a model that contains GLoRALinear layers; call .merge() on a single layer")
-    merged: dict[str, nn.Linear] = {}
+        raise ValueError("model: expected a model that contains adapted layers; call .merge() on a single layer")
+    _check_biases(bias, layers)
+    merged: dict[str, nn.Module] = {}
     for name, layer in layers.items():
         try:
             merged[name] = layer.merge(safe=safe)
         except ValueError as error:
             raise ValueError(f"layer {name!r}: {error}") from None
-    entries = tuple(_measure(name, layers[name], linear) for name, linear in merged.items())
-    replacements: dict[nn.Module, nn.Module] = {layers[name]: linear for name, linear in merged.items()}
+    entries = tuple(_measure(name, layers[name], plain) for name, plain in merged.items())
+    replacements: dict[nn.Module, nn.Module] = {layers[name]: plain for name, plain in merged.items()}
     difference = None if sample is None else _model_difference(model, replacements, sample)
     if safe and difference is not None and not difference < float("inf"):
         raise ValueError(f"sample: expected finite outputs of the merged model, got a difference of {difference}")
@@ -115,8 +121,8 @@ def unmerge(model: nn.Module, report: MergeReport) -> None:
     """Undo ``merge(model, keep=True)``: the very layers that were there, with no bit changed.
 
     Raises:
-        ValueError: the report kept no layers, or ``model`` has something else than an ``nn.Linear``
-            of the right shape in one of their places; the model is unchanged then.
+        ValueError: the report kept no layers, or ``model`` has something else than a plain layer
+            of the right type and shape in one of their places; the model is unchanged then.
     """
     if report.originals is None:
         raise ValueError("report: expected one of merge(model, keep=True), got one that kept no layers")
@@ -124,29 +130,34 @@ def unmerge(model: nn.Module, report: MergeReport) -> None:
     replacements: dict[nn.Module, nn.Module] = {}
     for name, layer in report.originals.items():
         found = modules.get(name)
-        expected = f"nn.Linear({layer.in_features}, {layer.out_features})"
-        if type(found) is not nn.Linear or found.weight.shape != layer.weight.shape:
-            raise ValueError(f"model: expected a merged {expected} at {name!r}, got {found!r}")
+        kind = layer.plain_type
+        if type(found) is not kind or found.weight.shape != layer.weight.shape:
+            shape = tuple(layer.weight.shape)
+            raise ValueError(f"model: expected a merged {qualified_name(kind)} of {shape} at {name!r}, got {found!r}")
         replacements[found] = layer
     replace_modules(model, replacements)
 
 
+def _check_biases(policy: str, layers: Mapping[str, GLoRALayer]) -> None:
+    if policy not in ("create", "forbid"):
+        raise ValueError(f"bias: expected 'create' or 'forbid', got {policy!r}")
+    made = [name for name, layer in layers.items() if layer.bias is None and layer.path.makes_bias]
+    if policy == "forbid" and made:
+        raise ValueError(
+            f"bias: expected no bias where the base has none ('forbid'), got C or E in the paths of {made}; set other "
+            "paths, search with C and E 'none', or merge with bias='create'"
+        )
+
+
 @torch.no_grad()
-def _measure(name: str, layer: GLoRALinear, linear: nn.Linear) -> LayerMerge:
-    """Both layers on random tokens of unit variance, and the formula in fp64."""
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(_PROBE_TOKENS, layer.in_features, generator=generator).to(layer.weight)
+def _measure(name: str, layer: GLoRALayer, plain: nn.Module) -> LayerMerge:
+    """Both layers on random inputs of unit variance, and the formula in fp64."""
+    x = layer.probe(torch.Generator().manual_seed(0))
     with torch.autocast(x.device.type, enabled=False):
-        y, unmerged = linear(x).double(), layer(x).double()
-    bias = None if layer.bias is None else layer.bias.double()
-    exact = reference.glora_linear(x.double(), layer.weight.double(), bias, layer.terms())
-    return LayerMerge(
-        name,
-        layer.path,
-        _largest(y - unmerged),
-        _largest(y - exact),
-        linear.bias is not None and layer.bias is None,
-    )
+        y, unmerged = plain(x).double(), layer(x).double()
+        exact = layer.exact(x)
+    created = plain.bias is not None and layer.bias is None
+    return LayerMerge(name, layer.path, _largest(y - unmerged), _largest(y - exact), created)
 
 
 @torch.no_grad()

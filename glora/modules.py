@@ -7,19 +7,19 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from .layer import GLoRALinear
+from .layer import GLoRALayer
 
 
-def glora_layers(model: nn.Module) -> dict[str, GLoRALinear]:
+def glora_layers(model: nn.Module) -> dict[str, GLoRALayer]:
     """The adapted layers of ``model`` by name, in the model's own order, each once."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, GLoRALinear)}
+    return {name: module for name, module in model.named_modules() if isinstance(module, GLoRALayer)}
 
 
-def require_layers(model: nn.Module) -> dict[str, GLoRALinear]:
+def require_layers(model: nn.Module) -> dict[str, GLoRALayer]:
     """As :func:`glora_layers`. Raises ValueError if there are none."""
     layers = glora_layers(model)
     if not layers:
-        raise ValueError("model: expected at least one GLoRALinear, found none; call glora.inject(model) first")
+        raise ValueError("model: expected at least one adapted layer, found none; call glora.inject(model) first")
     return layers
 
 

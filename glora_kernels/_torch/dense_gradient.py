@@ -38,7 +38,7 @@ def contract_dense(
 
 
 def _contract_a(weight: Tensor, terms: Terms, dw: Tensor) -> tuple[Tensor, ...]:
-    """``dA = dW * W0`` of the hadamard product; ``dA = W0^T dW`` of the matmul product, never formed where A is thin."""
+    """``dA = dW * W0`` for hadamard; ``dA = W0^T dW`` for matmul, which is (K, K) and never formed."""
     term = terms.A
     assert term is not None
     if terms.product == "hadamard":

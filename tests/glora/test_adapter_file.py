@@ -220,7 +220,7 @@ def test_saving_onto_the_file_it_came_from(saved):
 
 
 def test_nothing_to_save(file):
-    with pytest.raises(ValueError, match="at least one GLoRALinear, found none"):
+    with pytest.raises(ValueError, match="at least one adapted layer, found none"):
         save_adapter(mlp(), file)
     assert not file.exists()
 
@@ -302,8 +302,14 @@ def replaced(name, module):
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        (lambda: nn.Sequential(nn.Linear(4, 4)), r"made for another model: expected an nn.Linear at \['fc1', 'fc2'\]"),
-        (lambda: replaced("fc2", nn.Identity()), r"made for another model: expected an nn.Linear at \['fc2'\]"),
+        (
+            lambda: nn.Sequential(nn.Linear(4, 4)),
+            r"made for another model: expected layers that GLoRA adapts at \['fc1', 'fc2'\]",
+        ),
+        (
+            lambda: replaced("fc2", nn.Identity()),
+            r"made for another model: expected layers that GLoRA adapts at \['fc2'\]",
+        ),
     ],
     ids=["other-names", "no-linear"],
 )
