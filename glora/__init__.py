@@ -15,6 +15,7 @@ from .merging import MergeReport, merge, unmerge
 from .modules import glora_layers
 from .parameters import count_parameters, drop_unread_gradients, trainable_parameters
 from .paths import get_paths, sample_paths, set_paths, using_paths
+from .quantised import GLoRAQuantisedLinear
 from .training import Recipe, TrainSummary, train
 from .version import __version__
 
@@ -23,6 +24,7 @@ __all__ = [
     "GLoRAConv2d",
     "GLoRALayer",
     "GLoRALinear",
+    "GLoRAQuantisedLinear",
     "LayerShape",
     "MergeReport",
     "Metrics",

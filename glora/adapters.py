@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -11,6 +10,9 @@ from torch import nn
 from .conv import GLoRAConv2d
 from .conv1d import GLoRAConv1D
 from .layer import GLoRALayer, GLoRALinear, qualified_name
+from .packages import loaded
+from .quantised import GLoRAQuantisedLinear
+from .quantised_formats import layer_types
 
 
 class Adapter(NamedTuple):
@@ -31,10 +33,11 @@ def adapters() -> dict[type[nn.Module], Adapter]:
         nn.Linear: Adapter(GLoRALinear.from_linear, GLoRALinear.features),
         nn.Conv2d: Adapter(GLoRAConv2d.from_conv2d, GLoRAConv2d.features),
     }
-    conv1d = _loaded("transformers.pytorch_utils", "Conv1D")
+    conv1d = loaded("transformers.pytorch_utils", "Conv1D")
     if conv1d is not None:
         table[conv1d] = Adapter(GLoRAConv1D.from_conv1d, GLoRAConv1D.features)
-    return table
+    quantised = Adapter(GLoRAQuantisedLinear.from_linear, GLoRAQuantisedLinear.features)
+    return {**table, **dict.fromkeys(layer_types(), quantised)}
 
 
 def adapted(module: nn.Module, rank: int, product: str) -> GLoRALayer:
@@ -48,7 +51,3 @@ def adapted(module: nn.Module, rank: int, product: str) -> GLoRALayer:
         names = ", ".join(qualified_name(kind) for kind in table)
         raise TypeError(f"module: expected exactly one of {names}; got {qualified_name(type(module))}")
     return table[type(module)].make(module, rank, product)
-
-
-def _loaded(module: str, name: str) -> Any:
-    return getattr(sys.modules.get(module), name, None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +40,7 @@ class GLoRALayer(nn.Module):
         weight, bias: the frozen base, in the shapes of the plain layer; ``bias`` (N,) or None.
         rank: the largest rank a path may ask for.
         product: ``"hadamard"`` or ``"matmul"``.
+        merges_exactly: whether merging keeps the bits that are multiplied by.
         plain_type: the type of the module that was adapted, and will be again after merging.
 
     Parameters:
@@ -48,6 +49,7 @@ class GLoRALayer(nn.Module):
         is of a half type, whose resolution would swallow their updates (``.to(dtype)`` casts all).
     """
 
+    merges_exactly: ClassVar[bool] = True
     in_features: int
     out_features: int
     rank: int
@@ -108,6 +110,14 @@ class GLoRALayer(nn.Module):
     def merge(self, path: PathConfig | None = None, safe: bool = True) -> nn.Module:
         """A plain layer, sharing nothing with this one, that computes what this one does under ``path``."""
         raise NotImplementedError
+
+    def stands_merged(self, module: nn.Module) -> bool:
+        """Whether ``module`` can be what this layer was merged into."""
+        return type(module) is self.plain_type and module.weight.shape == self.weight.shape  # type: ignore[union-attr]
+
+    def outputs_merged(self, plain: nn.Module, x: Tensor) -> Tensor:
+        """What ``plain``, merged from this layer, makes of x."""
+        return plain(x)
 
     def probe(self, generator: torch.Generator) -> Tensor:
         """A small random input of unit variance, on the layer's device and in its dtype."""
@@ -237,10 +247,16 @@ class GLoRALinear(GLoRALayer):
     def from_linear(cls, linear: nn.Linear, rank: int = 8, product: str = "hadamard") -> GLoRALinear:
         """A layer around the very parameters of ``linear``, which are frozen; nothing is copied.
 
+        A quantised layer is given a :class:`GLoRAQuantisedLinear`.
+
         Raises:
             TypeError: ``linear`` is not exactly an :class:`torch.nn.Linear`: a subclass may compute
                 something else.
         """
+        from .quantised import GLoRAQuantisedLinear, is_quantised  # here: they build on this file
+
+        if is_quantised(linear):
+            return GLoRAQuantisedLinear.from_linear(linear, rank, product)
         require_plain("linear", linear, nn.Linear)
         return cls._around(linear, rank, product)
 

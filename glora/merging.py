@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from .config import PathConfig
 from .layer import GLoRALayer, qualified_name
 from .modules import evaluating, replace_modules, replaced_modules, require_layers
+from .quantised import GLoRAQuantisedLinear
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,8 @@ class LayerMerge:
             tokens; 0 where both multiply by the same bits, as the torch backend does.
         error: largest absolute error of the merged output against the formula in fp64.
         bias_created: the merged layer has a bias that the base had not (C or E).
+        requantisation: for a quantised base, the largest absolute difference between W_eff and what
+            the merged weight holds of it; None where W_eff is held as it is.
     """
 
     name: str
@@ -30,6 +33,7 @@ class LayerMerge:
     difference: float
     error: float
     bias_created: bool
+    requantisation: float | None = None
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,7 @@ class MergeReport:
     Attributes:
         layers: one entry a layer, in the model's order.
         largest_difference, largest_error: over all layers.
+        largest_requantisation: over those with a quantised base; None if there is none.
         model_difference: largest absolute difference of the model's output on the sample, if given.
         originals: the layers that :func:`unmerge` puts back, if they were kept.
     """
@@ -55,21 +60,28 @@ class MergeReport:
     def largest_error(self) -> float:
         return max(layer.error for layer in self.layers)
 
+    @property
+    def largest_requantisation(self) -> float | None:
+        return max((lost for layer in self.layers if (lost := layer.requantisation) is not None), default=None)
+
     def to_dict(self) -> dict:
         """Plain data for JSON; without the originals."""
         return {
             "layers": [asdict(layer) for layer in self.layers],
             "largest_difference": self.largest_difference,
             "largest_error": self.largest_error,
+            "largest_requantisation": self.largest_requantisation,
             "model_difference": self.model_difference,
         }
 
     def __str__(self) -> str:
         model = "not measured" if self.model_difference is None else f"{self.model_difference:.2e}"
+        lost = self.largest_requantisation
+        quantised = "" if lost is None else f", largest change of a weight by quantising it anew {lost:.2e}"
         return (
             f"merged {len(self.layers)} layers: largest difference to the unmerged layer "
             f"{self.largest_difference:.2e}, largest error against fp64 {self.largest_error:.2e}, "
-            f"difference of the model's output {model}"
+            f"difference of the model's output {model}{quantised}"
         )
 
 
@@ -80,6 +92,7 @@ def merge(
     keep: bool = False,
     safe: bool = True,
     bias: str = "create",
+    requantise: bool = False,
 ) -> MergeReport:
     """Replace every adapted layer of ``model`` by a plain one of the type it was made from, in place.
 
@@ -93,19 +106,23 @@ def merge(
         safe: refuse a merged weight, bias or output that is not finite.
         bias: what happens where the path of a layer without a bias makes one (C or E): ``"create"`` gives the plain
             layer a bias, ``"forbid"`` refuses, as for a file format or an engine that has no place for it.
+        requantise: merge layers with a quantised base (:class:`GLoRAQuantisedLinear`) too, by quantising W_eff anew;
+            the report says what that cost.
 
     Raises:
-        ValueError: nothing to merge; by layer, a bias that would be created against ``bias="forbid"`` or (with
-            ``safe``) a result that is not finite. The model is unchanged then.
+        ValueError: nothing to merge; a quantised base without ``requantise``; by layer, a bias that would
+            be created against ``bias="forbid"`` or (with ``safe``) a result that is not finite. The model
+            is unchanged then.
     """
     layers = require_layers(model)
     if "" in layers:
         raise ValueError("model: expected a model that contains adapted layers; call .merge() on a single layer")
     _check_biases(bias, layers)
+    _check_quantised(requantise, layers)
     merged: dict[str, nn.Module] = {}
     for name, layer in layers.items():
         try:
-            merged[name] = layer.merge(safe=safe)
+            merged[name] = _merged(layer, safe)
         except ValueError as error:
             raise ValueError(f"layer {name!r}: {error}") from None
     entries = tuple(_measure(name, layers[name], plain) for name, plain in merged.items())
@@ -130,12 +147,17 @@ def unmerge(model: nn.Module, report: MergeReport) -> None:
     replacements: dict[nn.Module, nn.Module] = {}
     for name, layer in report.originals.items():
         found = modules.get(name)
-        kind = layer.plain_type
-        if type(found) is not kind or found.weight.shape != layer.weight.shape:
-            shape = tuple(layer.weight.shape)
+        if found is None or not layer.stands_merged(found):
+            kind, shape = layer.plain_type, tuple(layer.weight.shape)
             raise ValueError(f"model: expected a merged {qualified_name(kind)} of {shape} at {name!r}, got {found!r}")
         replacements[found] = layer
     replace_modules(model, replacements)
+
+
+def _merged(layer: GLoRALayer, safe: bool) -> nn.Module:
+    if isinstance(layer, GLoRAQuantisedLinear):
+        return layer.merge(safe=safe, requantise=True)
+    return layer.merge(safe=safe)
 
 
 def _check_biases(policy: str, layers: Mapping[str, GLoRALayer]) -> None:
@@ -149,15 +171,27 @@ def _check_biases(policy: str, layers: Mapping[str, GLoRALayer]) -> None:
         )
 
 
+def _check_quantised(requantise: bool, layers: Mapping[str, GLoRALayer]) -> None:
+    quantised = [name for name, layer in layers.items() if not layer.merges_exactly]
+    if quantised and not requantise:
+        raise ValueError(
+            "requantise: expected True to merge into quantised weights, which rounds them anew, got False with "
+            f"{quantised}"
+        )
+
+
 @torch.no_grad()
 def _measure(name: str, layer: GLoRALayer, plain: nn.Module) -> LayerMerge:
     """Both layers on random inputs of unit variance, and the formula in fp64."""
     x = layer.probe(torch.Generator().manual_seed(0))
     with torch.autocast(x.device.type, enabled=False):
-        y, unmerged = plain(x).double(), layer(x).double()
+        y, unmerged = layer.outputs_merged(plain, x).double(), layer(x).double()
         exact = layer.exact(x)
     created = plain.bias is not None and layer.bias is None
-    return LayerMerge(name, layer.path, _largest(y - unmerged), _largest(y - exact), created)
+    lost = None
+    if isinstance(layer, GLoRAQuantisedLinear):
+        lost = layer.requantisation_error(plain)  # type: ignore[arg-type]
+    return LayerMerge(name, layer.path, _largest(y - unmerged), _largest(y - exact), created, lost)
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ Knows tensors, never modules or configurations. Importing it loads no Triton and
 
 from . import reference
 from .assembly import glora_assemble
+from .blocked import RowBlocks, blocked_linear, terms_of_rows
 from .configuration import encode
 from .convolution import glora_conv2d
 from .dispatch import available_backends, use_backend
@@ -17,9 +18,11 @@ __all__ = [
     "Constant",
     "Explanation",
     "LowRank",
+    "RowBlocks",
     "Terms",
     "Vector",
     "available_backends",
+    "blocked_linear",
     "configured_linear",
     "encode",
     "explain",
@@ -29,5 +32,6 @@ __all__ = [
     "glora_merge",
     "reference",
     "takes_operator",
+    "terms_of_rows",
     "use_backend",
 ]

@@ -212,7 +212,7 @@ def test_convolutions_are_adapted_when_asked_and_only_then(make):
 def test_convolutions_by_name():
     model = glora.inject(tiny_vit(), 2, targets=["patch_embed"], convolutions=True)
     assert list(glora.glora_layers(model)) == ["patch_embed.proj"]
-    with pytest.raises(ValueError, match="at least one nn.Linear or nn.Conv2d to adapt among targets"):
+    with pytest.raises(ValueError, match=r"at least one nn.Linear or nn.Conv2d to adapt among targets"):
         glora.inject(tiny_vit(), 2, targets=["norm"], convolutions=True)
     with pytest.raises(ValueError, match=r"at least one nn.Linear to adapt among targets \['patch_embed'\]"):
         glora.inject(tiny_vit(), 2, targets=["patch_embed"])
@@ -223,7 +223,7 @@ def test_a_subclass_among_the_targets_is_refused():
         pass
 
     model = nn.Sequential(Own(1, 1, 1), nn.Conv2d(1, 1, 1))
-    with unchanged(model), pytest.raises(TypeError, match="expected exactly torch.nn.Conv2d at '0', got its subclass"):
+    with unchanged(model), pytest.raises(TypeError, match=r"expected exactly torch.nn.Conv2d at '0', got its subclass"):
         glora.inject(model, 2, targets=["0"], convolutions=True)
 
 
