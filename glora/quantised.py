@@ -11,7 +11,7 @@ from glora_kernels import blocked_linear, glora_merge, terms_of_rows
 
 from .config import PathConfig
 from .layer import PROBE_TOKENS, GLoRALinear, qualified_name, require_plain
-from .packages import is_a, loaded
+from .packages import loaded
 from .quantised_formats import Format, format_of, is_quantised, layer_types, scales_of, settings_of
 
 # Elements of W0 that are decoded at a time: 16 MiB in fp32.
@@ -51,7 +51,7 @@ class GLoRAQuantisedLinear(GLoRALinear):
             got = qualified_name(type(linear))
             raise TypeError(f"linear: expected {names} or an nn.Linear with a weight of torchao's, got {got}")
         require_plain("linear", linear, type(linear))
-        format_of(linear.weight, scales_of(linear))
+        format_of(type(linear), linear.weight, scales_of(linear))
         return cls._around(linear, rank, product)
 
     def _adopt(self, linear: nn.Linear, rank: int, product: str) -> None:
@@ -63,7 +63,7 @@ class GLoRAQuantisedLinear(GLoRALinear):
     def format(self) -> Format:
         """How the weight is read as it is now; a weight that moves to another device is another one."""
         scales = self.get_buffer("SCB") if self._buffers["SCB"] is not None else None
-        return format_of(self.weight, scales)
+        return format_of(self.plain_type, self.weight, scales)
 
     @property
     def matrix(self) -> Tensor:
@@ -136,7 +136,7 @@ class GLoRAQuantisedLinear(GLoRALinear):
         """Also what a 4-bit weight is decoded with, under the names that bitsandbytes saves it by."""
         super()._save_to_state_dict(destination, prefix, keep_vars)
         weight: Any = self.weight
-        if is_a(weight, "bitsandbytes.nn", "Params4bit"):
+        if issubclass(self.plain_type, loaded("bitsandbytes.nn", "Linear4bit") or ()):
             for name, tensor in weight.quant_state.as_dict(packed=True).items():
                 destination[f"{prefix}weight.{name}"] = tensor if keep_vars else tensor.detach()
 
@@ -146,7 +146,7 @@ class GLoRAQuantisedLinear(GLoRALinear):
         before = len(unexpected)
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
         weight: Any = self.weight
-        if found and is_a(weight, "bitsandbytes.nn", "Params4bit"):
+        if found and issubclass(self.plain_type, loaded("bitsandbytes.nn", "Linear4bit") or ()):
             weight.quant_state = loaded("bitsandbytes.functional", "QuantState").from_dict(found, weight.device)
             unexpected[before:] = [name for name in unexpected[before:] if not name.startswith(start)]
 
