@@ -39,7 +39,7 @@ check: $(VENV)/ready-test
 	$(RUN) -m mypy
 
 bench: $(VENV)/ready-bench
-	$(RUN) -m bench.cpu_ratios
+	$(RUN) -m glora bench
 
 $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; assert (3, 10) <= sys.version_info < (3, 14), f"PYTHON: expected Python 3.10 to 3.13, got {sys.version}"'

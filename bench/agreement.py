@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from torch import Tensor, nn
+
+from glora_kernels.contract import largest_constant
 
 from .oracle import oracle_model
 
@@ -30,6 +32,9 @@ class Task(Protocol):
     def double(self) -> Task:
         """The same task in fp64."""
 
+    def magnitudes(self) -> Task | None:
+        """The same in fp32 on absolute values, whose sums cannot cancel; None where that means nothing."""
+
 
 def results(task: Task, model: nn.Module) -> Results:
     """The output and every gradient of one step."""
@@ -40,33 +45,57 @@ def results(task: Task, model: nn.Module) -> Results:
     return {"output": output.detach(), **task.input_gradients(), **gradients}
 
 
-def reference_results(task: Task, model: nn.Module) -> Results:
-    """As :func:`results`, in fp64 and, where ``model`` has GLoRA, by the literal formula."""
-    return results(task.double(), oracle_model(model))
+class Truth(NamedTuple):
+    """What everyone is held against.
+
+    Attributes:
+        want: the results in fp64.
+        scale: S of the numerical contract, the same formula on absolute values; None for a whole model, which is more
+            than one formula.
+    """
+
+    want: Results
+    scale: Results | None
+
+
+def truth(task: Task, model: nn.Module) -> Truth:
+    """By the literal formula in the places of the adapted layers of ``model``."""
+    magnitudes = task.magnitudes()
+    scale = None if magnitudes is None else results(magnitudes, oracle_model(model, magnitudes=True))
+    return Truth(results(task.double(), oracle_model(model)), scale)
 
 
 def require_agreement(
-    who: str, got: Results, want: Results, tolerance: float, names: Mapping[str, str] | None = None
+    who: str, got: Results, truth: Truth, tolerance: float, names: Mapping[str, str] | None = None
 ) -> float:
-    """Hold ``|got - want| <= tolerance |want|``, in the 2-norm, for every tensor.
+    """Hold every tensor to ``tolerance``.
+
+    With a scale every element has ``|got - want| <= tolerance u S`` (``glora_kernels.contract``); without one
+    ``|got - want| <= tolerance |want|`` in the 2-norm, and no tensor of the truth may be a sum that cancels to zero.
 
     Args:
         who: whose results these are, for the message.
-        got, want: tensors by name; none of ``want`` may be zero throughout, or a sum that cancels to it.
-        tolerance: the largest relative error allowed.
-        names: what a tensor of ``want`` is called in ``got``, where that differs.
+        got: tensors by name.
+        names: what a tensor of the truth is called in ``got``, where that differs.
 
     Returns:
-        The largest relative error.
+        The largest error, in units of u S or relative.
 
     Raises:
         ValueError: a tensor is missing, superfluous or too far off.
     """
-    renamed = {(names or {}).get(name, name): tensor for name, tensor in want.items()}
-    if set(got) != set(renamed):
-        raise ValueError(f"{who}: not timed, expected results {sorted(renamed)}, got {sorted(got)}")
-    errors = {name: float((got[name] - tensor).norm() / tensor.norm()) for name, tensor in renamed.items()}
+    renamed = {name: (names or {}).get(name, name) for name in truth.want}
+    if set(got) != set(renamed.values()):
+        raise ValueError(f"{who}: not timed, expected results {sorted(renamed.values())}, got {sorted(got)}")
+    errors = {}
+    for name, want in truth.want.items():
+        found = got[renamed[name]]
+        if truth.scale is None:
+            errors[renamed[name]] = float((found - want).norm() / want.norm())
+        else:
+            errors[renamed[name]] = largest_constant(found, want, truth.scale[name], got["output"].dtype)
     wrong = {name: error for name, error in errors.items() if not error <= tolerance}
     if wrong:
-        raise ValueError(f"{who}: not timed, expected relative errors up to {tolerance:g}, got {wrong}")
+        unit = "relative errors" if truth.scale is None else "errors over u S"
+        raise ValueError(f"{who}: not timed, expected {unit} up to {tolerance:g}, got {wrong}")
     return max(errors.values())

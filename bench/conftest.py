@@ -44,12 +44,8 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("filterwarnings", "default")  # what peers warn of is not ours to mend
     config.addinivalue_line("markers", "benchmark: an entry of pytest-benchmark")
     torch.set_num_threads(config.stash[SETTINGS].threads)
-    if config.getoption("benchmark_columns", None) is not None and not _given(config, "--benchmark-columns"):
-        config.option.benchmark_columns = COLUMNS
-
-
-def _given(config: pytest.Config, option: str) -> bool:
-    return any(str(argument).startswith(option) for argument in config.invocation_params.args)
+    if not any(str(argument).startswith("--benchmark-columns") for argument in config.invocation_params.args):
+        config.option.benchmark_columns = COLUMNS  # read by pytest-benchmark's own hook, which comes last
 
 
 def _settings(config: pytest.Config) -> Settings:
@@ -150,6 +146,7 @@ def _extra(
     median = statistics.median(seconds)
     return {
         **{name: value for name, value in environment(settings.device).items() if name in ("device", "versions")},
+        "entrant": entrant,
         "dtype": str(settings.dtype).removeprefix("torch."),
         "shape": section.title,
         "strategy": section.strategies.get(entrant),
@@ -159,6 +156,7 @@ def _extra(
     }
 
 
+@pytest.hookimpl(trylast=True)
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     sections = _sections(config)
     if sections:
@@ -169,16 +167,11 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     folder, sections = session.config.getoption("results"), _sections(session.config)
     if folder is not None and sections:
-        content = report.results(sections, session.config.stash[SETTINGS], session.testsfailed)
+        interrupted = exitstatus == pytest.ExitCode.INTERRUPTED
+        content = report.results(sections, session.config.stash[SETTINGS], session.testsfailed, interrupted)
         report.write(content, folder)
 
 
 def _sections(config: pytest.Config) -> list[Section]:
     """All that were measured, in order."""
-    found = config.stash.get(SECTIONS, {}).values()
-    return [
-        section
-        for one in found
-        for section in (one if isinstance(one, list) else [one])
-        if isinstance(section, Section)
-    ]
+    return [found for found in config.stash.get(SECTIONS, {}).values() if isinstance(found, Section)]

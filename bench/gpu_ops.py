@@ -4,7 +4,8 @@
 
 The floor of a layer is the frozen linear layer: forward and dx, two dense products. The floor of a kernel is the time
 its bytes take at the measured speed of a large copy, or its operations at that of a large product, whichever is longer.
-Times are medians of CUDA events over interleaved rounds; a path is checked against the fp64 formula before it is timed.
+Times are medians of CUDA events over interleaved rounds (``timing.py``); a path is checked against the fp64 formula
+before it is timed.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ from glora_kernels._triton.builds import Case, launches_of
 from glora_kernels._triton.device import architecture
 from glora_kernels._triton.launch import launch
 from glora_kernels.cost import Problem, launches
+
+from .timing import WHOLE, EventWatch, interleave, plain
 
 SHAPES = {  # M, N, K
     "ViT-B bs 64 qkv": (12608, 2304, 768),
@@ -53,22 +56,21 @@ ROUNDOFF = 2.0**-8  # of bf16
 
 
 def milliseconds(functions: Mapping[str, Callable[[], object]], rounds: int = 15, repeats: int = 1) -> dict[str, float]:
-    """Median time of each by CUDA events; all run once a round, in turn.
+    """Median time of each.
 
     A kernel shorter than its own launch wants ``repeats`` between two events, back to back.
     """
-    times: dict[str, list[float]] = {name: [] for name in functions}
-    for index in range(-3, rounds):
-        for name, function in functions.items():
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
+
+    def repeated(function: Callable[[], object]) -> Callable[[], None]:
+        def run() -> None:
             for _ in range(repeats):
                 function()
-            end.record()
-            end.synchronize()
-            if index >= 0:
-                times[name].append(start.elapsed_time(end) / repeats)
-    return {name: statistics.median(found) for name, found in times.items()}
+
+        return run
+
+    timed = {name: plain(repeated(function)) for name, function in functions.items()}
+    times = interleave(timed, rounds, warmup=3, watch=EventWatch())[WHOLE]
+    return {name: 1e3 * statistics.median(found) / repeats for name, found in times.items()}
 
 
 def ceilings() -> tuple[float, float]:

@@ -19,13 +19,13 @@ from glora.modules import replace_modules
 class OracleLinear(nn.Module):
     """``y = (W0 + W0*A + B) x + W0 c + D*b0 + E + b0`` with dense A and B; ``W0 @ A`` for the matmul product.
 
-    Holds fp64 copies of a layer's parameters, under their names.
+    Holds copies of a layer's parameters, under their names.
     """
 
     def __init__(self, layer: GLoRALinear):
         super().__init__()
         for name, parameter in layer.named_parameters():
-            self.register_parameter(name, nn.Parameter(parameter.detach().double(), parameter.requires_grad))
+            self.register_parameter(name, nn.Parameter(parameter.detach().clone(), parameter.requires_grad))
         self.path, self.product, self.has_bias = layer.path.to_dict(), layer.product, layer.bias is not None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -58,11 +58,18 @@ class OracleLinear(nn.Module):
         ]()
 
 
-def oracle_model(model: nn.Module) -> nn.Module:
-    """``model`` in fp64, with the formula in the places of its adapted layers; it shares nothing with it."""
-    oracle = copy.deepcopy(model)
-    replacements: dict[nn.Module, nn.Module] = {
-        layer: OracleLinear(layer) for layer in glora.glora_layers(oracle).values()
-    }
+def oracle_model(model: nn.Module, magnitudes: bool = False) -> nn.Module:
+    """``model`` in fp64, with the formula in the places of its adapted layers; it shares nothing with it.
+
+    Args:
+        magnitudes: every parameter by its absolute value, in fp32: for the S of the numerical contract.
+    """
+    oracle = copy.deepcopy(model).to(torch.float32 if magnitudes else torch.float64)
+    layers = glora.glora_layers(oracle).values()
+    replacements: dict[nn.Module, nn.Module] = {layer: OracleLinear(layer) for layer in layers}
     replace_modules(oracle, replacements)
-    return oracle.double()
+    if magnitudes:
+        with torch.no_grad():
+            for parameter in oracle.parameters():
+                parameter.abs_()
+    return oracle

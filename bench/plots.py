@@ -95,24 +95,23 @@ def roofline(content: dict[str, Any]) -> Figure:
     ]
     figure, axes = plt.subplots(figsize=(8, 5))
     colours = {name: f"C{index}" for index, name in enumerate(dict.fromkeys(point[0] for point in points))}
-    marks = {name: mark for name, mark in zip(dict.fromkeys(point[1].split(",")[0] for point in points), "o^s")}
+    marks = dict(zip(dict.fromkeys(point[1].split(",")[0] for point in points), "o^s"))
     for name, operation, intensity, rate in points:
         axes.plot(intensity, rate / 1e9, marks[operation.split(",")[0]], color=colours[name], ms=6, alpha=0.8)
     low, high = min([point[2] for point in points], default=1) / 2, max([point[2] for point in points], default=1) * 2
     low, high = min(low, top / slope / 2), max(high, top / slope * 2)
     bend = top / slope
     axes.plot([low, bend, high], [low * slope / 1e9, top / 1e9, top / 1e9], color=EVEN, lw=1.5)
-    axes.text(low, low * slope / 1e9 * 1.15, f"{slope / 1e9:,.0f} GB/s", fontsize=8, rotation=0)
-    axes.text(high, top / 1e9 * 1.04, f"{top / 1e9:,.0f} GFLOP/s", fontsize=8, ha="right")
+    axes.text(low, low * slope / 1e9 * 1.6, f"{slope / 1e9:,.0f} GB/s", fontsize=8, rotation=0)
+    axes.text(high, top / 1e9 * 1.12, f"{top / 1e9:,.0f} GFLOP/s", fontsize=8, ha="right")
     for name, colour in colours.items():
         axes.plot([], [], "o", color=colour, label=name)
     for operation, mark in marks.items():
         axes.plot([], [], mark, color="grey", label=operation)
     axes.legend(fontsize=8, loc="lower right")
     axes.set(xscale="log", yscale="log", xlabel="operations a byte (bytes that cannot be avoided)", ylabel="GFLOP/s")
-    axes.set_title(
-        f"{content['environment']['device']}, {content['dtype']}: ours under the measured ceilings", fontsize=10
-    )
+    machine = f"{content['environment']['device']}, {content['dtype']}"
+    axes.set_title(f"{machine}: ours under the measured ceilings", fontsize=10)
     _bare(axes)
     return figure
 

@@ -1,8 +1,13 @@
-"""Results of a run: as JSON where machines read, as tables and pictures where people do."""
+"""Results of a run: as JSON where machines read, as tables and pictures where people do.
+
+python -m bench.report results.json     # table and pictures again, beside it
+"""
 
 from __future__ import annotations
 
 import json
+import statistics
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +23,7 @@ FORMAT = 1
 JSON, TABLE = "results.json", "table.md"
 
 
-def results(sections: list[Section], settings: Settings, failures: int) -> dict[str, Any]:
+def results(sections: list[Section], settings: Settings, failures: int, interrupted: bool) -> dict[str, Any]:
     """Plain data. Failures: tests that failed; figures of such a run are not to be quoted."""
     found = [section.to_dict() for section in sections]
     reference = settings.device == "cpu" and str(settings.dtype) == "torch.float32"
@@ -30,6 +35,7 @@ def results(sections: list[Section], settings: Settings, failures: int) -> dict[
         "clock": settings.clock if settings.device == "cpu" else "CUDA events",
         "threads": settings.threads if settings.device == "cpu" else None,
         "failures": failures,
+        "interrupted": interrupted,
         "targets": judged(found) if reference else [],
         "sections": found,
     }
@@ -78,6 +84,8 @@ def table(content: dict[str, Any]) -> str:
     lines = [f"# {describe(content)}", ""]
     if content["failures"]:
         lines += [f"**{content['failures']} tests failed: not to be quoted.**", ""]
+    if content["interrupted"]:
+        lines += ["The run was interrupted: what follows was measured before.", ""]
     lines += _target_lines(content["targets"])
     for section in content["sections"]:
         lines += [f"## {section['title']}", ""]
@@ -85,7 +93,9 @@ def table(content: dict[str, Any]) -> str:
         lines += [f"*{name} did not take part: {reason}*" for name, reason in section["missing"].items()]
         if section["errors"]:
             worst = max(section["errors"].values())
-            lines += [f"Largest error against fp64 {worst:.1e}, allowed {section['tolerance']:.0e}.", ""]
+            mine = [error for name, error in section["errors"].items() if name.startswith(("ours", "merged"))]
+            least = f"; of ours {max(mine):.2g}, allowed {section['tolerance']:g}" if mine else ""
+            lines += [f"Largest error against fp64 ({section['unit']}): {worst:.2g}{least}.", ""]
         if section["group"] == "inference":
             verdict = "equal within noise" if merged_as_fast(section) else "NOT equal within noise"
             lines += [f"Merged and original are {verdict}.", ""]
@@ -106,10 +116,9 @@ def _target_lines(targets: list[dict[str, Any]]) -> list[str]:
         return []
     lines = ["| set out to show | at most | found | |", "|---|---|---|---|"]
     for row in targets:
-        what = f"{row['group']} {row['section']}, {row['quantity'].replace('_', ' ')}: {row['candidate']} / {row['baseline']}"
-        lines.append(
-            f"| {what} | {row['at_most']:.2f} | {row['found']:.3f} | {'met' if row['met'] else '**missed**'} |"
-        )
+        what = f"{row['group']} {row['section']}, {row['quantity'].replace('_', ' ')}"
+        pair, verdict = _pair(row), "met" if row["met"] else "**missed**"
+        lines.append(f"| {what}: {pair} | {row['at_most']:.2f} | {row['found']:.3f} | {verdict} |")
     return [*lines, ""]
 
 
@@ -128,8 +137,6 @@ def _ratio_lines(section: dict[str, Any]) -> list[str]:
 
 def _time_lines(section: dict[str, Any]) -> list[str]:
     """Median milliseconds of every part, what a second makes of it, and what was counted."""
-    import statistics
-
     phases, units = section["phases"], section["units"]
     if not phases:
         return []
@@ -182,3 +189,14 @@ def _spread(row: dict[str, Any]) -> str:
 
 def _milliseconds(row: dict[str, Any]) -> str:
     return f"{1e3 * row['candidate_seconds']:9.2f} / {1e3 * row['baseline_seconds']:.2f} ms"
+
+
+def main() -> None:
+    if len(sys.argv) != 2:
+        raise SystemExit("usage: python -m bench.report results.json")
+    file = Path(sys.argv[1])
+    print("\n".join(str(written) for written in write(load(file), file.parent)))
+
+
+if __name__ == "__main__":
+    main()

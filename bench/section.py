@@ -8,6 +8,9 @@ from typing import Any, NamedTuple
 
 from .timing import WHOLE, Phases, ratio, total
 
+CONTRACT = "u S"  # of the numerical contract, element by element
+RELATIVE = "relative, in the 2-norm"
+
 
 class Comparison(NamedTuple):
     """Whose time is divided by whose."""
@@ -24,7 +27,8 @@ class Section:
         group: ``"layer"``, ``"model"`` and the like.
         name: of what was measured; unique in its group.
         title: one line for tables and plots.
-        tolerance, errors: the relative error against fp64 allowed, and the largest seen, by entrant.
+        tolerance, errors: the error against fp64 that ours may have, and the largest seen, by entrant.
+        unit: of these.
         refused, missing: who was not timed because it was wrong, or was not installed; and why.
         phases: seconds, by part, entrant and round.
         comparisons: what :meth:`ratios` divides, in the order of the table.
@@ -45,6 +49,7 @@ class Section:
     facts: dict[str, dict[str, float]] = field(default_factory=dict)
     units: dict[str, int] = field(default_factory=dict)
     strategies: dict[str, str] = field(default_factory=dict)
+    unit: str = CONTRACT
 
     def __post_init__(self) -> None:
         if len(self.phases) > 1:

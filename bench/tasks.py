@@ -43,6 +43,9 @@ class LayerTask:
     def double(self) -> LayerTask:
         return LayerTask(self.x.detach().double().requires_grad_(), self.dy.double())
 
+    def magnitudes(self) -> LayerTask:
+        return LayerTask(self.x.detach().float().abs().requires_grad_(), self.dy.float().abs())
+
 
 @dataclass(frozen=True, eq=False)
 class ClassifierTask:
@@ -71,6 +74,9 @@ class ClassifierTask:
     def double(self) -> ClassifierTask:
         return ClassifierTask(self.images.double(), self.labels)
 
+    def magnitudes(self) -> None:
+        return None
+
 
 @dataclass(frozen=True, eq=False)
 class InferenceTask:
@@ -97,6 +103,9 @@ class InferenceTask:
 
     def double(self) -> InferenceTask:
         return InferenceTask(self.images.double())
+
+    def magnitudes(self) -> None:
+        return None
 
 
 def step(task: Task, model: nn.Module) -> Timed:

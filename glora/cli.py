@@ -21,7 +21,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"glora {options.command}: error: {error}", file=sys.stderr)
         return 2
     except ModuleNotFoundError as error:
-        print(f"glora {options.command}: error: {error}; pip install 'glora[demo]'", file=sys.stderr)
+        extra = getattr(options, "extra", "demo")
+        print(f"glora {options.command}: error: {error}; pip install 'glora[{extra}]'", file=sys.stderr)
         return 2
 
 
@@ -35,6 +36,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     _add_quickstart(commands)
     _add_report(commands)
+    _add_bench(commands)
     _add_doctor(commands)
     return parser
 
@@ -109,6 +111,48 @@ def _report(options: argparse.Namespace) -> int:
         print(format_study(study))
         print("\nWritten: " + "\n         ".join(str(figure) for figure in figures))
     return 0
+
+
+def _add_bench(commands) -> None:
+    from .benchmarks import GROUPS
+
+    command = commands.add_parser(
+        "bench",
+        help="speed, memory and exactness against the frozen layer and the peers, on this machine",
+        description=(
+            "Check, then time ours and its peers in interleaved rounds; write results.json, table.md and pictures into "
+            "--out. Exits with 1 if anything was wrong. The default takes about four minutes on two CPU cores."
+        ),
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    command.add_argument(
+        "--only", nargs="+", choices=GROUPS, default=list(GROUPS), metavar="GROUP", help=", ".join(GROUPS)
+    )
+    command.add_argument(
+        "--shapes", default="small", help="by commas: small, square, vit_b, swin_b, llama7b, llama3b; all"
+    )
+    command.add_argument(
+        "--dtype", default="float32", choices=("float32", "float16", "bfloat16"), help="of the weights"
+    )
+    command.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="where to run")
+    command.add_argument("--rounds", type=int, default=7, help="timed rounds")
+    command.add_argument("--threads", type=int, default=1, help="of torch on a CPU")
+    command.add_argument("--clock", default="wall", choices=("wall", "cpu"), help="on a CPU: passed, or given time")
+    command.add_argument("--out", type=Path, default=Path("runs/bench"), metavar="FOLDER", help="where files go")
+    command.add_argument("--json", action="store_true", help="print results.json alone; the rest to standard error")
+    command.set_defaults(run=_bench, extra="bench")
+
+
+def _bench(options: argparse.Namespace) -> int:
+    from .benchmarks import run_benchmarks
+
+    names = ("shapes", "dtype", "device", "rounds", "threads", "clock")
+    arguments = [text for name in names for text in (f"--{name}", str(getattr(options, name)))]
+    status = run_benchmarks(options.only, arguments, options.out, quiet=options.json)
+    if status in (0, 1):
+        file = options.out / "results.json"
+        print(file.read_text() if options.json else f"\nWritten: {options.out}")
+    return status
 
 
 def _add_doctor(commands) -> None:

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from glora_kernels import glora_conv2d, glora_merge, reference
+from glora_kernels import configured_conv2d, glora_conv2d, glora_merge, reference, takes_operator
 
 from .config import PathConfig
-from .layer import GLoRALayer, require_plain
+from .layer import SUPPORT_NAMES, GLoRALayer, require_plain
 
 _PROBE_IMAGES = 2
 
@@ -88,9 +88,13 @@ class GLoRAConv2d(GLoRALayer):
         return self.weight.flatten(1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``(M, in_channels, height, width) -> (M, N, ...)``, or without M."""
+        """``(M, in_channels, height, width) -> (M, N, ...)``, or without M; compiled, one graph serves every path."""
         x, padding = self._padded(x)
-        return glora_conv2d(x, self.weight, self.bias, self.terms(), self.stride, padding, self.dilation, self.groups)
+        geometry = (self.stride, padding, self.dilation, self.groups)
+        if takes_operator():
+            storages = [getattr(self, name) for name in SUPPORT_NAMES]
+            return configured_conv2d(x, self.weight, self.bias, storages, self._config, self.product, *geometry)
+        return glora_conv2d(x, self.weight, self.bias, self._terms_in_force(), *geometry)
 
     def merge(self, path: PathConfig | None = None, safe: bool = True) -> nn.Conv2d:
         """A plain convolution, sharing nothing with this one, that computes what this one does.

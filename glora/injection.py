@@ -25,7 +25,8 @@ def inject(
     """Replace linear layers of ``model`` by :class:`GLoRALinear`, in place; outputs stay the same.
 
     Then only support tensors require grad, and whatever the excluded modules left trainable (the
-    classifier head). A name selects a module if its dotted components occur in a row in the
+    classifier head). A frozen weight may be tied to other modules: it stays tied, and each adapted
+    layer has support tensors of its own. A name selects a module if its dotted components occur in a row in the
     module's: ``"qkv"``, ``"mlp.fc1"``, ``"blocks.11"``; never by a part of a component.
 
     Args:
@@ -39,10 +40,11 @@ def inject(
         ``model`` itself.
 
     Raises:
-        ValueError: an empty, repeated or unmatched name; nothing to adapt; a model adapted
-            before. The model is unchanged then.
-        TypeError: a target of a subclass of what is adapted, which may compute something else; one
-            with hooks, pruning or weight norm; one that an ``nn.TransformerEncoderLayer`` reads directly.
+        ValueError: an empty, repeated or unmatched name; nothing to adapt; a model adapted before;
+            a layer that shares a trainable parameter with an excluded module. The model is unchanged then.
+        TypeError: a target of a subclass of what is adapted, which may compute something else; one with hooks,
+            pruning or weight norm; one that an ``nn.TransformerEncoderLayer`` or ``nn.MultiheadAttention`` reads
+            directly.
     """
     targets = None if targets is None else _checked_names("targets", targets)
     excluded = _checked_names("exclude", exclude)
@@ -62,7 +64,9 @@ def inject(
 
     left_alone = {module for name, module in named.items() if any(matches(name, pattern) for pattern in excluded)}
     kept = {id(p) for module in left_alone for p in module.parameters()}
-    adapt(model, _choose(named, targets, left_alone, kinds), rank, product, kept)
+    chosen = _choose(named, targets, left_alone, kinds)
+    _check_kept(model, chosen, kept)
+    adapt(model, chosen, rank, product, kept)
     return model
 
 
@@ -93,34 +97,56 @@ def _choose(
     kinds: Sequence[type[nn.Module]],
 ) -> list[nn.Module]:
     chosen: dict[nn.Module, None] = {}
-    read_directly = {
-        child
-        for module in named.values()
-        if isinstance(module, nn.TransformerEncoderLayer)
-        for child in (module.linear1, module.linear2)
-    }
+    readers = _read_directly(named.values())
     for name, module in named.items():
         if module in left_alone or not isinstance(module, tuple(kinds)):
             continue
         selected = targets is None or any(matches(name, pattern) for pattern in targets)
         if not selected:
             continue
-        if module in read_directly:
+        exact = type(module) in kinds
+        if module in readers and (exact or targets is not None):
             raise TypeError(
-                f"model: {name!r} belongs to an nn.TransformerEncoderLayer, whose fast path reads its weight without "
-                "calling it; exclude it"
+                f"model: {name!r} belongs to an nn.{readers[module]}, which reads its weight without calling it; "
+                "exclude it"
             )
-        if type(module) in kinds:
+        if exact:
             chosen[module] = None
         elif targets is not None:
             base = next(qualified_name(kind) for kind in kinds if isinstance(module, kind))
             kind = qualified_name(type(module))
-            raise TypeError(f"targets: expected exactly {base} at {name!r}, got its subclass {kind}")
+            raise TypeError(
+                f"targets: expected exactly {base} at {name!r}, got its subclass {kind}, which may compute "
+                f"something else; exclude it, or put a {base} in its place"
+            )
     if not chosen:
         scope = "" if targets is None else f" among targets {list(targets)}"
         wanted = "nn.Linear or nn.Conv2d" if nn.Conv2d in kinds else "nn.Linear"
         raise ValueError(f"model: expected at least one {wanted} to adapt{scope}, found none")
     return list(chosen)
+
+
+def _read_directly(modules: Iterable[nn.Module]) -> dict[nn.Module, str]:
+    """The linear layers whose weights a module of PyTorch's own reads without calling them, and which module does."""
+    read: dict[nn.Module, str] = {}
+    for module in modules:
+        if isinstance(module, nn.TransformerEncoderLayer):
+            read |= {module.linear1: "TransformerEncoderLayer", module.linear2: "TransformerEncoderLayer"}
+        elif isinstance(module, nn.MultiheadAttention):
+            read[module.out_proj] = "MultiheadAttention"
+    return read
+
+
+def _check_kept(model: nn.Module, chosen: Iterable[nn.Module], kept: set[int]) -> None:
+    """Raise ValueError if what is excluded would go on training a parameter that an adapted layer freezes."""
+    frozen = {id(p) for module in chosen for p in module.parameters() if p.requires_grad}
+    if frozen & kept:
+        named = model.named_parameters(remove_duplicate=False)
+        names = [name for name, p in named if id(p) in frozen & kept]
+        raise ValueError(
+            "exclude: expected modules that share no trainable parameter with an adapted layer, got one named "
+            f"{names}; exclude all of them, or freeze it first"
+        )
 
 
 def _checked_names(argument: str, names: Iterable[str]) -> tuple[str, ...]:

@@ -22,6 +22,7 @@ from glora_kernels import (
 )
 
 from .config import SLOTS, Choice, LayerShape, PathConfig
+from .history import PathHistory
 
 STORAGES = {"A": ("Ad", "Au"), "B": ("Bd", "Bu"), "C": ("Cd", "Cu"), "D": ("D",), "E": ("E",)}
 PROBE_TOKENS = 16
@@ -91,7 +92,9 @@ class GLoRALayer(nn.Module):
         wide = torch.promote_types(dtype, torch.float32)
         for name, shape in support_shapes(features, rank, product).items():
             self.register_parameter(name, nn.Parameter(torch.empty(shape, device=self.weight.device, dtype=wide)))
-        self.path = PathConfig(f"lora_{rank}", f"lora_{rank}", f"lora_{rank}", "vector", "vector")
+        path = PathConfig(f"lora_{rank}", f"lora_{rank}", f"lora_{rank}", "vector", "vector")
+        self._history = PathHistory(path)
+        self.path = path
         self.training = base.training
         self.reset_support()
 
@@ -105,7 +108,7 @@ class GLoRALayer(nn.Module):
         if takes_operator():
             storages = [getattr(self, name) for name in SUPPORT_NAMES]
             return configured_linear(x, self.matrix, self.bias, storages, self._config, self.product)
-        return glora_linear(x, self.matrix, self.bias, self.terms())
+        return glora_linear(x, self.matrix, self.bias, self._terms_in_force())
 
     def merge(self, path: PathConfig | None = None, safe: bool = True) -> nn.Module:
         """A plain layer, sharing nothing with this one, that computes what this one does under ``path``."""
@@ -141,8 +144,12 @@ class GLoRALayer(nn.Module):
 
     @property
     def path(self) -> PathConfig:
-        """The kind of each support tensor; may be set at any time to any path of up to :attr:`rank`."""
-        return self._path
+        """The kind of each support tensor; may be set to any path of up to :attr:`rank`, at any time outside backward.
+
+        A forward pass that activation checkpointing runs again during backward takes the path of its first run
+        (:mod:`glora.history`).
+        """
+        return self._history.now
 
     @path.setter
     def path(self, path: PathConfig) -> None:
@@ -150,10 +157,14 @@ class GLoRALayer(nn.Module):
             raise TypeError(f"path: expected glora.PathConfig, got {type(path).__name__}")
         if path.rank > self.rank:
             raise ValueError(f"path: expected ranks up to {self.rank} (the rank of the storage), got {path}")
-        self._path = path
-        # The path as data, for compiled graphs. No buffer: it stays on the CPU, and out of state dicts.
+        self._history.set(path)
+        self._encode_path()
+
+    def _encode_path(self) -> None:
+        """The path as data, for compiled graphs. No buffer: it stays on the CPU, and out of state dicts."""
+        kinds = {slot: (choice.kind, choice.rank) for slot, choice in self.path.choices.items()}
         with torch.inference_mode(False):  # a graph that trains reads it too
-            self._config = encode({slot: (choice.kind, choice.rank) for slot, choice in path.choices.items()})
+            self._config = encode(kinds, self._history.since)
 
     @property
     def shape(self) -> LayerShape:
@@ -171,10 +182,14 @@ class GLoRALayer(nn.Module):
 
     def terms(self, path: PathConfig | None = None) -> Terms:
         """The storages and how much of each ``path`` (default: :attr:`path`) reads."""
-        choices = (self._path if path is None else path).choices
+        choices = (self.path if path is None else path).choices
         active = {slot: choice for slot, choice in choices.items() if choice.kind != "none"}
         terms: dict[str, Any] = {slot: self._term(slot, choice) for slot, choice in active.items()}
         return Terms(**terms, product=self.product)
+
+    def _terms_in_force(self) -> Terms:
+        """The terms of this forward pass; of the first one, where a checkpoint runs it again (:mod:`glora.history`)."""
+        return self.terms(self._history.in_force())
 
     def _term(self, slot: str, choice: Choice) -> LowRank | Vector | Constant:
         names = STORAGES[slot]
@@ -196,6 +211,19 @@ class GLoRALayer(nn.Module):
         support = [prefix + name for name in SUPPORT_NAMES]
         if prefix + "weight" in state_dict and not any(name in state_dict for name in support):
             missing[before:] = [name for name in missing[before:] if name not in support]
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Copies, shallow ones too, have a path of their own."""
+        super().__setstate__(state)
+        self._history = PathHistory(self.path)
+        self._encode_path()
+
+    def _replicate_for_data_parallel(self) -> GLoRALayer:
+        """A replica lives for one forward pass and its backward, which has its numbers in a thread of its own."""
+        replica = super()._replicate_for_data_parallel()
+        replica._history = PathHistory(self.path)
+        replica._encode_path()
+        return replica
 
     def extra_repr(self) -> str:
         path = ", ".join(f"{slot}={text}" for slot, text in self.path.to_dict().items())

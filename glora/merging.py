@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 
@@ -24,6 +25,7 @@ class LayerMerge:
             tokens; 0 where both multiply by the same bits, as the torch backend does.
         error: largest absolute error of the merged output against the formula in fp64.
         bias_created: the merged layer has a bias that the base had not (C or E).
+        untied: the base's weight was another module's too; the merged one is not.
         requantisation: for a quantised base, the largest absolute difference between W_eff and what
             the merged weight holds of it; None where W_eff is held as it is.
     """
@@ -33,6 +35,7 @@ class LayerMerge:
     difference: float
     error: float
     bias_created: bool
+    untied: bool
     requantisation: float | None = None
 
 
@@ -76,12 +79,14 @@ class MergeReport:
 
     def __str__(self) -> str:
         model = "not measured" if self.model_difference is None else f"{self.model_difference:.2e}"
+        untied = [layer.name for layer in self.layers if layer.untied]
         lost = self.largest_requantisation
-        quantised = "" if lost is None else f", largest change of a weight by quantising it anew {lost:.2e}"
         return (
             f"merged {len(self.layers)} layers: largest difference to the unmerged layer "
             f"{self.largest_difference:.2e}, largest error against fp64 {self.largest_error:.2e}, "
-            f"difference of the model's output {model}{quantised}"
+            f"difference of the model's output {model}"
+            + ("" if lost is None else f", largest change of a weight by quantising it anew {lost:.2e}")
+            + (f"; no longer tied: {untied}" if untied else "")
         )
 
 
@@ -97,7 +102,9 @@ def merge(
     """Replace every adapted layer of ``model`` by a plain one of the type it was made from, in place.
 
     The merged model has the names, shapes and module types that it had before ``inject``, and so its
-    cost; only a weight that was tied to another module is a parameter of its own afterwards.
+    cost; only a weight that was tied to another module is a parameter of its own afterwards, as the
+    report says. Tying it again undoes the merge: transformers' ``tie_weights()`` does, unless the model's
+    ``config.tie_word_embeddings`` is set to False.
     Effective weights are formed in fp32 (fp64 for fp64) and rounded once.
 
     Args:
@@ -125,7 +132,10 @@ def merge(
             merged[name] = _merged(layer, safe)
         except ValueError as error:
             raise ValueError(f"layer {name!r}: {error}") from None
-    entries = tuple(_measure(name, layers[name], plain) for name, plain in merged.items())
+    users = Counter(id(p) for module in model.modules() for p in module._parameters.values())
+    entries = tuple(
+        _measure(name, layers[name], plain, untied=users[id(layers[name].weight)] > 1) for name, plain in merged.items()
+    )
     replacements: dict[nn.Module, nn.Module] = {layers[name]: plain for name, plain in merged.items()}
     difference = None if sample is None else _model_difference(model, replacements, sample)
     if safe and difference is not None and not difference < float("inf"):
@@ -181,7 +191,7 @@ def _check_quantised(requantise: bool, layers: Mapping[str, GLoRALayer]) -> None
 
 
 @torch.no_grad()
-def _measure(name: str, layer: GLoRALayer, plain: nn.Module) -> LayerMerge:
+def _measure(name: str, layer: GLoRALayer, plain: nn.Module, untied: bool) -> LayerMerge:
     """Both layers on random inputs of unit variance, and the formula in fp64."""
     x = layer.probe(torch.Generator().manual_seed(0))
     with torch.autocast(x.device.type, enabled=False):
@@ -191,7 +201,7 @@ def _measure(name: str, layer: GLoRALayer, plain: nn.Module) -> LayerMerge:
     lost = None
     if isinstance(layer, GLoRAQuantisedLinear):
         lost = layer.requantisation_error(plain)  # type: ignore[arg-type]
-    return LayerMerge(name, layer.path, _largest(y - unmerged), _largest(y - exact), created, lost)
+    return LayerMerge(name, layer.path, _largest(y - unmerged), _largest(y - exact), created, untied, lost)
 
 
 @torch.no_grad()

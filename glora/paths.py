@@ -23,12 +23,13 @@ def get_paths(model: nn.Module) -> Paths:
 def set_paths(model: nn.Module, paths: Mapping[str, PathConfig]) -> None:
     """Set the path of every adapted layer.
 
-    Under activation checkpointing, which runs forward again during backward, keep the paths as they
-    are until backward is done: forward always uses the paths of its own time.
+    Paths may change between a forward pass and its backward, under activation checkpointing too: what
+    is run again takes the path of its first run (:mod:`glora.history`).
 
     Raises:
         ValueError: names missing from or unknown to the model, or a rank above a layer's storage;
             no path is changed then.
+        RuntimeError: during a backward pass.
     """
     layers = require_layers(model)
     check_names("paths", paths, layers)

@@ -76,7 +76,7 @@ class GLoRAQuantisedLinear(GLoRALinear):
         dtype = self._settings.get("compute_dtype")
         tokens = x if dtype is None else x.to(dtype)
         bias = None if self.bias is None else self.bias.to(tokens.dtype)
-        y = blocked_linear(tokens, _Blocks(self), bias, self.terms())
+        y = blocked_linear(tokens, _Blocks(self), bias, self._terms_in_force())
         return y if dtype is None else y.to(x.dtype)
 
     def merge(self, path: PathConfig | None = None, safe: bool = True, requantise: bool = False) -> nn.Linear:

@@ -7,7 +7,7 @@ from . import reference
 from .assembly import glora_assemble
 from .blocked import RowBlocks, blocked_linear, terms_of_rows
 from .configuration import encode
-from .convolution import glora_conv2d
+from .convolution import configured_conv2d, glora_conv2d
 from .dispatch import available_backends, use_backend
 from .ops import glora_linear, glora_merge
 from .plan import Explanation, explain
@@ -23,6 +23,7 @@ __all__ = [
     "Vector",
     "available_backends",
     "blocked_linear",
+    "configured_conv2d",
     "configured_linear",
     "encode",
     "explain",

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .repetition import repeated_node
 from .terms import SLOTS, Constant, LowRank, Term, Terms, Vector
 
 STORAGES = ("ad", "au", "bd", "bu", "cd", "cu", "d", "e")
@@ -16,8 +17,12 @@ _KINDS = {code: kind for kind, code in _CODES.items()}
 _NAMES = {Constant: "constant", Vector: "vector", LowRank: "lora"}
 
 
-def encode(kinds: dict[str, tuple[str, int]]) -> Tensor:
+def encode(kinds: dict[str, tuple[str, int]], since: int | None = None) -> Tensor:
     """``{"A": ("lora", 8), "D": ("vector", 0), ...}`` as a CPU tensor of (kind, rank), A to E; absent is none.
+
+    Args:
+        since: the number of the first autograd node that can be made under this configuration, as a sixth row. The
+            operator then raises where backward runs it again for an earlier node (:func:`check_current`).
 
     Raises:
         ValueError: an unknown tensor or kind.
@@ -26,7 +31,22 @@ def encode(kinds: dict[str, tuple[str, int]]) -> Tensor:
     if unknown:
         raise ValueError(f"kinds: expected of {SLOTS} one of {tuple(_CODES)}, got {', '.join(unknown)}")
     pairs = (kinds.get(slot, ("none", 0)) for slot in SLOTS)
-    return torch.tensor([(_CODES[kind], rank) for kind, rank in pairs], dtype=torch.int64, device="cpu")
+    rows = [(_CODES[kind], rank) for kind, rank in pairs] + ([] if since is None else [(since, 0)])
+    return torch.tensor(rows, dtype=torch.int64, device="cpu")
+
+
+def check_current(config: Tensor) -> None:
+    """Raise RuntimeError if this call repeats one that was made before ``config`` was.
+
+    A checkpoint around a compiled function runs it again during backward, with the configuration of today. A checkpoint
+    that was compiled itself keeps the configuration, and is right.
+    """
+    node = repeated_node()
+    if node is not None and len(config) > len(SLOTS) and node < config[-1, 0].item():
+        raise RuntimeError(
+            "config: expected that of the forward pass which this backward pass runs again, got a later one; put the "
+            "checkpoint inside of what is compiled, or keep the paths until backward is done"
+        )
 
 
 def check_devices(weight: Tensor, storages: Sequence[Tensor | None], config: Tensor) -> None:
@@ -44,8 +64,8 @@ def decode(storages: Sequence[Tensor | None], config: Tensor, product: str) -> T
     Raises:
         ValueError: a configuration of another shape or device, an unknown kind, or a storage that is read and absent.
     """
-    if tuple(config.shape) != (len(SLOTS), 2):
-        raise ValueError(f"config: expected shape (5, 2), got {tuple(config.shape)}")
+    if tuple(config.shape) not in ((len(SLOTS), 2), (len(SLOTS) + 1, 2)):
+        raise ValueError(f"config: expected shape (5, 2) or (6, 2), got {tuple(config.shape)}")
     terms = {}
     for slot, (code, rank) in zip(SLOTS, config.tolist()):
         if code not in _KINDS:

@@ -11,6 +11,9 @@ from torch.nn import functional as F
 from .assembly import glora_assemble
 from .autocast import cast_operands, without_autocast
 from .checks import check_layer, check_operands, check_tensor
+from .configuration import pack
+from .registered import takes_operator
+from .registered_assembly import configured_assemble
 from .terms import Terms
 
 Size = Union[int, Sequence[int]]
@@ -52,7 +55,42 @@ def glora_conv2d(
     x, weight, bias = cast_operands(x, weight, bias)
     _check(x, weight, bias, terms, groups)
     with without_autocast(x.device.type):
-        w_eff, b_eff = glora_assemble(weight.flatten(1), bias, terms)
+        if takes_operator():
+            storages, config = pack(terms)
+            w_eff, b_eff = configured_assemble(weight.flatten(1), bias, storages, config, terms.product)
+        else:
+            w_eff, b_eff = glora_assemble(weight.flatten(1), bias, terms)
+        return F.conv2d(x, w_eff.reshape(weight.shape), b_eff, stride, padding, dilation, groups)
+
+
+def configured_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    storages: Sequence[Tensor | None],
+    config: Tensor,
+    product: str = "hadamard",
+    stride: Size = 1,
+    padding: Size | str = 0,
+    dilation: Size = 1,
+    groups: int = 1,
+) -> Tensor:
+    """:func:`glora_conv2d` with kinds and ranks as data.
+
+    Args:
+        storages, config, product: as for :func:`glora_kernels.configured_linear`; the others as for
+            :func:`glora_conv2d`.
+
+    Returns:
+        As :func:`glora_conv2d`; the gradient of a storage that is not read is zero.
+
+    Raises:
+        TypeError, ValueError: an argument that does not fit, by name, before anything is computed.
+    """
+    x, weight, bias = cast_operands(x, weight, bias)
+    _check(x, weight, bias, Terms(), groups)
+    with without_autocast(x.device.type):
+        w_eff, b_eff = configured_assemble(weight.flatten(1), bias, storages, config, product)
         return F.conv2d(x, w_eff.reshape(weight.shape), b_eff, stride, padding, dilation, groups)
 
 

@@ -19,7 +19,7 @@ from . import reference
 from .autocast import cast_operands, without_autocast
 from .backends import backend_for
 from .checks import check_call
-from .configuration import PLACES, STORAGES, check_devices, decode, spread
+from .configuration import PLACES, STORAGES, check_current, check_devices, decode, spread
 from .dispatch import decide, tracing_reason
 from .step import SlotGradients, Step
 from .terms import Terms
@@ -74,6 +74,7 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, *rest) -> Tensor:
     check_devices(weight, storages, config)
     terms = decode(storages, config, product)
     check_call(x, weight, bias, terms)
+    check_current(config)
     _refuse_forward_mode()
     decision = decide(weight, terms)
     with torch.no_grad():

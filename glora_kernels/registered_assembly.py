@@ -3,8 +3,8 @@
     glora::assemble(weight, bias, ad, au, bd, bu, cd, cu, d, e, config, product) -> (W_eff, b_eff)
     glora::assemble_backward(dw, db, weight, ..., config, product, needs) -> [d ad, ..., d e]
 
-As in ``registered.py`` kinds and ranks are data: one graph serves every path. So b_eff is always there, zero where no term
-makes one, and the gradient of a storage that is not read is zero.
+As in ``registered.py`` kinds and ranks are data: one graph serves every path. So b_eff is always there, zero where no
+term makes one, and the gradient of a storage that is not read is zero.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from ._torch.dense_gradient import contract_dense
 from .assembly import form
 from .autocast import without_autocast
 from .checks import check_layer
-from .configuration import PLACES, STORAGES, check_devices, decode, spread
+from .configuration import PLACES, STORAGES, check_current, check_devices, decode, spread
 from .registered import OPERAND_STORAGES, TAGS, library, owned
 from .terms import Terms
 
@@ -54,6 +54,7 @@ def _assemble(weight: Tensor, bias: Tensor | None, *rest) -> tuple[Tensor, Tenso
     check_devices(weight, storages, config)
     terms = decode(storages, config, product)
     check_layer(weight, bias, terms)
+    check_current(config)
     with torch.no_grad():
         w_eff, b_eff = form(weight, bias, terms)
     b_eff = weight.new_zeros(weight.shape[0]) if b_eff is None else b_eff

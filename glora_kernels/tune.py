@@ -1,6 +1,6 @@
 """Measures tile settings on this machine's GPU and writes them down, to be committed.
 
-    python -m glora_kernels.tune [--kernels fused token_pass] [--out settings.json]
+    python -m glora_kernels.tune [--kernels fused token_pass] [--missing] [--seconds 600] [--out settings.json]
 
 Nothing here runs by itself: production reads ``_triton/settings.json`` and never measures. For every rule of the
 architecture the candidates are run on layers of a ViT-B and of a 7B LLaMA, with as many tokens and as large a rank as
@@ -13,7 +13,9 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import math
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +27,7 @@ from ._triton.builds import Case, launches_of
 from ._triton.contract import contract_kernel
 from ._triton.device import architecture
 from ._triton.launch import Launch, compile_for, launch
-from ._triton.settings import FILE, KERNELS, Rule, Tile, forced_tiles, rules
+from ._triton.settings import FILE, KERNELS, Rule, Tile, forced_tiles, load, rules
 
 SHAPES = ((768, 768), (3072, 768), (4096, 4096))  # N, K
 TOKENS = 12608  # where a rule has no limit: ViT-B at batch 64
@@ -94,14 +96,16 @@ def time_launch(one: Launch) -> float | None:
         return None
 
 
-def tune(name: str, kernels: Sequence[str], measure: Measure) -> dict[str, list[Rule]]:
-    """The rules of architecture ``name`` with the tiles that were fastest."""
+def tune(name: str, kernels: Sequence[str], measure: Measure, seconds: float = math.inf) -> dict[str, list[Rule]]:
+    """The rules of architecture ``name`` with the tiles that were fastest; once time is up the rest stay."""
+    deadline = time.monotonic() + seconds
     table = rules(name)
     todo = [(kernel, rule) for kernel in kernels for rule in table[kernel]]
     tuned: dict[str, list[Rule]] = {kernel: [] for kernel in kernels}
     for kernel, rule in tqdm(todo, desc="tune", unit="rule", disable=None):
-        tiles = list(dict.fromkeys(candidates(kernel, rule.tile)))
-        tuned[kernel].append(replace(rule, tile=best_tile(kernel, rule, measure, tiles)))
+        tiles = list(dict.fromkeys(candidates(kernel, rule.tile))) if time.monotonic() < deadline else [rule.tile]
+        best = rule.tile if len(tiles) == 1 else best_tile(kernel, rule, measure, tiles)
+        tuned[kernel].append(replace(rule, tile=best))
     return tuned
 
 
@@ -145,11 +149,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m glora_kernels.tune", description="Measure tile settings.")
     parser.add_argument("--kernels", nargs="+", default=list(KERNELS), choices=KERNELS, metavar="KERNEL")
     parser.add_argument("--out", type=Path, default=FILE, help="the file to write (default: the one that is shipped)")
+    parser.add_argument("--missing", action="store_true", help="do nothing where this GPU has settings of its own")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="begin no rule after so long")
     arguments = parser.parse_args(argv)
     if not torch.cuda.is_available():
         parser.error("expected a GPU to measure on, found none")
     name = architecture(torch.device("cuda", torch.cuda.current_device()))
-    write(name, tune(name, arguments.kernels, time_launch), arguments.out)
+    if arguments.missing and name in load():
+        print(f"{name} has settings of its own")
+        return 0
+    write(name, tune(name, arguments.kernels, time_launch, arguments.seconds), arguments.out)
     print(f"{arguments.out}: wrote {', '.join(arguments.kernels)} for {name}")
     return 0
 

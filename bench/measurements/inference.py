@@ -13,10 +13,9 @@ import glora
 from glora import SearchSpace
 
 from .. import counting
-from ..agreement import require_agreement, results
+from ..agreement import require_agreement, results, truth
 from ..entrants import ASSEMBLED, GLORA, HIRA, LORA, LYCORIS_BYPASS, OFFICIAL, OURS, Field
-from ..oracle import oracle_model
-from ..section import Comparison, Section
+from ..section import RELATIVE, Comparison, Section
 from ..settings import SEED, Settings
 from ..shapes import Model
 from ..tasks import InferenceTask
@@ -53,8 +52,7 @@ def make(model: Model, settings: Settings) -> Prepared:
     glora.set_paths(ours, paths)
     models[MERGED] = merged = copy.deepcopy(ours)
     glora.merge(merged)
-    want = results(task.double(), oracle_model(ours))
-    field.errors[MERGED] = require_agreement(MERGED, results(task, merged), want, settings.model_tolerance)
+    field.errors[MERGED] = require_agreement(MERGED, results(task, merged), truth(task, ours), settings.model_tolerance)
     models |= {name: field.models[name] for name in UNMERGED if name in field.models}
     return Prepared(models, field, tuple(trained.images.shape[1:]))
 
@@ -64,9 +62,7 @@ def measure(shape_set: str, model: Model, batch: int, settings: Settings, prepar
     models, field = prepared.models, prepared.field
     task = InferenceTask(settings.randn(batch, *prepared.image_size))
     runs = {name: functools.partial(task.forward, models[name]) for name in ENTRIES if name in models}
-    phases = interleave(
-        {name: plain(run) for name, run in runs.items()}, 2 * settings.rounds, warmup=2, watch=settings.watch()
-    )
+    phases = interleave({name: plain(run) for name, run in runs.items()}, settings.rounds, watch=settings.watch())
     facts: dict[str, dict[str, float]] = {}
     for name, run in runs.items():
         facts[name] = {"parameters": sum(p.numel() for p in models[name].parameters())}
@@ -84,6 +80,7 @@ def measure(shape_set: str, model: Model, batch: int, settings: Settings, prepar
         COMPARISONS,
         facts,
         {"images": batch},
+        unit=RELATIVE,
     )
 
 

@@ -23,7 +23,7 @@ from ..entrants import (
     Field,
     make_field,
 )
-from ..section import Comparison, Section, against
+from ..section import RELATIVE, Comparison, Section, against
 from ..settings import SEED, Settings
 from ..shapes import Model
 from ..tasks import ClassifierTask, step
@@ -69,6 +69,7 @@ def measure(shape_set: str, model: Model, settings: Settings) -> Section:
         COMPARISONS,
         {name: _count(task, field.models[name], settings.device) for name in functions},
         {"images": model.batch_on(settings.device)},
+        unit=RELATIVE,
     )
 
 

@@ -11,7 +11,7 @@ from glora.evaluation import evaluate, evaluate_merged
 
 from ..entrants import OFFICIAL, OURS
 from ..oracle import oracle_model
-from ..section import Comparison, Section
+from ..section import RELATIVE, Comparison, Section
 from ..settings import SEED, Settings
 from ..shapes import Model
 from ..timing import interleave, plain
@@ -61,4 +61,5 @@ def measure(shape_set: str, model: Model, settings: Settings) -> Section:
         phases,
         (Comparison(MERGED, OFFICIAL), Comparison(MERGED, UNMERGED), Comparison(UNMERGED, OFFICIAL)),
         units={"candidates": 1},
+        unit=RELATIVE,
     )

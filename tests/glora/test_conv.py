@@ -6,6 +6,7 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import TensorDataset
 
 import glora
@@ -128,6 +129,20 @@ def test_only_what_the_path_reads_gets_a_gradient():
     layer(image()).sum().backward()
     got = {name for name, p in layer.named_parameters() if p.grad is not None}
     assert got == {"Ad", "Cd", "Cu"}
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_checkpoint_repeats_the_path_of_its_first_run(reentrant):
+    layer, x = make_conv(), image().requires_grad_()
+    layer(x).square().sum().backward()
+    expected = {name: p.grad for name, p in layer.named_parameters()}
+    layer.zero_grad(set_to_none=True)
+    y = checkpoint(layer, x, use_reentrant=reentrant)
+    layer.path = PathConfig("vector", "constant")
+    y.square().sum().backward()
+    for name, parameter in layer.named_parameters():
+        assert (parameter.grad is None) == (expected[name] is None), name
+        assert parameter.grad is None or torch.equal(parameter.grad, expected[name]), name
 
 
 def test_unbatched_images():

@@ -162,6 +162,7 @@ def test_any_name_of_a_shared_layer_excludes_it():
 def test_a_weight_tied_to_the_head_stays_in_place():
     model = named(fc1=linear(), head=linear())
     model.head.weight = model.fc1.weight
+    model.head.weight.requires_grad_(False)
     inject(model, 2)
     assert model.fc1.weight is model.head.weight
 

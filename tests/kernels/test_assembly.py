@@ -3,7 +3,9 @@
 import pytest
 import torch
 
-from glora_kernels import Constant, LowRank, Terms, Vector, glora_assemble, glora_merge, reference, use_backend
+from glora_kernels import Constant, LowRank, Terms, Vector, encode, glora_assemble, glora_merge, reference, use_backend
+from glora_kernels.configuration import decode, pack
+from glora_kernels.registered_assembly import configured_assemble
 from tests.helpers import ALL_PATHS, assert_contract, detached, generator_for, make_call
 
 PRODUCTS = ("hadamard", "matmul")
@@ -122,3 +124,53 @@ def test_bad_operands_are_refused():
         glora_assemble(weight, None, Terms(B=LowRank(torch.ones(4, 2), torch.ones(2, 4))))
     with pytest.raises(ValueError, match=r"weight: expected shape \(N, K\)"):
         glora_assemble(torch.ones(3), None, Terms(A=Constant(torch.ones(1))))
+
+
+# -- the operators for compilers -------------------------------------------------------------------
+
+
+def configured(path, product, bias=True, dtype=torch.float64):
+    """``(weight, bias, storages, config)``: all eight storages, also those that are not read."""
+    _, weight, b0, every = make_call(("lora_3", "lora_3", "lora_3", "vector", "vector"), product=product, dtype=dtype)
+    storages = [s.detach().nan_to_num(0.3).requires_grad_() for s in pack(every)[0]]
+    kinds = {slot: choice.partition("_") for slot, choice in zip("ABCDE", path)}
+    config = encode({slot: (kind, int(rank or 0)) for slot, (kind, _, rank) in kinds.items()})
+    return weight, b0 if bias else None, storages, config
+
+
+@each_product
+@each_bias
+def test_the_operator_equals_the_function(product, bias):
+    for path in PATHS[::4]:
+        weight, b0, storages, config = configured(path, product, bias)
+        w_eff, b_eff = configured_assemble(weight, b0, storages, config, product)
+        want_w, want_b = glora_assemble(weight, b0, decode(storages, config, product))
+        want_b = torch.zeros_like(b_eff) if want_b is None else want_b
+        assert torch.equal(w_eff, want_w)
+        assert torch.equal(b_eff, want_b)
+        got = torch.autograd.grad(w_eff.square().sum() + b_eff.sin().sum(), storages)
+        want = want_w.square().sum() + want_b.sin().sum()
+        grads = torch.autograd.grad(want, storages, allow_unused=True) if want.requires_grad else [None] * 8
+        for g, w in zip(got, grads):
+            torch.testing.assert_close(g, torch.zeros_like(g) if w is None else w, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # opcheck's own, of its copies
+@each_product
+@pytest.mark.parametrize("path", [("lora_3", "lora_1", "vector", "vector", "constant"), ("none",) * 5], ids="-".join)
+def test_opcheck(path, product):
+    for bias in (True, False):
+        weight, b0, storages, config = configured(path, product, bias, torch.float32)
+        torch.library.opcheck(torch.ops.glora.assemble, (weight, b0, *storages, config, product))
+        dw, db = torch.randn_like(weight), torch.randn(weight.shape[0])
+        detached = [s.detach() for s in storages]
+        operands = (dw, db, weight, b0, *detached, config, product, [True] * 8)
+        torch.library.opcheck(torch.ops.glora.assemble_backward, operands)
+
+
+def test_the_operator_has_no_second_derivative():
+    weight, b0, storages, config = configured(("lora_3", "none", "none", "none", "none"), "hadamard")
+    w_eff, _ = configured_assemble(weight, b0, storages, config, "hadamard")
+    (grad,) = torch.autograd.grad(w_eff.square().sum(), storages[0], create_graph=True)
+    with pytest.raises(NotImplementedError, match=r"call glora_kernels.glora_assemble"):
+        grad.sum().backward()

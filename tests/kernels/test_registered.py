@@ -5,6 +5,7 @@ import torch
 
 from glora_kernels import Terms, configured_linear, encode, glora_linear
 from glora_kernels.configuration import STORAGES, decode, pack
+from glora_kernels.repetition import next_node
 from tests.helpers import ALL_PATHS, make_call
 
 PATHS = [
@@ -103,13 +104,34 @@ def test_pack_is_the_inverse_of_decode():
         assert torch.equal(pack(again)[1], config)
 
 
+def test_a_configuration_may_say_since_when_it_holds():
+    """Run again in backward for an earlier node, it is refused; for a later one, and outside, it is not read."""
+    x, weight, b0, storages, _ = make(PATHS[0])
+    early = x.detach().clone().requires_grad_().sin()
+    since = next_node()
+    late = x.detach().clone().requires_grad_().sin()
+    plain, dated = encode({"B": ("lora", 2)}), encode({"B": ("lora", 2)}, since)
+    want, found = configured_linear(x, weight, b0, storages, plain), []
+
+    def again(_):
+        found.append(configured_linear(x, weight, b0, storages, dated))
+
+    early.register_hook(again)
+    late.register_hook(again)
+    assert torch.equal(configured_linear(x, weight, b0, storages, dated), want)
+    late.sum().backward()
+    assert torch.equal(*found, want)
+    with pytest.raises(RuntimeError, match="config: expected that of the forward pass which this backward pass runs"):
+        early.sum().backward()
+
+
 # -- bad input -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (torch.zeros(4, 2, dtype=torch.int64), r"config: expected shape \(5, 2\), got \(4, 2\)"),
+        (torch.zeros(4, 2, dtype=torch.int64), r"config: expected shape \(5, 2\) or \(6, 2\), got \(4, 2\)"),
         (torch.zeros(5, 2, dtype=torch.int64, device="meta"), "config: expected a CPU tensor, got one on meta"),
         (NONE_READ + 9, "config: A: expected a kind of 0 to 3, got 9"),
         (encode({"B": ("lora", 5)}), "B.rank: expected 1 to 4 .* got 5"),

@@ -1,0 +1,123 @@
+"""The README's table of speeds, generated from the committed results.
+
+python -m bench.readme            # write it
+python -m bench.readme --check    # exit with 1 if it is out of date
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from .entrants import ASSEMBLED, FROZEN, GLORA, HIRA, LORA, LYCORIS_BYPASS, OFFICIAL, OURS, OURS_MATMUL
+from .measurements.inference import MERGED, ORIGINAL
+from .measurements.layer import ALL_LOW_RANK, RANDOM
+from .report import describe, load
+from .targets import SAVED, merged_as_fast
+from .timing import WHOLE
+
+ROOT = Path(__file__).resolve().parent.parent
+README, RESULTS = ROOT / "README.md", ROOT / "bench" / "results"
+BEGIN, END = "<!-- bench: begin, written by python -m bench.readme -->", "<!-- bench: end -->"
+Pair = tuple[str, str]
+
+
+class Row(NamedTuple):
+    """What is compared, in a layer and in the whole model."""
+
+    label: str
+    layer: Pair | None
+    model: Pair | None
+
+
+ROWS = (
+    Row("the official formula, same random paths", (OURS + RANDOM, OFFICIAL + RANDOM), (OURS, OFFICIAL)),
+    Row("W_eff assembled in plain PyTorch, same paths", (OURS + RANDOM, ASSEMBLED + RANDOM), (OURS, ASSEMBLED)),
+    Row("PEFT GLoRA (all low rank), ours on random paths", (OURS + RANDOM, GLORA), (OURS, GLORA)),
+    Row("PEFT GLoRA, both all low rank", (ALL_LOW_RANK, GLORA), None),
+    Row("PEFT HiRA, ours with A low rank", ("ours, A low rank, B none", HIRA), None),
+    Row(
+        "LyCORIS GLoRA in bypass mode, ours with the matmul product",
+        (OURS_MATMUL, LYCORIS_BYPASS),
+        (OURS_MATMUL, LYCORIS_BYPASS),
+    ),
+    Row("PEFT LoRA, ours with A vector, B low rank", ("ours, A vector, B low rank", LORA), None),
+    Row("PEFT LoRA, ours on random paths", (OURS + RANDOM, LORA), (OURS, LORA)),
+    Row("the frozen layer", (OURS + RANDOM, FROZEN), (OURS, FROZEN)),
+)
+MEMORY = (("PEFT LoRA", LORA), ("PEFT GLoRA", GLORA), ("the official formula", OFFICIAL))
+
+
+def generate(folder: Path = RESULTS) -> str:
+    """A table for each committed run.
+
+    Raises:
+        ValueError: a run with failures, which is not to be quoted.
+    """
+    parts = [_part(load(file)) for file in sorted(folder.glob("*/results.json"))]
+    return "\n\n".join(parts)
+
+
+def _part(content: dict[str, Any]) -> str:
+    if content["failures"] or content["interrupted"]:
+        raise ValueError("results: expected those of a whole run without failures")
+    sections = [section for section in content["sections"] if section["group"] in ("layer", "model")]
+    lines = [
+        f"*{describe(content)}; medians of {content['rounds']} interleaved rounds; **bold**: ours is slower.*",
+        "",
+        "| time of ours / time of | "
+        + " | ".join(section["title"].replace(", random paths", "") for section in sections)
+        + " |",
+        "|---" * (len(sections) + 1) + "|",
+    ]
+    for row in ROWS:
+        cells = [_cell(section, row.layer if section["group"] == "layer" else row.model) for section in sections]
+        if any(cells):
+            lines.append(f"| {row.label} | " + " | ".join(cells) + " |")
+    return "\n".join([*lines, "", *_sentences(content["sections"])])
+
+
+def _cell(section: dict[str, Any], pair: Pair | None) -> str:
+    """The median and its interval."""
+    for row in section["ratios"]:
+        if row["phase"] == WHOLE and (row["candidate"], row["baseline"]) == pair:
+            text = f"{row['median']:.2f} ({row['lower']:.2f} to {row['upper']:.2f})"
+            return f"**{text}**" if row["median"] > 1 else text
+    return ""
+
+
+def _sentences(sections: list[dict[str, Any]]) -> list[str]:
+    lines = []
+    for section in sections:
+        facts = section["facts"]
+        if section["group"] == "model" and OURS in facts:
+            mine = facts[OURS][SAVED]
+            shares = [f"{mine / facts[who][SAVED]:.2f} of {label}'s" for label, who in MEMORY if who in facts]
+            lines.append(f"- Kept for backward in the {section['title']}: {mine / 2**20:.0f} MiB, {', '.join(shares)}.")
+    for section in sections:
+        if section["group"] == "inference":
+            row = next(r for r in section["ratios"] if (r["candidate"], r["baseline"]) == (MERGED, ORIGINAL))
+            interval = f"{row['median']:.3f} ({row['lower']:.3f} to {row['upper']:.3f})"
+            noise = "" if merged_as_fast(section) else ", **not within noise**"
+            lines.append(f"- Merged over original, {section['title']}: {interval}{noise}.")
+    return lines
+
+
+def with_table(text: str, table: str) -> str:
+    """``text`` with what stands between the markers replaced."""
+    before, rest = text.split(BEGIN)
+    _, after = rest.split(END)
+    return f"{before}{BEGIN}\n{table}\n{END}{after}"
+
+
+def main() -> int:
+    now, wanted = README.read_text(), with_table(README.read_text(), generate())
+    if "--check" in sys.argv[1:]:
+        return int(now != wanted)
+    README.write_text(wanted)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
