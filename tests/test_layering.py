@@ -9,7 +9,10 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 KERNELS = sorted((ROOT / "glora_kernels").rglob("*.py"))
-HEAVY = ("triton", "timm", "torchvision", "matplotlib", "sklearn", "safetensors")
+HEAVY = (
+    *("triton", "timm", "torchvision", "matplotlib", "sklearn", "safetensors"),
+    *("transformers", "bitsandbytes", "torchao"),
+)
 GLORA = sorted((ROOT / "glora").rglob("*.py"))
 
 
