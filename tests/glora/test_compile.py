@@ -152,8 +152,17 @@ def test_checkpoint_inside_of_a_graph_keeps_the_path():
     assert_close(gradients(model, compiled, True), gradients(model, model, True))
 
 
+def make_convolutions():
+    net = nn.Sequential(nn.Unflatten(1, (SIZE, 1, 1)), nn.Conv2d(SIZE, SIZE, 1), nn.GELU(), nn.Conv2d(SIZE, 4, 1))
+    model = glora.inject(net, rank=8, convolutions=True)
+    for parameter in glora.trainable_parameters(model):
+        nn.init.normal_(parameter, std=0.2)
+    return model
+
+
+@pytest.mark.parametrize("make", [make, make_convolutions], ids=["linear", "convolutions"])
 @pytest.mark.parametrize("use_reentrant", [False, True])
-def test_checkpoint_around_a_graph_is_refused_rather_than_wrong(use_reentrant):
+def test_checkpoint_around_a_graph_is_refused_rather_than_wrong(use_reentrant, make):
     model = make()
     run = Checkpointed(torch.compile(model, fullgraph=True, backend="aot_eager"), use_reentrant)
     assert_close(gradients(model, run, False), gradients(model, model, False))

@@ -253,6 +253,22 @@ def test_requantised(make, product, bias):
     torch.testing.assert_close(again(tokens()), nn.functional.linear(tokens(), held, merged.bias))
 
 
+def test_an_asymmetric_int8_weight_stays_one():
+    quantization = pytest.importorskip("torchao.quantization")
+    linear = dense_linear()
+    linear.weight.data += 1  # no value near or below zero: symmetric values would use half of their range
+    weight = quantization.Int8Tensor.from_hp(
+        linear.weight.detach(), quantization.PerRow(), quantization.MappingType.ASYMMETRIC
+    )
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    layer = GLoRALinear.from_linear(linear, 2)
+    layer.path = PathConfig(A="constant")
+    layer.Ad.data.fill_(0.5)
+    merged = layer.merge(requantise=True)
+    assert merged.weight.zero_point.any()
+    assert layer.requantisation_error(merged) <= 0.51 * float(merged.weight.scale.max())
+
+
 @each_kind
 def test_requantising_what_was_not_changed_loses_little(make):
     layer = adapted(make, path=PathConfig())
@@ -335,8 +351,9 @@ def test_train_search_and_files(make, tmp_path):
     assert checksum([net[0].weight]) == frozen
     settings = glora.SearchSettings(population=3, top=1, crossover=1, mutation=1, generations=1)
     best = glora.search(net, space, data, settings=settings, progress=False).best
+    candidate = glora.evaluate_merged(net, best.paths, data)
     with glora.using_paths(net, best.paths):
-        assert glora.evaluate(net, data) == glora.evaluate_merged(net, best.paths, data)
+        assert glora.evaluate(net, data) == candidate
         glora.save_adapter(net, tmp_path / "adapter")
         expected = net(tokens())
     other = glora.load_adapter(model(make), tmp_path / "adapter")

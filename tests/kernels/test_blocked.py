@@ -53,8 +53,15 @@ def test_the_output_is_that_of_the_whole(product):
         torch.testing.assert_close(blocked(x, weight, bias, terms), glora_linear(x, weight, bias, terms))
 
 
-def test_many_blocks_sum_dx_without_losing_digits():
-    """256 blocks in bf16: were the parts of dx added up in bf16, the sum would lose digits."""
+def test_dx_is_summed_in_fp32():
+    """1024 blocks that each add 1: a sum in bf16 would stop at 256."""
+    x = torch.ones(2, 4, dtype=torch.bfloat16, requires_grad=True)
+    blocked_linear(x, Blocks(torch.ones(1024, 4, dtype=torch.bfloat16), 1), None, Terms()).sum().backward()
+    assert torch.equal(x.grad, torch.full_like(x, 1024))
+
+
+def test_many_blocks_are_within_the_contract():
+    """256 blocks in bf16, each rounded once."""
     call = make_call(("lora_3", "lora_1", "vector", "vector", "vector"), (4, 256, 8), dtype=torch.bfloat16)
     dy = torch.randn(4, 256).to(torch.bfloat16)
     single = lambda x, weight, bias, terms: blocked_linear(x, Blocks(weight, 1), bias, terms)  # noqa: E731
