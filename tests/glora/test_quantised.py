@@ -361,6 +361,40 @@ def test_train_search_and_files(make, tmp_path):
     assert torch.equal(other(tokens()), expected)
 
 
+def test_a_language_model_in_four_bits():
+    """As QLoRA: q_proj and v_proj of a LLaMA in NF4, adapted, trained, run."""
+    transformers = pytest.importorskip("transformers")
+    bnb = pytest.importorskip("bitsandbytes")
+    sizes = {"vocab_size": 40, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
+    config = transformers.LlamaConfig(**sizes, num_attention_heads=2, bos_token_id=0, eos_token_id=1, pad_token_id=2)
+    with seeded():
+        llm = transformers.AutoModelForCausalLM.from_config(config)
+        attention = llm.model.layers[0].self_attn
+        for name in ("q_proj", "v_proj"):
+            linear = bnb.nn.Linear4bit(64, 64, False, quant_type="nf4")
+            linear.load_state_dict(getattr(attention, name).state_dict())
+            setattr(attention, name, linear.to("cpu"))
+    ids = torch.randint(3, 40, (2, 6), generator=generator(5))
+    expected = llm(ids).logits
+    glora.inject(llm, 2, targets=("q_proj", "v_proj"))
+    assert {type(layer) for layer in glora.glora_layers(llm).values()} == {GLoRAQuantisedLinear}
+    torch.testing.assert_close(llm(ids).logits, expected)
+    optimizer = torch.optim.AdamW(glora.trainable_parameters(llm), lr=0.1)
+    losses = [train_step(llm, ids, optimizer) for _ in range(4)]
+    assert losses[-1] < losses[0]
+    written = llm.eval().generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=3, do_sample=False)
+    assert written.shape[1] <= 9
+
+
+def train_step(llm, ids, optimizer):
+    logits = llm(ids).logits
+    loss = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    return float(loss.detach())
+
+
 # -- what is refused -------------------------------------------------------------------------------
 
 
