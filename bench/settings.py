@@ -15,7 +15,7 @@ from .timing import ClockWatch, EventWatch, Watch
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 SEED = 0
 # The largest relative error in the 2-norm of a whole model, by dtype.
-MODEL_TOLERANCES = {torch.float32: 2e-4, torch.float16: 5e-2, torch.bfloat16: 3e-1}
+MODEL_TOLERANCES = {torch.float32: 2e-4, torch.float16: 1e-1, torch.bfloat16: 6e-1}
 
 
 @dataclass(frozen=True)

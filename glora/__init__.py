@@ -7,12 +7,15 @@ from .adapter_file import load_adapter, save_adapter
 from .config import LayerShape, PathConfig, SearchSpace
 from .conv import GLoRAConv2d
 from .conv1d import GLoRAConv1D
+from .distributed import sync_gradients
 from .evaluation import Metrics, evaluate, evaluate_merged
 from .evolution import SearchResult, SearchSettings, evolve, search
 from .injection import inject
 from .layer import GLoRALayer, GLoRALinear
+from .lycoris import load_lycoris, save_lycoris
 from .merging import MergeReport, merge, unmerge
 from .modules import glora_layers
+from .official import load_official, official_paths, save_official
 from .parameters import count_parameters, drop_unread_gradients, trainable_parameters
 from .paths import get_paths, sample_paths, set_paths, using_paths
 from .quantised import GLoRAQuantisedLinear
@@ -44,11 +47,17 @@ __all__ = [
     "glora_layers",
     "inject",
     "load_adapter",
+    "load_lycoris",
+    "load_official",
     "merge",
+    "official_paths",
     "sample_paths",
     "save_adapter",
+    "save_lycoris",
+    "save_official",
     "search",
     "set_paths",
+    "sync_gradients",
     "train",
     "trainable_parameters",
     "unmerge",

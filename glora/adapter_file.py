@@ -18,10 +18,11 @@ from glora_kernels.terms import PRODUCTS
 
 from .adapters import adapters
 from .config import PathConfig
+from .distributed import require_whole
 from .files import write_atomically
 from .injection import adapt
 from .layer import SUPPORT_NAMES, GLoRALayer, support_shapes
-from .modules import glora_layers, require_layers
+from .modules import glora_layers, require_layers, require_real
 from .parameters import trainable_parameters
 from .paths import Paths, set_paths
 
@@ -32,10 +33,11 @@ def save_adapter(model: nn.Module, file: str | os.PathLike) -> None:
     """Write the support tensors, the paths and every other trainable parameter of ``model``.
 
     Raises:
-        ValueError: ``model`` has no adapted layer.
+        ValueError: ``model`` has no adapted layer, or its parameters are sharded.
     """
     from safetensors.torch import save
 
+    require_whole(model)
     layers = require_layers(model)
     support = {id(p) for layer in layers.values() for p in layer.support_parameters()}
     trained = {id(p) for p in trainable_parameters(model)} | support
@@ -60,11 +62,22 @@ def load_adapter(model: nn.Module, file: str | os.PathLike) -> nn.Module:
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: not an adapter file, damaged, of a later format, or made for another model; the
-            names and shapes that differ are listed.
+            names and shapes that differ are listed. A model whose parameters are sharded.
     """
+    require_whole(model)
     description, tensors = _read(file)
-    if any(parameter.is_meta for parameter in model.parameters()):
-        raise ValueError("model: expected real tensors, got parameters on meta; load the base weights first")
+    return apply_adapter(model, description, tensors, file)
+
+
+def apply_adapter(
+    model: nn.Module, description: Description, tensors: dict[str, Tensor], file: str | os.PathLike
+) -> nn.Module:
+    """Put ``tensors``, of every adapted layer and of whatever else was trained, into ``model``; check all of it first.
+
+    Raises:
+        ValueError: as :func:`load_adapter`, for a description that is right in itself.
+    """
+    require_real(model)
     layers = glora_layers(model)
     expected = _expected_shapes(model, layers, description, tensors, file)
     _check_tensors(expected, tensors, file)
@@ -76,19 +89,20 @@ def load_adapter(model: nn.Module, file: str | os.PathLike) -> nn.Module:
     with torch.no_grad():
         for name, tensor in tensors.items():
             parameters[name].copy_(tensor)
-    set_paths(model, description.paths)
+    if description.paths is not None:
+        set_paths(model, description.paths)
     return model
 
 
-class _Description(NamedTuple):
-    """The checked content of the header."""
+class Description(NamedTuple):
+    """What a file says of its layers: their product, and by name their rank and path (None: it says none)."""
 
     product: str
     ranks: dict[str, int]
-    paths: Paths
+    paths: Paths | None
 
 
-def _read(file: str | os.PathLike) -> tuple[_Description, dict[str, Tensor]]:
+def _read(file: str | os.PathLike) -> tuple[Description, dict[str, Tensor]]:
     from safetensors import SafetensorError, safe_open
 
     if not os.path.isfile(file):
@@ -111,7 +125,7 @@ def _read(file: str | os.PathLike) -> tuple[_Description, dict[str, Tensor]]:
         raise ValueError(f"{file}: expected a GLoRA adapter, its description is damaged ({error!r})") from None
 
 
-def _parse(content: dict[str, Any]) -> _Description:
+def _parse(content: dict[str, Any]) -> Description:
     ranks = {name: entry["rank"] for name, entry in content["layers"].items()}
     paths = {name: PathConfig.from_dict(entry["path"]) for name, entry in content["layers"].items()}
     if not ranks or content["product"] not in PRODUCTS:
@@ -119,13 +133,13 @@ def _parse(content: dict[str, Any]) -> _Description:
     for name, rank in ranks.items():
         if not isinstance(rank, int) or not 1 <= max(rank, paths[name].rank) <= rank:
             raise ValueError(f"layer {name!r} of rank {rank!r} with {paths[name]}")
-    return _Description(content["product"], ranks, paths)
+    return Description(content["product"], ranks, paths)
 
 
 def _expected_shapes(
     model: nn.Module,
     layers: dict[str, GLoRALayer],
-    description: _Description,
+    description: Description,
     tensors: dict[str, Tensor],
     file: str | os.PathLike,
 ) -> dict[str, tuple[int, ...]]:
@@ -147,7 +161,8 @@ def _expected_shapes(
     else:
         modules = dict(model.named_modules())
         kinds = adapters()
-        unfit = sorted(name for name in ranks if type(modules.get(name)) not in kinds)
+        # the model itself cannot be replaced
+        unfit = sorted(name for name in ranks if not name or type(modules.get(name)) not in kinds)
         if unfit:
             raise ValueError(f"{file}: made for another model: expected layers that GLoRA adapts at {unfit}")
         if len(set(ranks.values())) != 1:

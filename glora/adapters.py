@@ -48,6 +48,7 @@ def adapted(module: nn.Module, rank: int, product: str) -> GLoRALayer:
     """
     table = adapters()
     if type(module) not in table:
-        names = ", ".join(qualified_name(kind) for kind in table)
-        raise TypeError(f"module: expected exactly one of {names}; got {qualified_name(type(module))}")
+        bases = [kind for kind in table if isinstance(module, kind)] or list(table)
+        names = " or ".join(qualified_name(kind) for kind in bases)
+        raise TypeError(f"module: expected exactly {names}, got {qualified_name(type(module))}")
     return table[type(module)].make(module, rank, product)

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
 from .config import PathConfig
+from .distributed import require_whole
 from .modules import evaluating, replaced_modules, require_layers
 from .paths import check_names, using_paths
 
@@ -53,7 +54,11 @@ def evaluate_merged(
 
     Each W_eff is assembled once, not once a batch; layers with a quantised base are used unmerged. The
     model and its paths are left as they are.
+
+    Raises:
+        ValueError: an empty data set, paths of another model, or sharded parameters.
     """
+    require_whole(model)
     layers = require_layers(model)
     check_names("paths", paths, layers)
     exact = {name: layer for name, layer in layers.items() if layer.merges_exactly}

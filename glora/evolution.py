@@ -23,11 +23,13 @@ from tqdm.auto import tqdm
 
 from .checksum import checksum
 from .config import LayerShape, PathConfig, SearchSpace
+from .distributed import holds_replica, require_whole
 from .evaluation import evaluate_merged
 from .files import write_atomically
 from .journal import Journal, Scores
 from .modules import require_layers
 from .paths import Paths, sampler_for
+from .ranks import is_first, require_agreement, require_group, together, world_size
 from .sampling import PathSampler
 
 _TRIES = 50
@@ -136,6 +138,9 @@ def search(
     Every candidate is merged into plain layers for its evaluation. ``model`` is left as it is; call
     ``set_paths(model, result.best.paths)`` to take the result.
 
+    Of several processes (see :func:`glora.train`) every one calls it with the same arguments. Each evaluates its
+    part of the candidates; the result is the same on all of them, for any number of them.
+
     Args:
         space: what each tensor may be.
         validation: pairs of input and class; never the test split.
@@ -145,17 +150,18 @@ def search(
 
     Raises:
         ValueError: a limit that no path meets, a space that does not fit the model, an unknown
-            metric, or a journal of another search (of other weights, images or metric).
+            metric, or a journal of another search (of other weights, images or metric); processes that have
+            no group or differ in their arguments or weights, or a wrapped model.
+        RuntimeError: another process failed.
     """
-    if metric not in ("accuracy", "loss"):
-        raise ValueError(f"metric: expected 'accuracy' or 'loss', got {metric!r}")
+    require_group()
+    layers = together(lambda: _checked_layers(model, space, limit, metric))
 
     def score(paths: Paths) -> float:
         metrics = evaluate_merged(model, paths, validation, batch_size)
         return metrics.accuracy if metric == "accuracy" else -metrics.loss
 
-    sampler_for(model, space, limit)  # its checks name the model's layers
-    layers = {name: layer.shape for name, layer in require_layers(model).items()}
+    identified = journal is not None or world_size() > 1
     return evolve(
         layers,
         space,
@@ -163,9 +169,19 @@ def search(
         limit=limit,
         settings=settings,
         journal=journal,
-        scored_by=None if journal is None else _scored_by(model, validation, metric),
+        scored_by=_scored_by(model, validation, metric) if identified else None,
         progress=progress,
     )
+
+
+def _checked_layers(model: nn.Module, space: SearchSpace, limit: int | None, metric: str) -> dict[str, LayerShape]:
+    if metric not in ("accuracy", "loss"):
+        raise ValueError(f"metric: expected 'accuracy' or 'loss', got {metric!r}")
+    require_whole(model)
+    if holds_replica(model):
+        raise ValueError("model: expected one without DistributedDataParallel; pass model.module")
+    sampler_for(model, space, limit)  # its checks name the model's layers
+    return {name: layer.shape for name, layer in require_layers(model).items()}
 
 
 def _scored_by(model: nn.Module, validation: Dataset, metric: str) -> dict[str, Any]:
@@ -192,8 +208,11 @@ def evolve(
     The candidates depend on the arguments and on the scores alone; a resumed search therefore
     replays the journal's scores and goes on as if it had not been cut. What ``evaluate`` itself
     depends on goes into ``scored_by`` (plain data): a journal with something else there is refused.
+
+    Every one of several processes calls it, as it does :func:`search`; ``evaluate`` has to score equally on each.
     """
-    sampler = PathSampler(layers, space, limit)
+    require_group()
+    sampler = together(lambda: PathSampler(layers, space, limit))
     evolution = _Evolution(sampler, settings)
     description = {
         "layers": [[name, *shape] for name, shape in layers.items()],
@@ -202,16 +221,17 @@ def evolve(
         "limit": limit,
         "scored_by": dict(scored_by or {}),
     }
+    require_agreement("arguments", {**description, "journal": journal is not None})
     scores = Scores(None if journal is None else Journal(journal, description))
     started = time.perf_counter()
     total = settings.population + settings.generations * (settings.crossover + settings.mutation)
     history: list[Candidate] = []
-    with tqdm(total=total, desc="search", unit="path", disable=not progress) as bar:
+    with tqdm(total=total, desc="search", unit="path", disable=not (progress and is_first())) as bar:
         for generation in range(settings.generations + 1):
             offspring = evolution.first() if generation == 0 else evolution.next(history)
-            for key in offspring:
-                paths = dict(zip(sampler.layers, key))
-                score = scores.of(_encode(key), partial(evaluate, paths))
+            candidates = [dict(zip(sampler.layers, key)) for key in offspring]
+            calls = {_encode(key): partial(evaluate, paths) for key, paths in zip(offspring, candidates)}
+            for paths, score in zip(candidates, scores.of(calls)):
                 history.append(Candidate(paths, score, sampler.count(paths), generation))
                 bar.update()
             best = min(history, key=rank)

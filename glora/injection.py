@@ -73,8 +73,14 @@ def inject(
 def adapt(model: nn.Module, modules: Iterable[nn.Module], rank: int, product: str, kept: set[int]) -> None:
     """Replace exactly ``modules``, and freeze every parameter of ``model`` whose id is not ``kept``.
 
-    On an error the model is unchanged.
+    Raises:
+        TypeError: one of ``modules`` cannot be replaced (see :func:`inject`); the model is unchanged then.
     """
+    modules = list(modules)
+    readers = _read_directly(model.modules())
+    for name, module in model.named_modules():
+        if module in readers and module in modules:
+            raise _bypassed(name, readers[module])
     replacements: dict[nn.Module, nn.Module] = {}
     requires_grad = {p: p.requires_grad for p in model.parameters()}
     try:
@@ -106,10 +112,7 @@ def _choose(
             continue
         exact = type(module) in kinds
         if module in readers and (exact or targets is not None):
-            raise TypeError(
-                f"model: {name!r} belongs to an nn.{readers[module]}, which reads its weight without calling it; "
-                "exclude it"
-            )
+            raise _bypassed(name, readers[module])
         if exact:
             chosen[module] = None
         elif targets is not None:
@@ -135,6 +138,12 @@ def _read_directly(modules: Iterable[nn.Module]) -> dict[nn.Module, str]:
         elif isinstance(module, nn.MultiheadAttention):
             read[module.out_proj] = "MultiheadAttention"
     return read
+
+
+def _bypassed(name: str, reader: str) -> TypeError:
+    return TypeError(
+        f"model: {name!r} belongs to an nn.{reader}, which reads its weight without calling it; exclude it"
+    )
 
 
 def _check_kept(model: nn.Module, chosen: Iterable[nn.Module], kept: set[int]) -> None:

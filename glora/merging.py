@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .config import PathConfig
+from .distributed import require_whole
 from .layer import GLoRALayer, qualified_name
 from .modules import evaluating, replace_modules, replaced_modules, require_layers
 from .quantised import GLoRAQuantisedLinear
@@ -117,10 +118,11 @@ def merge(
             the report says what that cost.
 
     Raises:
-        ValueError: nothing to merge; a quantised base without ``requantise``; by layer, a bias that would
-            be created against ``bias="forbid"`` or (with ``safe``) a result that is not finite. The model
-            is unchanged then.
+        ValueError: nothing to merge; sharded parameters; a quantised base without ``requantise``; by layer, a bias that
+            would be created against ``bias="forbid"`` or (with ``safe``) a result that is not finite. The model is
+            unchanged then.
     """
+    require_whole(model)
     layers = require_layers(model)
     if "" in layers:
         raise ValueError("model: expected a model that contains adapted layers; call .merge() on a single layer")

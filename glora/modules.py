@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from .layer import GLoRALayer
+from .layer import GLoRALayer, GLoRALinear
 
 
 def glora_layers(model: nn.Module) -> dict[str, GLoRALayer]:
@@ -21,6 +21,22 @@ def require_layers(model: nn.Module) -> dict[str, GLoRALayer]:
     if not layers:
         raise ValueError("model: expected at least one adapted layer, found none; call glora.inject(model) first")
     return layers
+
+
+def require_linear_layers(model: nn.Module) -> dict[str, GLoRALinear]:
+    """As :func:`require_layers`, for formats that know linear layers only. Raises ValueError if there are others."""
+    layers = require_layers(model)
+    linear = {name: layer for name, layer in layers.items() if isinstance(layer, GLoRALinear)}
+    others = [f"{name} ({type(layer).__name__})" for name, layer in layers.items() if name not in linear]
+    if others:
+        raise ValueError(f"model: expected adapted linear layers, which is all that the format can hold; got {others}")
+    return linear
+
+
+def require_real(model: nn.Module) -> None:
+    """Raise ValueError if parameters of ``model`` are on meta, where nothing can be loaded to."""
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise ValueError("model: expected real tensors, got parameters on meta; load the base weights first")
 
 
 def matches(name: str, pattern: str) -> bool:

@@ -4,6 +4,9 @@ Everything that a step depends on is a function of the seed and of a state that 
 the batch of step t is a pure function of (seed, t), paths are drawn outside forward from one
 generator, and dropout uses torch's global one. A run that was cut and resumed therefore has the
 same bits as one that was not (on one device type; with data loading that is itself repeatable).
+
+Several processes (see :mod:`glora.distributed`) draw the same paths and the same batches; each takes its share of a
+batch, and torch's generator starts anew each step, from the seed, the step and the rank.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +32,22 @@ from tqdm.auto import tqdm
 
 from .checksum import checksum
 from .config import SearchSpace
+from .distributed import (
+    averages_itself,
+    copy_from_first,
+    require_trainable,
+    sharded_like,
+    share,
+    sync_gradients,
+    unwrapped,
+    whole,
+)
 from .files import require_folder, write_atomically
 from .modules import glora_layers
 from .parameters import drop_unread_gradients, trainable_parameters
 from .paths import get_paths, sampler_for, set_paths
+from .ranks import from_first, gather, is_first, rank, require_agreement, require_group, together, world_size
+from .sampling import PathSampler
 
 CHECKPOINT_FORMAT = 1
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -99,11 +115,12 @@ class StepSampler(Sampler[list[int]]):
     """The indices of each step's batch: consecutive pieces of an endless row of shuffled epochs.
 
     The batch of step t depends on ``(size, batch_size, seed, t)`` alone, so that a resumed run
-    continues without replaying the epochs before.
+    continues without replaying the epochs before. Of each batch only ``part`` is yielded.
     """
 
-    def __init__(self, size: int, batch_size: int, seed: int, start: int, stop: int):
+    def __init__(self, size: int, batch_size: int, seed: int, start: int, stop: int, part: slice = slice(None)):
         self.size, self.batch_size, self.seed, self.start, self.stop = size, batch_size, seed, start, stop
+        self.part = part
 
     def __len__(self) -> int:
         return self.stop - self.start
@@ -118,7 +135,7 @@ class StepSampler(Sampler[list[int]]):
                     generator = torch.Generator().manual_seed(_mix(self.seed, epoch))
                     order = torch.randperm(self.size, generator=generator).tolist()
                 batch.append(order[position % self.size])
-            yield batch
+            yield batch[self.part]
 
 
 def train(
@@ -139,44 +156,46 @@ def train(
     touch them: neither value, nor moments, nor weight decay. Afterwards the paths are as before, and
     the model is in training mode.
 
+    Of several processes (``torchrun`` and ``torch.distributed.init_process_group``) every one calls it with the
+    same arguments and gets the same parameters and losses, up to rounding those of one process: each takes its
+    share of the batch of ``recipe.batch_size`` samples. All models start as rank 0's. Rank 0 alone reads and
+    writes the checkpoint, which any number of processes can resume. The model may be within
+    ``DistributedDataParallel`` with ``find_unused_parameters=True``, or within ``fully_shard``.
+
     Args:
         dataset: a map-style data set of ``(input, target)``.
         recipe: how to train.
         space: draw paths from it; None trains the model as it is.
-        loss_fn: ``(output, target) -> scalar``.
+        loss_fn: ``(output, target) -> scalar``; for several processes, a mean over samples.
         checkpoint: a file to resume from, if it exists, and to save to; written atomically.
         progress: show a bar with loss, accuracy (for class targets) and images per second.
-        on_step: called with the step and its loss after each step and its checkpoint.
+        on_step: called with the step and its loss after each step and its checkpoint, on every rank.
 
     Raises:
         ValueError: nothing to train, an empty data set, a space that does not fit the model, a
-            checkpoint of another run or in no folder, or a loss or parameters that are not finite.
+            checkpoint of another run or in no folder, or a loss or parameters that are not finite; processes
+            that have no group or differ in their arguments, or a wrapper or batch norm that would train wrongly.
+        RuntimeError: another process failed.
     """
-    parameters = trainable_parameters(model)
-    if not parameters:
-        raise ValueError("model: expected parameters that require grad, found none")
-    if not len(dataset):  # type: ignore[arg-type]
-        raise ValueError("dataset: expected at least one sample, got none")
-    if checkpoint is not None:
-        require_folder("checkpoint", checkpoint)
-    sampler = None if space is None else sampler_for(model, space)
-    run = _Run(model, parameters, recipe, space, len(dataset))  # type: ignore[arg-type]
-    if checkpoint is not None and Path(checkpoint).exists():
-        run.load(checkpoint)
-    else:
+    require_group()
+    run, sampler = together(lambda: _prepare(model, dataset, recipe, space))
+    if world_size() > 1:
+        _start_alike(run, checkpoint is not None)
+    if checkpoint is None or not run.load(checkpoint):
         torch.manual_seed(recipe.seed)
-    paths_before = get_paths(model)
+    paths_before = get_paths(run.inner)
     model.train()
     resumed_from, started = run.step, time.perf_counter()
-    bar = tqdm(total=recipe.steps, initial=run.step, desc="train", unit="step", disable=not progress)
+    bar = tqdm(total=recipe.steps, initial=run.step, desc="train", unit="step", disable=not (progress and is_first()))
     meter = _Meter(recipe.batch_size)
+    batches = _batches(dataset, recipe, run.step)
     try:
-        for x, target in _batches(dataset, recipe, run.step):
+        while run.step < recipe.steps:
             if sampler is not None:
-                set_paths(model, sampler.sample(run.generator))
-            with _all_layers_run(model) if run.step == resumed_from else nullcontext():
-                loss, output = _step(run, x, target, loss_fn)
-            meter.update(loss, output, target)
+                set_paths(run.inner, sampler.sample(run.generator))
+            with _all_layers_run(run.inner) if run.step == resumed_from else nullcontext():
+                loss, accuracy = _step(run, batches, loss_fn)
+            meter.update(loss, accuracy)
             bar.update()
             bar.set_postfix_str(meter.text(), refresh=False)
             if checkpoint is not None and (run.step % recipe.checkpoint_every == 0 or run.step == recipe.steps):
@@ -186,10 +205,32 @@ def train(
     finally:
         bar.close()
         if paths_before:
-            set_paths(model, paths_before)
+            set_paths(run.inner, paths_before)
     seconds = time.perf_counter() - started
     images = (run.step - resumed_from) * recipe.batch_size
     return TrainSummary(run.step, tuple(run.losses), seconds, images / seconds if seconds else 0.0, resumed_from)
+
+
+def _prepare(
+    model: nn.Module, dataset: Dataset, recipe: Recipe, space: SearchSpace | None
+) -> tuple[_Run, PathSampler | None]:
+    """What can be refused by looking at the arguments alone."""
+    parameters = trainable_parameters(model)
+    if not parameters:
+        raise ValueError("model: expected parameters that require grad, found none")
+    if not len(dataset):  # type: ignore[arg-type]
+        raise ValueError("dataset: expected at least one sample, got none")
+    require_trainable(model, space is not None)
+    sampler = None if space is None else sampler_for(unwrapped(model), space)
+    return _Run(model, parameters, recipe, space, len(dataset)), sampler  # type: ignore[arg-type]
+
+
+def _start_alike(run: _Run, saves: bool) -> None:
+    """Make sure that all ranks train the same, from the same tensors, and save at the same steps."""
+    saving = {"checkpoint": saves, "checkpoint_every": run.recipe.checkpoint_every}
+    require_agreement("arguments", {**run.task(), **saving})
+    if not run.averages_itself:
+        copy_from_first(run.inner)
 
 
 @contextmanager
@@ -214,33 +255,76 @@ def _all_layers_run(model: nn.Module) -> Iterator[None]:
         )
 
 
-def _step(run: _Run, x: Tensor, target: Tensor, loss_fn: Loss) -> tuple[float, Tensor]:
-    device = run.parameters[0].device
+def _step(run: _Run, batches: Iterator[tuple[Tensor, Tensor]], loss_fn: Loss) -> tuple[float, float]:
+    """One optimiser step: loss and accuracy of the whole batch."""
     run.scheduler.step_update(run.step)
     run.optimizer.zero_grad(set_to_none=True)
-    output = run.model(x.to(device))
-    loss = loss_fn(output, target.to(device))
-    value = float(loss.detach())
+    own: list[Tensor] = []
+
+    def forward() -> tuple[float, float, int]:
+        x, target = next(batches)
+        device = run.parameters[0].device
+        output, target = run.model(x.to(device)), target.to(device)
+        own.append(loss_fn(output, target))
+        return float(own[0].detach()), _accuracy(output.detach(), target), share(run.recipe.batch_size)[1]
+
+    value, accuracy = _weighted_means(gather(forward))
     if not math.isfinite(value):
         raise ValueError(f"loss: expected a finite value, got {value} at step {run.step}; try a smaller lr")
+    [loss] = own
     if loss.requires_grad or run.space is None:  # a random path may read nothing at all
-        loss.backward()
-        drop_unread_gradients(run.model)
+        _backward(run, loss)
     if run.recipe.clip_norm is not None:
         nn.utils.clip_grad_norm_(run.parameters, run.recipe.clip_norm)
     run.optimizer.step()
     run.losses.append(value)
     run.step += 1
-    return value, output.detach()
+    return value, accuracy
 
 
-def _batches(dataset: Dataset, recipe: Recipe, start: int) -> DataLoader:
-    sampler = StepSampler(len(dataset), recipe.batch_size, recipe.seed, start, recipe.steps)  # type: ignore[arg-type]
+def _backward(run: _Run, loss: Tensor) -> None:
+    """Gradients of the whole batch's loss: the mean over ranks, each weighted by its share."""
+    batch_size = run.recipe.batch_size
+    weight = world_size() * share(batch_size)[1] / batch_size
+    (loss if weight == 1 else loss * weight).backward()
+    drop_unread_gradients(run.inner)
+    if not run.averages_itself:
+        sync_gradients(run.model)
+
+
+def _weighted_means(shares: list[tuple[float, float, int]]) -> tuple[float, float]:
+    """Loss and accuracy over all samples from those of each share."""
+    if len(shares) == 1:
+        return shares[0][:2]
+    samples = sum(each[2] for each in shares)
+    loss, accuracy = (sum(each[i] * each[2] for each in shares) / samples for i in (0, 1))
+    return loss, accuracy
+
+
+def _accuracy(output: Tensor, target: Tensor) -> float:
+    """NaN where targets are no classes."""
+    classes = not target.is_floating_point() and output.dim() == 2 and target.dim() == 1
+    return float((output.argmax(-1) == target).float().mean()) if classes else math.nan
+
+
+def _batches(dataset: Dataset, recipe: Recipe, start: int) -> Iterator[tuple[Tensor, Tensor]]:
+    part = share(recipe.batch_size)[0]
+    size: int = len(dataset)  # type: ignore[arg-type]
+    sampler = StepSampler(size, recipe.batch_size, recipe.seed, start, recipe.steps, part)
     # A generator of its own: without it the loader draws from torch's, which dropout uses.
     generator = torch.Generator().manual_seed(_mix(recipe.seed, start))
     if isinstance(dataset, TensorDataset):  # indexes a whole batch at once
-        return DataLoader(dataset, batch_size=None, sampler=sampler, generator=generator)
-    return DataLoader(dataset, batch_sampler=sampler, generator=generator)
+        loader = DataLoader(dataset, batch_size=None, sampler=sampler, generator=generator)
+    else:
+        loader = DataLoader(dataset, batch_sampler=sampler, generator=generator)
+    return iter(loader) if world_size() == 1 else _reseeded(iter(loader), recipe.seed, start)
+
+
+def _reseeded(batches: Iterator[tuple[Tensor, Tensor]], seed: int, start: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Draws of ranks differ, and a resumed run needs no state of theirs."""
+    for step in count(start):
+        torch.manual_seed(_mix(_mix(seed, step), rank()))
+        yield next(batches)
 
 
 def _mix(seed: int, index: int) -> int:
@@ -261,7 +345,8 @@ class _Run:
     ):
         from timm.scheduler import CosineLRScheduler  # here: timm takes seconds to import
 
-        self.model, self.parameters, self.recipe, self.space = model, parameters, recipe, space
+        self.model, self.inner, self.averages_itself = model, unwrapped(model), averages_itself(model)
+        self.parameters, self.recipe, self.space = parameters, recipe, space
         self.samples = samples
         self.step = 0
         self.losses: list[float] = []
@@ -276,40 +361,50 @@ class _Run:
     def _frozen(self) -> int:
         """Formed on the first use: a run without a checkpoint reads no frozen weight for it."""
         trained = {id(parameter) for parameter in self.parameters}
-        return checksum(p for p in self.model.parameters() if id(p) not in trained)
+        return checksum(whole(p) for p in self.inner.parameters() if id(p) not in trained)
+
+    def task(self) -> dict[str, Any]:
+        """What is to be trained and how, beside the tensors."""
+        recipe = {name: value for name, value in asdict(self.recipe).items() if name != "checkpoint_every"}
+        common = {"recipe": recipe, "samples": self.samples}
+        if self.space is not None:
+            return {**common, "space": self.space.to_dict()}
+        return {**common, "paths": {name: path.to_dict() for name, path in get_paths(self.inner).items()}}
 
     def _identity(self) -> dict[str, Any]:
         """What a checkpoint must agree on to be continued; steps between checkpoints may differ."""
-        recipe = {name: value for name, value in asdict(self.recipe).items() if name != "checkpoint_every"}
-        common = {"recipe": recipe, "samples": self.samples, "frozen": self._frozen}
-        if self.space is not None:
-            return {**common, "space": self.space.to_dict()}
-        return {**common, "paths": {name: path.to_dict() for name, path in get_paths(self.model).items()}}
+        return {**self.task(), "frozen": self._frozen}
+
+    def _trained(self) -> dict[str, Tensor]:
+        trained = {id(parameter) for parameter in self.parameters}
+        return {name: p.detach() for name, p in self.inner.named_parameters() if id(p) in trained}
 
     def _tensors(self) -> dict[str, Tensor]:
-        trained = {id(parameter) for parameter in self.parameters}
-        named = {name: p.detach() for name, p in self.model.named_parameters() if id(p) in trained}
-        return {**named, **dict(self.model.named_buffers())}
+        return {**self._trained(), **dict(self.inner.named_buffers())}
 
     def save(self, file: str | os.PathLike) -> None:
         """Write a checkpoint; raises ValueError, and keeps the previous one, if training has diverged."""
-        if not all(bool(torch.isfinite(parameter).all()) for parameter in self.parameters):
+        trained = {name: whole(tensor) for name, tensor in self._trained().items()}
+        if not all(bool(torch.isfinite(tensor).all()) for tensor in trained.values()):
             raise ValueError(f"parameters: expected finite values, not so at step {self.step}; try a smaller lr")
         state = {
             "format": CHECKPOINT_FORMAT,
             "identity": self._identity(),
             "step": self.step,
             "losses": self.losses,
-            "tensors": self._tensors(),
-            "optimizer": self.optimizer.state_dict(),
+            "tensors": {**self._tensors(), **trained},
+            "optimizer": _each_moment(self.optimizer.state_dict(), lambda _, moment: whole(moment)),
             "path_generator": self.generator.get_state(),
             "torch_generator": torch.get_rng_state(),
             "cuda_generators": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
         }
-        write_atomically(file, lambda stream: torch.save(state, stream))
+        from_first(lambda: write_atomically(file, lambda stream: torch.save(state, stream)))
 
-    def load(self, file: str | os.PathLike) -> None:
-        state = _read_checkpoint(file)
+    def load(self, file: str | os.PathLike) -> bool:
+        """Continue from what :meth:`save` wrote; False if there is no such file."""
+        state = from_first(lambda: _read_checkpoint(file))
+        if state is None:
+            return False
         if state["identity"] != self._identity():
             raise ValueError(f"{file}: checkpoint of another run: {state['identity']}, expected {self._identity()}")
         own = self._tensors()
@@ -320,16 +415,33 @@ class _Run:
             raise ValueError(f"{file}: checkpoint of another model: missing, unknown or differing tensors {differing}")
         with torch.no_grad():
             for name, tensor in state["tensors"].items():
-                own[name].copy_(tensor)
-        self.optimizer.load_state_dict(state["optimizer"])
+                own[name].copy_(sharded_like(tensor, own[name]))
+        self.optimizer.load_state_dict(_each_moment(state["optimizer"], self._part))
         self.generator.set_state(state["path_generator"])
         torch.set_rng_state(state["torch_generator"])
         if torch.cuda.is_available() and state["cuda_generators"]:
-            torch.cuda.set_rng_state_all(state["cuda_generators"])
+            torch.cuda.set_rng_state_all(state["cuda_generators"][: torch.cuda.device_count()])
         self.step, self.losses = state["step"], list(state["losses"])
+        return True
+
+    def _part(self, index: int, moment: Tensor) -> Tensor:
+        return sharded_like(moment, self.parameters[index])
 
 
-def _read_checkpoint(file: str | os.PathLike) -> dict[str, Any]:
+def _each_moment(optimizer: dict[str, Any], change: Callable[[int, Tensor], Tensor]) -> dict[str, Any]:
+    """An optimiser's state dict with ``change(index of the parameter, tensor)`` for each tensor of its state."""
+    state = {
+        index: {key: change(index, value) if isinstance(value, Tensor) else value for key, value in entries.items()}
+        for index, entries in optimizer["state"].items()
+    }
+    return {**optimizer, "state": state}
+
+
+def _read_checkpoint(file: str | os.PathLike) -> dict[str, Any] | None:
+    """None if there is no such file."""
+    require_folder("checkpoint", file)
+    if not Path(file).exists():
+        return None
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
         version = state["format"]
@@ -347,9 +459,7 @@ class _Meter:
         self.batch_size = batch_size
         self.recent: deque[tuple[float, float, float]] = deque(maxlen=50)
 
-    def update(self, loss: float, output: Tensor, target: Tensor) -> None:
-        classes = not target.is_floating_point() and output.dim() == 2 and target.dim() == 1
-        accuracy = float((output.argmax(-1) == target.to(output.device)).float().mean()) if classes else math.nan
+    def update(self, loss: float, accuracy: float) -> None:
         self.recent.append((time.perf_counter(), loss, accuracy))
 
     def text(self) -> str:

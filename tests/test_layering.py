@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parent.parent
 KERNELS = sorted((ROOT / "glora_kernels").rglob("*.py"))
 HEAVY = (
     *("triton", "timm", "torchvision", "matplotlib", "sklearn", "safetensors"),
-    *("transformers", "bitsandbytes", "torchao"),
+    *("transformers", "bitsandbytes", "torchao", "torch.distributed.tensor"),
 )
 GLORA = sorted((ROOT / "glora").rglob("*.py"))
 

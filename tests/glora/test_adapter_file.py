@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import glora.files
-from glora import get_paths, glora_layers, inject, load_adapter, save_adapter, set_paths
+from glora import GLoRALinear, get_paths, glora_layers, inject, load_adapter, save_adapter, set_paths
 from tests.glora.toys import (
     IN_FEATURES,
     adapted_mlp,
@@ -134,6 +134,18 @@ def nested():
     """The name of one layer is a part of another's."""
     inner = nn.Sequential(OrderedDict(fc=nn.Linear(4, 4)))
     return nn.Sequential(OrderedDict(fc=nn.Linear(4, 4), encoder=inner))
+
+
+def test_a_bare_linear_layer_cannot_be_replaced(file):
+    layer = GLoRALinear(4, 4, rank=2)
+    randomize(layer)
+    save_adapter(layer, file)
+    with (
+        unchanged(linear := nn.Linear(4, 4)),
+        pytest.raises(ValueError, match=r"expected layers that GLoRA adapts at \[''\]"),
+    ):
+        load_adapter(linear, file)
+    assert torch.equal(load_adapter(GLoRALinear(4, 4, rank=2), file).Ad, layer.Ad)
 
 
 def test_exactly_the_layers_of_the_file_are_adapted(file):

@@ -25,8 +25,13 @@ def test_each_type_has_its_layer(module, kind, features):
 
 
 def test_other_types_are_refused():
-    with pytest.raises(TypeError, match=r"module: expected exactly one of torch.nn.Linear.* got torch.nn.Bilinear"):
+    with pytest.raises(
+        TypeError, match=r"module: expected exactly torch.nn.Linear or torch.nn.Conv2d.*, got torch.nn.Bilinear"
+    ):
         adapted(nn.Bilinear(1, 1, 1), 2, "hadamard")
+    out = nn.MultiheadAttention(2, 1).out_proj
+    with pytest.raises(TypeError, match=r"module: expected exactly torch.nn.Linear, got .*NonDynamicallyQuantizable"):
+        adapted(out, 2, "hadamard")
 
 
 def test_asking_loads_no_package():

@@ -302,3 +302,13 @@ def test_unmerging_a_linear_layer_into_a_convolution_is_refused():
     model[0] = nn.Conv2d(4, 4, 3)
     with pytest.raises(ValueError, match=r"expected a merged torch.nn.Conv2d of \(4, 4, 1, 1\) at '0'"):
         glora.unmerge(model, report)
+
+
+def test_formats_of_linear_layers_refuse_convolutions(tmp_path):
+    model = glora.inject(tiny_vit(), 2, product="matmul", convolutions=True)
+    glora.set_paths(model, dict.fromkeys(glora.glora_layers(model), PathConfig(B="lora_2")))
+    message = r"model: expected adapted linear layers, .* got \['patch_embed.proj \(GLoRAConv2d\)'\]"
+    for save, file in ((glora.save_lycoris, "a.safetensors"), (glora.save_official, "a.pt")):
+        with pytest.raises(ValueError, match=message):
+            save(model, tmp_path / file)
+    assert not list(tmp_path.iterdir())

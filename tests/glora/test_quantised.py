@@ -361,6 +361,16 @@ def test_train_search_and_files(make, tmp_path):
     assert torch.equal(other(tokens()), expected)
 
 
+def test_lycoris_files_of_a_quantised_base(tmp_path):
+    net = glora.inject(model(four_bit), 2, product="matmul", targets=["0"])
+    randomize(net)
+    glora.set_paths(net, {"0": PathConfig("lora_2", "lora_1")})
+    glora.save_lycoris(net, tmp_path / "a.safetensors", adapters_only=True)
+    other = glora.load_lycoris(model(four_bit), tmp_path / "a.safetensors")
+    assert type(other[0]) is GLoRAQuantisedLinear
+    assert torch.equal(other(tokens()), net(tokens()))
+
+
 def test_a_language_model_in_four_bits():
     """As QLoRA: q_proj and v_proj of a LLaMA in NF4, adapted, trained, run."""
     transformers = pytest.importorskip("transformers")

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import datetime
 import itertools
 import multiprocessing
 import time
+import traceback
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
@@ -20,7 +24,9 @@ from glora.checksum import parts
 
 IN_FEATURES, CLASSES = 6, 3
 # What a killed process imports is loaded once, in the server that its children are forked from.
-multiprocessing.set_forkserver_preload(["pytest", "glora", "timm.scheduler", "torch._dynamo"])
+multiprocessing.set_forkserver_preload(
+    ["pytest", "glora", "timm.scheduler", "torch._dynamo", "torch.distributed.tensor", "torch.distributed.fsdp"]
+)
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -133,6 +139,34 @@ def exit_code(function: Callable, *arguments) -> int:
     process = _forked(function, arguments)
     process.join(300)
     return _killed(process)
+
+
+def on_ranks(count: int, folder: Path, function: Callable, *arguments) -> list:
+    """What ``function`` returns in each of ``count`` processes of a gloo group; an error in any of them raises."""
+    folder.mkdir()
+    processes = [_forked(_on_rank, (rank, count, folder, function, arguments)) for rank in range(count)]
+    for process in processes:
+        process.join(300)
+    codes = [_killed(process) for process in processes]
+    failures = [file.read_text() for file in sorted(folder.glob("*.txt"))]
+    assert not any(codes) and not failures, f"{codes}\n" + "\n".join(failures)
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(count)]
+
+
+def _on_rank(rank: int, count: int, folder: Path, function: Callable, arguments: tuple) -> None:
+    torch.set_num_threads(1)
+    warnings.simplefilter("error")
+    warnings.filterwarnings("ignore", ".*pin_memory.*")
+    options = {"rank": rank, "world_size": count, "timeout": datetime.timedelta(seconds=60)}
+    dist.init_process_group("gloo", f"file://{folder}/store", **options)
+    try:
+        torch.save(function(*arguments), folder / f"{rank}.pt")
+        dist.barrier()
+    except BaseException:
+        (folder / f"{rank}.txt").write_text(f"rank {rank}: {traceback.format_exc()}")
+        raise
+    finally:
+        dist.destroy_process_group()
 
 
 def kill_while_writing(file: Path, after: float, function: Callable, *arguments) -> int:

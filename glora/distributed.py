@@ -1,0 +1,202 @@
+"""Gradients, tensors and shares of a model that several processes train.
+
+A random path leaves most support tensors without a gradient. ``DistributedDataParallel``, as it is by default,
+then leaves some of the others as they were on each rank, and says nothing. Here the ranks first make sure that
+they read the same tensors, and average the gradients of those alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from .parameters import trainable_parameters
+from .paths import get_paths
+from .ranks import has_group, rank, require_agreement, world_size
+
+
+def sync_gradients(model: nn.Module) -> None:
+    """Average the gradients of ``model`` over all processes: between ``backward`` and ``step``.
+
+    ``grad = (1 / W) * sum over the W ranks of grad``, by one all-reduce a dtype and device. Gradients that are
+    None stay None. After several backward passes under different paths these are the tensors that any of the
+    paths read. Does nothing with one process.
+
+    Every rank calls it. Where their shares of a batch differ in size, multiply the mean loss of each share by
+    ``W * share / batch`` before ``backward``, as :func:`glora.train` does.
+
+    Raises:
+        ValueError: on every rank, if ranks differ in the path of a layer or in which parameters have a gradient
+            (the first such rank and layer are named); a model within ``DistributedDataParallel`` or
+            ``fully_shard``, which average gradients themselves; a sparse gradient.
+    """
+    if holds_replica(model):
+        raise ValueError("model: expected one without DistributedDataParallel, which averages gradients itself")
+    if holds_shards(model):
+        raise ValueError("model: expected one without fully_shard, which averages gradients itself")
+    named = {name: p for name, p in sorted(model.named_parameters()) if p.requires_grad}
+    if world_size() == 1 or not named:
+        return
+    gradients = {name: p.grad for name, p in named.items() if p.grad is not None}
+    state = {
+        **{name: str(path) for name, path in sorted(get_paths(model).items())},
+        **{name: f"gradient {_form(gradient)}" for name, gradient in gradients.items()},
+    }
+    if not _same_everywhere(state, next(iter(named.values())).device):
+        require_agreement("paths", state)
+    for name, gradient in gradients.items():
+        if gradient.layout != torch.strided:
+            raise ValueError(f"model: expected dense gradients, got {gradient.layout} for {name!r}")
+    _average(gradients.values())
+
+
+def _form(tensor: Tensor) -> str:
+    return f"{tensor.dtype} {tensor.layout} {tuple(tensor.shape)}"
+
+
+def _same_everywhere(state: dict[str, str], device: torch.device) -> bool:
+    """One all-reduce of two numbers: the largest hash, and the smallest negated."""
+    digest = hashlib.blake2b(repr(state).encode(), digest_size=7).digest()
+    own = int.from_bytes(digest, "big")
+    bounds = torch.tensor([own, -own], device=device)
+    dist.all_reduce(bounds, dist.ReduceOp.MAX)
+    largest, smallest = bounds.tolist()
+    return largest == -smallest
+
+
+@torch.no_grad()
+def _average(gradients: Iterable[Tensor]) -> None:
+    buckets: dict[tuple[torch.dtype, torch.device], list[Tensor]] = defaultdict(list)
+    for gradient in gradients:
+        buckets[gradient.dtype, gradient.device].append(gradient)
+    for bucket in buckets.values():
+        flat = torch.cat([gradient.reshape(-1) for gradient in bucket])
+        flat /= world_size()  # first: the sum might be beyond the range of fp16
+        dist.all_reduce(flat)
+        for gradient, mean in zip(bucket, flat.split([gradient.numel() for gradient in bucket])):
+            gradient.copy_(mean.view_as(gradient))
+
+
+def share(batch_size: int) -> tuple[slice, int]:
+    """Which samples of a batch this rank takes, and how many of them count.
+
+    Shares are consecutive and differ by at most one. A rank for which nothing is left takes the first sample,
+    to run the same graph as the others, and counts none.
+    """
+    start, stop = (index * batch_size // world_size() for index in (rank(), rank() + 1))
+    return (slice(start, stop) if start < stop else slice(0, 1)), stop - start
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model within ``DistributedDataParallel``; any other as it is."""
+    return model.module if isinstance(model, DistributedDataParallel) else model
+
+
+def holds_replica(model: nn.Module) -> bool:
+    """Whether ``DistributedDataParallel`` is around the model or a part of it."""
+    return any(isinstance(module, DistributedDataParallel) for module in model.modules())
+
+
+def holds_shards(model: nn.Module) -> bool:
+    """Whether ``fully_shard`` has split the parameters of the model or of a part of it."""
+    return has_group() and any(is_sharded(parameter) for parameter in model.parameters())
+
+
+def averages_itself(model: nn.Module) -> bool:
+    """Whether a backward pass leaves averaged gradients."""
+    return holds_replica(model) or holds_shards(model)
+
+
+def require_trainable(model: nn.Module, random_paths: bool) -> None:
+    """Raise ValueError for a model that several processes would train wrongly without a word."""
+    inner = unwrapped(model)
+    if holds_replica(inner):
+        raise ValueError("model: expected DistributedDataParallel around the whole model or none, got it around a part")
+    if isinstance(model, DistributedDataParallel):
+        unread = random_paths or len(trainable_parameters(inner, get_paths(inner))) < len(trainable_parameters(inner))
+        if unread and (model.static_graph or not model.find_unused_parameters):
+            raise ValueError(
+                "model: expected DistributedDataParallel with find_unused_parameters=True and without static_graph, "
+                "which otherwise leaves gradients that are not averaged where a path does not read every tensor; or "
+                "the model without it, whose gradients glora averages itself"
+            )
+    if holds_shards(inner):
+        _require_fully_sharded(inner)
+    if world_size() > 1:
+        _require_no_batch_norm(inner)
+
+
+def _require_fully_sharded(model: nn.Module) -> None:
+    from torch.distributed.fsdp import FSDPModule
+
+    whole = [name for name, p in model.named_parameters() if not is_sharded(p)]
+    if not isinstance(model, FSDPModule) or whole:
+        raise ValueError(f"model: expected fully_shard on the whole model, got it on a part; without it are {whole}")
+    for name, parameter in model.named_parameters():
+        mesh = parameter.device_mesh  # type: ignore[attr-defined]
+        if mesh.ndim != 1 or mesh.size() != world_size():
+            raise ValueError(
+                f"model: expected fully_shard over one dimension of all {world_size()} ranks, got {mesh} for {name!r}"
+            )
+
+
+def _require_no_batch_norm(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and not isinstance(module, nn.SyncBatchNorm):
+            raise ValueError(
+                f"model: expected no batch norm, which would normalise each rank's share by itself, got {name!r}; "
+                "use torch.nn.SyncBatchNorm.convert_sync_batchnorm"
+            )
+
+
+@torch.no_grad()
+def copy_from_first(model: nn.Module) -> None:
+    """Give every rank the parameters and buffers of rank 0's model, which has to be of the same form.
+
+    Raises:
+        ValueError: on every rank, if models differ in the name, shape or dtype of a tensor.
+    """
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    require_agreement("model", {name: _form(tensor) for name, tensor in tensors.items()})
+    for _, tensor in sorted(tensors.items()):
+        data = tensor.detach().contiguous()
+        dist.broadcast(data, src=0)
+        if data.data_ptr() != tensor.data_ptr():
+            tensor.copy_(data)
+
+
+def require_whole(model: nn.Module) -> None:
+    """Raise ValueError for a model of which this rank holds a part only."""
+    if holds_shards(model):
+        raise ValueError(
+            "model: expected whole parameters, got those of fully_shard; gather them with "
+            "torch.distributed.checkpoint.state_dict.get_model_state_dict and load them into a model without it"
+        )
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether this rank holds a part of ``tensor`` only; there has to be a process group."""
+    from torch.distributed.tensor import DTensor  # here: half a second to import
+
+    return isinstance(tensor, DTensor)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A sharded tensor put together, on every rank; any other as it is."""
+    return tensor.full_tensor() if has_group() and is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def sharded_like(tensor: Tensor, model_tensor: Tensor) -> Tensor:
+    """The inverse of :func:`whole`, for a ``tensor`` that is the same on every rank."""
+    if not has_group() or not is_sharded(model_tensor) or tensor.shape != model_tensor.shape:
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    mesh, placements = model_tensor.device_mesh, model_tensor.placements  # type: ignore[attr-defined]
+    return distribute_tensor(tensor.to(model_tensor.device), mesh, placements, src_data_rank=None)

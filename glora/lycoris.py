@@ -1,0 +1,351 @@
+"""Adapters of LyCORIS, ComfyUI and A1111: safetensors in the matmul product, A and B of low rank.
+
+Layer ``blocks.0.fc1`` is ``<prefix>_blocks_0_fc1`` in the file. With s = alpha / R, its effective weight is
+
+    new (LyCORIS from 3.0 on)     W0 + s (W0 a1 a2 + b1 b2)    a1 (K, R), a2 (R, K), b1 (N, R), b2 (R, K)
+    old (LyCORIS up to 2, A1111)  W0 + s (W0 a2 a1 + b2 b1)    a1 (R, K), a2 (K, R), b1 (R, K), b2 (N, R)
+
+ComfyUI reads both (its issue 4755) and tells them apart by these shapes, as is done here.
+
+Sources: ``lycoris/modules/glora.py`` of LyCORIS 2.2 and 4.1, ``comfy/weight_adapter/glora.py`` of ComfyUI,
+``network_glora.py`` of A1111's web interface.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections import Counter
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from .config import PathConfig
+from .files import write_atomically
+from .injection import adapt
+from .layer import GLoRALayer, GLoRALinear
+from .modules import glora_layers, require_linear_layers, require_real
+from .parameters import trainable_parameters
+from .paths import set_paths
+
+# Which of the file's factors are Ad, Au, Bd and Bu.
+LAYOUTS = {"new": ("a1", "a2", "b1", "b2"), "old": ("a2", "a1", "b2", "b1")}
+# Of LyCORIS' wrapper of any model, and of its networks for kohya's trainers.
+PREFIXES = ("lycoris", "lora_unet", "lora_te", "lora_te1", "lora_te2")
+ENTRIES = ("a1.weight", "a2.weight", "b1.weight", "b2.weight", "alpha")
+
+
+def save_lycoris(
+    model: nn.Module,
+    file: str | os.PathLike,
+    *,
+    prefix: str = "lycoris",
+    layout: str = "new",
+    adapters_only: bool = False,
+) -> None:
+    """Write what the current paths read of A and B, at alpha = R.
+
+    R is the larger rank of a layer's A and B (1 if both are ``none``); what is missing to it is written as zero.
+    A square layer whose rank is its full width has the same shapes in both layouts: ComfyUI takes it for old.
+
+    Args:
+        prefix: ``"lycoris"`` for LyCORIS' own wrapper, ``"lora_unet"`` and the like for image generators.
+        layout: ``"new"``, or ``"old"`` for A1111 and LyCORIS before 3.0.
+        adapters_only: leave out other trained parameters, such as a classifier head, which the format cannot hold.
+
+    Raises:
+        ValueError: no adapted layer, or one that is not linear; paths that LyCORIS cannot express, by layer: A and B
+            low rank (A in the matmul product) or ``none``, no C, D or E; two layers of one name in the file; other trained
+            parameters, without ``adapters_only``; a file name that does not end in ``.safetensors``. Nothing is
+            written then.
+    """
+    from safetensors.torch import save
+
+    _check_options(prefix, layout)
+    if not os.fspath(file).endswith(".safetensors"):
+        raise ValueError(f"file: expected a name in .safetensors, by which LyCORIS knows it, got {os.fspath(file)!r}")
+    layers = require_linear_layers(model)
+    unfit = [f"{name} ({what})" for name, layer in layers.items() if (what := _inexpressible(layer))]
+    if unfit:
+        raise ValueError(
+            "model: expected A of low rank in the matmul product or none, B of low rank or none, and C, D and E none, "
+            f"which is what LyCORIS can express; got {unfit}"
+        )
+    if not adapters_only:
+        _refuse_other_trained(model, layers)
+    tensors = {}
+    for name, key in _keys(layers, prefix).items():
+        tensors.update({f"{key}.{entry}": tensor for entry, tensor in _entries(layers[name], layout).items()})
+    content = save(tensors)
+    write_atomically(file, lambda stream: stream.write(content))
+
+
+def load_lycoris(
+    model: nn.Module, file: str | os.PathLike, *, prefix: str | None = None, layout: str | None = None
+) -> nn.Module:
+    """Load a GLoRA of LyCORIS or :func:`save_lycoris`; a model without GLoRA gets it injected into the file's layers.
+
+    s = alpha / R is folded into Ad and Bd: exactly if it is a power of two, else with one rounding of each value. A
+    file without alpha has s = 1, as in ComfyUI; one of rank-stabilised training does not say so and is read with
+    alpha / R, as LyCORIS and ComfyUI do. The path of A or B is as long as its last component that is not zero in both
+    factors. Support tensors that the file does not hold are as fresh. Everything is checked before anything is changed.
+
+    Args:
+        prefix: what the file's names begin with; None for the one that it has of "lycoris", "lora_unet", "lora_te",
+            "lora_te1" and "lora_te2". A file for several models is loaded once for each: a given prefix leaves all
+            other names alone.
+        layout: ``"new"`` or ``"old"``; None to tell from the shapes.
+
+    Returns:
+        ``model`` itself.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: no LyCORIS GLoRA of linear layers, damaged, or made for another model; names that fit several
+            layers, several prefixes, or shapes that fit both layouts; an alpha of 0, which LyCORIS reads as s = 1 and
+            ComfyUI as s = 0; factors that are not finite or cease to be when s is folded in.
+        TypeError: a layer that is an ``nn.Linear`` subclass, or that cannot be replaced; see :func:`glora.inject`.
+    """
+    _check_options("lycoris" if prefix is None else prefix, "new" if layout is None else layout)
+    require_real(model)
+    found = _resolve(model, _read(file), prefix, file)
+    used = _layout(model, found, layout, file)
+    adapters = {name: _folded(name, entries, used, file) for name, entries in found.items()}
+    layers = glora_layers(model)
+    _check_fit(model, layers, adapters, file)
+    if not layers:
+        rank = max(adapter.Ad.shape[1] for adapter in adapters.values())
+        linears: list[Any] = [model.get_submodule(name) for name in adapters]
+        adapt(model, linears, rank, "matmul", kept=set())
+        layers = glora_layers(model)
+    for name, layer in layers.items():
+        adapters[name].copy_into(layer)
+    set_paths(model, {name: adapters[name].path for name in layers})
+    return model
+
+
+class _Adapter(NamedTuple):
+    """A layer's factors in fp64, s folded in, and the path that reads them."""
+
+    Ad: Tensor  # (K, R)
+    Au: Tensor  # (R, K)
+    Bd: Tensor  # (N, R)
+    Bu: Tensor  # (R, K)
+    path: PathConfig
+
+    @torch.no_grad()
+    def copy_into(self, layer: GLoRALayer) -> None:
+        layer.reset_support()
+        for slot in "AB":
+            rank = self.path.choices[slot].rank
+            getattr(layer, f"{slot}d")[:, :rank] = getattr(self, f"{slot}d")[:, :rank]
+            getattr(layer, f"{slot}u")[:rank] = getattr(self, f"{slot}u")[:rank]
+
+
+def _live_rank(down: Tensor, up: Tensor) -> int:
+    """Up to the last component that is not zero in both factors: what is zero in both has no gradient, ever."""
+    live = ((down != 0).any(0) | (up != 0).any(1)).nonzero()
+    return int(live.max()) + 1 if live.numel() else 0
+
+
+# -- writing -----------------------------------------------------------------------------------------
+
+
+def _inexpressible(layer: GLoRALinear) -> str:
+    """The tensors of a layer's path that LyCORIS has no place for; empty if it has one for all."""
+    path = layer.path
+    lost = [slot for slot in "AB" if path.choices[slot].kind not in ("lora", "none")]
+    # D scales a bias: without one it is nothing
+    lost += [slot for slot in "CDE" if path.choices[slot].kind != "none" and (slot != "D" or layer.bias is not None)]
+    reasons = [f"{slot}={getattr(path, slot)}" for slot in lost]
+    if path.choices["A"].kind == "lora" and layer.product != "matmul":
+        reasons.append(f"A={path.A} in the {layer.product} product")
+    return ", ".join(reasons)
+
+
+def _refuse_other_trained(model: nn.Module, layers: dict[str, GLoRALinear]) -> None:
+    support = {id(p) for layer in layers.values() for p in layer.support_parameters()}
+    trained = {id(p) for p in trainable_parameters(model)} - support
+    others = [name for name, p in model.named_parameters() if id(p) in trained]
+    if others:
+        raise ValueError(
+            f"model: expected nothing trained beside the adapters, got {others}, which the format cannot hold; "
+            "save them elsewhere and pass adapters_only=True"
+        )
+
+
+def _keys(layers: dict[str, GLoRALinear], prefix: str) -> dict[str, str]:
+    keys = {name: _key(prefix, name) for name in layers}
+    counts = Counter(keys.values())
+    repeated = sorted(name for name, key in keys.items() if counts[key] > 1)
+    if repeated:
+        raise ValueError(f"model: expected names that differ when dots become underscores, got {repeated}")
+    return keys
+
+
+def _key(prefix: str, name: str) -> str:
+    return f"{prefix}_{name}".replace(".", "_")
+
+
+def _entries(layer: GLoRALinear, layout: str) -> dict[str, Tensor]:
+    choices = layer.path.choices
+    rank = max(choices["A"].rank, choices["B"].rank, 1)
+    factors = []
+    for slot, rows in (("A", layer.in_features), ("B", layer.out_features)):
+        down, up, read = getattr(layer, f"{slot}d"), getattr(layer, f"{slot}u"), choices[slot].rank
+        factors += [down.new_zeros(rows, rank), up.new_zeros(rank, layer.in_features)]
+        if read:
+            factors[-2][:, :read] = down.detach()[:, :read]
+            factors[-1][:read] = up.detach()[:read]
+    entries = {f"{name}.weight": factor for name, factor in zip(LAYOUTS[layout], factors)}
+    return {**entries, "alpha": torch.tensor(float(rank))}
+
+
+# -- reading -----------------------------------------------------------------------------------------
+
+
+def _check_options(prefix: str, layout: str) -> None:
+    if not isinstance(prefix, str) or not prefix or "." in prefix:
+        raise ValueError(f"prefix: expected a text without dots such as 'lycoris', got {prefix!r}")
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout: expected one of {list(LAYOUTS)}, got {layout!r}")
+
+
+def _read(file: str | os.PathLike) -> dict[str, dict[str, Tensor]]:
+    """The file's tensors by their layer's name in it."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    if not os.path.isfile(file):
+        raise FileNotFoundError(f"file: expected a LyCORIS file, found none at {os.fspath(file)!r}")
+    try:
+        tensors = load_file(file)
+    except SafetensorError as error:
+        raise ValueError(f"{file}: expected a safetensors file, it is damaged or something else ({error})") from None
+    found: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        layer, _, entry = name.partition(".")
+        found.setdefault(layer, {})[entry] = tensor
+    return found
+
+
+def _resolve(
+    model: nn.Module, found: dict[str, dict[str, Tensor]], prefix: str | None, file: str | os.PathLike
+) -> dict[str, dict[str, Tensor]]:
+    """The same by the model's own names, each checked to be a complete GLoRA of one layer."""
+    if prefix is None:
+        prefix = _only_prefix(found, file)
+    else:
+        found = {key: entries for key, entries in found.items() if key.startswith(f"{prefix}_")}
+        if not found:
+            raise ValueError(f"prefix: expected one that {file} has, got {prefix!r}")
+    _check_entries(found, file)
+    names: dict[str, list[str]] = {}
+    for name, module in model.named_modules():
+        # the model itself cannot be replaced
+        if isinstance(module, GLoRALinear) or (name and isinstance(module, nn.Linear)):
+            names.setdefault(_key(prefix, name), []).append(name)
+    unknown = sorted(key for key in found if key not in names)
+    if unknown:
+        raise ValueError(f"{file}: made for another model: no linear layer is called {unknown} (prefix {prefix!r})")
+    ambiguous = [names[key] for key in found if len(names[key]) > 1]
+    if ambiguous:
+        raise ValueError(f"{file}: expected names that fit one layer, these layers share theirs: {ambiguous}")
+    return {names[key][0]: entries for key, entries in found.items()}
+
+
+def _only_prefix(found: dict[str, dict[str, Tensor]], file: str | os.PathLike) -> str:
+    present = [prefix for prefix in PREFIXES if any(key.startswith(f"{prefix}_") for key in found)]
+    if len(present) != 1:
+        raise ValueError(f"prefix: {file} has {present} of {list(PREFIXES)}, expected one; give the one to load")
+    return present[0]
+
+
+def _check_entries(found: dict[str, dict[str, Tensor]], file: str | os.PathLike) -> None:
+    unknown = sorted(f"{key}.{entry}" for key, entries in found.items() for entry in entries if entry not in ENTRIES)
+    missing = sorted(
+        f"{key}.{entry}" for key, entries in found.items() for entry in ENTRIES[:4] if entry not in entries
+    )
+    if unknown or missing:
+        raise ValueError(
+            f"{file}: expected the GLoRA of linear layers, with {list(ENTRIES)} each; missing {missing}, "
+            f"unknown {unknown}"
+        )
+
+
+def _layout(model: nn.Module, found: dict[str, dict[str, Tensor]], asked: str | None, file: str | os.PathLike) -> str:
+    """The one layout that the shapes of every layer fit."""
+    linears = {name: cast(nn.Linear, model.get_submodule(name)) for name in found}
+    sizes = {name: (linear.out_features, linear.in_features) for name, linear in linears.items()}
+    fits = {name: _fitting(sizes[name], entries) for name, entries in found.items()}
+    unfit = [
+        f"{name}: weight {sizes[name]}, "
+        + ", ".join(f"{entry} {tuple(found[name][entry].shape)}" for entry in ENTRIES[:4])
+        for name, layouts in fits.items()
+        if not layouts or (asked is not None and asked not in layouts)
+    ]
+    if unfit:
+        wanted = "a layout" if asked is None else f"the {asked} layout"
+        raise ValueError(f"{file}: made for another model: expected shapes of {wanted}, got {unfit}")
+    if asked is not None:
+        return asked
+    common = [layout for layout in LAYOUTS if all(layout in layouts for layouts in fits.values())]
+    if len(common) != 1:
+        got = "fit both" if common else f"mix them: {fits}"
+        raise ValueError(f"layout: expected shapes that fit one of {list(LAYOUTS)}, those of {file} {got}; give one")
+    return common[0]
+
+
+def _fitting(size: tuple[int, int], entries: dict[str, Tensor]) -> list[str]:
+    rows, columns = size
+    fitting = []
+    for layout, factors in LAYOUTS.items():
+        shapes = [tuple(entries[f"{factor}.weight"].shape) for factor in factors]
+        rank = shapes[0][-1] if shapes[0] else 0
+        if rank and shapes == [(columns, rank), (rank, columns), (rows, rank), (rank, columns)]:
+            fitting.append(layout)
+    return fitting
+
+
+def _folded(name: str, entries: dict[str, Tensor], layout: str, file: str | os.PathLike) -> _Adapter:
+    Ad, Au, Bd, Bu = (entries[f"{factor}.weight"].double() for factor in LAYOUTS[layout])
+    scale = _scale(name, entries.get("alpha"), Ad.shape[1], file)
+    ranks = [_live_rank(Ad, Au), _live_rank(Bd, Bu)]
+    path = PathConfig(*(f"lora_{rank}" if rank else "none" for rank in ranks))
+    return _Adapter(Ad * scale, Au, Bd * scale, Bu, path)
+
+
+def _scale(name: str, alpha: Tensor | None, rank: int, file: str | os.PathLike) -> float:
+    if alpha is None:
+        return 1.0
+    value = float(alpha) if alpha.numel() == 1 else math.nan
+    if not math.isfinite(value) or value == 0:
+        raise ValueError(f"{file}: expected alpha of layer {name!r} to be one finite number but 0, got {alpha}")
+    return value / rank
+
+
+def _check_fit(
+    model: nn.Module, layers: dict[str, GLoRALayer], adapters: dict[str, _Adapter], file: str | os.PathLike
+) -> None:
+    """Raise if the file's layers are not those of an adapted model, or its values not those of the storage."""
+    if layers:
+        missing, unknown = sorted(set(layers) - set(adapters)), sorted(set(adapters) - set(layers))
+        differing = [
+            f"{name}: rank {layer.rank} {layer.product} in the model, {adapters[name].path.rank} matmul in the file"
+            for name, layer in layers.items()
+            if name in adapters and (layer.product != "matmul" or layer.rank < adapters[name].path.rank)
+        ]
+        if missing or unknown or differing:
+            raise ValueError(
+                f"{file}: expected the adapted layers of the model; missing {missing}, unknown {unknown}, "
+                f"differing {differing}"
+            )
+    infinite = []
+    for name, adapter in adapters.items():
+        module: Any = model.get_submodule(name)
+        dtype = module.Ad.dtype if layers else torch.promote_types(module.weight.dtype, torch.float32)
+        if not all(factor.to(dtype).isfinite().all() for factor in adapter[:4]):
+            infinite.append(name)
+    if infinite:
+        raise ValueError(f"{file}: expected finite factors, with alpha / rank folded in too; not so in {infinite}")
