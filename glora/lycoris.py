@@ -56,9 +56,9 @@ def save_lycoris(
 
     Raises:
         ValueError: no adapted layer, or one that is not linear; paths that LyCORIS cannot express, by layer: A and B
-            low rank (A in the matmul product) or ``none``, no C, D or E; two layers of one name in the file; other trained
-            parameters, without ``adapters_only``; a file name that does not end in ``.safetensors``. Nothing is
-            written then.
+            low rank (A in the matmul product) or ``none``, no C, D or E; two layers of one name in the file; other
+            trained parameters, without ``adapters_only``; a file name that does not end in ``.safetensors``. Nothing
+            is written then.
     """
     from safetensors.torch import save
 
