@@ -132,6 +132,15 @@ class GLoRAQuantisedLinear(GLoRALinear):
         x = torch.randn(PROBE_TOKENS, self.in_features, generator=generator)
         return x.to(device=self.weight.device, dtype=self._settings.get("compute_dtype") or self.format.dtype)
 
+    def _apply(self, fn, recurse=True):
+        """Casting the layer does not cast the scales: they decode the weight."""
+        scales = self._buffers["SCB"]
+        super()._apply(fn, recurse)
+        if scales is not None:
+            moved = self.get_buffer("SCB")
+            self._buffers["SCB"] = moved if moved.dtype == scales.dtype else scales.to(moved.device)
+        return self
+
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         """Also what a 4-bit weight is decoded with, under the names that bitsandbytes saves it by."""
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -149,6 +158,8 @@ class GLoRAQuantisedLinear(GLoRALinear):
         if found and issubclass(self.plain_type, loaded("bitsandbytes.nn", "Linear4bit") or ()):
             weight.quant_state = loaded("bitsandbytes.functional", "QuantState").from_dict(found, weight.device)
             unexpected[before:] = [name for name in unexpected[before:] if not name.startswith(start)]
+        # what bitsandbytes says of the order of int8 values; there is one order only
+        unexpected[before:] = [name for name in unexpected[before:] if name != f"{prefix}weight_format"]
 
 
 class _Blocks:

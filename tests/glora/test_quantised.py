@@ -228,6 +228,23 @@ def test_copies_pickles_and_state(make):
     assert torch.equal(other(x), expected)
 
 
+@pytest.mark.parametrize("make", [four_bit, four_bit_plain_scales, eight_bit], ids=lambda make: make.__name__)
+def test_loads_the_plain_layer_strictly(make):
+    layer, plain = adapted(make), GLoRALinear.from_linear(make(), 2).merge(PathConfig(A="constant"), requantise=True)
+    layer.load_state_dict(plain.state_dict(), strict=True)
+    layer.path = PathConfig()
+    torch.testing.assert_close(layer(tokens()), nn.functional.linear(tokens(), decoded(plain), plain.bias))
+
+
+@pytest.mark.parametrize("make", [four_bit, four_bit_plain_scales, eight_bit], ids=lambda make: make.__name__)
+def test_casting_leaves_the_weight_as_it_is(make):
+    layer = adapted(make)
+    weight = layer.matrix
+    layer.to(torch.bfloat16)
+    assert layer.D.dtype == torch.bfloat16
+    assert torch.equal(layer.matrix, weight)
+
+
 # -- merging ---------------------------------------------------------------------------------------
 
 
