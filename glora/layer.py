@@ -330,9 +330,14 @@ def require_plain(argument: str, module: nn.Module, kind: type[nn.Module]) -> No
     """Raise TypeError if ``module`` is not exactly a ``kind``, or something on it would be lost by replacing it."""
     if type(module) is not kind:
         raise TypeError(f"{argument}: expected exactly {qualified_name(kind)}, got {qualified_name(type(module))}")
-    hooked = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
-    if hooked or "forward" in vars(module) or "weight" not in module._parameters:
+    if not is_bare(module) or "weight" not in module._parameters:
         raise TypeError(f"{argument}: expected one without hooks, pruning or weight norm; they would be lost")
+
+
+def is_bare(module: nn.Module) -> bool:
+    """Whether calling ``module`` runs the forward of its class and nothing else: no hooks, no wrapper."""
+    hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+    return not any(hooks) and "forward" not in vars(module)
 
 
 def qualified_name(kind: type) -> str:

@@ -47,7 +47,8 @@ def glora_conv2d(
     Returns:
         As :func:`torch.nn.functional.conv2d`; under ``torch.autocast``, in the autocast dtype. W_eff is formed in fp32
         (fp64 for fp64) and rounded once: the bits of :func:`glora_kernels.glora_merge`. x is not unfolded. Kept for
-        backward are x and W_eff; backward forms dW, as if the weight were trained, where A or B is. Differentiable in ``x`` and in every storage, to any order.
+        backward are x and W_eff; where A or B wants a gradient, backward forms dW as if the weight were trained.
+        Differentiable in ``x`` and in every storage, to any order.
 
     Raises:
         TypeError, ValueError: an argument that does not fit, by name, before anything is computed.

@@ -10,16 +10,31 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 KERNELS = sorted((ROOT / "glora_kernels").rglob("*.py"))
 HEAVY = (
-    *("triton", "timm", "torchvision", "matplotlib", "sklearn", "safetensors"),
-    *("transformers", "bitsandbytes", "torchao", "torch.distributed.tensor"),
+    "triton",
+    "timm",
+    "torchvision",
+    "matplotlib",
+    "sklearn",
+    "safetensors",
+    "peft",
+    "transformers",
+    "bitsandbytes",
+    "torchao",
+    "torch.distributed.tensor",
 )
 GLORA = sorted((ROOT / "glora").rglob("*.py"))
+# PEFT's own layers are what these two work on: one derives from them and is loaded by the other, when it is called.
+LAZY = {
+    ROOT / "glora" / "conv1d.py": ("transformers",),
+    ROOT / "glora" / "quantised_formats.py": ("bitsandbytes", "torchao"),
+}
+PEFT_LAYERS, PEFT_USER = ROOT / "glora" / "peft" / "layers.py", ROOT / "glora" / "peft" / "acceleration.py"
 
 
-def imported(file):
+def imported(file, walk=ast.walk):
     """Absolute names of the modules that a file imports, relative imports resolved."""
     package = file.relative_to(ROOT).parent.parts
-    for node in ast.walk(ast.parse(file.read_text())):
+    for node in walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -27,6 +42,14 @@ def imported(file):
             name = ".".join((*base, *([node.module] if node.module else [])))
             yield from (f"{name}.{alias.name}" for alias in node.names)
             yield name
+
+
+def walk_outside_of_functions(node):
+    """What runs when the file is imported."""
+    for child in ast.iter_child_nodes(node):
+        if not isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
+            yield child
+            yield from walk_outside_of_functions(child)
 
 
 def within(name, package):
@@ -55,10 +78,28 @@ def test_nothing_imports_the_command_line(file):
 
 @pytest.mark.parametrize("file", KERNELS + GLORA, ids=lambda f: f.relative_to(ROOT).as_posix())
 def test_tests_and_benchmarks_stand_outside(file):
-    assert not any(within(name, outside) for name in imported(file) for outside in ("tests", "bench", "pytest", "peft"))
+    assert not any(within(name, outside) for name in imported(file) for outside in ("tests", "bench", "pytest"))
 
 
-@pytest.mark.parametrize("package", ["glora_kernels", "glora", "glora.cli"])
+@pytest.mark.parametrize("file", KERNELS + GLORA, ids=lambda f: f.relative_to(ROOT).as_posix())
+def test_peft_is_imported_in_one_file_and_lazily_in_another(file):
+    packages = ("peft", "glora.peft.layers")
+    if file not in (PEFT_LAYERS, PEFT_USER):
+        assert not any(within(name, package) for name in imported(file) for package in packages)
+    if file == PEFT_USER:
+        at_import = list(imported(file, walk_outside_of_functions))
+        assert not any(within(name, package) for name in at_import for package in packages)
+
+
+@pytest.mark.parametrize("file", KERNELS + GLORA, ids=lambda f: f.relative_to(ROOT).as_posix())
+def test_optional_packages_are_imported_lazily_each_in_its_file(file):
+    allowed = LAZY.get(file, ())
+    for package in {package for packages in LAZY.values() for package in packages}:
+        found = imported(file, walk_outside_of_functions) if package in allowed else imported(file)
+        assert not any(within(name, package) for name in found), package
+
+
+@pytest.mark.parametrize("package", ["glora_kernels", "glora", "glora.cli", "glora.peft"])
 def test_import_is_light(package):
     """Beyond what torch itself imports: no Triton, no timm, no plotting; and no CUDA context."""
     code = (

@@ -143,6 +143,28 @@ def _official_weights(weight: Tensor, bias: Tensor, support: dict[str, Tensor], 
     return weight + weight * A + B, bias + bias * d + e + weight @ c
 
 
+def make_peft(folder: Path) -> None:
+    """GLoRA of the package peft (0.21.2), of rank 3, with a head that it saved whole."""
+    import peft
+
+    kinds = {"config_A_B": "lora", "config_C": "lora", "config_D_E": "vector"}
+    config = peft.GloraConfig(r=RANK, target_modules=list(PATHS), modules_to_save=["head"], **kinds)
+    model, weights = peft.get_peft_model(fixed_model(), config), _weights()
+    for seed, parameter in enumerate(p for p in model.parameters() if p.requires_grad):
+        parameter.copy_(values(*parameter.shape, seed=10 + seed))
+    for name in PATHS:
+        layer, (weight, bias) = model.get_base_model().get_submodule(name), weights[name]
+        A, B, C, D, E = (getattr(layer, f"glora_{slot}")["default"]().double() for slot in "ABCDE")
+        weights[name] = weight + weight * A + B, bias + bias * D + E + (weight @ C)[:, 0]
+    head = model.get_base_model().head.modules_to_save["default"]
+    weights["head"] = head.weight.double(), head.bias.double()
+    model.save_pretrained(folder)
+    (folder / "README.md").unlink()
+    low = f"lora_{RANK}"
+    paths = {"fc1": PathConfig(low, low, low, "vector", "vector"), "fc2": PathConfig(low, low)}
+    _expect(folder, weights, paths, {"peft": importlib.metadata.version("peft")})
+
+
 def _weights() -> Weights:
     """Those of the fixed model in fp64, a zero where it has no bias."""
     model = fixed_model().double()
@@ -179,6 +201,7 @@ MAKERS: dict[str, Callable[[Path], None]] = {
     "lycoris_new": make_lycoris_new,
     "lycoris_old": make_lycoris_old,
     "official": make_official,
+    "peft": make_peft,
 }
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from glora.files import write_atomically
+from glora.files import write_atomically, write_folder_atomically
 from tests.glora.toys import exit_code, kill_while_writing
 
 SIZE = 1 << 16
@@ -155,3 +155,115 @@ def test_killed_at_random_moments(file):
         numbers.append(assert_whole(file))
     assert numbers == sorted(numbers)
     assert numbers[-1] > KILLS
+
+
+# -- a whole folder ----------------------------------------------------------------------------------
+
+NAMES = ("one", "two")
+
+
+def write_folder(folder, number, names=NAMES):
+    write_folder_atomically("folder", folder, {name: content(number) for name in names})
+
+
+def folder_number(folder):
+    """Both files are whole, and of one writing; returns its number."""
+    assert sorted(file.name for file in folder.iterdir()) == sorted(NAMES)
+    (number,) = {assert_whole(file) for file in folder.iterdir()}
+    return number
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return tmp_path / "folder"
+
+
+def test_makes_a_folder_fills_an_empty_one_and_replaces_its_own(folder):
+    write_folder(folder, 1)
+    assert folder_number(folder) == 1
+    write_folder(str(folder), 2)
+    assert folder_number(folder) == 2
+    (folder.parent / "empty").mkdir()
+    write_folder(folder.parent / "empty", 3)
+    assert folder_number(folder.parent / "empty") == 3
+    assert sorted(folder.parent.iterdir()) == [folder.parent / "empty", folder]
+
+
+def test_files_that_are_no_longer_written_go(folder):
+    write_folder(folder, 1)
+    write_folder_atomically("folder", folder, {"one": content(2), "three": b"", "two": content(2)})
+    (folder / "three").unlink()
+    assert folder_number(folder) == 2
+
+
+def test_a_link_stays_a_link(folder):
+    write_folder(folder, 1)
+    link = folder.parent / "link"
+    link.symlink_to(folder)
+    write_folder(link, 2)
+    assert link.is_symlink()
+    assert folder_number(folder) == folder_number(link) == 2
+
+
+def test_what_is_no_former_export_is_refused(folder):
+    write_folder(folder, 1)
+    (folder / "README.md").write_text("mine")
+    with pytest.raises(ValueError, match=r"folder: expected a new folder.* holds \['README.md'\]"):
+        write_folder(folder, 2)
+    assert (folder / "README.md").read_text() == "mine"
+    with pytest.raises(ValueError, match="folder: expected a folder, got the file"):
+        write_folder(folder / "README.md", 2)
+    with pytest.raises(ValueError, match="folder: expected an existing folder"):
+        write_folder(folder / "missing" / "folder", 2)
+    assert list(folder.parent.iterdir()) == [folder]
+
+
+@pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()], ids=repr)
+@pytest.mark.parametrize("call", range(4))
+def test_a_failing_rename_restores_the_folder(folder, monkeypatch, call, error):
+    write_folder(folder, 1)
+    rename, calls = os.replace, itertools.count()
+
+    def failing(*arguments):
+        if next(calls) == call:
+            raise error
+        rename(*arguments)
+
+    monkeypatch.setattr(os, "replace", failing)
+    with pytest.raises(type(error)):
+        write_folder(folder, 2)
+    assert folder_number(folder) == 1
+    assert list(folder.parent.iterdir()) == [folder]
+
+
+def write_folder_and_die_at_rename(folder, call, before):
+    rename, calls = os.replace, itertools.count()
+
+    def dying(*arguments):
+        own = next(calls) == call
+        if own and before:
+            die()
+        rename(*arguments)
+        if own:
+            die()
+
+    os.replace = dying
+    write_folder(folder, 1)
+
+
+@pytest.mark.parametrize("before", [True, False], ids=["before", "after"])
+@pytest.mark.parametrize("call", range(4), ids=["one", "two", "old away", "new in place"])
+def test_killed_at_a_rename(folder, call, before):
+    """Renamed are both files of the new folder, then the old folder, then the new one."""
+    write_folder(folder, 0)
+    assert exit_code(write_folder_and_die_at_rename, folder, call, before) == -signal.SIGKILL
+    between = (call, before) in ((2, False), (3, True))
+    where = folder.with_name(".folder.old") if between else folder
+    assert folder.exists() != between
+    assert folder_number(where) == (1 if (call, before) == (3, False) else 0)
+    with pytest.raises(ValueError, match="expected a new folder"):  # a refused call puts it back, too
+        write_folder(folder, 2, names=NAMES[:1])
+    assert folder_number(folder) in (0, 1)
+    write_folder(folder, 2)
+    assert folder_number(folder) == 2
+    assert list(folder.parent.iterdir()) == [folder]

@@ -1,0 +1,152 @@
+"""Our adapters as folders of PEFT's."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from ..config import PathConfig, parse_choice
+from ..distributed import require_whole
+from ..files import write_folder_atomically
+from ..layer import GLoRALinear
+from ..modules import require_linear_layers
+from ..parameters import trainable_parameters
+from .form import CONFIG, FIELDS, PREFIX, TENSORS, Form, read_parts
+
+
+def export_peft(model: nn.Module, folder: str | os.PathLike) -> None:
+    """Write the adapter for ``peft.PeftModel.from_pretrained(base, folder)``, which then computes the same.
+
+    Base weights are not written. Every other trained module (the classifier head) is, whole, as one of PEFT's
+    ``modules_to_save``. Tensors of a kind *none* are written as zeros of their full size, as PEFT does: it
+    warns where they are missing.
+
+    Args:
+        model: with GLoRA layers, all of one path that PEFT has too.
+        folder: a new one, or one to replace that holds nothing else than a former export; written atomically.
+
+    Raises:
+        ValueError: no GLoRA layer, or one that is not linear; what PEFT cannot express, with the layers and reasons
+            (the matmul product, A and B or D and E of different kinds, ranks or paths that differ, C or E without a
+            bias, which PEFT drops); trained tensors that PEFT could not save, or sharded ones; a folder that holds
+            other files.
+    """
+    from safetensors.torch import save
+
+    layers = require_linear_layers(model)
+    require_whole(model)
+    if "" in layers:
+        raise ValueError("model: expected a model that contains GLoRALinear layers, got a single one; PEFT needs names")
+    form = _common_form(layers)
+    saved = _modules_to_save(model, layers)
+    tensors = {
+        f"{name}.{key}": tensor for name in saved for key, tensor in model.get_submodule(name).state_dict().items()
+    }
+    for name, layer in layers.items():
+        tensors |= {f"{name}.{key}": tensor for key, tensor in _exported(layer, form).items()}
+    config = {
+        "peft_type": "GLORA",
+        "task_type": None,
+        "base_model_name_or_path": getattr(model, "name_or_path", None) or None,
+        "inference_mode": True,
+        "bias": "none",
+        "r": form.rank,
+        "target_modules": _target_modules(model, layers),
+        "modules_to_save": saved or None,
+        **form.kinds,
+    }
+    contiguous = {PREFIX + name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    files = {
+        TENSORS: save(contiguous, metadata={"format": "pt"}),
+        CONFIG: (json.dumps(config, indent=2) + "\n").encode(),
+    }
+    write_folder_atomically("folder", folder, files)
+
+
+def _exported(layer: GLoRALinear, form: Form) -> dict[str, Tensor]:
+    parts = read_parts(layer, form.path(layer.bias is not None))
+    zeros = torch.zeros((), dtype=layer.Ad.dtype)
+    return {
+        name: parts[name].reshape(shape) if name in parts else zeros.expand(shape)
+        for name, shape in form.shapes(layer).items()
+    }
+
+
+def _common_form(layers: Mapping[str, GLoRALinear]) -> Form:
+    """The one form of all layers. Raises ValueError, listing the layers that stand against it."""
+    faults = {name: fault for name, layer in layers.items() if (fault := _fault(layer)) is not None}
+    sound = {name: layer for name, layer in layers.items() if name not in faults}
+    kinds: dict[str, str] = {}
+    for field, slot in FIELDS.items():
+        texts = {n: getattr(layer.path, slot) for n, layer in sound.items() if slot == "A" or layer.bias is not None}
+        first = next(iter(texts), None)
+        kinds[field] = "none" if first is None else parse_choice(slot, texts[first]).kind
+        for name, text in texts.items():
+            if first is not None and text != texts[first]:
+                faults.setdefault(name, f"{slot} is {text}, that of {first} is {texts[first]}")
+    if faults:
+        listed = "; ".join(f"{name}: {fault}" for name, fault in faults.items())
+        raise ValueError(
+            f"model: expected paths that PEFT's GLoRA can express, not so in {len(faults)} layers: {listed}"
+        )
+    rank = max(_effective(layer).rank for layer in layers.values())
+    return Form(kinds, rank or max(layer.rank for layer in layers.values()))
+
+
+def _effective(layer: GLoRALinear) -> PathConfig:
+    """The layer's path without what has no effect: D where there is no bias."""
+    path = layer.path
+    return path if layer.bias is not None else PathConfig(path.A, path.B, path.C, E=path.E)
+
+
+def _fault(layer: GLoRALinear) -> str | None:
+    """Why PEFT has no such layer, if it has none."""
+    path = _effective(layer)
+    if layer.product != "hadamard" and path.A != "none":
+        return f"the {layer.product} product"
+    if layer.bias is None and (path.C, path.E) != ("none", "none"):
+        return f"no bias, and C is {path.C}, E is {path.E}"
+    for one, other in ("AB", "DE"):
+        if getattr(path, one) != getattr(path, other) and not (one == "D" and layer.bias is None):
+            return f"{one} is {getattr(path, one)}, {other} is {getattr(path, other)}"
+    ranks = {choice.rank for choice in path.choices.values() if choice.rank}
+    return f"ranks {sorted(ranks)}" if len(ranks) > 1 else None
+
+
+def _modules_to_save(model: nn.Module, layers: Mapping[str, GLoRALinear]) -> list[str]:
+    """The modules of all that is trained beside the adapters, none within another."""
+    support = {id(p) for layer in layers.values() for p in layer.support_parameters()}
+    trained = {id(p) for p in trainable_parameters(model)} - support
+    named = list(model.named_parameters(remove_duplicate=False))
+    count = Counter(id(p) for _, p in named)
+    shared = [name for name, p in named if id(p) in trained | support and count[id(p)] > 1]
+    if shared:
+        raise ValueError(f"model: expected trained tensors of one module each, PEFT would part the shared {shared}")
+    owners = {name.rpartition(".")[0] for name, p in named if id(p) in trained}
+    outermost = sorted(owner for owner in owners if not any(_within(owner, other) for other in owners))
+    theirs = ["base_model", "base_model.model", *(PREFIX + name for name, _ in model.named_modules() if name)]
+    for owner in outermost:
+        held = [name for name in layers if not owner or _within(name, owner)]
+        alike = [name for name in theirs if name != PREFIX + owner and name.endswith(owner)]
+        if held or alike:
+            reason = f"it holds the adapted {held}" if held else f"PEFT would take {alike} for it"
+            raise ValueError(f"model: PEFT cannot save the trained module {owner!r}: {reason}; freeze it first")
+    return outermost
+
+
+def _within(name: str, module: str) -> bool:
+    return name.startswith(module + ".")
+
+
+def _target_modules(model: nn.Module, layers: Iterable[str]) -> list[str] | str:
+    """A list, which PEFT compares with the ends of names; a regular expression where that takes in others."""
+    names = sorted(layers)
+    ends = tuple("." + name for name in names)
+    others = [name for name, _ in model.named_modules() if name.endswith(ends) and name not in names]
+    return "|".join(re.escape(name) for name in names) if others else names
