@@ -5,22 +5,29 @@
 
 from .adapter_file import load_adapter, save_adapter
 from .config import LayerShape, PathConfig, SearchSpace
+from .conv import GLoRAConv2d
+from .conv1d import GLoRAConv1D
 from .distributed import sync_gradients
 from .evaluation import Metrics, evaluate, evaluate_merged
 from .evolution import SearchResult, SearchSettings, evolve, search
 from .injection import inject
-from .layer import GLoRALinear
+from .layer import GLoRALayer, GLoRALinear
 from .lycoris import load_lycoris, save_lycoris
 from .merging import MergeReport, merge, unmerge
 from .modules import glora_layers
 from .official import load_official, official_paths, save_official
 from .parameters import count_parameters, drop_unread_gradients, trainable_parameters
 from .paths import get_paths, sample_paths, set_paths, using_paths
+from .quantised import GLoRAQuantisedLinear
 from .training import Recipe, TrainSummary, train
 from .version import __version__
 
 __all__ = [
+    "GLoRAConv1D",
+    "GLoRAConv2d",
+    "GLoRALayer",
     "GLoRALinear",
+    "GLoRAQuantisedLinear",
     "LayerShape",
     "MergeReport",
     "Metrics",

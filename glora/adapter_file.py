@@ -16,11 +16,12 @@ from torch import Tensor, nn
 
 from glora_kernels.terms import PRODUCTS
 
+from .adapters import adapters
 from .config import PathConfig
 from .distributed import require_whole
 from .files import write_atomically
 from .injection import adapt
-from .layer import SUPPORT_NAMES, GLoRALinear
+from .layer import SUPPORT_NAMES, GLoRALayer, support_shapes
 from .modules import glora_layers, require_layers, require_real
 from .parameters import trainable_parameters
 from .paths import Paths, set_paths
@@ -81,9 +82,9 @@ def apply_adapter(
     expected = _expected_shapes(model, layers, description, tensors, file)
     _check_tensors(expected, tensors, file)
     if not layers:
-        linears: list[Any] = [model.get_submodule(name) for name in description.ranks]
+        modules = [model.get_submodule(name) for name in description.ranks]
         kept = {id(p) for name, p in model.named_parameters() if name in tensors}
-        adapt(model, linears, next(iter(description.ranks.values())), description.product, kept)
+        adapt(model, modules, next(iter(description.ranks.values())), description.product, kept)
     parameters = dict(model.named_parameters())
     with torch.no_grad():
         for name, tensor in tensors.items():
@@ -137,7 +138,7 @@ def _parse(content: dict[str, Any]) -> Description:
 
 def _expected_shapes(
     model: nn.Module,
-    layers: dict[str, GLoRALinear],
+    layers: dict[str, GLoRALayer],
     description: Description,
     tensors: dict[str, Tensor],
     file: str | os.PathLike,
@@ -159,10 +160,11 @@ def _expected_shapes(
             )
     else:
         modules = dict(model.named_modules())
+        kinds = adapters()
         # the model itself cannot be replaced
-        unfit = sorted(name for name in ranks if not name or type(modules.get(name)) is not nn.Linear)
+        unfit = sorted(name for name in ranks if not name or type(modules.get(name)) not in kinds)
         if unfit:
-            raise ValueError(f"{file}: made for another model: expected an nn.Linear at {unfit}")
+            raise ValueError(f"{file}: made for another model: expected layers that GLoRA adapts at {unfit}")
         if len(set(ranks.values())) != 1:
             raise ValueError(f"{file}: layers of ranks {sorted(set(ranks.values()))}; inject each rank before loading")
         own.update(_support_shapes(modules, ranks, product))
@@ -173,12 +175,12 @@ def _expected_shapes(
 
 
 def _support_shapes(modules: dict[str, Any], ranks: dict[str, int], product: str) -> dict[str, tuple[int, ...]]:
-    """What injecting into these linear layers would make."""
+    """What injecting into these layers would make."""
+    kinds = adapters()
     shapes = {}
     for name, rank in ranks.items():
-        linear = modules[name]
-        twin = GLoRALinear(linear.in_features, linear.out_features, rank=rank, product=product, device="meta")
-        shapes.update({f"{name}.{support}": tuple(getattr(twin, support).shape) for support in SUPPORT_NAMES})
+        features = kinds[type(modules[name])].features(modules[name])
+        shapes.update({f"{name}.{part}": shape for part, shape in support_shapes(features, rank, product).items()})
     return shapes
 
 

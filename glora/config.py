@@ -93,6 +93,11 @@ class PathConfig:
         """The largest rank of any tensor; 0 if none is low rank."""
         return max(choice.rank for choice in self.choices.values())
 
+    @property
+    def makes_bias(self) -> bool:
+        """Whether a layer without bias gets one by this path: C or E is there."""
+        return self.C != "none" or self.E != "none"
+
     def count(self, shape: LayerShape) -> int:
         """Parameters this path reads in a layer of ``shape``: what a search's limit counts."""
         return sum(count_choice(slot, getattr(self, slot), shape) for slot in SLOTS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -13,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from .config import PathConfig
 from .distributed import require_whole
 from .modules import evaluating, replaced_modules, require_layers
-from .paths import check_names
+from .paths import check_names, using_paths
 
 
 class Metrics(NamedTuple):
@@ -51,7 +52,8 @@ def evaluate_merged(
 ) -> Metrics:
     """As :func:`evaluate`, with every layer merged under ``paths`` for the time of the call.
 
-    Each W_eff is assembled once, not once a batch. The model and its paths are left as they are.
+    Each W_eff is assembled once, not once a batch; layers with a quantised base are used unmerged. The
+    model and its paths are left as they are.
 
     Raises:
         ValueError: an empty data set, paths of another model, or sharded parameters.
@@ -59,6 +61,8 @@ def evaluate_merged(
     require_whole(model)
     layers = require_layers(model)
     check_names("paths", paths, layers)
-    merged: dict[nn.Module, nn.Module] = {layer: layer.merge(paths[name], safe=False) for name, layer in layers.items()}
-    with replaced_modules(model, merged):
+    exact = {name: layer for name, layer in layers.items() if layer.merges_exactly}
+    merged: dict[nn.Module, nn.Module] = {layer: layer.merge(paths[name], safe=False) for name, layer in exact.items()}
+    unmerged = using_paths(model, paths) if len(exact) < len(layers) else nullcontext()
+    with unmerged, replaced_modules(model, merged):
         return evaluate(merged.get(model, model), dataset, batch_size)

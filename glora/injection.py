@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from torch import nn
 
-from .layer import GLoRALinear, qualified_name
+from .adapters import adapted, adapters
+from .layer import qualified_name
 from .modules import glora_layers, matches, replace_modules
 
 DEFAULT_EXCLUDE = ("head",)
@@ -19,6 +20,7 @@ def inject(
     targets: Iterable[str] | None = None,
     exclude: Iterable[str] = DEFAULT_EXCLUDE,
     product: str = "hadamard",
+    convolutions: bool = False,
 ) -> nn.Module:
     """Replace linear layers of ``model`` by :class:`GLoRALinear`, in place; outputs stay the same.
 
@@ -29,9 +31,10 @@ def inject(
 
     Args:
         rank: the largest rank a path may ask for.
-        targets: names of layers to adapt; None for every ``nn.Linear``.
+        targets: names of layers to adapt; None for every ``nn.Linear``, and every ``Conv1D`` of Hugging Face's GPT-2.
         exclude: names of modules that are left exactly as they are.
         product: ``"hadamard"`` or ``"matmul"``.
+        convolutions: adapt every ``nn.Conv2d`` too (:class:`GLoRAConv2d`), or those among the targets.
 
     Returns:
         ``model`` itself.
@@ -39,15 +42,16 @@ def inject(
     Raises:
         ValueError: an empty, repeated or unmatched name; nothing to adapt; a model adapted before;
             a layer that shares a trainable parameter with an excluded module. The model is unchanged then.
-        TypeError: a target that is an ``nn.Linear`` subclass, which may compute something else; one with hooks,
+        TypeError: a target of a subclass of what is adapted, which may compute something else; one with hooks,
             pruning or weight norm; one that an ``nn.TransformerEncoderLayer`` or ``nn.MultiheadAttention`` reads
             directly.
     """
     targets = None if targets is None else _checked_names("targets", targets)
     excluded = _checked_names("exclude", exclude)
     if glora_layers(model):
-        raise ValueError("model: expected a model without GLoRA, it holds GLoRALinear layers already")
-    if isinstance(model, nn.Linear):
+        raise ValueError("model: expected a model without GLoRA, it holds adapted layers already")
+    kinds = [kind for kind in adapters() if convolutions or kind is not nn.Conv2d]
+    if isinstance(model, tuple(kinds)):
         raise ValueError(
             "model: expected a model that contains linear layers; use GLoRALinear.from_linear for one layer"
         )
@@ -60,28 +64,28 @@ def inject(
 
     left_alone = {module for name, module in named.items() if any(matches(name, pattern) for pattern in excluded)}
     kept = {id(p) for module in left_alone for p in module.parameters()}
-    chosen = _choose(named, targets, left_alone)
+    chosen = _choose(named, targets, left_alone, kinds)
     _check_kept(model, chosen, kept)
     adapt(model, chosen, rank, product, kept)
     return model
 
 
-def adapt(model: nn.Module, linears: Iterable[nn.Linear], rank: int, product: str, kept: set[int]) -> None:
-    """Replace exactly ``linears``, and freeze every parameter of ``model`` whose id is not ``kept``.
+def adapt(model: nn.Module, modules: Iterable[nn.Module], rank: int, product: str, kept: set[int]) -> None:
+    """Replace exactly ``modules``, and freeze every parameter of ``model`` whose id is not ``kept``.
 
     Raises:
-        TypeError: one of ``linears`` cannot be replaced (see :func:`inject`); the model is unchanged then.
+        TypeError: one of ``modules`` cannot be replaced (see :func:`inject`); the model is unchanged then.
     """
-    linears = list(linears)
+    modules = list(modules)
     readers = _read_directly(model.modules())
     for name, module in model.named_modules():
-        if module in readers and module in linears:
+        if module in readers and module in modules:
             raise _bypassed(name, readers[module])
     replacements: dict[nn.Module, nn.Module] = {}
     requires_grad = {p: p.requires_grad for p in model.parameters()}
     try:
-        for linear in linears:
-            replacements[linear] = GLoRALinear.from_linear(linear, rank, product)
+        for module in modules:
+            replacements[module] = adapted(module, rank, product)
     except Exception:
         for parameter, flag in requires_grad.items():
             parameter.requires_grad_(flag)
@@ -93,30 +97,35 @@ def adapt(model: nn.Module, linears: Iterable[nn.Linear], rank: int, product: st
 
 
 def _choose(
-    named: Mapping[str, nn.Module], targets: tuple[str, ...] | None, left_alone: set[nn.Module]
-) -> list[nn.Linear]:
-    chosen: dict[nn.Linear, None] = {}
+    named: Mapping[str, nn.Module],
+    targets: tuple[str, ...] | None,
+    left_alone: set[nn.Module],
+    kinds: Sequence[type[nn.Module]],
+) -> list[nn.Module]:
+    chosen: dict[nn.Module, None] = {}
     readers = _read_directly(named.values())
     for name, module in named.items():
-        if module in left_alone or not isinstance(module, nn.Linear):
+        if module in left_alone or not isinstance(module, tuple(kinds)):
             continue
         selected = targets is None or any(matches(name, pattern) for pattern in targets)
         if not selected:
             continue
-        exact = type(module) is nn.Linear
+        exact = type(module) in kinds
         if module in readers and (exact or targets is not None):
             raise _bypassed(name, readers[module])
         if exact:
             chosen[module] = None
         elif targets is not None:
+            base = next(qualified_name(kind) for kind in kinds if isinstance(module, kind))
             kind = qualified_name(type(module))
             raise TypeError(
-                f"targets: expected exactly torch.nn.Linear at {name!r}, got its subclass {kind}, which may compute "
-                "something else; exclude it, or put an nn.Linear in its place"
+                f"targets: expected exactly {base} at {name!r}, got its subclass {kind}, which may compute "
+                f"something else; exclude it, or put a {base} in its place"
             )
     if not chosen:
         scope = "" if targets is None else f" among targets {list(targets)}"
-        raise ValueError(f"model: expected at least one nn.Linear to adapt{scope}, found none")
+        wanted = "nn.Linear or nn.Conv2d" if nn.Conv2d in kinds else "nn.Linear"
+        raise ValueError(f"model: expected at least one {wanted} to adapt{scope}, found none")
     return list(chosen)
 
 
@@ -137,9 +146,9 @@ def _bypassed(name: str, reader: str) -> TypeError:
     )
 
 
-def _check_kept(model: nn.Module, chosen: Iterable[nn.Linear], kept: set[int]) -> None:
+def _check_kept(model: nn.Module, chosen: Iterable[nn.Module], kept: set[int]) -> None:
     """Raise ValueError if what is excluded would go on training a parameter that an adapted layer freezes."""
-    frozen = {id(p) for linear in chosen for p in linear.parameters() if p.requires_grad}
+    frozen = {id(p) for module in chosen for p in module.parameters() if p.requires_grad}
     if frozen & kept:
         named = model.named_parameters(remove_duplicate=False)
         names = [name for name, p in named if id(p) in frozen & kept]

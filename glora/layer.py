@@ -1,9 +1,9 @@
-"""The drop-in layer."""
+"""What every adapted layer is, and the drop-in for ``nn.Linear``."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from glora_kernels import (
     encode,
     glora_linear,
     glora_merge,
+    reference,
     takes_operator,
 )
 
@@ -24,31 +25,37 @@ from .config import SLOTS, Choice, LayerShape, PathConfig
 from .history import PathHistory
 
 STORAGES = {"A": ("Ad", "Au"), "B": ("Bd", "Bu"), "C": ("Cd", "Cu"), "D": ("D",), "E": ("E",)}
+PROBE_TOKENS = 16
 SUPPORT_NAMES = tuple(name for names in STORAGES.values() for name in names)
+Layer = TypeVar("Layer", bound="GLoRALayer")
+Plain = TypeVar("Plain", bound=nn.Module)
 
 
-class GLoRALinear(nn.Module):
-    """A frozen linear layer with five support tensors (arXiv 2306.07967, Eq. 10).
+class GLoRALayer(nn.Module):
+    """What every adapted layer is: a frozen weight, seen as an ``(N, K)`` matrix, five support tensors and a path.
 
-    ``y = (W0 + W0 * A + B) x + W0 c + b0 * D + E + b0``, or ``W0 @ A`` for the matmul product.
-    :attr:`path` says which kind each tensor is; it is set from outside, never inside forward. A
-    freshly made layer computes what the linear layer does, whatever its path.
+    Find layers by this type (:func:`glora.glora_layers`); make them by :class:`GLoRALinear` and its siblings.
 
-    Args:
-        in_features, out_features, bias, device, dtype: as for :class:`torch.nn.Linear`.
+    Attributes:
+        out_features, in_features: N and K.
+        weight, bias: the frozen base, in the shapes of the plain layer; ``bias`` (N,) or None.
         rank: the largest rank a path may ask for.
-        product: ``"hadamard"`` (the paper, the official code, PEFT) or ``"matmul"`` (RepAdapter, LyCORIS).
+        product: ``"hadamard"`` or ``"matmul"``.
+        merges_exactly: whether merging keeps the bits that are multiplied by.
+        plain_type: the type of the module that was adapted, and will be again after merging.
 
     Parameters:
-        weight (N, K), bias (N,): frozen.
         Ad (N, R) or, for the matmul product, (K, R); Au (R, K); Bd (N, R); Bu (R, K); Cd (K, R);
-        Cu (R, 1); D (N,); E (N,): trainable, under the official names. In fp32 where ``dtype``
-        is a half type, whose resolution would swallow their updates (``.to(dtype)`` casts all).
-
-    Raises:
-        ValueError: a rank below 1, or an unknown product.
+        Cu (R, 1); D (N,); E (N,): trainable, under the official names. In fp32 where the weight
+        is of a half type, whose resolution would swallow their updates (``.to(dtype)`` casts all).
     """
 
+    merges_exactly: ClassVar[bool] = True
+    in_features: int
+    out_features: int
+    rank: int
+    product: str
+    plain_type: type[nn.Module]
     weight: nn.Parameter
     bias: nn.Parameter | None
     Ad: nn.Parameter
@@ -60,64 +67,70 @@ class GLoRALinear(nn.Module):
     D: nn.Parameter
     E: nn.Parameter
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        bias: bool = True,
-        *,
-        rank: int = 8,
-        product: str = "hadamard",
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ):
-        super().__init__()
-        self._adopt(nn.Linear(in_features, out_features, bias, device=device, dtype=dtype), rank, product)
-
     @classmethod
-    def from_linear(cls, linear: nn.Linear, rank: int = 8, product: str = "hadamard") -> GLoRALinear:
-        """A layer around the very parameters of ``linear``, which are frozen; nothing is copied.
-
-        Raises:
-            TypeError: ``linear`` is not exactly an :class:`torch.nn.Linear`: a subclass may compute
-                something else.
-        """
-        if type(linear) is not nn.Linear:
-            raise TypeError(f"linear: expected exactly torch.nn.Linear, got {qualified_name(type(linear))}")
-        if not is_bare(linear) or "weight" not in linear._parameters:
-            raise TypeError("linear: expected one without hooks, pruning or weight norm; they would be lost")
+    def _around(cls: type[Layer], base: nn.Module, rank: int, product: str) -> Layer:
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
-        layer._adopt(linear, rank, product)
+        layer._adopt(base, rank, product)
         return layer
 
-    def _adopt(self, linear: nn.Linear, rank: int, product: str) -> None:
+    def _adopt(self, base: Any, rank: int, product: str) -> None:
+        """Take over the geometry and the parameters of ``base``."""
+        raise NotImplementedError
+
+    def _adapt(self, base: nn.Module, features: tuple[int, int], rank: int, product: str) -> None:
+        """Adopt and freeze the parameters of ``base``, whose weight is a matrix of ``features = (N, K)``."""
         if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
             raise ValueError(f"rank: expected an integer from 1, got {rank!r}")
-        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.out_features, self.in_features = features
         self.rank, self.product = rank, Terms(product=product).product
-        linear.requires_grad_(False)
-        self.weight = linear.weight  # type: ignore[assignment]
-        self.register_parameter("bias", linear.bias)
-        a_rows = self.out_features if product == "hadamard" else self.in_features
-        shapes = {
-            "Ad": (a_rows, rank),
-            "Au": (rank, self.in_features),
-            "Bd": (self.out_features, rank),
-            "Bu": (rank, self.in_features),
-            "Cd": (self.in_features, rank),
-            "Cu": (rank, 1),
-            "D": (self.out_features,),
-            "E": (self.out_features,),
-        }
-        wide = torch.promote_types(self.weight.dtype, torch.float32)
-        for name, shape in shapes.items():
+        self.plain_type = type(base)
+        base.requires_grad_(False)
+        self.weight = base.weight  # type: ignore[assignment]
+        self.register_parameter("bias", base.bias)  # type: ignore[arg-type]
+        dtype = self.weight.dtype if self.weight.is_floating_point() else torch.float32
+        wide = torch.promote_types(dtype, torch.float32)
+        for name, shape in support_shapes(features, rank, product).items():
             self.register_parameter(name, nn.Parameter(torch.empty(shape, device=self.weight.device, dtype=wide)))
         path = PathConfig(f"lora_{rank}", f"lora_{rank}", f"lora_{rank}", "vector", "vector")
         self._history = PathHistory(path)
         self.path = path
-        self.training = linear.training
+        self.training = base.training
         self.reset_support()
+
+    @property
+    def matrix(self) -> Tensor:
+        """W0 as ``(N, K)``: a view of :attr:`weight` where that is possible."""
+        return self.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(..., K) -> (..., N)``. Under ``torch.compile`` the path is data: one graph serves every path."""
+        if takes_operator():
+            storages = [getattr(self, name) for name in SUPPORT_NAMES]
+            return configured_linear(x, self.matrix, self.bias, storages, self._config, self.product)
+        return glora_linear(x, self.matrix, self.bias, self._terms_in_force())
+
+    def merge(self, path: PathConfig | None = None, safe: bool = True) -> nn.Module:
+        """A plain layer, sharing nothing with this one, that computes what this one does under ``path``."""
+        raise NotImplementedError
+
+    def stands_merged(self, module: nn.Module) -> bool:
+        """Whether ``module`` can be what this layer was merged into."""
+        return type(module) is self.plain_type and module.weight.shape == self.weight.shape  # type: ignore[union-attr]
+
+    def outputs_merged(self, plain: nn.Module, x: Tensor) -> Tensor:
+        """What ``plain``, merged from this layer, makes of x."""
+        return plain(x)
+
+    def probe(self, generator: torch.Generator) -> Tensor:
+        """A small random input of unit variance, on the layer's device and in its dtype."""
+        x = torch.randn(PROBE_TOKENS, self.in_features, generator=generator)
+        return x.to(self.weight)
+
+    def exact(self, x: Tensor) -> Tensor:
+        """The formula in fp64, written out (:mod:`glora_kernels.reference`)."""
+        bias = None if self.bias is None else self.bias.double()
+        return reference.glora_linear(x.double(), self.matrix.double(), bias, self.terms())
 
     def reset_support(self) -> None:
         """Back to the identity, as the official code initialises: right factors Xavier-uniform, all else zero."""
@@ -174,6 +187,10 @@ class GLoRALinear(nn.Module):
         terms: dict[str, Any] = {slot: self._term(slot, choice) for slot, choice in active.items()}
         return Terms(**terms, product=self.product)
 
+    def _terms_in_force(self) -> Terms:
+        """The terms of this forward pass; of the first one, where a checkpoint runs it again (:mod:`glora.history`)."""
+        return self.terms(self._history.in_force())
+
     def _term(self, slot: str, choice: Choice) -> LowRank | Vector | Constant:
         names = STORAGES[slot]
         storage = getattr(self, names[0])
@@ -181,30 +198,11 @@ class GLoRALinear(nn.Module):
             return LowRank(storage, getattr(self, names[1]), choice.rank)
         return Vector(storage) if choice.kind == "vector" else Constant(storage)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``(..., K) -> (..., N)``. Under ``torch.compile`` the path is data: one graph serves every path."""
-        if takes_operator():
-            storages = [getattr(self, name) for name in SUPPORT_NAMES]
-            return configured_linear(x, self.weight, self.bias, storages, self._config, self.product)
-        return glora_linear(x, self.weight, self.bias, self.terms(self._history.in_force()))
-
-    def merge(self, path: PathConfig | None = None, safe: bool = True) -> nn.Linear:
-        """A plain linear layer, sharing nothing with this one, that computes what this one does.
-
-        Formed in fp32 (fp64 for fp64), rounded once. It has a bias if this layer has one or if the
-        path makes one (C or E). Its parameters are frozen, as the base's are.
-
-        Raises:
-            ValueError: with ``safe``, a NaN or infinity in the merged weight or bias.
-        """
-        weight, bias = glora_merge(self.weight, self.bias, self.terms(path), safe)
-        linear = nn.Linear(
-            self.in_features, self.out_features, bias is not None, device="meta", dtype=weight.dtype
-        )  # on meta: nothing is allocated or drawn at random
-        linear.weight = nn.Parameter(weight, requires_grad=False)
-        if bias is not None:
-            linear.bias = nn.Parameter(bias, requires_grad=False)
-        return linear.train(self.training)
+    def _fill(self, plain: Plain, weight: Tensor, bias: Tensor | None) -> Plain:
+        """``plain`` with these parameters, frozen, in this layer's mode."""
+        plain.register_parameter("weight", nn.Parameter(weight, requires_grad=False))
+        plain.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
+        return plain.train(self.training)
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors):
         """Also takes the state dict of an ``nn.Linear``: the support tensors then stay as they are."""
@@ -220,7 +218,7 @@ class GLoRALinear(nn.Module):
         self._history = PathHistory(self.path)
         self._encode_path()
 
-    def _replicate_for_data_parallel(self) -> GLoRALinear:
+    def _replicate_for_data_parallel(self) -> GLoRALayer:
         """A replica lives for one forward pass and its backward, which has its numbers in a thread of its own."""
         replica = super()._replicate_for_data_parallel()
         replica._history = PathHistory(self.path)
@@ -230,9 +228,110 @@ class GLoRALinear(nn.Module):
     def extra_repr(self) -> str:
         path = ", ".join(f"{slot}={text}" for slot, text in self.path.to_dict().items())
         return (
-            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"rank={self.rank}, product={self.product}, path=({path})"
+            f"{self._geometry()}, bias={self.bias is not None}, rank={self.rank}, product={self.product}, path=({path})"
         )
+
+    def _geometry(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}"
+
+
+class GLoRALinear(GLoRALayer):
+    """A frozen linear layer with five support tensors (arXiv 2306.07967, Eq. 10).
+
+    ``y = (W0 + W0 * A + B) x + W0 c + b0 * D + E + b0``, or ``W0 @ A`` for the matmul product.
+    :attr:`path` says which kind each tensor is; it is set from outside, never inside forward. A
+    freshly made layer computes what the linear layer does, whatever its path.
+
+    Args:
+        in_features, out_features, bias, device, dtype: as for :class:`torch.nn.Linear`.
+        rank: the largest rank a path may ask for.
+        product: ``"hadamard"`` (the paper, the official code, PEFT) or ``"matmul"`` (RepAdapter, LyCORIS).
+
+    Parameters:
+        weight (N, K), bias (N,): frozen.
+        Ad (N, R) or, for the matmul product, (K, R); Au (R, K); Bd (N, R); Bu (R, K); Cd (K, R);
+        Cu (R, 1); D (N,); E (N,): trainable, under the official names. In fp32 where ``dtype``
+        is a half type, whose resolution would swallow their updates (``.to(dtype)`` casts all).
+
+    Raises:
+        ValueError: a rank below 1, or an unknown product.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        rank: int = 8,
+        product: str = "hadamard",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        self._adopt(nn.Linear(in_features, out_features, bias, device=device, dtype=dtype), rank, product)
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, rank: int = 8, product: str = "hadamard") -> GLoRALinear:
+        """A layer around the very parameters of ``linear``, which are frozen; nothing is copied.
+
+        A quantised layer is given a :class:`GLoRAQuantisedLinear`.
+
+        Raises:
+            TypeError: ``linear`` is not exactly an :class:`torch.nn.Linear`: a subclass may compute
+                something else.
+        """
+        from .quantised import GLoRAQuantisedLinear, is_quantised  # here: they build on this file
+
+        if is_quantised(linear):
+            return GLoRAQuantisedLinear.from_linear(linear, rank, product)
+        require_plain("linear", linear, nn.Linear)
+        return cls._around(linear, rank, product)
+
+    @staticmethod
+    def features(linear: nn.Linear) -> tuple[int, int]:
+        """N and K of ``linear``."""
+        return linear.out_features, linear.in_features
+
+    def _adopt(self, linear: nn.Linear, rank: int, product: str) -> None:
+        self._adapt(linear, self.features(linear), rank, product)
+
+    def merge(self, path: PathConfig | None = None, safe: bool = True) -> nn.Linear:
+        """A plain linear layer, sharing nothing with this one, that computes what this one does.
+
+        Formed in fp32 (fp64 for fp64), rounded once. It has a bias if this layer has one or if the
+        path makes one (C or E). Its parameters are frozen, as the base's are.
+
+        Raises:
+            ValueError: with ``safe``, a NaN or infinity in the merged weight or bias.
+        """
+        weight, bias = glora_merge(self.weight, self.bias, self.terms(path), safe)
+        # on meta: nothing is allocated or drawn at random
+        linear = nn.Linear(self.in_features, self.out_features, bias is not None, device="meta", dtype=weight.dtype)
+        return self._fill(linear, weight, bias)
+
+
+def support_shapes(features: tuple[int, int], rank: int, product: str) -> dict[str, tuple[int, ...]]:
+    """The shape of every support tensor of a layer of ``features = (N, K)``."""
+    rows, columns = features
+    return {
+        "Ad": (rows if product == "hadamard" else columns, rank),
+        "Au": (rank, columns),
+        "Bd": (rows, rank),
+        "Bu": (rank, columns),
+        "Cd": (columns, rank),
+        "Cu": (rank, 1),
+        "D": (rows,),
+        "E": (rows,),
+    }
+
+
+def require_plain(argument: str, module: nn.Module, kind: type[nn.Module]) -> None:
+    """Raise TypeError if ``module`` is not exactly a ``kind``, or something on it would be lost by replacing it."""
+    if type(module) is not kind:
+        raise TypeError(f"{argument}: expected exactly {qualified_name(kind)}, got {qualified_name(type(module))}")
+    if not is_bare(module) or "weight" not in module._parameters:
+        raise TypeError(f"{argument}: expected one without hooks, pruning or weight norm; they would be lost")
 
 
 def is_bare(module: nn.Module) -> bool:
@@ -242,4 +341,6 @@ def is_bare(module: nn.Module) -> bool:
 
 
 def qualified_name(kind: type) -> str:
-    return f"{kind.__module__}.{kind.__qualname__}"
+    """The name to import ``kind`` by."""
+    module = "torch.nn" if getattr(nn, kind.__name__, None) is kind else kind.__module__
+    return f"{module}.{kind.__qualname__}"

@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from .config import PathConfig
 from .files import write_atomically
 from .injection import adapt
-from .layer import GLoRALinear
-from .modules import glora_layers, require_layers, require_real
+from .layer import GLoRALayer, GLoRALinear
+from .modules import glora_layers, require_linear_layers, require_real
 from .parameters import trainable_parameters
 from .paths import set_paths
 
@@ -55,16 +55,17 @@ def save_lycoris(
         adapters_only: leave out other trained parameters, such as a classifier head, which the format cannot hold.
 
     Raises:
-        ValueError: no adapted layer; paths that LyCORIS cannot express, by layer: A and B low rank (A in the matmul
-            product) or ``none``, no C, D or E; two layers of one name in the file; other trained parameters, without
-            ``adapters_only``; a file name that does not end in ``.safetensors``. Nothing is written then.
+        ValueError: no adapted layer, or one that is not linear; paths that LyCORIS cannot express, by layer: A and B
+            low rank (A in the matmul product) or ``none``, no C, D or E; two layers of one name in the file; other
+            trained parameters, without ``adapters_only``; a file name that does not end in ``.safetensors``. Nothing
+            is written then.
     """
     from safetensors.torch import save
 
     _check_options(prefix, layout)
     if not os.fspath(file).endswith(".safetensors"):
         raise ValueError(f"file: expected a name in .safetensors, by which LyCORIS knows it, got {os.fspath(file)!r}")
-    layers = require_layers(model)
+    layers = require_linear_layers(model)
     unfit = [f"{name} ({what})" for name, layer in layers.items() if (what := _inexpressible(layer))]
     if unfit:
         raise ValueError(
@@ -134,7 +135,7 @@ class _Adapter(NamedTuple):
     path: PathConfig
 
     @torch.no_grad()
-    def copy_into(self, layer: GLoRALinear) -> None:
+    def copy_into(self, layer: GLoRALayer) -> None:
         layer.reset_support()
         for slot in "AB":
             rank = self.path.choices[slot].rank
@@ -275,10 +276,11 @@ def _check_entries(found: dict[str, dict[str, Tensor]], file: str | os.PathLike)
 
 def _layout(model: nn.Module, found: dict[str, dict[str, Tensor]], asked: str | None, file: str | os.PathLike) -> str:
     """The one layout that the shapes of every layer fit."""
-    weights = {name: cast(Tensor, model.get_submodule(name).weight) for name in found}
-    fits = {name: _fitting(weights[name], entries) for name, entries in found.items()}
+    linears = {name: cast(nn.Linear, model.get_submodule(name)) for name in found}
+    sizes = {name: (linear.out_features, linear.in_features) for name, linear in linears.items()}
+    fits = {name: _fitting(sizes[name], entries) for name, entries in found.items()}
     unfit = [
-        f"{name}: weight {tuple(weights[name].shape)}, "
+        f"{name}: weight {sizes[name]}, "
         + ", ".join(f"{entry} {tuple(found[name][entry].shape)}" for entry in ENTRIES[:4])
         for name, layouts in fits.items()
         if not layouts or (asked is not None and asked not in layouts)
@@ -295,8 +297,8 @@ def _layout(model: nn.Module, found: dict[str, dict[str, Tensor]], asked: str | 
     return common[0]
 
 
-def _fitting(weight: Tensor, entries: dict[str, Tensor]) -> list[str]:
-    rows, columns = weight.shape
+def _fitting(size: tuple[int, int], entries: dict[str, Tensor]) -> list[str]:
+    rows, columns = size
     fitting = []
     for layout, factors in LAYOUTS.items():
         shapes = [tuple(entries[f"{factor}.weight"].shape) for factor in factors]
@@ -324,7 +326,7 @@ def _scale(name: str, alpha: Tensor | None, rank: int, file: str | os.PathLike) 
 
 
 def _check_fit(
-    model: nn.Module, layers: dict[str, GLoRALinear], adapters: dict[str, _Adapter], file: str | os.PathLike
+    model: nn.Module, layers: dict[str, GLoRALayer], adapters: dict[str, _Adapter], file: str | os.PathLike
 ) -> None:
     """Raise if the file's layers are not those of an adapted model, or its values not those of the storage."""
     if layers:

@@ -7,20 +7,30 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from .layer import GLoRALinear
+from .layer import GLoRALayer, GLoRALinear
 
 
-def glora_layers(model: nn.Module) -> dict[str, GLoRALinear]:
+def glora_layers(model: nn.Module) -> dict[str, GLoRALayer]:
     """The adapted layers of ``model`` by name, in the model's own order, each once."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, GLoRALinear)}
+    return {name: module for name, module in model.named_modules() if isinstance(module, GLoRALayer)}
 
 
-def require_layers(model: nn.Module) -> dict[str, GLoRALinear]:
+def require_layers(model: nn.Module) -> dict[str, GLoRALayer]:
     """As :func:`glora_layers`. Raises ValueError if there are none."""
     layers = glora_layers(model)
     if not layers:
-        raise ValueError("model: expected at least one GLoRALinear, found none; call glora.inject(model) first")
+        raise ValueError("model: expected at least one adapted layer, found none; call glora.inject(model) first")
     return layers
+
+
+def require_linear_layers(model: nn.Module) -> dict[str, GLoRALinear]:
+    """As :func:`require_layers`, for formats that know linear layers only. Raises ValueError if there are others."""
+    layers = require_layers(model)
+    linear = {name: layer for name, layer in layers.items() if isinstance(layer, GLoRALinear)}
+    others = [f"{name} ({type(layer).__name__})" for name, layer in layers.items() if name not in linear]
+    if others:
+        raise ValueError(f"model: expected adapted linear layers, which is all that the format can hold; got {others}")
+    return linear
 
 
 def require_real(model: nn.Module) -> None:

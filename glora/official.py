@@ -18,7 +18,7 @@ from .adapter_file import Description, apply_adapter
 from .config import PathConfig
 from .files import write_atomically
 from .layer import SUPPORT_NAMES, GLoRALinear
-from .modules import require_layers
+from .modules import require_layers, require_linear_layers
 from .parameters import trainable_parameters
 from .paths import Paths
 
@@ -65,10 +65,10 @@ def save_official(model: nn.Module, file: str | os.PathLike) -> None:
     That code adapts every linear layer but the head, all with one rank; :func:`official_paths` has the paths.
 
     Raises:
-        ValueError: no adapted layer, another product than hadamard, several ranks, or other layers adapted than the
-            official code adapts. Nothing is written then.
+        ValueError: no adapted layer, one that is not linear, another product than hadamard, several ranks, or other
+            layers adapted than the official code adapts. Nothing is written then.
     """
-    layers = require_layers(model)
+    layers = require_linear_layers(model)
     unfit = [name for name, layer in layers.items() if layer.product != "hadamard"]
     if unfit:
         raise ValueError(f"model: expected the hadamard product, as in the official code, got matmul in {unfit}")

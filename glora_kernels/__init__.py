@@ -4,7 +4,10 @@ Knows tensors, never modules or configurations. Importing it loads no Triton and
 """
 
 from . import reference
+from .assembly import glora_assemble
+from .blocked import RowBlocks, blocked_linear, terms_of_rows
 from .configuration import encode
+from .convolution import configured_conv2d, glora_conv2d
 from .dispatch import available_backends, use_backend
 from .ops import glora_linear, glora_merge
 from .plan import Explanation, explain
@@ -15,15 +18,21 @@ __all__ = [
     "Constant",
     "Explanation",
     "LowRank",
+    "RowBlocks",
     "Terms",
     "Vector",
     "available_backends",
+    "blocked_linear",
+    "configured_conv2d",
     "configured_linear",
     "encode",
     "explain",
+    "glora_assemble",
+    "glora_conv2d",
     "glora_linear",
     "glora_merge",
     "reference",
     "takes_operator",
+    "terms_of_rows",
     "use_backend",
 ]

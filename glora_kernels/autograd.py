@@ -33,7 +33,7 @@ class _GLoRALinear(torch.autograd.Function):
         terms = Terms.unflatten(storages, structure)
         y, projected, b_eff = backend.forward(x, weight, bias, terms)
         ctx.backend, ctx.structure = backend, structure
-        ctx.wanted = _wanted_slots(terms, ctx.needs_input_grad[5:], bias is not None)
+        ctx.wanted = wanted_slots(terms, ctx.needs_input_grad[5:], bias is not None)
         ctx.x_shape = x.shape
         tokens = math.prod(x.shape[:-1])
         keep = "A" in ctx.wanted and reuses_output(tokens, x.shape[-1], terms) and _output_can_be_kept(y, backend)
@@ -53,7 +53,7 @@ def _backward(ctx, dy: Tensor):
     x, projected, b_eff, weight, bias, *storages = ctx.saved_tensors
     output, ctx.output = ctx.output, None
     # Second derivatives, and gradients batched by vmap, go through plainly composed operations.
-    if torch.is_grad_enabled() or _batched(dy):
+    if torch.is_grad_enabled() or batched(dy):
         return _differentiable_backward(ctx, dy, x, weight, bias, storages)
     # A successor such as ReLU(inplace=True) may have overwritten y: then z is formed anew.
     if output is not None and output._version != ctx.output_version:
@@ -78,12 +78,12 @@ def _backward(ctx, dy: Tensor):
     return None, None, None if dx is None else dx.reshape(ctx.x_shape), None, None, *masked
 
 
-def _batched(dy: Tensor) -> bool:
+def batched(dy: Tensor) -> bool:
     functorch = torch._C._functorch
     return functorch.is_legacy_batchedtensor(dy) or functorch.is_batchedtensor(dy)
 
 
-def _wanted_slots(terms: Terms, needs_grad: tuple[bool, ...], has_bias: bool) -> frozenset[str]:
+def wanted_slots(terms: Terms, needs_grad: tuple[bool, ...], has_bias: bool) -> frozenset[str]:
     """Slots with a storage that wants a gradient; D has none where there is no bias to scale."""
     wanted, rest = set(), iter(needs_grad)
     for slot, term in terms.active:

@@ -13,7 +13,7 @@ FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 def check_call(x: Tensor, weight: Tensor, bias: Tensor | None, terms: Terms) -> None:
     """Raise ValueError or TypeError if ``glora_linear(x, weight, bias, terms)`` makes no sense."""
     check_layer(weight, bias, terms)
-    _check_tensor("x", x)
+    check_tensor("x", x)
     if x.dim() == 0:
         raise ValueError("x: expected at least 1 dimension (..., K), got a 0-dimensional tensor")
     if x.shape[-1] != weight.shape[1]:
@@ -21,6 +21,11 @@ def check_call(x: Tensor, weight: Tensor, bias: Tensor | None, terms: Terms) -> 
             f"x: expected the last dimension to be K = {weight.shape[1]} (weight is "
             f"{tuple(weight.shape)}), got shape {tuple(x.shape)}"
         )
+    check_operands(x, weight, bias)
+
+
+def check_operands(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """Raise ValueError or TypeError if x is not of the weight's dtype and device, or the base is not frozen."""
     if x.dtype != weight.dtype:
         raise TypeError(
             f"x: expected the dtype of weight, {weight.dtype}, got {x.dtype}; "
@@ -38,12 +43,12 @@ def check_call(x: Tensor, weight: Tensor, bias: Tensor | None, terms: Terms) -> 
 
 def check_layer(weight: Tensor, bias: Tensor | None, terms: Terms) -> None:
     """Raise ValueError or TypeError if weight, bias and terms do not belong together."""
-    _check_tensor("weight", weight)
+    check_tensor("weight", weight)
     if weight.dim() != 2:
         raise ValueError(f"weight: expected shape (N, K), got {tuple(weight.shape)}")
     rows, columns = weight.shape
     if bias is not None:
-        _check_tensor("bias", bias)
+        check_tensor("bias", bias)
         if tuple(bias.shape) != (rows,):
             raise ValueError(f"bias: expected shape ({rows},), got {tuple(bias.shape)}")
         if bias.dtype != weight.dtype:
@@ -68,7 +73,7 @@ def _sides(slot: str, rows: int, columns: int, product: str) -> tuple[int, int]:
 
 def _check_term(slot: str, term: Term, rows: int, columns: int) -> None:
     for storage in term.storages:
-        _check_tensor(slot, storage)
+        check_tensor(slot, storage)
     if isinstance(term, LowRank):
         _check_low_rank(slot, term, rows, columns)
     elif isinstance(term, Vector):
@@ -92,7 +97,7 @@ def _check_low_rank(slot: str, term: LowRank, rows: int, columns: int) -> None:
         raise ValueError(f"{slot}.rank: expected 1 to {down[1]} (the rank of its storage), got {rank}")
 
 
-def _check_tensor(name: str, value: object) -> None:
+def check_tensor(name: str, value: object) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
     if value.dtype not in FLOATING:

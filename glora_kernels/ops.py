@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from . import autograd, reference
+from .assembly import form
 from .autocast import cast_operands, without_autocast
 from .backends import backend_for
 from .checks import check_call, check_layer
@@ -70,19 +71,10 @@ def glora_merge(weight: Tensor, bias: Tensor | None, terms: Terms, safe: bool = 
     """
     check_layer(weight, bias, terms)
     with torch.no_grad(), without_autocast(weight.device.type):
-        w_eff, b_eff = _merge(weight, bias, terms)
+        w_eff, b_eff = form(weight, bias, terms)
     if safe:
         for name, tensor in (("weight", w_eff), ("bias", b_eff)):
             if tensor is not None and not bool(torch.isfinite(tensor).all()):
                 count = int((~torch.isfinite(tensor)).sum())
                 raise ValueError(f"merged {name}: expected finite values, got {count} that are NaN or infinite")
     return w_eff, b_eff
-
-
-def _merge(weight: Tensor, bias: Tensor | None, terms: Terms) -> tuple[Tensor, Tensor | None]:
-    decision = decide(weight, terms)
-    merge = reference.glora_merge if decision.backend == "reference" else backend_for(decision).assemble
-    w_eff, b_eff = merge(weight.detach(), None if bias is None else bias.detach(), terms)
-    # Never hand out an alias of the base or of a support tensor.
-    w_eff = w_eff if terms.adapts_weight else w_eff.clone()
-    return w_eff, None if b_eff is None else b_eff.clone(memory_format=torch.contiguous_format)

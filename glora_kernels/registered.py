@@ -24,16 +24,16 @@ from .dispatch import decide, tracing_reason
 from .step import SlotGradients, Step
 from .terms import Terms
 
-_STORAGES = ", ".join(f"Tensor? {name}" for name in STORAGES)
-_OPERANDS = f"Tensor x, Tensor weight, Tensor? bias, {_STORAGES}, Tensor config, str product"
+OPERAND_STORAGES = ", ".join(f"Tensor? {name}" for name in STORAGES)
+_OPERANDS = f"Tensor x, Tensor weight, Tensor? bias, {OPERAND_STORAGES}, Tensor config, str product"
 _FIRST_STORAGE, _LAST_STORAGE = 3, 3 + len(STORAGES)
 _NEEDS = 1 + len(STORAGES)  # x and the storages
 
 library = torch.library.Library("glora", "DEF")
 # The configuration is read on the host: a captured CUDA graph would replay the path of its capture for ever.
-_TAGS = (torch.Tag.cudagraph_unsafe,)
-library.define(f"linear({_OPERANDS}) -> Tensor", tags=_TAGS)
-library.define(f"linear_backward(Tensor dy, {_OPERANDS}, bool[{_NEEDS}] needs) -> Tensor[]", tags=_TAGS)
+TAGS = (torch.Tag.cudagraph_unsafe,)
+library.define(f"linear({_OPERANDS}) -> Tensor", tags=TAGS)
+library.define(f"linear_backward(Tensor dy, {_OPERANDS}, bool[{_NEEDS}] needs) -> Tensor[]", tags=TAGS)
 
 
 def configured_linear(
@@ -107,11 +107,11 @@ def _linear_backward(dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None,
         dx, grads = _gradients(dy, x, weight, bias, terms, wanted, needs[0])
     placed = zip(spread(terms, grads), storages, needs[1:])
     whole = [None if dx is None else dx.reshape(x.shape).contiguous()]
-    whole += [_owned(grad, like) if need else None for grad, like, need in placed]
+    whole += [owned(grad, like) if need else None for grad, like, need in placed]
     return [dy.new_empty(0) if grad is None else grad for grad in whole]
 
 
-def _owned(grad: Tensor | None, like: Tensor | None) -> Tensor:
+def owned(grad: Tensor | None, like: Tensor | None) -> Tensor:
     """A gradient in memory of its own, contiguous as the fake kernel promises; zero where nothing was read."""
     assert like is not None
     if grad is None:

@@ -18,9 +18,16 @@ HEAVY = (
     "safetensors",
     "peft",
     "transformers",
+    "bitsandbytes",
+    "torchao",
     "torch.distributed.tensor",
 )
 GLORA = sorted((ROOT / "glora").rglob("*.py"))
+# Whose types are adapted: imported when one is made or read.
+LAZY = {
+    ROOT / "glora" / "conv1d.py": ("transformers",),
+    ROOT / "glora" / "quantised_formats.py": ("bitsandbytes", "torchao"),
+}
 # PEFT's own layers are what these two work on: one derives from them and is loaded by the other, when it is called.
 PEFT_LAYERS, PEFT_USER = ROOT / "glora" / "peft" / "layers.py", ROOT / "glora" / "peft" / "acceleration.py"
 
@@ -77,12 +84,20 @@ def test_tests_and_benchmarks_stand_outside(file):
 
 @pytest.mark.parametrize("file", KERNELS + GLORA, ids=lambda f: f.relative_to(ROOT).as_posix())
 def test_peft_is_imported_in_one_file_and_lazily_in_another(file):
-    packages = ("peft", "transformers", "glora.peft.layers")
+    packages = ("peft", "glora.peft.layers")
     if file not in (PEFT_LAYERS, PEFT_USER):
         assert not any(within(name, package) for name in imported(file) for package in packages)
     if file == PEFT_USER:
         at_import = list(imported(file, walk_outside_of_functions))
         assert not any(within(name, package) for name in at_import for package in packages)
+
+
+@pytest.mark.parametrize("file", KERNELS + GLORA, ids=lambda f: f.relative_to(ROOT).as_posix())
+def test_optional_packages_are_imported_lazily_each_in_its_file(file):
+    allowed = LAZY.get(file, ())
+    for package in {package for packages in LAZY.values() for package in packages}:
+        found = imported(file, walk_outside_of_functions) if package in allowed else imported(file)
+        assert not any(within(name, package) for name in found), package
 
 
 @pytest.mark.parametrize("package", ["glora_kernels", "glora", "glora.cli", "glora.peft"])

@@ -15,7 +15,7 @@ from ..config import PathConfig, parse_choice
 from ..distributed import require_whole
 from ..files import write_folder_atomically
 from ..layer import GLoRALinear
-from ..modules import require_layers
+from ..modules import require_linear_layers
 from ..parameters import trainable_parameters
 from .form import CONFIG, FIELDS, PREFIX, TENSORS, Form, read_parts
 
@@ -32,13 +32,14 @@ def export_peft(model: nn.Module, folder: str | os.PathLike) -> None:
         folder: a new one, or one to replace that holds nothing else than a former export; written atomically.
 
     Raises:
-        ValueError: no GLoRA layer; what PEFT cannot express, with the layers and reasons (the matmul product,
-            A and B or D and E of different kinds, ranks or paths that differ, C or E without a bias, which PEFT
-            drops); trained tensors that PEFT could not save, or sharded ones; a folder that holds other files.
+        ValueError: no GLoRA layer, or one that is not linear; what PEFT cannot express, with the layers and reasons
+            (the matmul product, A and B or D and E of different kinds, ranks or paths that differ, C or E without a
+            bias, which PEFT drops); trained tensors that PEFT could not save, or sharded ones; a folder that holds
+            other files.
     """
     from safetensors.torch import save
 
-    layers = require_layers(model)
+    layers = require_linear_layers(model)
     require_whole(model)
     if "" in layers:
         raise ValueError("model: expected a model that contains GLoRALinear layers, got a single one; PEFT needs names")

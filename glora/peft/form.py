@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from glora_kernels.terms import LowRank, Vector
 
 from ..config import PathConfig
-from ..layer import GLoRALinear
+from ..layer import GLoRALayer
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -43,7 +43,7 @@ class Form(NamedTuple):
         a, c, d = (f"lora_{self.rank}" if kind == "lora" else kind for kind in self.kinds.values())
         return PathConfig(a, a, c, d, d) if bias else PathConfig(a, a)
 
-    def shapes(self, linear: nn.Linear | GLoRALinear) -> dict[str, tuple[int, ...]]:
+    def shapes(self, linear: nn.Linear | GLoRALayer) -> dict[str, tuple[int, ...]]:
         """Of everything that PEFT keeps for a layer, by ``glora_<slot>.<name>``."""
         sizes = linear.out_features, linear.in_features
         return {
@@ -63,7 +63,7 @@ def _stored(slot: str, kind: str, rank: int, rows: int, columns: int) -> dict[st
     return {"X": (1,)} if kind == "constant" else {"zeros": (first, *others)}
 
 
-def read_parts(layer: GLoRALinear, path: PathConfig) -> dict[str, Tensor]:
+def read_parts(layer: GLoRALayer, path: PathConfig) -> dict[str, Tensor]:
     """Views of what ``path`` reads of the layer's storages, by PEFT's names."""
     parts: dict[str, Tensor] = {}
     for slot, term in layer.terms(path).active:

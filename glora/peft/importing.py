@@ -17,7 +17,7 @@ from glora_kernels.checks import FLOATING
 from ..config import KINDS
 from ..distributed import require_whole
 from ..injection import adapt
-from ..layer import GLoRALinear
+from ..layer import GLoRALayer
 from ..modules import glora_layers
 from ..paths import set_paths
 from .form import CONFIG, FIELDS, PREFIX, TENSORS, Form, read_parts
@@ -120,7 +120,7 @@ def _matching_layers(model: nn.Module, names: list[str], form: Form, folder: obj
 
 def _check_tensors(
     model: nn.Module,
-    linears: Mapping[str, nn.Linear | GLoRALinear],
+    linears: Mapping[str, nn.Linear | GLoRALayer],
     tensors: Mapping[str, Tensor],
     form: Form,
     folder: object,
@@ -150,7 +150,7 @@ def _check_tensors(
 
 
 @torch.no_grad()
-def _load(model: nn.Module, layers: Mapping[str, GLoRALinear], tensors: Mapping[str, Tensor], form: Form) -> None:
+def _load(model: nn.Module, layers: Mapping[str, GLoRALayer], tensors: Mapping[str, Tensor], form: Form) -> None:
     paths = {name: form.path(layer.bias is not None) for name, layer in layers.items()}
     for name, layer in layers.items():
         for key, part in read_parts(layer, paths[name]).items():

@@ -36,7 +36,11 @@ def backward(step: Step) -> tuple[Tensor | None, SlotGradients]:
     db = None
     if wanted & {"C", "D", "E"} or step.output is not None:
         db = step.dy.sum(0, dtype=compute_dtype(step.dy.dtype))
-    grads = {} if db is None else {slot: _bias_gradient(slot, db, step) for slot in wanted & {"C", "D", "E"}}
+    grads = (
+        {}
+        if db is None
+        else {slot: bias_gradient(slot, db, step.weight, step.bias, step.terms) for slot in wanted & {"C", "D", "E"}}
+    )
     if needs_weight_gradient(step.terms, wanted):
         grads.update(_gradients_through_dw(step))
     elif "A" in wanted and scales_inputs(step.terms):
@@ -63,12 +67,12 @@ def _gradients_through_dw(step: Step) -> SlotGradients:
     grads: SlotGradients = {}
     if "B" in step.wanted:
         assert terms.B is not None
-        grads["B"] = _contract(terms.B, dw)
-    grads["A"] = _contract(terms.A, dw.mul_(step.weight))
+        grads["B"] = contract(terms.B, dw)
+    grads["A"] = contract(terms.A, dw.mul_(step.weight))
     return grads
 
 
-def _contract(term: Term, dw: Tensor) -> tuple[Tensor, ...]:
+def contract(term: Term, dw: Tensor) -> tuple[Tensor, ...]:
     """Gradients of a term that adds its (N, K) matrix to one whose gradient is ``dw``."""
     if isinstance(term, LowRank):
         down, up = factors_as(term, dw.dtype)
@@ -121,15 +125,15 @@ def _scaled_input_gradient(step: Step) -> tuple[Tensor, tuple[Tensor, ...]]:
     return dx.to(dy.dtype), into_storages(terms.A, da)
 
 
-def _bias_gradient(slot: str, db: Tensor, step: Step) -> tuple[Tensor, ...]:
+def bias_gradient(slot: str, db: Tensor, weight: Tensor, bias: Tensor | None, terms: Terms) -> tuple[Tensor, ...]:
     """Gradients of C, D or E from ``db = sum_m dy``, (N,)."""
-    term = getattr(step.terms, slot)
+    term = getattr(terms, slot)
     if slot == "D":
-        assert step.bias is not None
-        return into_storages(term, db * step.bias)
+        assert bias is not None
+        return into_storages(term, db * bias)
     if slot == "E":
         return into_storages(term, db)
-    dc = step.weight.to(db.dtype).t() @ db
+    dc = weight.to(db.dtype).t() @ db
     if isinstance(term, Vector):
         return into_storages(term, dc)
     down, up = factors_as(term, db.dtype)

@@ -140,7 +140,10 @@ def test_a_bare_linear_layer_cannot_be_replaced(file):
     layer = GLoRALinear(4, 4, rank=2)
     randomize(layer)
     save_adapter(layer, file)
-    with unchanged(linear := nn.Linear(4, 4)), pytest.raises(ValueError, match=r"expected an nn.Linear at \[''\]"):
+    with (
+        unchanged(linear := nn.Linear(4, 4)),
+        pytest.raises(ValueError, match=r"expected layers that GLoRA adapts at \[''\]"),
+    ):
         load_adapter(linear, file)
     assert torch.equal(load_adapter(GLoRALinear(4, 4, rank=2), file).Ad, layer.Ad)
 
@@ -229,7 +232,7 @@ def test_saving_onto_the_file_it_came_from(saved):
 
 
 def test_nothing_to_save(file):
-    with pytest.raises(ValueError, match="at least one GLoRALinear, found none"):
+    with pytest.raises(ValueError, match="at least one adapted layer, found none"):
         save_adapter(mlp(), file)
     assert not file.exists()
 
@@ -311,8 +314,14 @@ def replaced(name, module):
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        (lambda: nn.Sequential(nn.Linear(4, 4)), r"made for another model: expected an nn.Linear at \['fc1', 'fc2'\]"),
-        (lambda: replaced("fc2", nn.Identity()), r"made for another model: expected an nn.Linear at \['fc2'\]"),
+        (
+            lambda: nn.Sequential(nn.Linear(4, 4)),
+            r"made for another model: expected layers that GLoRA adapts at \['fc1', 'fc2'\]",
+        ),
+        (
+            lambda: replaced("fc2", nn.Identity()),
+            r"made for another model: expected layers that GLoRA adapts at \['fc2'\]",
+        ),
     ],
     ids=["other-names", "no-linear"],
 )

@@ -152,8 +152,17 @@ def test_checkpoint_inside_of_a_graph_keeps_the_path():
     assert_close(gradients(model, compiled, True), gradients(model, model, True))
 
 
+def make_convolutions():
+    net = nn.Sequential(nn.Unflatten(1, (SIZE, 1, 1)), nn.Conv2d(SIZE, SIZE, 1), nn.GELU(), nn.Conv2d(SIZE, 4, 1))
+    model = glora.inject(net, rank=8, convolutions=True)
+    for parameter in glora.trainable_parameters(model):
+        nn.init.normal_(parameter, std=0.2)
+    return model
+
+
+@pytest.mark.parametrize("make", [make, make_convolutions], ids=["linear", "convolutions"])
 @pytest.mark.parametrize("use_reentrant", [False, True])
-def test_checkpoint_around_a_graph_is_refused_rather_than_wrong(use_reentrant):
+def test_checkpoint_around_a_graph_is_refused_rather_than_wrong(use_reentrant, make):
     model = make()
     run = Checkpointed(torch.compile(model, fullgraph=True, backend="aot_eager"), use_reentrant)
     assert_close(gradients(model, run, False), gradients(model, model, False))
@@ -171,3 +180,24 @@ def test_a_pickle_carries_no_numbers_of_nodes():
     other = pickle.loads(pickle.dumps(model))
     assert {int(layer._config[-1, 0]) for layer in glora.glora_layers(other).values()} == {0}
     assert all(int(layer._config[-1, 0]) > 0 for layer in glora.glora_layers(model).values())
+
+
+@pytest.mark.parametrize("product", ["hadamard", "matmul"])
+def test_convolutions_have_one_graph_for_every_path(product):
+    """With and without a bias of their own; the head is a linear layer. Gradients as without a compiler."""
+    body = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.GELU(), nn.Conv2d(8, 6, 2, 2, bias=False, groups=2))
+    net = nn.Sequential(body, nn.Flatten(), nn.Linear(24, 4))
+    model = glora.inject(net, rank=4, product=product, convolutions=True)
+    for parameter in glora.trainable_parameters(model):
+        nn.init.normal_(parameter, std=0.2)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    space, generator = glora.SearchSpace(ranks=(4, 2)), torch.Generator().manual_seed(0)
+    parameters, x = glora.trainable_parameters(model), torch.randn(2, 3, 4, 4)
+    for _ in range(15):
+        glora.set_paths(model, glora.sample_paths(model, space, generator))
+        got = torch.autograd.grad(compiled(x).square().sum(), parameters)
+        want = torch.autograd.grad(model(x).square().sum(), parameters, allow_unused=True)
+        for g, w in zip(got, want):
+            torch.testing.assert_close(g, torch.zeros_like(g) if w is None else w, rtol=1e-4, atol=1e-5)
+    assert counter.frame_count == 1

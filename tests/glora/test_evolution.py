@@ -412,7 +412,7 @@ def test_a_journal_of_another_metric_is_refused(journal):
 @pytest.mark.parametrize(
     ("model", "options", "message"),
     [
-        (mlp, {}, "at least one GLoRALinear, found none"),
+        (mlp, {}, "at least one adapted layer, found none"),
         (trained_mlp, {"metric": "f1"}, r"^metric: expected 'accuracy' or 'loss', got 'f1'"),
         (trained_mlp, {"limit": -1}, r"^limit: expected at least 0 parameters .* got -1"),
         (lambda: trained_mlp(rank=1), {}, r"^space: expected ranks up to 1 \(storage of layer 'fc1'\)"),

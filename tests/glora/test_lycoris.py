@@ -386,7 +386,7 @@ def test_refuses_a_name_by_which_lycoris_would_not_know_it(tmp_path):
 
 
 def test_nothing_to_save(file):
-    with pytest.raises(ValueError, match="at least one GLoRALinear, found none"):
+    with pytest.raises(ValueError, match="at least one adapted layer, found none"):
         save_lycoris(plain(), file)
 
 

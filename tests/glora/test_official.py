@@ -225,7 +225,7 @@ def with_head_inside():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (tiny_vit, "at least one GLoRALinear, found none"),
+        (tiny_vit, "at least one adapted layer, found none"),
         (lambda: inject(tiny_vit(), 3, product="matmul"), r"expected the hadamard product, .* got matmul in \['blocks"),
         (two_ranks, r"expected one rank, as in the official code, got \[2, 3\]"),
         (lambda: inject(mlp(), 2, targets=["fc1"]), r"otherwise are \['fc2'\]"),
@@ -282,7 +282,7 @@ def test_refuses_a_rank_above_the_files(file, make):
 
 
 def test_official_paths_want_an_adapted_model():
-    with pytest.raises(ValueError, match="at least one GLoRALinear, found none"):
+    with pytest.raises(ValueError, match="at least one adapted layer, found none"):
         official_paths(tiny_vit(), official_configurations())
 
 
@@ -315,7 +315,7 @@ def test_refuses_other_tensors(file, make, change, message):
         (lambda: trained(2), r"differing \['blocks.0.attn.qkv: rank 2 hadamard in the model, 3 hadamard in the file'"),
         (lambda: inject(tiny_vit(), 3, product="matmul"), r"rank 3 matmul in the model, 3 hadamard in the file"),
         (lambda: inject(tiny_vit(), 3, targets=["qkv"]), r"missing \[\], unknown \['blocks.0.attn.proj'"),
-        (mlp, r"made for another model: expected an nn.Linear at \['blocks.0.attn.proj'"),
+        (mlp, r"made for another model: expected layers that GLoRA adapts at \['blocks.0.attn.proj'"),
     ],
     ids=["rank", "product", "fewer-layers", "other-names"],
 )

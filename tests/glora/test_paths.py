@@ -44,7 +44,7 @@ def test_setting_is_all_or_nothing(model, paths, error, message):
 
 @pytest.mark.parametrize(("function", "arguments"), [(set_paths, ({},)), (sample_paths, (SearchSpace(), generator()))])
 def test_a_model_without_layers_is_refused(function, arguments):
-    with pytest.raises(ValueError, match="at least one GLoRALinear, found none"):
+    with pytest.raises(ValueError, match="at least one adapted layer, found none"):
         function(mlp(), *arguments)
 
 

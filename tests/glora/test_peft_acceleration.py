@@ -366,7 +366,7 @@ class Packed(torch.Tensor):
 @pytest.mark.parametrize(
     ("weight", "reason"),
     [
-        (torch.ones(8, 6, dtype=torch.int8), "its weight is torch.nn.parameter.Parameter of torch.int8"),
+        (torch.ones(8, 6, dtype=torch.int8), "its weight is torch.nn.Parameter of torch.int8"),
         (torch.ones(8, 6).as_subclass(Packed), f"its weight is {__name__}.Packed of torch.float32"),
         (torch.ones(8, 6, device="meta"), "its adapter is not on the device of its weight"),
     ],

@@ -249,7 +249,7 @@ def test_exactly_these_of_all_paths_of_a_layer_are_expressed(tmp_path):
 
 
 def test_wrong_models(tmp_path):
-    with pytest.raises(ValueError, match="model: expected at least one GLoRALinear, found none"):
+    with pytest.raises(ValueError, match="model: expected at least one adapted layer, found none"):
         export_peft(mlp(), tmp_path / "adapter")
     with pytest.raises(ValueError, match="model: expected a model that contains GLoRALinear layers, got a single one"):
         export_peft(glora.GLoRALinear(4, 3), tmp_path / "adapter")

@@ -466,7 +466,7 @@ def test_refuses_a_space_above_the_storage():
 
 
 def test_refuses_a_space_for_a_plain_model():
-    with pytest.raises(ValueError, match="at least one GLoRALinear, found none"):
+    with pytest.raises(ValueError, match="at least one adapted layer, found none"):
         run(mlp(), space=SPACE)
 
 

@@ -20,6 +20,7 @@ from torch.utils.data import TensorDataset
 
 import glora
 from glora import PathConfig
+from glora.checksum import parts
 
 IN_FEATURES, CLASSES = 6, 3
 # What a killed process imports is loaded once, in the server that its children are forked from.
@@ -115,7 +116,7 @@ def same_bits(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 
 
 def _bytes(tensor: Tensor) -> Tensor:
-    return tensor.contiguous().reshape(-1).view(torch.uint8)
+    return torch.cat([part.contiguous().reshape(-1).view(torch.uint8) for part in parts(tensor)])
 
 
 @contextmanager

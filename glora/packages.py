@@ -1,0 +1,17 @@
+"""Types of packages that this one does not need: known only once something else has loaded them."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+
+def loaded(module: str, name: str) -> Any:
+    """The class ``name`` of ``module``, or None where that is not loaded: then no object can be of it."""
+    return getattr(sys.modules.get(module), name, None)
+
+
+def is_a(value: object, module: str, name: str) -> bool:
+    """``isinstance(value, module.name)``, without loading ``module``."""
+    kind = loaded(module, name)
+    return kind is not None and isinstance(value, kind)
