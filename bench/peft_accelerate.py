@@ -118,7 +118,9 @@ def measure(make: Callable[[int], tuple[nn.Module, LayerTask]], images: int, set
         unit=RELATIVE,
         phases=interleave(steps, settings.rounds, watch=settings.watch()),
         comparisons=(Comparison(AFTER, BEFORE), Comparison(FLOOR, BEFORE), Comparison(AFTER, FLOOR)),
-        facts={who: {"saved_bytes": saved_bytes(partial(task.forward, m), (m,))} for who, m in models.items()},
+        facts={
+            who: {"saved_bytes": saved_bytes(partial(task.forward, m), (task.x,), "cpu")} for who, m in models.items()
+        },
     )
 
 

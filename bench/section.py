@@ -68,7 +68,7 @@ class Section:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
-        content = {name: value for name, value in vars(self).items() if name != "comparisons"}
+        content = {name: value for name, value in vars(self).items() if name not in ("comparisons", "uncompared")}
         return {**content, "ratios": self.ratios()}
 
 

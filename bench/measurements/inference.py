@@ -44,10 +44,9 @@ class Prepared:
 
 def make(model: Model, settings: Settings) -> Prepared:
     """Everyone in eval mode, checked; ours on random paths, merged and not."""
-    field, task, paths = checked(model, settings)
+    field, task, ours, paths = checked(model, settings)
     if settings.dtype != torch.float32:
         field.refuse(checked(model, settings.in_fp32())[0].refused)
-    ours = field.models[OURS]
     original = make_backbone(model, settings).eval().requires_grad_(False)
     models: dict[str, nn.Module] = {ORIGINAL: original, CONTROL: copy.deepcopy(original)}
     glora.set_paths(ours, paths)
@@ -59,16 +58,17 @@ def make(model: Model, settings: Settings) -> Prepared:
     return Prepared(models, field, tuple(task.images.shape[1:]))
 
 
-def checked(model: Model, settings: Settings) -> tuple[Field, InferenceTask, Paths]:
-    """Everyone in eval mode, what was checked on one image, and the random paths of those that take any."""
+def checked(model: Model, settings: Settings) -> tuple[Field, InferenceTask, nn.Module, Paths]:
+    """Everyone in eval mode, what they were checked on, ours, refused or not, and the random paths it was checked on."""
     field, trained = make_model(model, settings)
     task = InferenceTask(trained.images[:1])
     for one in field.models.values():
         one.eval().requires_grad_(False)
     space, generator = SearchSpace((model.rank,)), torch.Generator().manual_seed(SEED)
-    paths = glora.sample_paths(field.models[OURS], space, generator)
+    ours = field.models[OURS]
+    paths = glora.sample_paths(ours, space, generator)
     field.check(task, [paths], settings.inference_tolerance)
-    return field, task, paths
+    return field, task, ours, paths
 
 
 def measure(shape_set: str, model: Model, batch: int, settings: Settings, prepared: Prepared) -> Section:

@@ -48,11 +48,11 @@ def measure(shape_set: str, model: Model, settings: Settings) -> Section:
     # Under a layer norm the gradient of a constant is a sum that cancels to nothing: the layers check these.
     checkable = SearchSpace((model.rank,), B=("lora", "vector", "none"), D=("vector", "none"), E=("vector", "none"))
     paths = PathSampler(shapes, checkable).sample(torch.Generator().manual_seed(SEED))
+    field.check(task, [paths], settings.step_tolerance)
     if settings.dtype != torch.float32:
         wide, wide_task = make_model(model, settings.in_fp32())
         wide.check(wide_task, [paths], settings.in_fp32().step_tolerance)
         field.refuse(wide.refused)
-    field.check(task, [paths], settings.step_tolerance)
 
     sampler, generator = PathSampler(shapes, SearchSpace((model.rank,))), torch.Generator().manual_seed(SEED)
     functions = {name: _training_step(task, field.models[name]) for name in ENTRIES if name in field.models}

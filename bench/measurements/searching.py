@@ -23,7 +23,7 @@ BATCHES, BATCH = 4, 4  # of images that every candidate is scored on
 
 def measure(shape_set: str, model: Model, settings: Settings) -> Section:
     """Check the logits and the loss of a candidate, then time its evaluation; a new candidate every round."""
-    field, task, _ = checked(model, settings)
+    field, task, _, _ = checked(model, settings)
     if not {OURS, OFFICIAL} <= set(field.models):
         raise ValueError(f"search: not timed, refused: {field.refused}")
     ours, official = field.models[OURS], field.models[OFFICIAL]
