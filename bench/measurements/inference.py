@@ -59,7 +59,7 @@ def make(model: Model, settings: Settings) -> Prepared:
 
 
 def checked(model: Model, settings: Settings) -> tuple[Field, InferenceTask, nn.Module, Paths]:
-    """Everyone in eval mode, what they were checked on, ours, refused or not, and the random paths it was checked on."""
+    """Everyone in eval mode, what they were checked on, ours (refused or not), and the paths it was checked on."""
     field, trained = make_model(model, settings)
     task = InferenceTask(trained.images[:1])
     for one in field.models.values():

@@ -1,4 +1,4 @@
-"""A pytest plugin that breaks a part of the torch backend a little: ``SABOTAGE=part pytest -p tests.bench.sabotage``."""
+"""A pytest plugin that breaks a part of the torch backend: ``SABOTAGE=part pytest -p tests.bench.sabotage``."""
 
 import os
 
