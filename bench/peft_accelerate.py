@@ -109,10 +109,6 @@ def measure(make: Callable[[int], tuple[nn.Module, LayerTask]], images: int, set
     errors = {who: require_agreement(who, results(task, m), want, TOLERANCE, theirs) for who, m in models.items()}
     models[FLOOR] = floor_model(backbone, names)
     steps = {who: step(task, model) for who, model in models.items()}
-
-    def kept(model: nn.Module) -> int:
-        return saved_bytes(partial(task.forward, model), (task.x,), "cpu")
-
     return Section(
         "peft_accelerate",
         f"{make.__name__}, {images} images",
