@@ -59,7 +59,7 @@ class _Assembled(torch.autograd.Function):
     def forward(ctx, backend: Backend, structure: Structure, weight: Tensor, bias: Tensor | None, *storages):
         terms = Terms.unflatten(storages, structure)
         ctx.structure = structure
-        ctx.wanted = wanted_slots(terms, ctx.needs_input_grad[4:], bias is not None)
+        ctx.wanted = wanted_slots(terms, bias is not None)
         ctx.save_for_backward(weight, bias, *storages)
         ctx.set_materialize_grads(False)
         w_eff, b_eff = backend.assemble(weight, bias, terms)

@@ -10,13 +10,17 @@ import math
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from . import reference
 from .autocast import without_autocast
 from .backends import Backend
 from .reuse import reuses_output
+from .routes import reads_token_sums
 from .step import Step
 from .terms import Structure, Terms
+
+_X, _FIRST_STORAGE = 3, 7  # places among the arguments of _GLoRALinear.forward
 
 
 def glora_linear(backend: Backend, x: Tensor, weight: Tensor, bias: Tensor | None, terms: Terms) -> Tensor:
@@ -24,23 +28,35 @@ def glora_linear(backend: Backend, x: Tensor, weight: Tensor, bias: Tensor | Non
     if not torch.is_grad_enabled():
         return backend.forward(x, weight, bias, terms).y
     storages, structure = terms.flatten()
-    return _GLoRALinear.apply(backend, structure, x, weight, bias, *storages)
+    wanted = wanted_slots(terms, bias is not None)
+    # Formed by autograd, so that second derivatives reach x through them.
+    token_sums = x.sum(-1) if backend.takes_token_sums and reads_token_sums(terms, wanted) else None
+    return _GLoRALinear.apply(backend, structure, wanted, x, token_sums, weight, bias, *storages)
 
 
 class _GLoRALinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, backend: Backend, structure: Structure, x: Tensor, weight: Tensor, bias: Tensor | None, *storages):
+    def forward(
+        ctx,
+        backend: Backend,
+        structure: Structure,
+        wanted: frozenset[str],
+        x: Tensor,
+        token_sums: Tensor | None,
+        weight: Tensor,
+        bias: Tensor | None,
+        *storages: Tensor,
+    ):
         terms = Terms.unflatten(storages, structure)
         y, projected, b_eff = backend.forward(x, weight, bias, terms)
-        ctx.backend, ctx.structure = backend, structure
-        ctx.wanted = wanted_slots(terms, ctx.needs_input_grad[5:], bias is not None)
+        ctx.backend, ctx.structure, ctx.wanted = backend, structure, wanted
         ctx.x_shape = x.shape
         tokens = math.prod(x.shape[:-1])
-        keep = "A" in ctx.wanted and reuses_output(tokens, x.shape[-1], terms) and _output_can_be_kept(y, backend)
+        keep = "A" in wanted and reuses_output(tokens, x.shape[-1], terms) and _output_can_be_kept(y, backend)
         ctx.output = y.detach() if keep else None  # shares y's version counter, is in no cycle with ctx
         ctx.output_version = y._version if keep else None
-        kept_x = x if ctx.wanted & {"A", "B"} else None
-        ctx.save_for_backward(kept_x, projected, b_eff if keep else None, weight, bias, *storages)
+        kept_x = x if wanted & {"A", "B"} and token_sums is None else None
+        ctx.save_for_backward(kept_x, token_sums, projected, b_eff if keep else None, weight, bias, *storages)
         return y
 
     @staticmethod
@@ -50,11 +66,11 @@ class _GLoRALinear(torch.autograd.Function):
 
 
 def _backward(ctx, dy: Tensor):
-    x, projected, b_eff, weight, bias, *storages = ctx.saved_tensors
+    x, token_sums, projected, b_eff, weight, bias, *storages = ctx.saved_tensors
     output, ctx.output = ctx.output, None
     # Second derivatives, and gradients batched by vmap, go through plainly composed operations.
     if torch.is_grad_enabled() or batched(dy):
-        return _differentiable_backward(ctx, dy, x, weight, bias, storages)
+        return _differentiable_backward(ctx, dy, x, token_sums, weight, bias, storages)
     # A successor such as ReLU(inplace=True) may have overwritten y: then z is formed anew.
     if output is not None and output._version != ctx.output_version:
         output = None
@@ -70,12 +86,13 @@ def _backward(ctx, dy: Tensor):
         b_eff,
         projected,
         ctx.wanted,
-        ctx.needs_input_grad[2],
+        ctx.needs_input_grad[_X],
+        None if token_sums is None else token_sums.reshape(tokens),
     )
     dx, grads = ctx.backend.backward(step)
     per_storage = [grad for slot, term in terms.active for grad in grads.get(slot, (None,) * len(term.storages))]
-    masked = (g if needed else None for g, needed in zip(per_storage, ctx.needs_input_grad[5:]))
-    return None, None, None if dx is None else dx.reshape(ctx.x_shape), None, None, *masked
+    masked = (g if needed else None for g, needed in zip(per_storage, ctx.needs_input_grad[_FIRST_STORAGE:]))
+    return None, None, None, None if dx is None else dx.reshape(ctx.x_shape), None, None, None, *masked
 
 
 def batched(dy: Tensor) -> bool:
@@ -83,14 +100,10 @@ def batched(dy: Tensor) -> bool:
     return functorch.is_legacy_batchedtensor(dy) or functorch.is_batchedtensor(dy)
 
 
-def wanted_slots(terms: Terms, needs_grad: tuple[bool, ...], has_bias: bool) -> frozenset[str]:
+def wanted_slots(terms: Terms, has_bias: bool) -> frozenset[str]:
     """Slots with a storage that wants a gradient; D has none where there is no bias to scale."""
-    wanted, rest = set(), iter(needs_grad)
-    for slot, term in terms.active:
-        needed = [next(rest) for _ in term.storages]
-        if any(needed) and (slot != "D" or has_bias):
-            wanted.add(slot)
-    return frozenset(wanted)
+    wanting = {slot for slot, term in terms.active if any(storage.requires_grad for storage in term.storages)}
+    return frozenset(wanting if has_bias else wanting - {"D"})
 
 
 def _output_can_be_kept(y: Tensor, backend: Backend) -> bool:
@@ -107,16 +120,18 @@ def _output_can_be_kept(y: Tensor, backend: Backend) -> bool:
     return torch._C._autograd._top_saved_tensors_default_hooks(True) is None
 
 
-def _differentiable_backward(ctx, dy, x, weight, bias, storages):
+def _differentiable_backward(ctx, dy, x, token_sums, weight, bias, storages):
     """The same gradients through the reference formula; differentiable again if grad mode is on."""
     create_graph = torch.is_grad_enabled()
-    if x is None:  # neither A nor B: no gradient depends on the values of x
-        x = dy.new_zeros(ctx.x_shape).requires_grad_(ctx.needs_input_grad[2])
-    inputs = [x, *storages]
-    needed = [ctx.needs_input_grad[2], *ctx.needs_input_grad[5:]]
+    inputs_grad, storages_grad = ctx.needs_input_grad[_X], ctx.needs_input_grad[_FIRST_STORAGE:]
     with torch.enable_grad():
+        if token_sums is not None:  # gradients depend on these sums, and on nothing else of x
+            x = F.pad(token_sums.unsqueeze(-1), (0, ctx.x_shape[-1] - 1))
+        elif x is None:  # neither A nor B: no gradient depends on the values of x
+            x = dy.new_zeros(ctx.x_shape).requires_grad_(inputs_grad)
         y = reference.glora_linear(x, weight, bias, Terms.unflatten(storages, ctx.structure))
+    inputs, needed = [x, *storages], [inputs_grad, *storages_grad]
     wanted = [tensor for tensor, need in zip(inputs, needed) if need]
     found = iter(torch.autograd.grad(y, wanted, dy, create_graph=create_graph, allow_unused=True))
     dx, *grads = (next(found) if need else None for need in needed)
-    return None, None, dx, None, None, *grads
+    return None, None, None, dx, None, None, None, *grads

@@ -17,10 +17,14 @@ class Backend(Protocol):
 
     Attributes:
         reads_values: whether the host looks at values in backward, so that it cannot be captured in a CUDA graph.
+        takes_token_sums: whether ``sum_k x_mk`` serves in backward in place of x, where nothing else of x is read.
     """
 
     @property
     def reads_values(self) -> bool: ...
+
+    @property
+    def takes_token_sums(self) -> bool: ...
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None, terms: Terms) -> Forward:
         """y for x of any leading shape."""

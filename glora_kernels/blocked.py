@@ -104,7 +104,7 @@ class _BlockedLinear(torch.autograd.Function):
     def forward(ctx, blocks: RowBlocks, structure: Structure, x: Tensor, bias: Tensor | None, *storages):
         terms = Terms.unflatten(storages, structure)
         ctx.blocks, ctx.structure, ctx.x_shape, ctx.dtype = blocks, structure, x.shape, x.dtype
-        ctx.wanted = wanted_slots(terms, ctx.needs_input_grad[4:], bias is not None)
+        ctx.wanted = wanted_slots(terms, bias is not None)
         ctx.save_for_backward(x if ctx.wanted & {"A", "B"} else None, bias, *storages)
         y = x.new_empty(*x.shape[:-1], blocks.shape[0])
         for (start, stop), weight, b0, part in _parts(blocks, x.dtype, bias, terms):

@@ -15,7 +15,7 @@ from .dispatch import MAX_TRITON_RANK, STRATEGIES, Decision, decide
 from .explanation import Explanation
 from .machines import INTERPRETER, machine_for
 from .reuse import PROBED_TOKENS, reuses_output
-from .routes import needs_weight_gradient, scales_inputs, scales_rows
+from .routes import needs_weight_gradient, reads_token_sums, scales_inputs, scales_rows
 from .terms import LowRank, Terms, compute_dtype
 
 _STRATEGIES = {
@@ -121,7 +121,7 @@ def _triton_plan(call: _Call, architecture: str, decision: Decision) -> dict[str
         "backward_units": sum(launch.kind != PASS for launch in backward),
         "forward_flops": sum(launch.flops for launch in forward),
         "backward_flops": sum(launch.flops for launch in backward),
-        **_saved(call),
+        **_saved(call, token_sums=False),
         "architecture": architecture,
         "route": route,
         "choice": _choice(whole, decision),
@@ -174,17 +174,18 @@ def _torch_plan(call: _Call) -> dict[str, Any]:
         "backward_units": units,
         "forward_flops": _forward_flops(call),
         "backward_flops": _backward_flops(call, units) + probes,
-        **_saved(call),
+        **_saved(call, reads_token_sums(call.terms, call.wanted)),
     }
 
 
-def _saved(call: _Call) -> dict[str, Any]:
-    """Of both the torch and the Triton backend: x, V = W0 Ad, and y with the bias that was added to it."""
+def _saved(call: _Call, token_sums: bool) -> dict[str, Any]:
+    """Of both the torch and the Triton backend: x or its sums, V = W0 Ad, and y with the bias that was added to it."""
     (tokens, outputs, _), terms, size = call.sizes, call.terms, call.x.element_size()
     projected = isinstance(terms.A, LowRank) and terms.product == "matmul"
     adapts_bias = terms.C is not None or terms.E is not None or (terms.D is not None and call.bias is not None)
     sizes = {
-        "x": call.x.numel() * size * bool(call.wanted & {"A", "B"}),
+        "x": call.x.numel() * size * bool(call.wanted & {"A", "B"} and not token_sums),
+        "token sums": tokens * size * token_sums,
         "V": outputs * _rank(terms.A) * compute_dtype(call.weight.dtype).itemsize * projected,
         "y": tokens * outputs * size * call.keeps_output,
         "b_eff": outputs * size * (call.keeps_output and adapts_bias),

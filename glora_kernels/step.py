@@ -16,12 +16,13 @@ class Step(NamedTuple):
 
     Attributes:
         dy: the gradient of y, (M, N).
-        x: (M, K), or None if neither A nor B wants a gradient.
+        x: (M, K), or None if neither A nor B wants a gradient, or only one that reads ``token_sums``.
         weight, bias, terms: as in the forward pass.
         output, b_eff: y, (M, N), if it is at hand and unchanged, and the bias (N,) that was added to it.
         projected: V = W0 Ad, (N, r), where A is a low rank of the matmul product.
         wanted: the slots that want a gradient.
         wants_x: whether x does.
+        token_sums: ``sum_k x_mk``, (M,), where they were kept in place of x.
     """
 
     dy: Tensor
@@ -34,6 +35,7 @@ class Step(NamedTuple):
     projected: Tensor | None
     wanted: frozenset[str]
     wants_x: bool
+    token_sums: Tensor | None = None
 
 
 class Forward(NamedTuple):

@@ -5,5 +5,6 @@ from .gradients import backward
 from .linear import forward
 
 reads_values = True  # which rows of da have to be formed anew
+takes_token_sums = True  # a vector or constant B reads nothing else of x
 
-__all__ = ["assemble", "backward", "forward", "project", "reads_values"]
+__all__ = ["assemble", "backward", "forward", "project", "reads_values", "takes_token_sums"]

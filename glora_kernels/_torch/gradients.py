@@ -4,7 +4,7 @@ One unit is one dense GEMM of 2 M N K operations. With dW = dy^T x, an (N, K) ma
 
 * ``dx = dy W_eff`` costs one unit, whatever the kinds;
 * a low-rank B, or a vector or constant one, reads dW only through thin products, such as
-  ``dBd = dy^T (x Bu^T)``: no unit;
+  ``dBd = dy^T (x Bu^T)``: no unit; a vector or constant reads of x its sum over the inputs alone;
 * A as a constant, and every A of the matmul product, needs no dW either: ``dx`` is formed from
   ``g = dy W0``, and ``da = sum x * g``;
 * A as a hadamard vector needs ``da_n = sum_m dy_mn z_mn`` with ``z = x W0^T``. The output holds
@@ -83,25 +83,24 @@ def contract(term: Term, dw: Tensor) -> tuple[Tensor, ...]:
 def _b_gradients(step: Step) -> SlotGradients:
     if "B" not in step.wanted:
         return {}
-    assert step.x is not None and step.terms.B is not None
-    return {"B": b_gradient(step.dy, step.x, step.terms.B, contract_b(step.dy, step.x, step.terms.B))}
+    return {"B": b_gradient(step, contract_b(step))}
 
 
 def _thin_gradients(step: Step, db: Tensor | None) -> SlotGradients:
     """A and B where no dW is needed, and A scales no inputs."""
     dy, x, weight, terms = step.dy, step.x, step.weight, step.terms
-    assert x is not None
     if "A" not in step.wanted:
         return _b_gradients(step)
+    assert x is not None
     if isinstance(terms.A, LowRank):
         assert step.projected is not None
         return {"A": matmul_a_gradient(dy, x, weight, terms.A, step.projected), **_b_gradients(step)}
     grads: SlotGradients = {}
     thin = None
     if terms.B is not None and ("B" in step.wanted or step.output is not None):
-        thin = contract_b(dy, x, terms.B)
+        thin = contract_b(step)
         if "B" in step.wanted:
-            grads["B"] = b_gradient(dy, x, terms.B, thin)
+            grads["B"] = b_gradient(step, thin)
     assert terms.A is not None
     da = row_scale_gradient(step, db, thin)
     return {"A": into_storages(terms.A, da), **grads}

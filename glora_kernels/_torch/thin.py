@@ -12,7 +12,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from ..terms import LowRank, Term, Vector
+from ..step import Step
+from ..terms import Constant, LowRank, Vector
 from .assemble import factors_as
 from .storages import into_storages
 
@@ -26,19 +27,34 @@ class Thin(NamedTuple):
     contracted: Tensor  # (r, N): columns dW^T
 
 
-def contract_b(dy: Tensor, x: Tensor, term: Term) -> Thin:
+def contract_b(step: Step) -> Thin:
+    """B's contraction with dW; of x it reads the sums alone where B is a vector or constant."""
+    dy, x, term = step.dy, step.x, step.terms.B
     if isinstance(term, LowRank):
+        assert x is not None
         down, up = factors_as(term, x.dtype)
         tokens = up @ x.t()
         return Thin(down.t(), up, tokens, tokens @ dy)
+    assert isinstance(term, (Vector, Constant))
     entries = term.entries[None] if isinstance(term, Vector) else term.entry.expand(1, dy.shape[1])
-    tokens = x.sum(1)[None]
-    return Thin(entries.to(x.dtype), None, tokens, tokens @ dy)
+    tokens = _token_sums(step)[None]
+    return Thin(entries.to(dy.dtype), None, tokens, tokens @ dy)
 
 
-def b_gradient(dy: Tensor, x: Tensor, term: Term, thin: Thin) -> tuple[Tensor, ...]:
+def _token_sums(step: Step) -> Tensor:
+    if step.token_sums is not None:
+        return step.token_sums
+    assert step.x is not None
+    return step.x.sum(1)
+
+
+def b_gradient(step: Step, thin: Thin) -> tuple[Tensor, ...]:
+    """Gradients of B's storages from its contraction with dW."""
+    dy, x, term = step.dy, step.x, step.terms.B
     if isinstance(term, LowRank):
+        assert x is not None
         return into_storages(term, thin.contracted.t(), (thin.rows @ dy.t()) @ x)
+    assert term is not None
     return into_storages(term, thin.contracted[0])
 
 

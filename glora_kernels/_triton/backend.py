@@ -31,6 +31,11 @@ class TritonBackend:
         """No: which rows of da are lost is decided on the device."""
         return False
 
+    @property
+    def takes_token_sums(self) -> bool:
+        """No: its passes read x itself."""
+        return False
+
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None, terms: Terms) -> Forward:
         """y for x of any leading shape."""
         if x.numel() == 0 or weight.numel() == 0:

@@ -1,11 +1,13 @@
 """The torch backend against the fp64 oracle: values, every gradient, every kind, odd shapes and strides."""
 
+import weakref
+
 import pytest
 import torch
 from hypothesis import given, note, seed, settings
 from hypothesis import strategies as st
 
-from glora_kernels import Constant, LowRank, Terms, Vector, glora_linear
+from glora_kernels import Constant, LowRank, Terms, Vector, _torch, glora_linear
 from tests.helpers import (
     ALL_PATHS,
     BIAS_CHOICES,
@@ -152,6 +154,22 @@ def test_gradcheck_and_gradgradcheck(a, b, product):
     assert torch.autograd.gradgradcheck(function, leaves)
 
 
+@pytest.mark.parametrize("product", PRODUCTS)
+@pytest.mark.parametrize(("a", "b"), [("lora_3", "vector"), ("vector", "vector"), ("constant", "constant")])
+def test_gradgradcheck_where_only_sums_of_x_are_kept(a, b, product):
+    """A is there and frozen: second derivatives reach what x was computed from, which is no leaf."""
+    x, weight, b0, terms = make_call((a, b, "lora_3", "vector", "constant"), (3, 4, 5), product=product)
+    storages, structure = terms.map(lambda s: s.detach().nan_to_num(0.3)).flatten()
+    frozen = len(terms.A.storages)
+    leaves = [x, *(storage.requires_grad_() for storage in storages[frozen:])]
+
+    def function(x, *rest):
+        return glora_linear(x * x, weight, b0, Terms.unflatten((*storages[:frozen], *rest), structure))
+
+    assert torch.autograd.gradcheck(function, leaves)
+    assert torch.autograd.gradgradcheck(function, leaves)
+
+
 def test_double_backward_of_a_bias_path():
     """Nothing of x is kept where neither A nor B is there, and dx depends on dy still."""
     x, weight, b0, terms = make_call(("none", "none", "lora_3", "vector", "vector"))
@@ -163,7 +181,8 @@ def test_double_backward_of_a_bias_path():
 
 
 @pytest.mark.parametrize(
-    "path", [("lora_3", "lora_3"), ("vector", "lora_1"), ("constant", "vector"), ("none", "lora_1")]
+    "path",
+    [("lora_3", "lora_3"), ("vector", "lora_1"), ("constant", "vector"), ("none", "lora_1"), ("lora_3", "vector")],
 )
 @pytest.mark.parametrize("product", PRODUCTS)
 def test_only_needed_gradients_are_computed(path, product):
@@ -287,6 +306,42 @@ def test_input_changed_in_place_raises():
         y.sum().backward()
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("b", ["vector", "constant"])
+def test_sums_of_x_serve_in_its_place(b, dtype, monkeypatch):
+    """The same bits as from x, which is freed with the forward pass and may be overwritten after it."""
+    x, weight, b0, terms = make_call(("none", b, "lora_3", "vector", "vector"), (66, 19, 70), dtype=dtype)
+    x = x.reshape(2, 33, 70)
+    leaves = [x, *terms.flatten()[0]]
+    dy = upstream((x, weight))
+    inner = x * 1
+    y = glora_linear(inner, weight, b0, terms)
+    inner.detach().fill_(torch.nan)
+    freed = weakref.ref(inner)
+    del inner
+    assert freed() is None
+    got = torch.autograd.grad(y, leaves, dy)
+    monkeypatch.setattr(_torch, "takes_token_sums", False)
+    inner = x * 1
+    y = glora_linear(inner, weight, b0, terms)
+    freed = weakref.ref(inner)
+    del inner
+    assert freed() is not None
+    assert all(torch.equal(g, w) for g, w in zip(got, torch.autograd.grad(y, leaves, dy)))
+
+
+def test_input_gets_one_gradient_where_only_its_sums_are_kept():
+    """Hooks of x run once, with the whole gradient."""
+    x, weight, b0, terms = make_call(("none", "vector", "none", "none", "none"))
+    seen = []
+    inner = x * 1
+    inner.register_hook(seen.append)
+    dy = upstream((x, weight))
+    glora_linear(inner, weight, b0, terms).backward(dy)
+    assert len(seen) == 1
+    torch.testing.assert_close(seen[0], dy @ (weight + terms.B.entries[:, None]))
+
+
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_checkpointing(use_reentrant):
     from torch.utils.checkpoint import checkpoint
@@ -355,9 +410,10 @@ def test_backward_inside_autocast(a):
 
 
 @pytest.mark.parametrize("shape", [(5, 7, 6), REUSED], ids=str)
+@pytest.mark.parametrize("b", ["lora_3", "vector"])
 @pytest.mark.parametrize("a", ["lora_3", "vector", "constant", "none"])
-def test_batched_gradients(a, shape):
-    call = make_call((a, "lora_3", "vector", "vector", "vector"), shape)
+def test_batched_gradients(a, b, shape):
+    call = make_call((a, b, "vector", "vector", "vector"), shape)
     leaves = [call[0], *call[3].flatten()[0]]
     batch = torch.stack([upstream(call, seed) for seed in range(3)])
     got = torch.autograd.grad(glora_linear(*call), leaves, batch, is_grads_batched=True)
