@@ -3,6 +3,7 @@
 >>> model = glora.inject(timm.create_model("vit_base_patch16_224", pretrained=True), rank=8)
 """
 
+from . import peft
 from .adapter_file import load_adapter, save_adapter
 from .config import LayerShape, PathConfig, SearchSpace
 from .conv import GLoRAConv2d
@@ -51,6 +52,7 @@ __all__ = [
     "load_official",
     "merge",
     "official_paths",
+    "peft",
     "sample_paths",
     "save_adapter",
     "save_lycoris",

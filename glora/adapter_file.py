@@ -64,7 +64,6 @@ def load_adapter(model: nn.Module, file: str | os.PathLike) -> nn.Module:
         ValueError: not an adapter file, damaged, of a later format, or made for another model; the
             names and shapes that differ are listed. A model whose parameters are sharded.
     """
-    require_whole(model)
     description, tensors = _read(file)
     return apply_adapter(model, description, tensors, file)
 
@@ -78,6 +77,7 @@ def apply_adapter(
         ValueError: as :func:`load_adapter`, for a description that is right in itself.
     """
     require_real(model)
+    require_whole(model)
     layers = glora_layers(model)
     expected = _expected_shapes(model, layers, description, tensors, file)
     _check_tensors(expected, tensors, file)

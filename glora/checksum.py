@@ -24,6 +24,9 @@ def parts(tensor: Tensor) -> Iterator[Tensor]:
     """The tensors that hold the bytes of ``tensor``: itself, or what a quantised one is made of."""
     if not is_traceable_wrapper_subclass(tensor):
         yield tensor
+        state = getattr(tensor, "quant_state", None)  # of bitsandbytes' 4-bit weights: scales, and what they mean
+        if state is not None:
+            yield from state.as_dict(packed=True).values()
         return
     for name in tensor.__tensor_flatten__()[0]:
         yield from parts(getattr(tensor, name))

@@ -8,6 +8,7 @@ they read the same tensors, and average the gradients of those alone.
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections import defaultdict
 from collections.abc import Iterable
 
@@ -16,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from .modules import glora_layers
 from .parameters import trainable_parameters
 from .paths import get_paths
 from .ranks import has_group, rank, require_agreement, world_size
@@ -40,15 +42,15 @@ def sync_gradients(model: nn.Module) -> None:
         raise ValueError("model: expected one without DistributedDataParallel, which averages gradients itself")
     if holds_shards(model):
         raise ValueError("model: expected one without fully_shard, which averages gradients itself")
-    named = {name: p for name, p in sorted(model.named_parameters()) if p.requires_grad}
-    if world_size() == 1 or not named:
+    if world_size() == 1:
         return
+    named = {name: p for name, p in sorted(model.named_parameters()) if p.requires_grad}
     gradients = {name: p.grad for name, p in named.items() if p.grad is not None}
     state = {
         **{name: str(path) for name, path in sorted(get_paths(model).items())},
         **{name: f"gradient {_form(gradient)}" for name, gradient in gradients.items()},
     }
-    if not _same_everywhere(state, next(iter(named.values())).device):
+    if not _same_everywhere(state, next(model.parameters()).device):
         require_agreement("paths", state)
     for name, gradient in gradients.items():
         if gradient.layout != torch.strided:
@@ -105,7 +107,9 @@ def holds_replica(model: nn.Module) -> bool:
 
 def holds_shards(model: nn.Module) -> bool:
     """Whether ``fully_shard`` has split the parameters of the model or of a part of it."""
-    return has_group() and any(is_sharded(parameter) for parameter in model.parameters())
+    if not dist.is_available() or "torch.distributed.tensor" not in sys.modules:
+        return False  # nobody can have made a DTensor
+    return any(is_sharded(parameter) for parameter in model.parameters())
 
 
 def averages_itself(model: nn.Module) -> bool:
@@ -128,6 +132,8 @@ def require_trainable(model: nn.Module, random_paths: bool) -> None:
             )
     if holds_shards(inner):
         _require_fully_sharded(inner)
+    if world_size() > 1 or holds_shards(inner):
+        _require_plain_bases(inner)
     if world_size() > 1:
         _require_no_batch_norm(inner)
 
@@ -144,6 +150,15 @@ def _require_fully_sharded(model: nn.Module) -> None:
             raise ValueError(
                 f"model: expected fully_shard over one dimension of all {world_size()} ranks, got {mesh} for {name!r}"
             )
+
+
+def _require_plain_bases(model: nn.Module) -> None:
+    quantised = [name for name, layer in glora_layers(model).items() if not layer.merges_exactly]
+    if quantised:
+        raise ValueError(
+            "model: expected no quantised base with several processes, which would have to exchange its packed values "
+            f"and scales, got {quantised}"
+        )
 
 
 def _require_no_batch_norm(model: nn.Module) -> None:
@@ -181,7 +196,7 @@ def require_whole(model: nn.Module) -> None:
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Whether this rank holds a part of ``tensor`` only; there has to be a process group."""
+    """Whether this rank holds a part of ``tensor`` only."""
     from torch.distributed.tensor import DTensor  # here: half a second to import
 
     return isinstance(tensor, DTensor)

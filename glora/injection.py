@@ -59,6 +59,7 @@ def inject(
     named = {name: module for name, module in model.named_modules(remove_duplicate=False) if name}
     if targets is not None:
         _check_matched("targets", targets, list(named))
+        _check_convolutions(targets, named, kinds)
     if excluded != DEFAULT_EXCLUDE:
         _check_matched("exclude", excluded, list(named))
 
@@ -170,6 +171,17 @@ def _checked_names(argument: str, names: Iterable[str]) -> tuple[str, ...]:
     if repeated:
         raise ValueError(f"{argument}: expected each name once, got {repeated} more than once")
     return checked
+
+
+def _check_convolutions(
+    targets: tuple[str, ...], named: Mapping[str, nn.Module], kinds: Sequence[type[nn.Module]]
+) -> None:
+    """A target that selects convolutions and nothing else is not left out in silence."""
+    for pattern in targets:
+        selected = [module for name, module in named.items() if matches(name, pattern)]
+        adaptable = any(isinstance(module, tuple(kinds)) for module in selected)
+        if not adaptable and any(isinstance(module, nn.Conv2d) for module in selected):
+            raise ValueError(f"targets: {pattern!r} selects convolutions, which are adapted with convolutions=True")
 
 
 def _check_matched(argument: str, patterns: tuple[str, ...], names: list[str]) -> None:

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from .config import PathConfig
+from .distributed import require_whole
 from .files import write_atomically
 from .injection import adapt
 from .layer import GLoRALayer, GLoRALinear
@@ -65,6 +66,7 @@ def save_lycoris(
     _check_options(prefix, layout)
     if not os.fspath(file).endswith(".safetensors"):
         raise ValueError(f"file: expected a name in .safetensors, by which LyCORIS knows it, got {os.fspath(file)!r}")
+    require_whole(model)
     layers = require_linear_layers(model)
     unfit = [f"{name} ({what})" for name, layer in layers.items() if (what := _inexpressible(layer))]
     if unfit:
@@ -109,6 +111,7 @@ def load_lycoris(
     """
     _check_options("lycoris" if prefix is None else prefix, "new" if layout is None else layout)
     require_real(model)
+    require_whole(model)
     found = _resolve(model, _read(file), prefix, file)
     used = _layout(model, found, layout, file)
     adapters = {name: _folded(name, entries, used, file) for name, entries in found.items()}

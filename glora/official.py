@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from .adapter_file import Description, apply_adapter
 from .config import PathConfig
+from .distributed import require_whole
 from .files import write_atomically
 from .layer import SUPPORT_NAMES, GLoRALinear
 from .modules import require_layers, require_linear_layers
@@ -68,6 +69,7 @@ def save_official(model: nn.Module, file: str | os.PathLike) -> None:
         ValueError: no adapted layer, one that is not linear, another product than hadamard, several ranks, or other
             layers adapted than the official code adapts. Nothing is written then.
     """
+    require_whole(model)
     layers = require_linear_layers(model)
     unfit = [name for name, layer in layers.items() if layer.product != "hadamard"]
     if unfit:

@@ -152,10 +152,18 @@ class GLoRAQuantisedLinear(GLoRALinear):
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors):
         start = f"{prefix}weight."
         found = {name.removeprefix(start): tensor for name, tensor in state_dict.items() if name.startswith(start)}
+        weight: Any = self.weight
+        four_bits = issubclass(self.plain_type, loaded("bitsandbytes.nn", "Linear4bit") or ())
+        given = state_dict.get(f"{prefix}weight")
+        if given is not None and given.dtype != self.weight.dtype:
+            errors.append(f"{prefix}weight: expected the packed {self.weight.dtype} of its base, got {given.dtype}")
+            return
+        if given is not None and four_bits and not found:
+            missing += [start + name for name in weight.quant_state.as_dict(packed=True)]
+            return
         before = len(unexpected)
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
-        weight: Any = self.weight
-        if found and issubclass(self.plain_type, loaded("bitsandbytes.nn", "Linear4bit") or ()):
+        if found and four_bits:
             weight.quant_state = loaded("bitsandbytes.functional", "QuantState").from_dict(found, weight.device)
             unexpected[before:] = [name for name in unexpected[before:] if not name.startswith(start)]
         # what bitsandbytes says of the order of int8 values; there is one order only

@@ -108,6 +108,8 @@ def _effective(layer: GLoRALinear) -> PathConfig:
 def _fault(layer: GLoRALinear) -> str | None:
     """Why PEFT has no such layer, if it has none."""
     path = _effective(layer)
+    if not layer.merges_exactly:
+        return "a quantised base"
     if layer.product != "hadamard" and path.A != "none":
         return f"the {layer.product} product"
     if layer.bias is None and (path.C, path.E) != ("none", "none"):

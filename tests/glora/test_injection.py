@@ -263,3 +263,13 @@ def test_refuses_a_linear_that_would_lose_something(change):
     with pytest.raises(TypeError, match="linear: expected one without hooks, pruning or weight norm"):
         inject(model, 2)
     assert type(model[0]) is nn.Linear
+
+
+def test_a_target_that_selects_convolutions_alone_says_how_to_adapt_them():
+    model = nn.ModuleDict({"patch": nn.Conv2d(3, 4, 2), "qkv": nn.Linear(4, 4)})
+    with unchanged(model), pytest.raises(ValueError, match=r"targets: 'patch' selects convolutions.*convolutions=True"):
+        inject(model, 2, targets=("patch", "qkv"))
+    assert set(glora_layers(inject(model, 2, targets=("patch", "qkv"), convolutions=True))) == {
+        "patch",
+        "qkv",
+    }

@@ -479,3 +479,36 @@ def test_hooks_and_subclasses():
     net = nn.Sequential(own, nn.Linear(OUT, OUT))
     with unchanged(net), pytest.raises(TypeError, match=r"at '0', got its subclass .*Own"):
         glora.inject(net, 2, targets=["0"])
+
+
+def test_two_bases_of_equal_packed_values_and_other_scales_are_told_apart():
+    pytest.importorskip("bitsandbytes")
+    one, two = four_bit(sizes=(64, 64)), four_bit(sizes=(64, 64))
+    two.weight.quant_state.absmax = 2 * two.weight.quant_state.absmax
+    assert torch.equal(one.weight, two.weight)
+    assert checksum(one.parameters()) != checksum(two.parameters())
+
+
+@pytest.mark.parametrize("make", [four_bit, eight_bit])
+def test_a_state_of_a_plain_layer_is_refused_and_nothing_is_loaded(make):
+    pytest.importorskip("bitsandbytes")
+    layer = GLoRALinear.from_linear(make(sizes=(64, 64)), 2)
+    before = layer(torch.ones(1, 64))
+    with pytest.raises(RuntimeError, match="weight: expected the packed"):
+        layer.load_state_dict(nn.Linear(64, 64).state_dict())
+    assert torch.equal(layer(torch.ones(1, 64)), before)
+
+
+def test_packed_values_without_their_scales_are_missing_keys():
+    pytest.importorskip("bitsandbytes")
+    layer = GLoRALinear.from_linear(four_bit(sizes=(64, 64)), 2)
+    state = {name: tensor for name, tensor in layer.state_dict().items() if not name.startswith("weight.")}
+    with pytest.raises(RuntimeError, match=r"Missing key.*weight\.absmax"):
+        layer.load_state_dict(state)
+
+
+def test_a_quantised_base_cannot_be_exported_to_peft(tmp_path):
+    pytest.importorskip("bitsandbytes")
+    model = glora.inject(nn.Sequential(four_bit(sizes=(64, 64))), 2)
+    with pytest.raises(ValueError, match="a quantised base"):
+        glora.peft.export_peft(model, tmp_path / "folder")
