@@ -85,7 +85,7 @@ def table(content: dict[str, Any]) -> str:
     if content["failures"]:
         lines += [f"**{content['failures']} tests failed: not to be quoted.**", ""]
     if content["interrupted"]:
-        lines += ["The run was interrupted: what follows was measured before.", ""]
+        lines += ["The run was cut short: these groups were measured before, each as a whole.", ""]
     lines += _target_lines(content["targets"])
     for section in content["sections"]:
         lines += [f"## {section['title']}", ""]
@@ -104,11 +104,13 @@ def table(content: dict[str, Any]) -> str:
 
 
 def describe(content: dict[str, Any]) -> str:
-    """Device, dtype, versions, date and commit in one line."""
+    """Device, clock, dtype, versions, date and commit in one line."""
     found = content["environment"]
     versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items() if version)
     threads = f", {content['threads']} thread" + ("s" if content["threads"] != 1 else "") if content["threads"] else ""
-    return f"{found['device']}{threads}, {content['dtype']}; {versions}; {found['date'][:10]}, commit {found['commit']}"
+    clock = {"wall": "", "cpu": ", CPU time"}.get(content["clock"], f", {content['clock']}")
+    machine = f"{found['device']}{threads}{clock}, {content['dtype']}"
+    return f"{machine}; {versions}; {found['date'][:10]}, commit {found['commit']}"
 
 
 def _target_lines(targets: list[dict[str, Any]]) -> list[str]:
