@@ -230,7 +230,7 @@ def test_convolutions_by_name():
     assert list(glora.glora_layers(model)) == ["patch_embed.proj"]
     with pytest.raises(ValueError, match=r"at least one nn.Linear or nn.Conv2d to adapt among targets"):
         glora.inject(tiny_vit(), 2, targets=["norm"], convolutions=True)
-    with pytest.raises(ValueError, match=r"at least one nn.Linear to adapt among targets \['patch_embed'\]"):
+    with pytest.raises(ValueError, match=r"targets: 'patch_embed' selects convolutions.*convolutions=True"):
         glora.inject(tiny_vit(), 2, targets=["patch_embed"])
 
 
