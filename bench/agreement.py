@@ -36,11 +36,17 @@ class Task(Protocol):
         """The same in fp32 on absolute values, whose sums cannot cancel; None where that means nothing."""
 
 
-def results(task: Task, model: nn.Module) -> Results:
-    """The output and every gradient of one step."""
+def run(task: Task, model: nn.Module) -> Tensor:
+    """One step; returns its output."""
     task.reset(model)
     output = task.forward(model)
     task.backward(model, output)
+    return output
+
+
+def results(task: Task, model: nn.Module) -> Results:
+    """The output and every gradient of one step."""
+    output = run(task, model)
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     return {"output": output.detach(), **task.input_gradients(), **gradients}
 

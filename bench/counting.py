@@ -6,9 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
+
+from .agreement import Task, run
 
 
 def flops(function: Callable[[], object]) -> int:
@@ -52,6 +54,15 @@ def _saved_storages(forward: Callable[[], Tensor]) -> set[int]:
 
 def _address(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
+
+
+def memory(task: Task, model: nn.Module, inputs: tuple[Tensor, ...], device: str) -> dict[str, float]:
+    """Of one step: bytes saved for backward (see :func:`saved_bytes`), and how far memory rises."""
+    task.reset(model)
+    return {
+        "saved_bytes": saved_bytes(lambda: task.forward(model), inputs, device),
+        "peak_bytes": peak_bytes(lambda: run(task, model), device),
+    }
 
 
 def peak_bytes(function: Callable[[], object], device: str) -> int:

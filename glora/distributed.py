@@ -107,7 +107,7 @@ def holds_replica(model: nn.Module) -> bool:
 
 def holds_shards(model: nn.Module) -> bool:
     """Whether ``fully_shard`` has split the parameters of the model or of a part of it."""
-    if not dist.is_available() or "torch.distributed.tensor" not in sys.modules:
+    if "torch.distributed.tensor" not in sys.modules:
         return False  # nobody can have made a DTensor
     return any(is_sharded(parameter) for parameter in model.parameters())
 

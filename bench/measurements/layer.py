@@ -14,6 +14,7 @@ from glora.config import KINDS
 from glora_kernels import explain
 
 from .. import counting
+from ..agreement import run
 from ..entrants import (
     ASSEMBLED,
     ENTRANTS,
@@ -205,16 +206,8 @@ def _counted_on(field: Field, path: PathConfig, count: Callable[[], dict[str, fl
 
 
 def _count(model: nn.Module, task: LayerTask, device: str) -> dict[str, float]:
-    def both() -> None:
-        task.reset(model)
-        task.backward(model, task.forward(model))
-
-    task.reset(model)
-    found: dict[str, float] = {
-        "saved_bytes": counting.saved_bytes(lambda: task.forward(model), (task.x,), device),
-        "peak_bytes": counting.peak_bytes(both, device),
-    }
-    return found | ({"flops": counting.flops(both)} if device == "cpu" else {})
+    found = counting.memory(task, model, (task.x,), device)
+    return found | ({"flops": counting.flops(lambda: run(task, model))} if device == "cpu" else {})
 
 
 def _mean(found: list[dict[str, float]]) -> dict[str, float]:

@@ -134,13 +134,5 @@ def _training_step(task: ClassifierTask, model: nn.Module) -> Timed:
 
 
 def _count(task: ClassifierTask, model: nn.Module, device: str) -> dict[str, float]:
-    def both() -> None:
-        task.reset(model)
-        task.backward(model, task.forward(model))
-
-    task.reset(model)
-    return {
-        "saved_bytes": counting.saved_bytes(lambda: task.forward(model), (task.images,), device),
-        "peak_bytes": counting.peak_bytes(both, device),
-        "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
-    }
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return {**counting.memory(task, model, (task.images,), device), "parameters": trained}

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from glora import PathConfig
 
+from ..agreement import run
 from ..entrants import ASSEMBLED, FROZEN, GLORA, HIRA, LORA, OFFICIAL, OURS, Field, all_low_rank
 from ..graphs import captured
 from ..section import Comparison, Section, against
@@ -58,18 +59,14 @@ def measure(shape_set: str, layer: Layer, settings: Settings) -> Section:
 def _replay(name: str, field: Field, model: nn.Module, task: LayerTask) -> dict[str, Callable[[], None]]:
     """The step as a graph, if it can be one and its replay leaves the gradients of the eager step; else refused."""
 
-    def run() -> None:
-        task.reset(model)
-        task.backward(model, task.forward(model))
-
     def gradients() -> dict[str, Tensor]:
         trained = {key: p.grad for key, p in model.named_parameters() if p.grad is not None}
         return {key: grad.clone() for key, grad in {**task.input_gradients(), **trained}.items()}
 
     try:
-        run()
+        run(task, model)
         eager = gradients()
-        replay = captured(run)
+        replay = captured(lambda: run(task, model))
         for gradient in (*task.input_gradients().values(), *(p.grad for p in model.parameters())):
             if gradient is not None:
                 gradient.fill_(torch.nan)  # whatever the replay does not write is found
