@@ -1,0 +1,44 @@
+"""The command line: arguments in, one function called, text or JSON out."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from ..version import __version__
+from .bench import add_bench
+from .doctor import add_doctor
+from .merge import add_merge
+from .quickstart import add_quickstart
+from .report import add_report
+from .search import add_search
+from .train import add_train
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run ``glora``; returns the exit status: 0, 1 for a failed check, 2 for bad arguments."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    try:
+        return options.run(options)
+    except (ValueError, TypeError, OSError) as error:
+        print(f"glora {options.command}: error: {error}", file=sys.stderr)
+        return 2
+    except ModuleNotFoundError as error:
+        extra = getattr(options, "extra", "demo")
+        print(f"glora {options.command}: error: {error}; pip install 'glora[{extra}]'", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="glora",
+        description="GLoRA: adapt a frozen model with small support tensors, search the best ones, merge for free.",
+        epilog="Start with: glora quickstart",
+    )
+    parser.add_argument("--version", action="version", version=f"glora {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+    for add in (add_quickstart, add_train, add_search, add_merge, add_report, add_bench, add_doctor):
+        add(commands)
+    return parser

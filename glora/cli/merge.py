@@ -1,0 +1,40 @@
+"""``glora merge``: the winners as plain models, and their test."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+
+def add_merge(commands) -> None:
+    command = commands.add_parser(
+        "merge",
+        help="merge the winners into plain models; --test reads the test split, once",
+        description=(
+            "Merge the searched path (or the preset) of one run, or of every run of a folder, into a model of plain "
+            "layers: merged.safetensors, for timm.create_model(...).load_state_dict. With --test that model is tested, once: "
+            "a second time prints the first result."
+        ),
+    )
+    command.add_argument("folder", type=Path, help="a run, or a folder of runs")
+    command.add_argument("--test", action="store_true", help="evaluate the merged models on the test split")
+    command.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, mps")
+    command.add_argument("--json", action="store_true", help="print JSON alone, no progress bars")
+    command.set_defaults(run=_merge)
+
+
+def _merge(options: argparse.Namespace) -> int:
+    from ..runs import choose_device, find_runs, merge_run, test_run
+    from ..runs.texts import describe_merges
+
+    runs = find_runs(options.folder)
+    device = choose_device(options.device)
+    merged = []
+    for run in runs:
+        summary = merge_run(run, device)
+        if options.test:
+            summary = {**summary, "test": test_run(run, device, progress=not options.json)}
+        merged.append(summary)
+    print(json.dumps(merged) if options.json else describe_merges(runs, merged))
+    return 0

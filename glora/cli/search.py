@@ -1,0 +1,51 @@
+"""``glora search``: the best path of every layer, for trained runs."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+
+def add_search(commands) -> None:
+    command = commands.add_parser(
+        "search",
+        help="search the best path of every layer of trained supernets, under the parameter limit",
+        description=(
+            "Evolutionary search on the validation split, for one run or every run of a folder. Every score is on disk as "
+            "soon as it is known: a search that was cut goes on with the identical history. The test split is not read."
+        ),
+    )
+    command.add_argument("folder", type=Path, help="a run, or a folder of runs")
+    command.add_argument("--limit", type=int, metavar="N", help="support parameters; default: that of the run's size")
+    command.add_argument("--front", action="store_true", help="search accuracy against parameters, not accuracy alone")
+    command.add_argument("--halving", action="store_true", help="judge candidates on growing parts of the split")
+    command.add_argument(
+        "--set", action="append", default=[], dest="changes", metavar="KEY=VALUE", help="as search.generations=5"
+    )
+    command.add_argument(
+        "--again", action="store_true", help="put an earlier search and all that was made of it aside, and search anew"
+    )
+    command.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, mps")
+    command.add_argument("--json", action="store_true", help="print JSON alone, no progress bars")
+    command.set_defaults(run=_search)
+
+
+def _search(options: argparse.Namespace) -> int:
+    from ..runs import find_runs, process_group, search_run, search_settings
+    from ..runs.texts import describe_searches
+
+    runs = find_runs(options.folder)
+    if options.front:
+        options.changes.append("search.front=true")
+    if options.halving:
+        options.changes.append("search.halving=true")
+    settings = [search_settings(run, options.changes, options.limit) for run in runs]
+    found = []
+    with process_group(options.device) as device:
+        for run, how in zip(runs, settings):
+            if not options.json:
+                print(f"{run.spec.name}", flush=True)
+            found.append(search_run(run, how, device, again=options.again, progress=not options.json))
+    print(json.dumps(found) if options.json else describe_searches(runs, found))
+    return 0

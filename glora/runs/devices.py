@@ -1,0 +1,39 @@
+"""Where a run computes, and the processes it shares its work with."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+
+
+def choose_device(name: str) -> torch.device:
+    """``"auto"`` is CUDA where there is one, else the CPU. Raises ValueError for a device that is not here."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"device: expected one that is here, such as cpu, got {name!r} ({error})") from None
+    return device
+
+
+@contextmanager
+def process_group(name: str) -> Iterator[torch.device]:
+    """The device of this process; under ``torchrun``, with the group of all its processes (NCCL on CUDA, else gloo)."""
+    if not dist.is_available() or not dist.is_torchelastic_launched():
+        yield choose_device(name)
+        return
+    device = choose_device(name)
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield device
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,126 @@
+"""A run's folder: its description, its files, and keeping what an earlier search found."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from ..files import write_atomically
+from .spec import RunSpec, spec_from_dict
+
+DESCRIPTION = "run.json"
+CHECKPOINT, LOG, SUPERNET, TRAINED = "checkpoint.pt", "log.csv", "supernet.safetensors", "train.json"
+JOURNAL, SEARCHED, ADAPTER = "search.jsonl", "search.json", "adapter.safetensors"
+MERGED, WEIGHTS = "merge.json", "merged.safetensors"
+TESTED, FEATURES = "test.json", "features.npz"
+# in the order in which they are written: what comes later was made from what comes before
+AFTER_TRAINING = (JOURNAL, SEARCHED, ADAPTER, WEIGHTS, MERGED, FEATURES, TESTED)
+
+
+class RunFolder:
+    """The files of one run.
+
+    Raises:
+        ValueError: a description that is damaged or of another format.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        content = read_json(path / DESCRIPTION)
+        try:
+            self.spec = spec_from_dict(content)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path / DESCRIPTION}: expected the description of a run, got {error!r}") from None
+        except ValueError as error:
+            raise ValueError(f"{path / DESCRIPTION}: {error}") from None
+
+    def __truediv__(self, name: str) -> Path:
+        return self.path / name
+
+    def has(self, name: str) -> bool:
+        return (self.path / name).is_file()
+
+    def require(self, name: str, command: str) -> Path:
+        """The file's path. Raises ValueError, saying which command makes it, if it is not there."""
+        if not self.has(name):
+            raise ValueError(f"{self.path}: expected {name}, found none; run `glora {command}` first")
+        return self.path / name
+
+    def put_aside(self) -> Path | None:
+        """Move what came after training into a folder ``earlier-<n>`` of the run; None if there was nothing."""
+        found = [name for name in AFTER_TRAINING if self.has(name)]
+        if not found:
+            return None
+        number = next(n for n in range(1, 10**6) if not (self.path / f"earlier-{n}").exists())
+        folder = self.path / f"earlier-{number}"
+        folder.mkdir()
+        for name in reversed(found):  # killed in between, what is left is still a run
+            os.replace(self.path / name, folder / name)
+        return folder
+
+
+def create_run(study: Path, spec: RunSpec, facts: Mapping[str, Any]) -> RunFolder:
+    """The folder of ``spec`` within ``study``: made now, or there already from the same run.
+
+    Args:
+        facts: what else ``run.json`` should say; of a folder that is there they are left as they are.
+
+    Raises:
+        ValueError: the folder is another run's; the entries that differ are named.
+    """
+    path = study / spec.name
+    description = spec.to_dict()
+    if (path / DESCRIPTION).is_file():
+        folder = RunFolder(path)
+        before = folder.spec.to_dict()
+        differing = {name: (before[name], value) for name, value in description.items() if before[name] != value}
+        if differing:
+            told = "; ".join(f"{name} {_differing(*values)}" for name, values in differing.items())
+            raise ValueError(f"{path}: holds another run: {told}; choose another folder")
+        return folder
+    path.mkdir(parents=True, exist_ok=True)
+    write_json(path / DESCRIPTION, {**description, **facts})
+    return RunFolder(path)
+
+
+def _differing(before: Any, now: Any) -> str:
+    """The innermost entries that differ, of tables; else both values."""
+    if isinstance(before, Mapping) and isinstance(now, Mapping):
+        names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+        return ", ".join(f"{name} {_differing(before.get(name), now.get(name))}" for name in names)
+    return f"{before!r}, expected {now!r}"
+
+
+def find_runs(folder: str | os.PathLike) -> list[RunFolder]:
+    """The run in ``folder``, or every run in its folders, by name.
+
+    Raises:
+        ValueError: no run there.
+    """
+    path = Path(folder)
+    if (path / DESCRIPTION).is_file():
+        return [RunFolder(path)]
+    inner: Iterable[Path] = sorted(path.iterdir()) if path.is_dir() else ()
+    runs = [RunFolder(each) for each in inner if (each / DESCRIPTION).is_file()]
+    if not runs:
+        raise ValueError(f"folder: expected a run, or a folder of runs, as `glora train` writes it, got {path}")
+    return runs
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Raises ValueError for anything but a JSON object."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file}: expected JSON, it is damaged or something else ({error})") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{file}: expected a JSON object, got {type(content).__name__}")
+    return content
+
+
+def write_json(file: Path, content: Mapping[str, Any]) -> None:
+    encoded = json.dumps(content, indent=1).encode()
+    write_atomically(file, lambda stream: stream.write(encoded))

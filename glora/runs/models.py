@@ -1,0 +1,44 @@
+"""The model of a run, as it is before training, and as a plain model."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ..backbones import load_backbone
+from ..injection import inject
+from ..presets import apply_preset
+from .spec import RunSpec
+
+
+def make_backbone(spec: RunSpec) -> nn.Module:
+    """The frozen model with a fresh head for the run's classes; drawn from the run's seed alone.
+
+    Raises:
+        ValueError: weights that do not fit, or a model with batch norm, whose running statistics no adapter holds.
+    """
+    settings = spec.recipe.model
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(spec.seed)
+        model = load_backbone(
+            settings.name,
+            spec.protocol.classes(spec.dataset),
+            weights=spec.weights,
+            drop_path=settings.drop_path,
+            options=settings.options,
+        )
+    if any(isinstance(module, _BatchNorm) for module in model.modules()):
+        raise ValueError(f"model: expected one without batch norm, got {settings.name!r}")
+    return model
+
+
+def make_model(spec: RunSpec) -> nn.Module:
+    """The backbone with GLoRA in it, its path set where the run is of a preset."""
+    model = make_backbone(spec)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(spec.seed)
+        inject(model, spec.rank, exclude=spec.recipe.model.exclude, product=spec.product)
+        if spec.preset is not None:
+            apply_preset(model, spec.preset, spec.rank)
+    return model

@@ -1,0 +1,210 @@
+"""The stages of a run: train, search, merge, test. Each reads what the one before wrote, and can be cut and called again."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+
+from ..adapter_file import load_adapter, save_adapter
+from ..evolution import SearchSettings, search
+from ..files import write_atomically
+from ..merging import merge
+from ..modules import glora_layers
+from ..parameters import count_parameters
+from ..paths import get_paths, set_paths
+from ..protocols import Splits
+from ..protocols.images import preload
+from ..ranks import from_first, is_first
+from ..training import train
+from .folder import (
+    ADAPTER,
+    CHECKPOINT,
+    JOURNAL,
+    LOG,
+    MERGED,
+    SEARCHED,
+    SUPERNET,
+    TRAINED,
+    WEIGHTS,
+    RunFolder,
+    create_run,
+    read_json,
+    write_json,
+)
+from .models import make_backbone, make_model
+from .recipes import change_recipe
+from .spec import RunSpec
+
+_IN_MEMORY = 4 * 2**30
+
+
+@dataclass(frozen=True)
+class SearchPlan:
+    """How a run is searched: the recipe's settings and metric, the limit of its size, unless told otherwise."""
+
+    settings: SearchSettings
+    metric: str
+    limit: int | None
+
+
+def train_run(study: Path, spec: RunSpec, device: torch.device, progress: bool = True) -> dict[str, Any]:
+    """Train one run into its folder within ``study``; returns what ``train.json`` says.
+
+    A folder that holds the beginning of this run is gone on with, a finished one left as it is.
+
+    Raises:
+        ValueError: the folder is another run's; see :func:`glora.train` for the rest.
+    """
+    splits = open_splits(spec)
+    model = make_model(spec)
+    layers = glora_layers(model)
+    facts = {
+        "layers": [[name, *layer.shape] for name, layer in layers.items()],
+        "samples": {"train": len(splits.train), "validation": len(splits.validation)},
+        "backbone_parameters": sum(p.numel() for p in make_backbone(spec).parameters()),
+        "versions": {package: version(package) for package in ("glora", "torch", "timm")},
+        "date": _now(),
+    }
+    from_first(lambda: create_run(study, spec, facts).path)
+    folder = RunFolder(study / spec.name)
+    if folder.has(TRAINED):
+        return read_json(folder / TRAINED)
+    recipe = spec.recipe.training.recipe(spec.dataset, len(splits.train), spec.seed)
+    summary = train(
+        model.to(device),
+        _in_memory(splits.train, spec, progress),
+        recipe,
+        space=spec.space,
+        checkpoint=folder / CHECKPOINT,
+        log=folder / LOG,
+        workers=spec.recipe.training.workers,
+        progress=progress,
+    )
+    trained = {
+        "run": spec.name,
+        "steps": summary.steps,
+        "seconds": summary.seconds,
+        "resumed_from": summary.resumed_from,
+        "images_per_second": summary.images_per_second,
+        "loss": summary.losses[-1],
+        "recipe": asdict(recipe),
+    }
+    if is_first():
+        save_adapter(model, folder / (ADAPTER if spec.preset else SUPERNET))
+        write_json(folder / TRAINED, trained)
+    return trained
+
+
+def search_settings(run: RunFolder, changes: Sequence[str] = (), limit: int | None = None) -> SearchPlan:
+    """The plan of a search: the run's recipe with ``changes`` (``"search.generations=5"``), and another ``limit``.
+
+    Raises:
+        ValueError: a run of a preset, which has nothing to search; a change of anything but the search.
+    """
+    if run.spec.space is None:
+        raise ValueError(f"{run.path}: expected a supernet, got the preset {run.spec.preset!r}: nothing to search")
+    recipe = change_recipe(run.spec.recipe, changes, only=("search", "metric"))
+    return SearchPlan(recipe.search, recipe.metric, run.spec.limit if limit is None else limit)
+
+
+def search_run(
+    run: RunFolder, plan: SearchPlan, device: torch.device, *, again: bool = False, progress: bool = True
+) -> dict[str, Any]:
+    """Search the best path of a trained run on its validation split; returns what ``search.json`` says.
+
+    Args:
+        again: put an earlier search, and what was made of it, into a folder of its own first.
+
+    Raises:
+        ValueError: not trained yet; a limit that no path meets; the journal is another search's.
+    """
+    spec, space = run.spec, run.spec.space
+    assert space is not None  # search_settings refuses presets
+    supernet = run.require(SUPERNET, "train")
+    model = load_adapter(make_model(spec), supernet).to(device)
+    validation = _in_memory(open_splits(spec).validation, spec, progress)
+    if again:
+        from_first(run.put_aside)
+    result = search(
+        model,
+        space,
+        validation,
+        limit=plan.limit,
+        settings=plan.settings,
+        metric=plan.metric,
+        journal=run / JOURNAL,
+        progress=progress,
+    )
+    set_paths(model, result.best.paths)
+    found = {"run": spec.name, "settings": asdict(plan.settings), "metric": plan.metric, **result.to_dict()}
+    if is_first():
+        save_adapter(model, run / ADAPTER)
+        write_json(run / SEARCHED, found)
+    return found
+
+
+def merge_run(run: RunFolder, device: torch.device) -> dict[str, Any]:
+    """Merge a run's winner into a plain model, on disk; returns what ``merge.json`` says.
+
+    Raises:
+        ValueError: neither searched nor of a preset; or a merged model that is not the backbone's like.
+    """
+    _, summary = _merged(run, device)
+    return summary
+
+
+def _merged(run: RunFolder, device: torch.device) -> tuple[torch.nn.Module, dict[str, Any]]:
+    from safetensors.torch import save
+
+    spec = run.spec
+    adapter = run.require(ADAPTER, "train" if spec.preset else "search")
+    model = load_adapter(make_model(spec), adapter).to(device).eval()
+    paths, parameters = get_paths(model), count_parameters(model)
+    sample = torch.stack([_first(open_splits(spec).validation, index) for index in range(2)]).to(device)
+    report = merge(model, sample)
+    plain = make_backbone(spec)
+    created = [layer.name for layer in report.layers if layer.bias_created]
+    same = {name: type(m) for name, m in plain.named_modules()} == {n: type(m) for n, m in model.named_modules()}
+    summary = {
+        "run": spec.name,
+        "parameters": parameters,
+        "head_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "paths": {name: path.to_dict() for name, path in paths.items()},
+        "largest_error": report.largest_error,
+        "largest_difference": report.largest_difference,
+        "model_difference": report.model_difference,
+        "same_modules": same,
+        "biases_created": created,
+        "total_parameters": sum(p.numel() for p in model.parameters()),
+        "backbone_parameters": sum(p.numel() for p in plain.parameters()),
+    }
+    content = save({name: t.contiguous() for name, t in model.state_dict().items()})
+    write_atomically(run / WEIGHTS, lambda stream: stream.write(content))
+    write_json(run / MERGED, summary)
+    return model, summary
+
+
+def open_splits(spec: RunSpec) -> Splits:
+    """The run's data; the test list is not read before it is asked for."""
+    return spec.protocol.open(
+        spec.data, spec.dataset, shots=spec.shots, seed=spec.seed, images=spec.recipe.images
+    )
+
+
+def _in_memory(dataset: Dataset, spec: RunSpec, progress: bool) -> Dataset:
+    """Decoded once, where every epoch sees the same images and they fit; else as it is."""
+    images = spec.recipe.images
+    size = len(dataset) * 3 * images.size**2 * 4  # type: ignore[arg-type]
+    return preload(dataset, progress=progress and is_first()) if size <= _IN_MEMORY else dataset
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
