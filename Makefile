@@ -7,10 +7,14 @@ RUN := $(VENV)/bin/python
 # Both ends of the range of Triton that is supported; `make aot-matrix` compiles the kernels with each.
 TRITONS := 3.6.0 3.9.0
 
-.PHONY: quickstart test check interpreter aot aot-matrix mutants bench clean
+.PHONY: quickstart miniature test check interpreter aot aot-matrix mutants bench clean
 
 quickstart: $(VENV)/ready-demo
 	$(RUN) -m glora quickstart
+
+# VTAB-1K's protocol on generated images: train, search, merge, test, report.
+miniature: $(VENV)/ready-test
+	$(RUN) -m tests.miniature runs/miniature
 
 test: check
 	$(RUN) -m pytest

@@ -190,6 +190,23 @@ def load_recipe(name: str, changes: Sequence[str] = ()) -> RunRecipe:
         raise ValueError(f"recipe {name}: {error}") from None
 
 
+def change_recipe(recipe: RunRecipe, changes: Sequence[str], only: Sequence[str]) -> RunRecipe:
+    """``recipe`` with ``changes`` as for :func:`load_recipe`, of entries within ``only``.
+
+    Raises:
+        ValueError: a change of something else, or as :func:`load_recipe`.
+    """
+    data = recipe.to_dict()
+    for change in changes:
+        _change(data, change)
+    changed = recipe_from_dict(data)
+    before = recipe.to_dict()
+    others = [name for name, value in changed.to_dict().items() if name not in only and value != before.get(name)]
+    if others:
+        raise ValueError(f"set: expected changes of {' or '.join(only)} alone, got one of {others}")
+    return changed
+
+
 def recipe_from_dict(data: Mapping[str, Any]) -> RunRecipe:
     """A recipe from nested plain data. Raises ValueError, naming the table and the key."""
     tables = {name: _build(kind, data[name], name) for name, kind in _TABLES.items() if name in data}

@@ -80,7 +80,7 @@ def train_run(study: Path, spec: RunSpec, device: torch.device, progress: bool =
     recipe = spec.recipe.training.recipe(spec.dataset, len(splits.train), spec.seed)
     summary = train(
         model.to(device),
-        _in_memory(splits.train, spec, progress),
+        splits.train if spec.recipe.images.augment else _in_memory(splits.train, spec, progress),
         recipe,
         space=spec.space,
         checkpoint=folder / CHECKPOINT,
@@ -200,9 +200,8 @@ def open_splits(spec: RunSpec) -> Splits:
 
 
 def _in_memory(dataset: Dataset, spec: RunSpec, progress: bool) -> Dataset:
-    """Decoded once, where every epoch sees the same images and they fit; else as it is."""
-    images = spec.recipe.images
-    size = len(dataset) * 3 * images.size**2 * 4  # type: ignore[arg-type]
+    """Images without random transforms, decoded once, where they fit; else as they are."""
+    size = len(dataset) * 3 * spec.recipe.images.size**2 * 4  # type: ignore[arg-type]
     return preload(dataset, progress=progress and is_first()) if size <= _IN_MEMORY else dataset
 
 

@@ -1,0 +1,70 @@
+"""What the commands print."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from .folder import RunFolder
+from .spec import RunSpec
+
+
+def describe_plan(specs: Sequence[RunSpec], out: Path, problems: Sequence[str]) -> str:
+    """One line a run, then everything that is missing."""
+    first = specs[0]
+    training, size = first.recipe.training, first.recipe.sizes[first.size]
+    what = f"preset {first.preset}" if first.preset else f"ranks {list(size.ranks)}, limit {size.limit or 'none'}"
+    lines = [
+        f"{first.recipe.protocol}: {len(specs)} runs of {first.recipe.model.name}, size {first.size} ({what})",
+        f"{training.epochs} epochs, batches of {training.batch_size}; data in {first.data}, weights {first.weights}",
+        "",
+        f"{'run':<34} {'group':<12} {'classes':>7} {'lr':>8}  folder",
+    ]
+    lines += [
+        f"{spec.name:<34} {spec.protocol.group(spec.dataset):<12} {spec.protocol.classes(spec.dataset):>7} "
+        f"{training.lr_of.get(spec.dataset, training.lr):>8.0e}  {out / spec.name}"
+        for spec in specs
+    ]
+    if not problems:
+        return "\n".join([*lines, "", "nothing is missing"])
+    return "\n".join([*lines, "", f"missing or malformed ({len(problems)}):", *problems])
+
+
+def describe_training(summaries: Sequence[Mapping[str, Any]], out: Path) -> str:
+    lines = [f"{'run':<34} {'steps':>7} {'loss':>8} {'images/s':>9} {'hours':>7}"]
+    lines += [
+        f"{s['run']:<34} {s['steps']:>7} {s['loss']:>8.4f} {s['images_per_second']:>9.0f} {s['seconds'] / 3600:>7.2f}"
+        for s in summaries
+    ]
+    return "\n".join([*lines, "", f"Written: {out}"])
+
+
+def describe_searches(runs: Sequence[RunFolder], found: Sequence[Mapping[str, Any]]) -> str:
+    lines = [f"{'run':<34} {'validation':>10} {'parameters':>11} {'limit':>11} {'evaluations':>11} {'hours':>7}"]
+    for run, result in zip(runs, found):
+        best, limit = result["best"], result["limit"]
+        lines.append(
+            f"{run.spec.name:<34} {best['score']:>10.4f} {best['parameters']:>11,} "
+            f"{'none' if limit is None else format(limit, ','):>11} {result['evaluations']:>11} {result['hours']:>7.2f}"
+        )
+        lines += [f"{'':<34} {c['score']:>10.4f} {c['parameters']:>11,}  on the front" for c in _front(result)]
+    return "\n".join(lines)
+
+
+def _front(result: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
+    """The front, where it was searched for."""
+    return result["front"] if result["settings"]["front"] else ()
+
+
+def describe_merges(runs: Sequence[RunFolder], merged: Sequence[Mapping[str, Any]]) -> str:
+    lines = [f"{'run':<34} {'parameters':>11} {'difference':>11} {'test':>8}  targets"]
+    for run, summary in zip(runs, merged):
+        test = summary.get("test")
+        accuracy = "-" if test is None else f"{test['accuracy']:.2%}"
+        targets = {} if test is None else test["targets"]
+        told = ", ".join(f"{name} {metrics['accuracy']:.2%}" for name, metrics in targets.items())
+        lines.append(
+            f"{run.spec.name:<34} {summary['parameters']:>11,} {summary['model_difference']:>11.2e} {accuracy:>8}  {told}"
+        )
+    return "\n".join(lines)

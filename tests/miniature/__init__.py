@@ -1,0 +1,1 @@
+"""VTAB-1K in miniature, for the tests and for trying the commands: generated images in the real layout."""
