@@ -32,9 +32,9 @@ def _merge(options: argparse.Namespace) -> int:
     device = choose_device(options.device)
     merged = []
     for run in runs:
-        summary = merge_run(run, device)
+        model, summary = merge_run(run, device)
         if options.test:
-            summary = {**summary, "test": test_run(run, device, progress=not options.json)}
+            summary["test"] = test_run(run, model, device, progress=not options.json)
         merged.append(summary)
     print(json.dumps(merged) if options.json else describe_merges(runs, merged))
     return 0

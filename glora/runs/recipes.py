@@ -12,8 +12,7 @@ from typing import Any, TypeVar
 
 from ..config import SearchSpace
 from ..evolution import SearchSettings
-from ..protocols import PROTOCOLS
-from ..protocols.images import ImageSettings
+from ..protocols import ImageSettings, protocol
 from ..training import Recipe
 
 if sys.version_info >= (3, 11):
@@ -119,7 +118,7 @@ class RunRecipe:
     """Everything that a recipe file says.
 
     Args:
-        protocol: one of :data:`glora.protocols.PROTOCOLS`.
+        protocol: of :func:`glora.protocols.protocol`.
         model, images, training, search: a table each.
         sizes: by name, the default first.
         metric: what candidates are ranked by on the validation split, ``"accuracy"`` or ``"loss"``.
@@ -138,8 +137,7 @@ class RunRecipe:
     shots: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.protocol not in PROTOCOLS:
-            raise ValueError(f"protocol: expected one of {sorted(PROTOCOLS)}, got {self.protocol!r}")
+        protocol(self.protocol)
         if self.metric not in ("accuracy", "loss"):
             raise ValueError(f"metric: expected 'accuracy' or 'loss', got {self.metric!r}")
         if not self.sizes:

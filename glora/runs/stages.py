@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
@@ -11,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch import nn
+from torch.utils.data import Dataset
 
 from ..adapter_file import load_adapter, save_adapter
 from ..evolution import SearchSettings, search
@@ -20,8 +20,7 @@ from ..merging import merge
 from ..modules import glora_layers
 from ..parameters import count_parameters
 from ..paths import get_paths, set_paths
-from ..protocols import Splits
-from ..protocols.images import preload
+from ..protocols import ImageList, Splits, preload
 from ..ranks import from_first, is_first
 from ..training import train
 from .folder import (
@@ -44,6 +43,7 @@ from .recipes import change_recipe
 from .spec import RunSpec
 
 _IN_MEMORY = 4 * 2**30
+_SAMPLE = 8
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def train_run(study: Path, spec: RunSpec, device: torch.device, progress: bool =
         "samples": {"train": len(splits.train), "validation": len(splits.validation)},
         "backbone_parameters": sum(p.numel() for p in make_backbone(spec).parameters()),
         "versions": {package: version(package) for package in ("glora", "torch", "timm")},
-        "date": _now(),
+        "date": now(),
     }
     from_first(lambda: create_run(study, spec, facts).path)
     folder = RunFolder(study / spec.name)
@@ -151,28 +151,25 @@ def search_run(
     return found
 
 
-def merge_run(run: RunFolder, device: torch.device) -> dict[str, Any]:
-    """Merge a run's winner into a plain model, on disk; returns what ``merge.json`` says.
+def merge_run(run: RunFolder, device: torch.device) -> tuple[nn.Module, dict[str, Any]]:
+    """Merge a run's winner into a plain model, on disk too.
+
+    Returns:
+        The model, in eval mode, and what ``merge.json`` says.
 
     Raises:
-        ValueError: neither searched nor of a preset; or a merged model that is not the backbone's like.
+        ValueError: neither searched nor of a preset yet, or a merged weight that is not finite.
     """
-    _, summary = _merged(run, device)
-    return summary
-
-
-def _merged(run: RunFolder, device: torch.device) -> tuple[torch.nn.Module, dict[str, Any]]:
     from safetensors.torch import save
 
     spec = run.spec
     adapter = run.require(ADAPTER, "train" if spec.preset else "search")
     model = load_adapter(make_model(spec), adapter).to(device).eval()
     paths, parameters = get_paths(model), count_parameters(model)
-    sample = torch.stack([_first(open_splits(spec).validation, index) for index in range(2)]).to(device)
+    images = open_splits(spec).validation
+    sample = torch.stack([images[index][0] for index in range(min(_SAMPLE, len(images)))]).to(device)
     report = merge(model, sample)
     plain = make_backbone(spec)
-    created = [layer.name for layer in report.layers if layer.bias_created]
-    same = {name: type(m) for name, m in plain.named_modules()} == {n: type(m) for n, m in model.named_modules()}
     summary = {
         "run": spec.name,
         "parameters": parameters,
@@ -181,8 +178,7 @@ def _merged(run: RunFolder, device: torch.device) -> tuple[torch.nn.Module, dict
         "largest_error": report.largest_error,
         "largest_difference": report.largest_difference,
         "model_difference": report.model_difference,
-        "same_modules": same,
-        "biases_created": created,
+        "same_modules": _modules(model) == _modules(plain),
         "total_parameters": sum(p.numel() for p in model.parameters()),
         "backbone_parameters": sum(p.numel() for p in plain.parameters()),
     }
@@ -192,6 +188,10 @@ def _merged(run: RunFolder, device: torch.device) -> tuple[torch.nn.Module, dict
     return model, summary
 
 
+def _modules(model: nn.Module) -> dict[str, type]:
+    return {name: type(module) for name, module in model.named_modules()}
+
+
 def open_splits(spec: RunSpec) -> Splits:
     """The run's data; the test list is not read before it is asked for."""
     return spec.protocol.open(
@@ -199,11 +199,12 @@ def open_splits(spec: RunSpec) -> Splits:
     )
 
 
-def _in_memory(dataset: Dataset, spec: RunSpec, progress: bool) -> Dataset:
+def _in_memory(dataset: ImageList, spec: RunSpec, progress: bool) -> Dataset:
     """Images without random transforms, decoded once, where they fit; else as they are."""
-    size = len(dataset) * 3 * spec.recipe.images.size**2 * 4  # type: ignore[arg-type]
+    size = len(dataset) * 3 * spec.recipe.images.size**2 * 4
     return preload(dataset, progress=progress and is_first()) if size <= _IN_MEMORY else dataset
 
 
-def _now() -> str:
+def now() -> str:
+    """The date and time, in UTC."""
     return datetime.now(timezone.utc).isoformat(timespec="seconds")

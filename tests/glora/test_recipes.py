@@ -110,7 +110,7 @@ def test_changes(file):
         ("sizes.tiny.limit=-2", "sizes.tiny: limit: expected a number of parameters"),
         ("search.population=0", "search: population: expected an integer from 1"),
         ("metric=f1", "metric: expected 'accuracy' or 'loss'"),
-        ("protocol=cifar10", "protocol: expected one of"),
+        ("protocol=cifar10", "vtab1k.*got 'cifar10'"),
         ("model=vit", "model: expected a table"),
         ("model.name.x=1", "set: expected a table at 'name'"),
         ("training.epochs", "set: expected KEY=VALUE"),

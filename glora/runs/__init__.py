@@ -1,0 +1,34 @@
+"""The paper's protocols end to end: recipes as data, and runs in folders that every stage can be cut in.
+
+>>> specs = plan_runs(load_recipe("vtab1k"), "data/vtab-1k", datasets=["cifar"], weights="ViT-B_16.npz")
+>>> train_run(Path("runs/vtab1k"), specs[0], torch.device("cuda"))
+"""
+
+from .checks import check_runs
+from .devices import choose_device, process_group
+from .folder import RunFolder, find_runs
+from .recipes import RunRecipe, change_recipe, known_recipes, load_recipe, recipe_from_dict
+from .spec import RunSpec, plan_runs
+from .stages import SearchPlan, merge_run, search_run, search_settings, train_run
+from .testing import test_run
+
+__all__ = [
+    "RunFolder",
+    "RunRecipe",
+    "RunSpec",
+    "SearchPlan",
+    "change_recipe",
+    "check_runs",
+    "choose_device",
+    "find_runs",
+    "known_recipes",
+    "load_recipe",
+    "merge_run",
+    "plan_runs",
+    "process_group",
+    "recipe_from_dict",
+    "search_run",
+    "search_settings",
+    "test_run",
+    "train_run",
+]

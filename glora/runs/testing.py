@@ -1,0 +1,80 @@
+"""The test of a run: the one place where the test split is read, once for each winner."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, Subset
+
+from ..backbones import features
+from ..evaluation import evaluate
+from ..files import write_atomically
+from ..modules import evaluating
+from ..protocols import AmongClasses
+from .folder import FEATURES, TESTED, WEIGHTS, RunFolder, read_json, write_json
+from .models import make_backbone
+from .stages import now, open_splits
+
+FEATURE_IMAGES = 2000
+
+
+def test_run(run: RunFolder, model: nn.Module, device: torch.device, progress: bool = True) -> dict[str, Any]:
+    """Test a run's merged ``model`` on the test split and the protocol's targets; returns what ``test.json`` says.
+
+    The split is read once: a second call returns the first one's figures. Features before the head, of the merged and of
+    the frozen model, go into ``features.npz`` for up to 2,000 images drawn with a fixed seed.
+
+    Raises:
+        ValueError: the split has been read for another winner of this run.
+    """
+    digest = hashlib.sha256((run / WEIGHTS).read_bytes()).hexdigest()
+    if run.has(TESTED):
+        tested = read_json(run / TESTED)
+        if tested["weights"] != digest:
+            raise ValueError(
+                f"{run.path}: the test split has been read for another merged model of this run; "
+                "`glora search --again` puts that one's files aside"
+            )
+        return tested
+    splits, workers = open_splits(run.spec), run.spec.recipe.training.workers
+    test = splits.test()
+    metrics = evaluate(model, test, workers=workers, progress=progress)
+    targets = {}
+    for name, target in splits.targets.items():
+        chooser = model if target.classes is None else AmongClasses(model, target.classes)
+        targets[name] = evaluate(chooser, target(), workers=workers, progress=progress)._asdict()
+    _save_features(run, model, make_backbone(run.spec).to(device), test)
+    tested = {
+        "run": run.spec.name,
+        "split": "test",
+        **metrics._asdict(),
+        "targets": targets,
+        "weights": digest,
+        "date": now(),
+    }
+    write_json(run / TESTED, tested)
+    return tested
+
+
+def _save_features(run: RunFolder, adapted: nn.Module, frozen: nn.Module, test: Dataset) -> None:
+    size: int = len(test)  # type: ignore[arg-type]
+    chosen = torch.randperm(size, generator=torch.Generator().manual_seed(0))[:FEATURE_IMAGES].tolist()
+    images = Subset(test, chosen)
+    labels = np.concatenate([target.numpy() for _, target in _batches(images)])
+    arrays = {"adapted": _features(adapted, images), "frozen": _features(frozen, images), "labels": labels}
+    write_atomically(run / FEATURES, lambda stream: np.savez(stream, **arrays))
+
+
+@torch.no_grad()
+def _features(model: nn.Module, images: Dataset) -> np.ndarray:
+    device = next(model.parameters()).device
+    with evaluating(model):
+        return np.concatenate([features(model, x.to(device)).float().cpu().numpy() for x, _ in _batches(images)])
+
+
+def _batches(images: Dataset) -> DataLoader:
+    return DataLoader(images, 64, generator=torch.Generator())
