@@ -25,7 +25,7 @@ def add_merge(commands) -> None:
 
 
 def _merge(options: argparse.Namespace) -> int:
-    from ..runs import choose_device, find_runs, merge_run, test_run
+    from ..runs import choose_device, find_runs, merge_run, evaluate_run
     from ..runs.texts import describe_merges
 
     runs = find_runs(options.folder)
@@ -34,7 +34,7 @@ def _merge(options: argparse.Namespace) -> int:
     for run in runs:
         model, summary = merge_run(run, device)
         if options.test:
-            summary["test"] = test_run(run, model, device, progress=not options.json)
+            summary["test"] = evaluate_run(run, model, device, progress=not options.json)
         merged.append(summary)
     print(json.dumps(merged) if options.json else describe_merges(runs, merged))
     return 0

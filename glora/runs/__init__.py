@@ -10,7 +10,7 @@ from .folder import RunFolder, find_runs
 from .recipes import RunRecipe, change_recipe, known_recipes, load_recipe, recipe_from_dict
 from .spec import RunSpec, plan_runs
 from .stages import SearchPlan, merge_run, search_run, search_settings, train_run
-from .testing import test_run
+from .testing import evaluate_run
 
 __all__ = [
     "RunFolder",
@@ -29,6 +29,6 @@ __all__ = [
     "recipe_from_dict",
     "search_run",
     "search_settings",
-    "test_run",
+    "evaluate_run",
     "train_run",
 ]

@@ -22,7 +22,7 @@ from .stages import now, open_splits
 FEATURE_IMAGES = 2000
 
 
-def test_run(run: RunFolder, model: nn.Module, device: torch.device, progress: bool = True) -> dict[str, Any]:
+def evaluate_run(run: RunFolder, model: nn.Module, device: torch.device, progress: bool = True) -> dict[str, Any]:
     """Test a run's merged ``model`` on the test split and the protocol's targets; returns what ``test.json`` says.
 
     The split is read once: a second call returns the first one's figures. Features before the head, of the merged and of
