@@ -37,9 +37,9 @@ def _search(options: argparse.Namespace) -> int:
 
     runs = find_runs(options.folder)
     if options.front:
-        options.changes.append("search.front=true")
+        options.changes.append("search.objective=front")
     if options.halving:
-        options.changes.append("search.halving=true")
+        options.changes.append("search.halving=[0.25, 0.5, 1]")
     settings = [search_settings(run, options.changes, options.limit) for run in runs]
     found = []
     with process_group(options.device) as device:

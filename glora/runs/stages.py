@@ -144,7 +144,7 @@ def search_run(
         progress=progress,
     )
     set_paths(model, result.best.paths)
-    found = {"run": spec.name, "settings": asdict(plan.settings), "metric": plan.metric, **result.to_dict()}
+    found = {"run": spec.name, "settings": plan.settings.to_dict(), "metric": plan.metric, **result.to_dict()}
     if is_first():
         save_adapter(model, run / ADAPTER)
         write_json(run / SEARCHED, found)

@@ -54,7 +54,7 @@ def describe_searches(runs: Sequence[RunFolder], found: Sequence[Mapping[str, An
 
 def _front(result: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
     """The front, where it was searched for."""
-    return result["front"] if result["settings"]["front"] else ()
+    return result["front"] if result["settings"]["objective"] == "front" else ()
 
 
 def describe_merges(runs: Sequence[RunFolder], merged: Sequence[Mapping[str, Any]]) -> str:
