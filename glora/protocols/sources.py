@@ -25,7 +25,8 @@ class DataSet:
         group: which it is averaged with.
         title: its name in tables.
         page: where the data come from.
-        obtain: how to get what its folder holds, as sentences; ``{home}`` stands for that folder, ``{root}`` for its parent.
+        obtain: how to get what its folder holds, as sentences; ``{home}`` stands for that folder, ``{root}`` for
+            its parent.
     """
 
     name: str

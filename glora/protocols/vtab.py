@@ -19,7 +19,8 @@ GROUPS = ("Natural", "Specialized", "Structured")
 _CATALOGUE = "https://www.tensorflow.org/datasets/catalog/"
 _OBTAIN = (
     "Make the 19 folders with get_vtab1k.py of NOAH (https://github.com/ZhangYuanhan-AI/NOAH#data-preparation), or "
-    "take them ready from RepAdapter (https://github.com/luogen1996/RepAdapter#data-preparation), and put them into {root}."
+    "take them ready from RepAdapter (https://github.com/luogen1996/RepAdapter#data-preparation), and put them into "
+    "{root}."
 )
 
 
