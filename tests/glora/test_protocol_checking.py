@@ -96,7 +96,11 @@ def test_imagenet_names_each_target_by_its_folder(tmp_path):
 def test_folders_of_classes_that_are_not_there_or_empty_are_summarised(tmp_path):
     imagenet_data(tmp_path)
     target_trees(tmp_path)
+    (tmp_path / "imagenet-rendition/imagenet-r/n01443537").mkdir()
     problems = {entry.dataset: entry.problem for entry in IMAGENET.check(tmp_path, seeds=[0])}
+    assert problems["imagenet-rendition"].startswith(
+        "199 of the 200 folders of classes are not there or empty: n01443537"
+    )
     assert problems["imagenet"].startswith("998 of the 1,000 folders of classes are not there or empty: n01443537, ")
     assert problems["imagenet-adversarial"].startswith("199 of the 200 folders of classes")
     assert problems["imagenetv2"] == "999 of the 1,000 folders of classes are not there or empty: 0, 1, 2, ..."
@@ -117,3 +121,9 @@ def test_without_validation_images_of_imagenet_the_remedy_names_both_layouts(tmp
     missing = [entry for entry in IMAGENET.check(tmp_path, seeds=[0]) if entry.dataset == "imagenet"]
     assert [entry.file.name for entry in missing] == ["val_meta.list"]
     assert "a folder a synset, or val flat" in missing[0].what_to_do
+
+
+def test_a_folder_of_images_that_is_not_there_is_one_entry(tmp_path):
+    shutil.rmtree(vtab_data(tmp_path) / "images" / "test")
+    problems = [entry.problem for entry in VTAB.check(tmp_path, ["cifar"])]
+    assert len(problems) == 1 and problems[0].startswith("3 of the 3 images of test.txt are not there")
