@@ -140,11 +140,14 @@ class Protocol(ABC):
             images: how pictures become tensors; None is as in the original. Training images alone are augmented.
 
         Raises:
+            TypeError: ``images`` are no settings.
             FileNotFoundError: a list is not there.
             ValueError: no such data set, shots or seed, or a list that cannot be used; file and line are named.
         """
-        layout = self.layout(root, dataset, shots, seed)
         settings = self.images if images is None else images
+        if not isinstance(settings, ImageSettings):
+            raise TypeError(f"images: expected ImageSettings or None, got {type(images).__name__}")
+        layout = self.layout(root, dataset, shots, seed)
         train = _open(layout.train, settings, train=True)
         return Splits(
             train=train,

@@ -71,11 +71,12 @@ class ImageNet(Protocol):
         training_images = (home / "train", home / "images" / "train")
         test_images = (home / "val", home / "images" / "val")
 
-        def listed(name: str, folders: tuple[Path, ...]) -> ListSource:
-            return ListSource(about, home, home / "annotations" / name, folders, range(CLASSES))
+        def listed(name: str, folders: tuple[Path, ...], repeats: bool = False) -> ListSource:
+            return ListSource(about, home, home / "annotations" / name, folders, range(CLASSES), repeats)
 
         train = listed(shots_list(shots, seed), training_images)
-        validation = listed("unofficial_val_list_4_shot16seed0", training_images)
+        # drawn at random by NOAH: an image that comes twice does no harm
+        validation = listed("unofficial_val_list_4_shot16seed0", training_images, repeats=True)
         tree = TreeSource(about, home, test_images, tuple((name, label) for label, name in enumerate(synsets)))
         test = Either(about, home, tree, listed("val_meta.list", test_images))
         return Layout(train, validation, train, test, _targets(root, synsets))
@@ -124,10 +125,15 @@ class AmongClasses(nn.Module):
     """``model``, made to choose among ``classes``: all other logits become minus infinity.
 
     Softmax, cross-entropy and argmax are then those over ``classes``, with labels as before.
+
+    Raises:
+        ValueError: no classes, or not distinct integers from 0.
     """
 
     def __init__(self, model: nn.Module, classes: tuple[int, ...]):
         super().__init__()
+        if not classes or len(set(classes)) < len(classes) or not all(type(c) is int and c >= 0 for c in classes):
+            raise ValueError(f"classes: expected distinct integers from 0, at least one, got {classes!r}")
         self.model, self.classes = model, tuple(classes)
 
     def forward(self, x: Tensor) -> Tensor:

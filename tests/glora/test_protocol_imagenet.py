@@ -153,6 +153,12 @@ def test_choosing_among_classes_is_the_argmax_and_the_softmax_over_them():
     torch.testing.assert_close(F.cross_entropy(masked, index[target]), F.cross_entropy(few, target))
 
 
+@pytest.mark.parametrize("classes", [(), (1, 1), (-1, 2), (0.5,)])
+def test_choosing_among_no_classes_is_refused(classes):
+    with pytest.raises(ValueError, match="classes: expected distinct integers from 0"):
+        AmongClasses(nn.Identity(), classes)
+
+
 def test_choosing_among_classes_is_evaluated_as_any_model():
     torch.manual_seed(0)
     model, classes = nn.Linear(4, 10), (1, 4, 7)

@@ -136,6 +136,11 @@ def test_shots_and_seeds_without_lists_are_refused(choice, message):
         FEW_SHOT.open("data", "food-101", **choice)
 
 
+def test_images_that_are_no_settings_are_refused():
+    with pytest.raises(TypeError, match="images: expected ImageSettings or None, got dict"):
+        VTAB.open("data", "cifar", images={"size": 8})
+
+
 def test_vtab_has_no_shots():
     with pytest.raises(ValueError, match=r"shots: expected one of .*None.* for vtab1k, got 16"):
         VTAB.open("data", "cifar", shots=16)
