@@ -100,7 +100,7 @@ def test_optional_packages_are_imported_lazily_each_in_its_file(file):
         assert not any(within(name, package) for name in found), package
 
 
-@pytest.mark.parametrize("package", ["glora_kernels", "glora", "glora.cli", "glora.peft"])
+@pytest.mark.parametrize("package", ["glora_kernels", "glora", "glora.cli", "glora.peft", "glora.protocols"])
 def test_import_is_light(package):
     """Beyond what torch itself imports: no Triton, no timm, no plotting; and no CUDA context."""
     code = (

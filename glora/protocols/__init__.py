@@ -1,0 +1,50 @@
+"""The paper's three protocols as data: VTAB-1K, few-shot transfer, and ImageNet with its shifted targets.
+
+>>> splits = protocol("vtab1k").open("data/vtab-1k", "cifar")
+>>> glora.train(model, preload(splits.train), recipe, space=space)
+"""
+
+from .base import Protocol, Splits, Target
+from .checking import describe_missing
+from .fewshot import FewShot
+from .imagenet import AmongClasses, ImageNet, imagenet_synsets, subset_classes
+from .images import ImageList, ImageSettings, preload, transform_for
+from .lists import read_list
+from .sources import DataSet, Missing
+from .vtab import GROUPS, VTAB, average, group_averages
+
+__all__ = [
+    "GROUPS",
+    "PROTOCOLS",
+    "AmongClasses",
+    "DataSet",
+    "ImageList",
+    "ImageSettings",
+    "Missing",
+    "Protocol",
+    "Splits",
+    "Target",
+    "average",
+    "describe_missing",
+    "group_averages",
+    "imagenet_synsets",
+    "preload",
+    "protocol",
+    "read_list",
+    "subset_classes",
+    "transform_for",
+]
+
+PROTOCOLS: tuple[Protocol, ...] = (VTAB(), FewShot(), ImageNet())
+
+
+def protocol(name: str) -> Protocol:
+    """The protocol of that name: ``"vtab1k"``, ``"fewshot"`` or ``"imagenet"``.
+
+    Raises:
+        ValueError: there is none.
+    """
+    for candidate in PROTOCOLS:
+        if candidate.name == name:
+            return candidate
+    raise ValueError(f"name: expected one of {tuple(one.name for one in PROTOCOLS)}, got {name!r}")

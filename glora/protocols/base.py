@@ -1,0 +1,202 @@
+"""What the protocols have in common: a table of data sets, and how one of them is opened."""
+
+from __future__ import annotations
+
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import product
+from pathlib import Path
+from typing import ClassVar
+
+from .checking import find_missing
+from .images import ImageList, ImageSettings, transform_for
+from .sources import DataSet, Missing, Source
+
+
+@dataclass(frozen=True)
+class Target:
+    """A data set that a model trained on another is tested on.
+
+    Args:
+        open: reads its list and gives the images; so does calling the target.
+        classes: the classes among which the model chooses, where they are not all it was trained on.
+    """
+
+    open: Callable[[], ImageList]
+    classes: tuple[int, ...] | None = None
+
+    def __call__(self) -> ImageList:
+        return self.open()
+
+
+@dataclass(frozen=True)
+class Splits:
+    """A data set, opened. Nothing of the test split or the targets is read before it is called for.
+
+    Args:
+        train: what a supernet is trained on, while candidates are told apart by ``validation``.
+        validation: what the search scores candidates on; images that ``train`` holds are left out.
+        train_and_validation: what a last training before the test may use: in few-shot protocols the shots alone.
+        test: opens the test split.
+        targets: opens other data sets to test on, by name.
+    """
+
+    train: ImageList
+    validation: ImageList
+    train_and_validation: ImageList
+    test: Callable[[], ImageList]
+    targets: Mapping[str, Target] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the splits of one data set lie; a target comes with the classes among which the model chooses."""
+
+    train: Source
+    validation: Source
+    train_and_validation: Source
+    test: Source
+    targets: Mapping[str, tuple[Source, tuple[int, ...] | None]] = field(default_factory=dict)
+
+    def sources(self) -> tuple[Source, ...]:
+        return (
+            self.train,
+            self.validation,
+            self.train_and_validation,
+            self.test,
+            *(source for source, _ in self.targets.values()),
+        )
+
+
+class Protocol(ABC):
+    """A benchmark: data sets and their splits.
+
+    ``shots`` are the numbers of images a class that there are lists for, None alone where that is no choice; ``seeds``
+    the draws of them, empty where the data do not depend on a seed; ``images`` the settings of the original.
+    """
+
+    name: ClassVar[str]
+    table: ClassVar[tuple[DataSet, ...]]
+    shots: ClassVar[tuple[int | None, ...]]
+    seeds: ClassVar[tuple[int, ...]]
+    images: ClassVar[ImageSettings]
+
+    @property
+    def datasets(self) -> tuple[str, ...]:
+        return tuple(about.name for about in self.table)
+
+    def about(self, dataset: str) -> DataSet:
+        """What is known of a data set.
+
+        Raises:
+            ValueError: this protocol has no such data set.
+        """
+        for about in self.table:
+            if about.name == dataset:
+                return about
+        raise ValueError(f"dataset: expected one of {self.datasets}, got {dataset!r}")
+
+    def classes(self, dataset: str) -> int:
+        return self.about(dataset).classes
+
+    def group(self, dataset: str) -> str:
+        return self.about(dataset).group
+
+    def layout(self, root: str | os.PathLike, dataset: str, shots: int | None, seed: int) -> Layout:
+        """Where the splits lie under ``root``; nothing is read.
+
+        Raises:
+            ValueError: no such data set, or no list of so many shots or that seed.
+        """
+        about = self.about(dataset)
+        if shots is None and len(self.shots) == 1:
+            shots = self.shots[0]
+        if shots not in self.shots:
+            raise ValueError(f"shots: expected one of {self.shots} for {self.name}, got {shots!r}")
+        if self.seeds and seed not in self.seeds:
+            raise ValueError(f"seed: expected one of {self.seeds} for {self.name}, got {seed!r}")
+        return self._layout(Path(root), about, shots, seed)
+
+    @abstractmethod
+    def _layout(self, root: Path, about: DataSet, shots: int | None, seed: int) -> Layout:
+        """As :meth:`layout`, of arguments that are right."""
+
+    def open(
+        self,
+        root: str | os.PathLike,
+        dataset: str,
+        *,
+        shots: int | None = None,
+        seed: int = 0,
+        images: ImageSettings | None = None,
+    ) -> Splits:
+        """The splits of a data set under ``root``. Training and validation lists are read and checked; no image is.
+
+        Args:
+            shots: images a class; None where the protocol has no choice.
+            seed: which draw of the shots.
+            images: how pictures become tensors; None is as in the original. Training images alone are augmented.
+
+        Raises:
+            TypeError: ``images`` are no settings.
+            FileNotFoundError: a list is not there.
+            ValueError: no such data set, shots or seed, or a list that cannot be used; file and line are named.
+        """
+        settings = self.images if images is None else images
+        if not isinstance(settings, ImageSettings):
+            raise TypeError(f"images: expected ImageSettings or None, got {type(images).__name__}")
+        layout = self.layout(root, dataset, shots, seed)
+        train = _open(layout.train, settings, train=True)
+        return Splits(
+            train=train,
+            validation=_without(_open(layout.validation, settings), train),
+            train_and_validation=_open(layout.train_and_validation, settings, train=True),
+            test=lambda: _open(layout.test, settings),
+            targets={name: _target(source, classes, settings) for name, (source, classes) in layout.targets.items()},
+        )
+
+    def check(
+        self,
+        root: str | os.PathLike,
+        datasets: Sequence[str] | None = None,
+        shots: Sequence[int | None] | None = None,
+        seeds: Sequence[int] | None = None,
+    ) -> list[Missing]:
+        """Every list file and every image a list names, those of tests too, that is not there; no image is decoded.
+
+        A data set without a folder is one entry, a list that cannot be used another, and so are the images that a
+        list names in vain, however many.
+
+        Args:
+            datasets, shots, seeds: what is going to be run; None is all that there are.
+
+        Raises:
+            ValueError: a data set, number of shots or seed that there is not.
+        """
+        choices = product(
+            self.datasets if datasets is None else datasets,
+            self.shots if shots is None else shots,
+            (self.seeds or (0,)) if seeds is None else seeds,
+        )
+        layouts = [self.layout(root, *choice) for choice in choices]
+        return find_missing(source for layout in layouts for source in layout.sources())
+
+
+def _open(source: Source, settings: ImageSettings, train: bool = False) -> ImageList:
+    root, entries = source.read()
+    return ImageList(root, entries, transform_for(settings, train), random=train and settings.augment)
+
+
+def _target(source: Source, classes: tuple[int, ...] | None, settings: ImageSettings) -> Target:
+    return Target(lambda: _open(source, settings), classes)
+
+
+def _without(validation: ImageList, train: ImageList) -> ImageList:
+    """``validation`` without what is trained on: a score on that would measure memory."""
+    trained = {train.root / path for path, _ in train.entries}
+    entries = [entry for entry in validation.entries if validation.root / entry[0] not in trained]
+    if not entries:
+        raise ValueError(f"{validation.root}: expected validation images that are not trained on, found none")
+    return ImageList(validation.root, entries, validation.transform)
