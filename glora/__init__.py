@@ -20,7 +20,8 @@ from .official import load_official, official_paths, save_official
 from .parameters import count_parameters, drop_unread_gradients, trainable_parameters
 from .paths import get_paths, sample_paths, set_paths, using_paths
 from .quantised import GLoRAQuantisedLinear
-from .training import Recipe, TrainSummary, train
+from .recipe import Recipe
+from .training import TrainSummary, train
 from .version import __version__
 
 __all__ = [

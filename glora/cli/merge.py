@@ -25,7 +25,7 @@ def add_merge(commands) -> None:
 
 
 def _merge(options: argparse.Namespace) -> int:
-    from ..runs import choose_device, find_runs, merge_run, evaluate_run
+    from ..runs import choose_device, evaluate_run, find_runs, merge_run
     from ..runs.texts import describe_merges
 
     runs = find_runs(options.folder)

@@ -24,7 +24,8 @@ from ..merging import merge
 from ..modules import glora_layers
 from ..parameters import count_parameters
 from ..paths import get_paths, sampler_for, set_paths
-from ..training import Recipe, train
+from ..recipe import Recipe
+from ..training import train
 from .digits import CLASSES, FewShot
 
 RANK = 4

@@ -20,7 +20,8 @@ from tqdm.auto import tqdm
 
 from ..evaluation import evaluate
 from ..files import write_atomically
-from ..training import Recipe, train
+from ..recipe import Recipe
+from ..training import train
 from .digits import CLASSES, TASKS, draw_few_shot, load_source
 from .methods import SEARCHED, Task, run_methods, units_of_work
 

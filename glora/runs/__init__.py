@@ -20,6 +20,7 @@ __all__ = [
     "change_recipe",
     "check_runs",
     "choose_device",
+    "evaluate_run",
     "find_runs",
     "known_recipes",
     "load_recipe",
@@ -29,6 +30,5 @@ __all__ = [
     "recipe_from_dict",
     "search_run",
     "search_settings",
-    "evaluate_run",
     "train_run",
 ]

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from ..config import SearchSpace
 from ..evolution import SearchSettings
 from ..protocols import ImageSettings, protocol
-from ..training import Recipe
+from ..recipe import Recipe
 
 if sys.version_info >= (3, 11):
     import tomllib

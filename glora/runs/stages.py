@@ -194,9 +194,7 @@ def _modules(model: nn.Module) -> dict[str, type]:
 
 def open_splits(spec: RunSpec) -> Splits:
     """The run's data; the test list is not read before it is asked for."""
-    return spec.protocol.open(
-        spec.data, spec.dataset, shots=spec.shots, seed=spec.seed, images=spec.recipe.images
-    )
+    return spec.protocol.open(spec.data, spec.dataset, shots=spec.shots, seed=spec.seed, images=spec.recipe.images)
 
 
 def _in_memory(dataset: ImageList, spec: RunSpec, progress: bool) -> Dataset:

@@ -16,9 +16,9 @@ from torch.utils.data import Dataset, TensorDataset
 
 import glora
 from glora import PathConfig, Recipe, SearchSettings, SearchSpace, evolve, glora_layers, search, sync_gradients, train
+from glora.batches import StepSampler
 from glora.distributed import _same_everywhere, share, unwrapped, whole
 from glora.ranks import rank
-from glora.training import StepSampler
 from tests.glora.test_evolution import LAYERS, Counted, additive
 from tests.glora.test_training import CutError, Pairs, cut_at
 from tests.glora.toys import (

@@ -205,7 +205,9 @@ def test_killed_and_called_again(finished, data, tmp_path, after):
     folder = tmp_path / "study" / "svhn-seed0"
     assert kill_while_writing(folder / "checkpoint.pt", after, _train, command) in (-9, 0)
     _train(command)
-    assert same_bits(load_file(folder / "supernet.safetensors"), load_file(finished / "svhn-seed0/supernet.safetensors"))
+    assert same_bits(
+        load_file(folder / "supernet.safetensors"), load_file(finished / "svhn-seed0/supernet.safetensors")
+    )
     assert (folder / "log.csv").read_bytes() == (finished / "svhn-seed0/log.csv").read_bytes()
 
 
@@ -293,7 +295,12 @@ def test_stages_in_the_wrong_order(data, tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("{", "expected JSON"), ("[]", "expected a JSON object"), ("{}", "description of a run"), ('{"format": 9}', "newer")],
+    [
+        ("{", "expected JSON"),
+        ("[]", "expected a JSON object"),
+        ("{}", "description of a run"),
+        ('{"format": 9}', "newer"),
+    ],
 )
 def test_a_damaged_description(tmp_path, capsys, content, message):
     (tmp_path / "run.json").write_text(content)

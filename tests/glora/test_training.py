@@ -4,6 +4,7 @@ import math
 import random
 import signal
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -22,7 +23,8 @@ from glora import (
     train,
     trainable_parameters,
 )
-from glora.training import StepSampler
+from glora.batches import StepSampler
+from glora.batches import batches as steps_of
 from tests.glora.toys import (
     IN_FEATURES,
     adapted_mlp,
@@ -231,6 +233,154 @@ def test_without_progress_nothing_is_printed(capfd):
     assert capfd.readouterr() == ("", "")
 
 
+# -- epochs, precision, smoothing ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("epochs", "samples", "batch_size", "steps"), [(500, 800, 64, 6250), (1, 3, 64, 1), (3, 10, 4, 8)]
+)
+def test_epochs_as_steps(epochs, samples, batch_size, steps):
+    made = Recipe.for_epochs(epochs, samples, batch_size, warmup_epochs=epochs / 10, lr=0.3)
+    assert (made.steps, made.batch_size, made.warmup, made.lr) == (steps, batch_size, pytest.approx(0.1), 0.3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name"), [((0, 8, 4), "epochs"), ((1, 0, 4), "samples"), ((1, 8, 0), "batch_size")]
+)
+def test_refuses_epochs(arguments, name):
+    with pytest.raises(ValueError, match=f"^{name}: expected a number above 0, got 0"):
+        Recipe.for_epochs(*arguments)
+    with pytest.raises(ValueError, match="warmup_epochs: expected a number from 0 and below epochs=2, got 2"):
+        Recipe.for_epochs(2, 8, 4, warmup_epochs=2)
+
+
+def test_first_peak_and_last_learning_rate(tmp_path):
+    """As timm's CosineLRScheduler has it: ``lr_min + (lr - lr_min) (1 + cos(pi t / T)) / 2`` after the warm-up."""
+    log = tmp_path / "log.csv"
+    run(adapted_mlp(), recipe(steps=20, lr=0.05, warmup=0.2, warmup_lr=0.001, min_lr=0.01), space=SPACE, log=log)
+    rates = [float(row.split(",")[2]) for row in log.read_text().splitlines()[1:]]
+    expected = [0.001 + t * (0.05 - 0.001) / 4 for t in range(4)]
+    expected += [0.01 + 0.04 * (1 + math.cos(math.pi * t / 20)) / 2 for t in range(4, 20)]
+    assert rates == pytest.approx(expected, rel=1e-5)
+
+
+def test_label_smoothing_is_that_of_the_cross_entropy():
+    def smoothed(output, target):
+        return F.cross_entropy(output, target, label_smoothing=0.2)
+
+    expected = run(adapted_mlp(), loss_fn=smoothed, space=SPACE)
+    assert run(adapted_mlp(), recipe(label_smoothing=0.2), space=SPACE).losses == expected.losses
+    assert run(adapted_mlp(), space=SPACE).losses != expected.losses
+    with pytest.raises(ValueError, match=r"loss_fn: expected the default with label_smoothing=0\.2"):
+        run(adapted_mlp(), recipe(label_smoothing=0.2), loss_fn=smoothed)
+
+
+def test_autocast_of_forward_and_loss():
+    model, seen = adapted_mlp(), []
+    model.fc1.register_forward_hook(lambda module, args, output: seen.append(output.dtype))
+    summary = run(model, recipe(amp="bfloat16"), space=SPACE)
+    assert set(seen) == {torch.bfloat16}
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert summary.losses == pytest.approx(run(adapted_mlp(), space=SPACE).losses, rel=0.05)
+
+
+def test_float16_needs_a_gpu():
+    with pytest.raises(ValueError, match="amp: expected 'bfloat16' or None on a CPU, got 'float16'"):
+        run(adapted_mlp(), recipe(amp="float16"), space=SPACE)
+
+
+# -- random numbers of a sample ------------------------------------------------------------------------
+
+
+class Drawing(Dataset):
+    """Samples drawn from all three global generators."""
+
+    def __len__(self):
+        return 6
+
+    def __getitem__(self, index):
+        drawn = [random.random(), float(np.random.rand()), float(torch.rand(()))]
+        return torch.tensor([index, *drawn], dtype=torch.float64), 0
+
+
+def read(start=0, workers=0, seed=3, steps=9):
+    found = list(steps_of(Drawing(), Recipe(steps, batch_size=4, seed=seed), start, workers))
+    return torch.stack([x for x, _ in found])
+
+
+def test_draws_depend_on_the_seed_and_the_step_alone():
+    all_steps = read()
+    for workers in (0, 1, 2):
+        assert torch.equal(read(workers=workers), all_steps)
+        assert torch.equal(read(start=5, workers=workers), all_steps[5:])
+    drawn = all_steps.flatten(0, 1)[:, 1:]
+    assert len(drawn.flatten().unique()) == drawn.numel()  # a sample read twice is drawn twice
+    assert not torch.equal(read(seed=4), all_steps)
+
+
+def test_reading_leaves_the_global_generators_alone():
+    def draw():
+        return random.random(), np.random.rand(), float(torch.rand(()))
+
+    def seed():
+        random.seed(1), np.random.seed(1), torch.manual_seed(1)
+
+    seed()
+    expected = draw(), draw()
+    seed()
+    first = draw()
+    read()
+    assert (first, draw()) == expected
+
+
+@pytest.mark.parametrize("workers", [-1, 1.5, True])
+def test_refuses_workers(workers):
+    with pytest.raises(ValueError, match="workers: expected an integer from 0"):
+        run(adapted_mlp(), workers=workers)
+
+
+# -- the log -------------------------------------------------------------------------------------------
+
+
+def test_the_log_tells_every_step(tmp_path):
+    log = tmp_path / "log.csv"
+    summary = run(adapted_mlp(), space=SPACE, log=log)
+    header, *rows = [line.split(",") for line in log.read_text().splitlines()]
+    assert header == ["step", "epoch", "lr", "loss", "accuracy"]
+    assert [int(row[0]) for row in rows] == list(range(1, 13))
+    assert [float(row[1]) for row in rows] == pytest.approx([5 * t / len(points()) for t in range(1, 13)], abs=1e-4)
+    assert [float(row[3]) for row in rows] == pytest.approx(summary.losses, rel=1e-5)
+    assert all(0 <= float(row[4]) <= 1 for row in rows)
+
+
+@pytest.mark.parametrize("step", [1, 4, 7, 12])
+def test_the_log_of_a_run_that_was_cut_is_that_of_an_uncut_one(file, tmp_path, step):
+    logs = tmp_path / "uncut.csv", tmp_path / "cut.csv"
+    start("supernet", log=logs[0])
+    start_and_cut("supernet", step, checkpoint=file, log=logs[1])
+    assert logs[1].exists() == (step >= 4)
+    start("supernet", checkpoint=file, log=logs[1])
+    assert logs[1].read_bytes() == logs[0].read_bytes()
+
+
+def test_no_accuracy_where_there_are_no_classes(tmp_path):
+    x, target = points().tensors
+    dataset = TensorDataset(x, torch.nn.functional.one_hot(target, 3).float())
+    run(adapted_mlp(), dataset=dataset, loss_fn=F.mse_loss, log=tmp_path / "log.csv")
+    assert (tmp_path / "log.csv").read_text().splitlines()[1].endswith(",")
+
+
+def test_refuses_a_log_in_no_folder(tmp_path):
+    with pytest.raises(ValueError, match="log: expected an existing folder"):
+        run(adapted_mlp(), log=tmp_path / "nowhere" / "log.csv")
+
+
+def test_seconds_add_up_over_cuts(file):
+    start_and_cut("supernet", 9, checkpoint=file)
+    resumed, _ = start("supernet", checkpoint=file)
+    assert resumed.total_seconds > resumed.seconds > 0
+
+
 # -- a run that was cut --------------------------------------------------------------------------------
 
 
@@ -259,6 +409,8 @@ RUNS = {
     "plain": lambda **o: (mlp(dropout=0.3), o),
     "buffers": lambda **o: (normed(), o),
     "collated": lambda **o: (adapted_mlp(dropout=0.3), {"space": SPACE, "dataset": Pairs(), **o}),
+    "workers": lambda **o: (adapted_mlp(dropout=0.3), {"space": SPACE, "dataset": Pairs(), "workers": 2, **o}),
+    "amp": lambda **o: (adapted_mlp(dropout=0.3), {"space": SPACE, "recipe": recipe(amp="bfloat16"), **o}),
 }
 
 
@@ -442,9 +594,9 @@ def test_refuses_another_torch_file(file, content):
 
 
 def test_refuses_another_format(file):
-    torch.save({"format": 2}, file)
+    torch.save({"format": 3}, file)
     model = adapted_mlp()
-    with unchanged(model), pytest.raises(ValueError, match="expected checkpoint format 1, got 2"):
+    with unchanged(model), pytest.raises(ValueError, match="expected checkpoint format 2, got 3"):
         run(model, space=SPACE, checkpoint=file)
 
 
@@ -525,6 +677,13 @@ def test_stops_at_a_loss_that_is_not_finite():
         ("clip_norm", math.nan),
         ("warmup", 1),
         ("warmup", -0.1),
+        ("warmup_lr", 0.1),
+        ("warmup_lr", -0.1),
+        ("min_lr", 0.1),
+        ("min_lr", -0.1),
+        ("label_smoothing", 1),
+        ("label_smoothing", -0.1),
+        ("amp", "float8"),
     ],
 )
 def test_refuses_a_recipe(name, value):
