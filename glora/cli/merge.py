@@ -13,8 +13,8 @@ def add_merge(commands) -> None:
         help="merge the winners into plain models; --test reads the test split, once",
         description=(
             "Merge the searched path (or the preset) of one run, or of every run of a folder, into a model of plain "
-            "layers: merged.safetensors, for timm.create_model(...).load_state_dict. With --test that model is tested, once: "
-            "a second time prints the first result."
+            "layers: merged.safetensors, for timm.create_model(...).load_state_dict. With --test that model is tested, "
+            "once: a second time prints the first result."
         ),
     )
     command.add_argument("folder", type=Path, help="a run, or a folder of runs")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
@@ -85,14 +86,13 @@ def train_run(study: Path, spec: RunSpec, device: torch.device, progress: bool =
         space=spec.space,
         checkpoint=folder / CHECKPOINT,
         log=folder / LOG,
-        workers=spec.recipe.training.workers,
+        workers=loading_processes(spec),
         progress=progress,
     )
     trained = {
         "run": spec.name,
         "steps": summary.steps,
-        "seconds": summary.seconds,
-        "resumed_from": summary.resumed_from,
+        "seconds": summary.total_seconds,
         "images_per_second": summary.images_per_second,
         "loss": summary.losses[-1],
         "recipe": asdict(recipe),
@@ -195,6 +195,11 @@ def _modules(model: nn.Module) -> dict[str, type]:
 def open_splits(spec: RunSpec) -> Splits:
     """The run's data; the test list is not read before it is asked for."""
     return spec.protocol.open(spec.data, spec.dataset, shots=spec.shots, seed=spec.seed, images=spec.recipe.images)
+
+
+def loading_processes(spec: RunSpec) -> int:
+    """As many as the recipe says, but no more than there are cores."""
+    return min(spec.recipe.training.workers, os.cpu_count() or 1)
 
 
 def _in_memory(dataset: ImageList, spec: RunSpec, progress: bool) -> Dataset:

@@ -17,7 +17,7 @@ from ..modules import evaluating
 from ..protocols import AmongClasses
 from .folder import FEATURES, TESTED, WEIGHTS, RunFolder, read_json, write_json
 from .models import make_backbone
-from .stages import now, open_splits
+from .stages import loading_processes, now, open_splits
 
 FEATURE_IMAGES = 2000
 
@@ -40,7 +40,7 @@ def evaluate_run(run: RunFolder, model: nn.Module, device: torch.device, progres
                 "`glora search --again` puts that one's files aside"
             )
         return tested
-    splits, workers = open_splits(run.spec), run.spec.recipe.training.workers
+    splits, workers = open_splits(run.spec), loading_processes(run.spec)
     test = splits.test()
     metrics = evaluate(model, test, workers=workers, progress=progress)
     targets = {}
