@@ -84,7 +84,8 @@ _ALL = (
         kinds={"E": "vector"},
         product=None,
         source="https://arxiv.org/abs/2106.10199",
-        exactness="exact in the adapted layers; weight decay draws b to b0, not to 0; other modules' stay frozen",
+        exactness="exact in the adapted layers; weight decay draws b to b0, not to 0; the biases of other "
+        "modules stay frozen",
         needs_bias=True,
     ),
     Preset(
@@ -93,8 +94,8 @@ _ALL = (
         kinds={"A": "vector", "D": "vector", "E": "vector"},
         product="hadamard",
         source="https://arxiv.org/abs/2210.08823",
-        exactness="contains it: the scale of the weight and that of the bias are trained apart; g starts at 1 and E at 0, "
-        "where SSF draws both, with a deviation of 0.02; other modules' scales and shifts stay frozen",
+        exactness="contains it: the scales of weight and bias are trained apart; g starts at 1, E at 0, not drawn; "
+        "weight decay draws g to 1; other modules' scales and shifts stay frozen",
     ),
     Preset(
         name="prompt",
@@ -111,8 +112,8 @@ _ALL = (
         kinds={"A": "vector", "D": "vector"},
         product="hadamard",
         source="https://arxiv.org/abs/2205.05638",
-        exactness="exact in layers without bias; in others it contains it: the scale of the weight and that of the bias "
-        "are trained apart",
+        exactness="exact in layers without bias; in others it contains it: the scales of weight and bias are trained "
+        "apart; weight decay draws l to 1",
     ),
     Preset(
         name="ia3-input",
@@ -120,7 +121,7 @@ _ALL = (
         kinds={"A": "vector"},
         product="matmul",
         source="https://arxiv.org/abs/2205.05638",
-        exactness="exact",
+        exactness="exact; weight decay draws l to 1",
     ),
     Preset(
         name="repadapter",
