@@ -33,7 +33,6 @@ HERE = Path(__file__).resolve().parent
 PAGE = HERE.parents[1] / "docs" / "presets.md"
 PRODUCTS = ("hadamard", "matmul")
 PAIRS = [(name, product) for name in PRESETS for product in PRODUCTS if PRESETS[name].product in (None, product)]
-
 CASES = [(name, product, bias) for name, product in PAIRS for bias in (True, False)]
 
 
