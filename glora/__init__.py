@@ -19,12 +19,14 @@ from .modules import glora_layers
 from .official import load_official, official_paths, save_official
 from .parameters import count_parameters, drop_unread_gradients, trainable_parameters
 from .paths import get_paths, sample_paths, set_paths, using_paths
+from .presets import PRESETS, Preset, apply_preset, preset_path
 from .quantised import GLoRAQuantisedLinear
 from .recipe import Recipe
 from .training import TrainSummary, train
 from .version import __version__
 
 __all__ = [
+    "PRESETS",
     "GLoRAConv1D",
     "GLoRAConv2d",
     "GLoRALayer",
@@ -34,12 +36,14 @@ __all__ = [
     "MergeReport",
     "Metrics",
     "PathConfig",
+    "Preset",
     "Recipe",
     "SearchResult",
     "SearchSettings",
     "SearchSpace",
     "TrainSummary",
     "__version__",
+    "apply_preset",
     "count_parameters",
     "drop_unread_gradients",
     "evaluate",
@@ -54,6 +58,7 @@ __all__ = [
     "merge",
     "official_paths",
     "peft",
+    "preset_path",
     "sample_paths",
     "save_adapter",
     "save_lycoris",

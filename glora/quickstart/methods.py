@@ -7,7 +7,6 @@ learning rate that suits it. Beside GLoRA's search, each trains once and is test
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from statistics import fmean
@@ -16,14 +15,14 @@ import torch
 from torch import nn
 from torch.utils.data import ConcatDataset, Dataset, TensorDataset
 
-from ..config import PathConfig, SearchSpace
+from ..config import SearchSpace
 from ..evaluation import evaluate, evaluate_merged
 from ..evolution import SearchSettings, search
 from ..injection import inject
 from ..merging import merge
-from ..modules import glora_layers
 from ..parameters import count_parameters
 from ..paths import get_paths, sampler_for, set_paths
+from ..presets import apply_preset
 from ..recipe import Recipe
 from ..training import train
 from .digits import CLASSES, FewShot
@@ -34,9 +33,7 @@ SEARCH = SearchSettings(population=20, top=10, crossover=10, mutation=10, genera
 RANDOM_PATHS = 10
 SEARCHED = "GLoRA, searched"
 TUNED = "GLoRA, searched and tuned (train+val)"
-SSF = PathConfig(A="vector", D="vector", E="vector")
 LORA_RANK = 3
-LORA = PathConfig(B=f"lora_{LORA_RANK}")
 
 Progress = Callable[[int], object]
 
@@ -114,14 +111,14 @@ def full_fine_tuning(task: Task) -> list[Row]:
 
 
 def ssf(task: Task) -> list[Row]:
-    return [_fixed_path(task, "SSF (A, D, E vectors)", SSF, 1, task.data.train)]
+    return [_preset(task, "SSF (A, D, E vectors)", "ssf", 1, task.data.train)]
 
 
 def lora(task: Task) -> list[Row]:
     both = task.train_and_validation()
     return [
-        _fixed_path(task, f"LoRA r{LORA_RANK}", LORA, LORA_RANK, task.data.train),
-        _fixed_path(task, f"LoRA r{LORA_RANK} (train+val)", LORA, LORA_RANK, both),
+        _preset(task, f"LoRA r{LORA_RANK}", "lora", LORA_RANK, task.data.train),
+        _preset(task, f"LoRA r{LORA_RANK} (train+val)", "lora", LORA_RANK, both),
     ]
 
 
@@ -185,11 +182,8 @@ def prove_merge(task: Task, model: nn.Module) -> dict:
     }
 
 
-def _fixed_path(task: Task, method: str, path: PathConfig, rank: int, data: Dataset) -> Row:
-    model = inject(task.model(), rank)
-    for layer in glora_layers(model).values():  # as LoRA initialises; SSF does not read Bu
-        nn.init.kaiming_uniform_(layer.Bu, a=math.sqrt(5))
-    set_paths(model, dict.fromkeys(glora_layers(model), path))
+def _preset(task: Task, method: str, preset: str, rank: int, data: Dataset) -> Row:
+    model = apply_preset(inject(task.model(), rank), preset, rank)
     return task.row(method, model, count_parameters(model), task.train(model, 2e-2, data=data))
 
 

@@ -7,8 +7,9 @@ import pickle
 from collections import Counter
 
 import pytest
+import torch
 
-from glora import LayerShape, PathConfig, SearchSpace
+from glora import GLoRALinear, LayerShape, PathConfig, SearchSpace
 from glora.config import SLOTS, make_path
 from tests.glora.toys import every_path, generator
 
@@ -126,8 +127,38 @@ def test_counts_every_path(shape):
     assert not wrong
 
 
-def test_d_of_a_layer_without_bias_counts_nothing():
-    assert PathConfig(D="vector").count(LayerShape(7, 5, bias=False)) == 0
+@pytest.mark.parametrize("d", ["vector", "constant"])
+def test_d_of_a_layer_without_bias_counts_nothing(d):
+    """It has nothing to scale; C and E count as ever, though they make a bias."""
+    shape = LayerShape(7, 5, bias=False)
+    assert PathConfig(D=d).count(shape) == 0
+    assert PathConfig(C="vector", D=d, E="vector").count(shape) == 5 + 7
+
+
+@pytest.mark.parametrize("product", ["hadamard", "matmul"])
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
+def test_counts_the_elements_that_are_read(bias, product):
+    """On all 432 paths: every one counted moves the output, and NaN in all others changes no bit of it."""
+    layer, gen = GLoRALinear(5, 7, bias, rank=3, product=product, dtype=torch.float64), generator()
+    support = list(layer.support_parameters())
+    x, dy, values = torch.randn(4, 5, generator=gen).double(), torch.randn(4, 7, generator=gen).double(), {}
+    for storage in support:
+        values[storage] = torch.randn(storage.shape, generator=gen).double()
+    wrong = []
+    for path in every_path(2):
+        layer.path = path
+        for storage in support:
+            storage.data = values[storage].clone()
+        y = layer(x)
+        moves = [torch.zeros_like(storage, dtype=torch.bool) for storage in support]
+        if y.requires_grad:
+            gradients = torch.autograd.grad(y, support, dy, allow_unused=True)
+            moves = [move if g is None else g != 0 for move, g in zip(moves, gradients)]
+        for storage, move in zip(support, moves):
+            storage.data[~move] = torch.nan
+        if sum(int(move.sum()) for move in moves) != path.count(layer.shape) or not torch.equal(layer(x), y):
+            wrong.append(path)
+    assert not wrong
 
 
 # -- SearchSpace -----------------------------------------------------------------------------------
@@ -137,6 +168,20 @@ def test_d_of_a_layer_without_bias_counts_nothing():
 def test_size_of_the_papers_space(ranks, count):
     assert SearchSpace(ranks).count() == count
     assert SearchSpace(ranks).count(layers=3) == count**3
+
+
+def test_size_for_a_vit_base_is_exact():
+    """48 layers, in Python's integers: a number of 127 digits, and one of 142 for two ranks."""
+    assert SearchSpace((8,)).count(48) == 432**48 == (2**4 * 3**3) ** 48
+    assert SearchSpace((8, 4)).count(48) == 900**48 == 30**96
+    assert [len(str(SearchSpace(ranks).count(48))) for ranks in ((8,), (8, 4))] == [127, 142]
+
+
+@pytest.mark.parametrize("ranks", [(8,), (8, 4)])
+def test_size_is_the_number_of_different_paths(ranks):
+    space = SearchSpace(ranks)
+    paths = {make_path(*options) for options in _product(space)}
+    assert len(paths) == space.count()
 
 
 def test_options_are_the_432_paths():

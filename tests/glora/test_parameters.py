@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import glora
-from glora import PathConfig, count_parameters, glora_layers, inject, trainable_parameters
+from glora import PathConfig, count_parameters, inject, trainable_parameters
 from tests.glora.toys import adapted_mlp, mlp
 
 PATHS = {"fc1": PathConfig("lora_1", "none", "vector", "constant", "none"), "fc2": PathConfig(D="vector")}
@@ -73,26 +73,3 @@ def test_refuses_paths_of_another_model(call, paths):
 def test_a_model_without_layers_has_nothing_to_count():
     with pytest.raises(ValueError, match="found none"):
         count_parameters(mlp())
-
-
-# -- the published sizes, in millions (shared/guides/quickstart.md) ----------------------------------
-
-
-@pytest.mark.parametrize(
-    ("name", "rank", "layers", "millions"),
-    [
-        ("vit_base_patch16_224", 2, 48, 0.885),
-        ("vit_base_patch16_224", 4, 48, 1.604),
-        ("vit_base_patch16_224", 8, 48, 3.042),
-        ("swin_base_patch4_window7_224", 8, 99, 4.090),
-    ],
-)
-def test_size_of_a_supernet(name, rank, layers, millions):
-    import timm
-
-    with torch.device("meta"):
-        model = inject(timm.create_model(name), rank)
-    adapted = glora_layers(model)
-    support = sum(p.numel() for layer in adapted.values() for p in layer.support_parameters())
-    assert len(adapted) == layers
-    assert round(support / 1e6, 3) == millions
