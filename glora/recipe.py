@@ -18,7 +18,7 @@ class Recipe:
         lr: peak learning rate.
         weight_decay: AdamW's, on every trained tensor.
         warmup: the share of the steps that warms up.
-        warmup_lr: the learning rate that the warm-up starts at; None for ``lr`` over one more than the steps of warm-up.
+        warmup_lr: the learning rate that the warm-up starts at; None for ``lr / (1 + steps of warm-up)``.
         min_lr: the learning rate that the cosine ends at.
         label_smoothing: of the cross-entropy.
         clip_norm: scale gradients down to this norm over all trained tensors; None leaves them.

@@ -36,5 +36,5 @@ def _merge(options: argparse.Namespace) -> int:
         if options.test:
             summary["test"] = evaluate_run(run, model, device, progress=not options.json)
         merged.append(summary)
-    print(json.dumps(merged) if options.json else describe_merges(runs, merged))
+    print(json.dumps(merged) if options.json else describe_merges(merged))
     return 0

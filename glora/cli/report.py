@@ -12,9 +12,9 @@ def add_report(commands) -> None:
         "report",
         help="tables and pictures, from the folder of a protocol's runs or from quickstart.json",
         description=(
-            "Of a run, or a folder of runs: the paper's figures (parameters by layer type, paths, t-SNE, progress of the "
-            "search, few-shot curves) and tables, as PNG, SVG, markdown and CSV, beside the published numbers, marked as "
-            "such. Of quickstart.json: its table and pictures again."
+            "Of a run, or a folder of runs: the paper's figures (parameters by layer type, paths, t-SNE, progress"
+            " of the search, few-shot curves) and tables, as PNG, SVG, markdown and CSV, beside the published "
+            "numbers, marked as such. Of quickstart.json: its table and pictures again."
         ),
     )
     command.add_argument("folder", type=Path, help="a run, a folder of runs, or quickstart.json")

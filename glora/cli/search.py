@@ -12,8 +12,9 @@ def add_search(commands) -> None:
         "search",
         help="search the best path of every layer of trained supernets, under the parameter limit",
         description=(
-            "Evolutionary search on the validation split, for one run or every run of a folder. Every score is on disk as "
-            "soon as it is known: a search that was cut goes on with the identical history. The test split is not read."
+            "Evolutionary search on the validation split, for one run or every run of a folder. Every score is on"
+            " disk as soon as it is known: a search that was cut goes on with the identical history. The test "
+            "split is not read."
         ),
     )
     command.add_argument("folder", type=Path, help="a run, or a folder of runs")
@@ -47,5 +48,5 @@ def _search(options: argparse.Namespace) -> int:
             if not options.json:
                 print(f"{run.spec.name}", flush=True)
             found.append(search_run(run, how, device, again=options.again, progress=not options.json))
-    print(json.dumps(found) if options.json else describe_searches(runs, found))
+    print(json.dumps(found) if options.json else describe_searches(found))
     return 0

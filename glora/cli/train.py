@@ -12,11 +12,12 @@ def add_train(commands) -> None:
         "train",
         help="train the supernets of a protocol (VTAB-1K, few-shot, ImageNet) from a recipe",
         description=(
-            "Train a supernet (or, with --preset, one fixed path) for every data set, number of shots and seed asked for, "
-            "into a folder each within --out. The data and the weights are checked first, all of them; a run that was cut "
-            "goes on where it was, a finished one is left as it is. Under torchrun the processes share each batch."
+            "Train a supernet (or, with --preset, one fixed path) for every data set, number of shots and seed "
+            "asked for, into a folder each within --out. The data and the weights are checked first, all of them;"
+            " a run that was cut goes on where it was, a finished one is left as it is. Under torchrun the "
+            "processes share each batch."
         ),
-        epilog="Then: glora search OUT, glora merge OUT --test, glora report OUT. Recipes and layouts: docs/protocols.md",
+        epilog="Then: glora search OUT, glora merge OUT --test, glora report OUT. More: docs/protocols.md",
     )
     command.add_argument("--recipe", required=True, help="vtab1k, fewshot, imagenet, or a TOML file")
     command.add_argument("--data", required=True, type=Path, metavar="FOLDER", help="where the protocol's data are")

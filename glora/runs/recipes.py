@@ -131,7 +131,7 @@ class RunRecipe:
     images: ImageSettings
     training: TrainingSettings
     sizes: Mapping[str, Size]
-    search: SearchSettings = SearchSettings()
+    search: SearchSettings = field(default_factory=SearchSettings)
     metric: str = "accuracy"
     seeds: tuple[int, ...] = (0,)
     shots: tuple[int, ...] = ()
@@ -207,7 +207,7 @@ def change_recipe(recipe: RunRecipe, changes: Sequence[str], only: Sequence[str]
 
 def recipe_from_dict(data: Mapping[str, Any]) -> RunRecipe:
     """A recipe from nested plain data. Raises ValueError, naming the table and the key."""
-    tables = {name: _build(kind, data[name], name) for name, kind in _TABLES.items() if name in data}
+    tables: dict[str, Any] = {name: _build(kind, data[name], name) for name, kind in _TABLES.items() if name in data}
     sizes = _mapping(data.get("sizes", {}), "sizes")
     tables["sizes"] = {name: _build(Size, table, f"sizes.{name}") for name, table in sizes.items()}
     return _build(RunRecipe, {**data, **tables}, "the file")

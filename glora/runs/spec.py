@@ -23,7 +23,7 @@ class RunSpec:
         recipe: how.
         dataset, shots, seed: on what; ``shots`` is None where the protocol has no such thing.
         size: of the recipe's sizes: ranks of the supernet and limit of the search.
-        preset: a fixed path instead of a supernet (:mod:`glora.presets`), of the size's largest rank; None for a supernet.
+        preset: a fixed path of :mod:`glora.presets`, of the size's largest rank; None for a supernet.
         data: the folder with the protocol's data.
         weights: of the backbone: a file, ``"hub"``, or None for a random initialisation.
     """
@@ -85,7 +85,7 @@ class RunSpec:
 
 
 def spec_from_dict(content: Mapping[str, Any]) -> RunSpec:
-    """The run that :meth:`RunSpec.to_dict` described. Raises ValueError for another format, KeyError for damaged data."""
+    """The run that :meth:`RunSpec.to_dict` described. Raises ValueError for another format, KeyError if damaged."""
     if content["format"] != SPEC_FORMAT:
         raise ValueError(f"expected run format {SPEC_FORMAT}, got {content['format']!r}; a newer glora may read it")
     own = ("dataset", "shots", "seed", "size", "preset", "data", "weights")
@@ -121,7 +121,7 @@ def plan_runs(
         raise ValueError(f"preset: expected one of {list(PRESETS)}, got {preset!r}")
     if shots and not recipe.shots:
         raise ValueError(f"shots: {recipe.protocol} has none, got {list(shots)}")
-    all_shots = list(recipe.shots if shots is None else shots) or [None]
+    all_shots: list[int | None] = list(recipe.shots if shots is None else shots) or [None]
     all_seeds = list(recipe.seeds if seeds is None else seeds)
     for argument, values in (("dataset", names), ("shots", all_shots), ("seeds", all_seeds)):
         if not values or len(set(values)) != len(values):

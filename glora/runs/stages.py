@@ -1,4 +1,4 @@
-"""The stages of a run: train, search, merge, test. Each reads what the one before wrote, and can be cut and called again."""
+"""The stages of a run: train, search, merge. Each reads what the one before wrote, and can be cut and called again."""
 
 from __future__ import annotations
 

@@ -25,8 +25,8 @@ FEATURE_IMAGES = 2000
 def evaluate_run(run: RunFolder, model: nn.Module, device: torch.device, progress: bool = True) -> dict[str, Any]:
     """Test a run's merged ``model`` on the test split and the protocol's targets; returns what ``test.json`` says.
 
-    The split is read once: a second call returns the first one's figures. Features before the head, of the merged and of
-    the frozen model, go into ``features.npz`` for up to 2,000 images drawn with a fixed seed.
+    The split is read once: a second call returns the first one's figures. Features before the head, of the merged and
+    of the frozen model, go into ``features.npz`` for up to 2,000 images drawn with a fixed seed.
 
     Raises:
         ValueError: the split has been read for another winner of this run.
@@ -65,8 +65,8 @@ def _save_features(run: RunFolder, adapted: nn.Module, frozen: nn.Module, test: 
     chosen = torch.randperm(size, generator=torch.Generator().manual_seed(0))[:FEATURE_IMAGES].tolist()
     images = Subset(test, chosen)
     labels = np.concatenate([target.numpy() for _, target in _batches(images)])
-    arrays = {"adapted": _features(adapted, images), "frozen": _features(frozen, images), "labels": labels}
-    write_atomically(run / FEATURES, lambda stream: np.savez(stream, **arrays))
+    ours, original = _features(adapted, images), _features(frozen, images)
+    write_atomically(run / FEATURES, lambda stream: np.savez(stream, adapted=ours, frozen=original, labels=labels))
 
 
 @torch.no_grad()

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .folder import RunFolder
 from .spec import RunSpec
 
 
@@ -40,12 +39,12 @@ def describe_training(summaries: Sequence[Mapping[str, Any]], out: Path) -> str:
     return "\n".join([*lines, "", f"Written: {out}"])
 
 
-def describe_searches(runs: Sequence[RunFolder], found: Sequence[Mapping[str, Any]]) -> str:
+def describe_searches(found: Sequence[Mapping[str, Any]]) -> str:
     lines = [f"{'run':<34} {'validation':>10} {'parameters':>11} {'limit':>11} {'evaluations':>11} {'hours':>7}"]
-    for run, result in zip(runs, found):
+    for result in found:
         best, limit = result["best"], result["limit"]
         lines.append(
-            f"{run.spec.name:<34} {best['score']:>10.4f} {best['parameters']:>11,} "
+            f"{result['run']:<34} {best['score']:>10.4f} {best['parameters']:>11,} "
             f"{'none' if limit is None else format(limit, ','):>11} {result['evaluations']:>11} {result['hours']:>7.2f}"
         )
         lines += [f"{'':<34} {c['score']:>10.4f} {c['parameters']:>11,}  on the front" for c in _front(result)]
@@ -57,14 +56,14 @@ def _front(result: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
     return result["front"] if result["settings"]["objective"] == "front" else ()
 
 
-def describe_merges(runs: Sequence[RunFolder], merged: Sequence[Mapping[str, Any]]) -> str:
+def describe_merges(merged: Sequence[Mapping[str, Any]]) -> str:
     lines = [f"{'run':<34} {'parameters':>11} {'difference':>11} {'test':>8}  targets"]
-    for run, summary in zip(runs, merged):
+    for summary in merged:
         test = summary.get("test")
         accuracy = "-" if test is None else f"{test['accuracy']:.2%}"
         targets = {} if test is None else test["targets"]
         told = ", ".join(f"{name} {metrics['accuracy']:.2%}" for name, metrics in targets.items())
         lines.append(
-            f"{run.spec.name:<34} {summary['parameters']:>11,} {summary['model_difference']:>11.2e} {accuracy:>8}  {told}"
+            f"{summary['run']:<34} {summary['parameters']:>11,} {summary['model_difference']:>11.2e} {accuracy:>8}  {told}"
         )
     return "\n".join(lines)

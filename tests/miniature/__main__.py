@@ -1,4 +1,4 @@
-"""The whole protocol in miniature: ``python -m tests.miniature FOLDER`` (``make miniature``), under four minutes on two cores."""
+"""The whole protocol in miniature, under four minutes on two cores: ``python -m tests.miniature FOLDER``."""
 
 import shlex
 import sys
