@@ -63,7 +63,6 @@ def describe_merges(merged: Sequence[Mapping[str, Any]]) -> str:
         accuracy = "-" if test is None else f"{test['accuracy']:.2%}"
         targets = {} if test is None else test["targets"]
         told = ", ".join(f"{name} {metrics['accuracy']:.2%}" for name, metrics in targets.items())
-        lines.append(
-            f"{summary['run']:<34} {summary['parameters']:>11,} {summary['model_difference']:>11.2e} {accuracy:>8}  {told}"
-        )
+        figures = f"{summary['parameters']:>11,} {summary['model_difference']:>11.2e} {accuracy:>8}"
+        lines.append(f"{summary['run']:<34} {figures}  {told}")
     return "\n".join(lines)
