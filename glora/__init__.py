@@ -10,7 +10,7 @@ from .conv import GLoRAConv2d
 from .conv1d import GLoRAConv1D
 from .distributed import sync_gradients
 from .evaluation import Metrics, evaluate, evaluate_merged
-from .evolution import SearchResult, SearchSettings, evolve, search
+from .evolution import evolve, search
 from .injection import inject
 from .layer import GLoRALayer, GLoRALinear
 from .lycoris import load_lycoris, save_lycoris
@@ -20,10 +20,14 @@ from .official import load_official, official_paths, save_official
 from .parameters import count_parameters, drop_unread_gradients, trainable_parameters
 from .paths import get_paths, sample_paths, set_paths, using_paths
 from .quantised import GLoRAQuantisedLinear
+from .search_result import SearchResult
+from .search_settings import SearchSettings
+from .selection import Candidate
 from .training import Recipe, TrainSummary, train
 from .version import __version__
 
 __all__ = [
+    "Candidate",
     "GLoRAConv1D",
     "GLoRAConv2d",
     "GLoRALayer",
