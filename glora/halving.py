@@ -22,7 +22,7 @@ def rung_ends(shares: Sequence[float], samples: int) -> list[int]:
 
 
 def balanced_order(classes: Sequence[int], seed: int) -> list[int]:
-    """All indices in an order of which every beginning has the classes in proportion, to within a sample each.
+    """All indices in an order of which every beginning has the classes in proportion (equal classes: to a sample).
 
     Sample ``j`` of the ``n`` of its class (in a random order) comes at the place ``(j + 0.5) / n``; those of the same
     place are in a random order.
