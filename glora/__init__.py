@@ -10,7 +10,7 @@ from .conv import GLoRAConv2d
 from .conv1d import GLoRAConv1D
 from .distributed import sync_gradients
 from .evaluation import Metrics, evaluate, evaluate_merged
-from .evolution import SearchResult, SearchSettings, evolve, search
+from .evolution import evolve, search
 from .injection import inject
 from .layer import GLoRALayer, GLoRALinear
 from .lycoris import load_lycoris, save_lycoris
@@ -22,11 +22,15 @@ from .paths import get_paths, sample_paths, set_paths, using_paths
 from .presets import PRESETS, Preset, apply_preset, preset_path
 from .quantised import GLoRAQuantisedLinear
 from .recipe import Recipe
+from .search_result import SearchResult
+from .search_settings import SearchSettings
+from .selection import Candidate
 from .training import TrainSummary, train
 from .version import __version__
 
 __all__ = [
     "PRESETS",
+    "Candidate",
     "GLoRAConv1D",
     "GLoRAConv2d",
     "GLoRALayer",

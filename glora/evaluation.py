@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
+from tqdm.auto import tqdm
 
 from .config import PathConfig
 from .distributed import require_whole
@@ -25,26 +26,64 @@ class Metrics(NamedTuple):
     samples: int
 
 
-@torch.no_grad()
-def evaluate(model: nn.Module, dataset: Dataset, batch_size: int = 256) -> Metrics:
+class Totals(NamedTuple):
+    """Cross-entropy and right answers added up over ``samples``: what parts of a data set can be put together from."""
+
+    loss: float
+    right: int
+    samples: int
+
+    @property
+    def means(self) -> Metrics:
+        return Metrics(self.loss / self.samples, self.right / self.samples, self.samples)
+
+
+def evaluate(
+    model: nn.Module, dataset: Dataset, batch_size: int = 256, *, workers: int = 0, progress: bool = False
+) -> Metrics:
     """Mean cross-entropy and accuracy of ``model`` on ``(input, class)`` pairs, in eval mode.
+
+    Args:
+        workers: processes that read the data set; 0 reads it in this one.
+        progress: show a bar.
 
     Raises:
         ValueError: an empty data set.
     """
+    loader = _loader(dataset, batch_size, workers)
+    return _count(model, tqdm(loader, desc="test", unit="batch", disable=not progress)).means
+
+
+def count(
+    model: nn.Module, dataset: Dataset, batch_size: int, call: Callable[[int, Tensor], Tensor] | None = None
+) -> Totals:
+    """As :func:`evaluate`, added up; ``call(batch number, x)``, if given, stands in for ``model(x)``."""
+    return _count(model, _loader(dataset, batch_size), call)
+
+
+def _loader(dataset: Dataset, batch_size: int, workers: int = 0) -> DataLoader:
+    # a generator of its own: without it the loader draws from torch's, which dropout uses
+    return DataLoader(dataset, batch_size, num_workers=workers, generator=torch.Generator())
+
+
+@torch.no_grad()
+def _count(
+    model: nn.Module,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    call: Callable[[int, Tensor], Tensor] | None = None,
+) -> Totals:
     device = next(model.parameters()).device
     loss, right, samples = 0.0, 0, 0
     with evaluating(model):
-        # a generator of its own: without it the loader draws from torch's, which dropout uses
-        for x, target in DataLoader(dataset, batch_size, generator=torch.Generator()):
-            logits = model(x.to(device))
-            target = target.to(device)
+        for number, (x, target) in enumerate(batches):
+            x, target = x.to(device), target.to(device)
+            logits = model(x) if call is None else call(number, x)
             loss += float(F.cross_entropy(logits.float(), target, reduction="sum"))
             right += int((logits.argmax(-1) == target).sum())
             samples += len(target)
     if not samples:
         raise ValueError("dataset: expected at least one sample, got none")
-    return Metrics(loss / samples, right / samples, samples)
+    return Totals(loss, right, samples)
 
 
 def evaluate_merged(
@@ -58,11 +97,38 @@ def evaluate_merged(
     Raises:
         ValueError: an empty data set, paths of another model, or sharded parameters.
     """
+    with merged_under(model, paths, {}) as merged:
+        return evaluate(merged, dataset, batch_size)
+
+
+class MergedLayer(NamedTuple):
+    """A plain layer, and the path that it was merged under."""
+
+    path: PathConfig
+    plain: nn.Module
+
+
+@contextmanager
+def merged_under(
+    model: nn.Module, paths: Mapping[str, PathConfig], kept: dict[str, MergedLayer]
+) -> Iterator[nn.Module]:
+    """The model that computes what ``model`` does under ``paths``, with plain layers, for a ``with`` block.
+
+    Args:
+        kept: plain layers of the previous call by name. Those of an equal path are used again, the others replaced.
+
+    Raises:
+        ValueError: paths of another model, or sharded parameters.
+    """
     require_whole(model)
     layers = require_layers(model)
     check_names("paths", paths, layers)
     exact = {name: layer for name, layer in layers.items() if layer.merges_exactly}
-    merged: dict[nn.Module, nn.Module] = {layer: layer.merge(paths[name], safe=False) for name, layer in exact.items()}
+    for name, layer in exact.items():
+        if name not in kept or kept[name].path != paths[name]:
+            kept.pop(name, None)  # first: two of them need not fit into memory
+            kept[name] = MergedLayer(paths[name], layer.merge(paths[name], safe=False))
+    replacements: dict[nn.Module, nn.Module] = {layer: kept[name].plain for name, layer in exact.items()}
     unmerged = using_paths(model, paths) if len(exact) < len(layers) else nullcontext()
-    with unmerged, replaced_modules(model, merged):
-        return evaluate(merged.get(model, model), dataset, batch_size)
+    with unmerged, replaced_modules(model, replacements):
+        yield replacements.get(model, model)

@@ -5,41 +5,76 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+import time
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from .files import require_folder, write_atomically
 from .ranks import from_first, gather, rank, world_size
 
-JOURNAL_FORMAT = 1
+JOURNAL_FORMAT = 2
+
+
+class Part(NamedTuple):
+    """A candidate (its paths as text) on the samples ``start`` to ``stop``."""
+
+    candidate: str
+    start: int
+    stop: int
+
+
+class Scored(NamedTuple):
+    """The sum of the scores of a part's samples, and what it took one process."""
+
+    total: float
+    seconds: float
 
 
 class Scores:
-    """Scores by candidate: from the journal where it has them, else evaluated, and into the journal.
+    """Scores of parts: from the journal where it has them, else evaluated, and into the journal.
 
-    Of several ranks each evaluates another candidate at the same time; all know all scores, and rank 0
+    Of several ranks each evaluates other parts at the same time; all know all scores, and rank 0
     alone reads and writes the journal.
+
+    Attributes:
+        known: every score of the search, whoever formed it.
+        evaluated: how many were formed since this object was made.
     """
 
     def __init__(self, journal: Journal | None):
         self.journal, self.evaluated = journal, 0
-        self.known = {} if journal is None else from_first(journal.read)
+        self.known: dict[Part, Scored] = {} if journal is None else from_first(journal.read)
 
-    def of(self, candidates: Mapping[str, Callable[[], float]]) -> Iterator[float]:
-        """The score of each candidate in their order, evaluated when it is its turn."""
-        names = list(candidates)
-        for position, name in enumerate(names):
-            if name not in self.known:
-                unknown = [other for other in names[position:] if other not in self.known]
-                self._evaluate({other: candidates[other] for other in unknown[: world_size()]})
-            yield self.known[name]
+    @property
+    def seconds(self) -> float:
+        """Of all evaluations, of all ranks, also those that the journal knew."""
+        return math.fsum(scored.seconds for scored in self.known.values())
 
-    def _evaluate(self, candidates: Mapping[str, Callable[[], float]]) -> None:
-        """At most one candidate a rank."""
-        calls = list(candidates.values())
-        scores = gather(lambda: float(calls[rank()]()) if rank() < len(calls) else math.nan)
-        found = dict(zip(candidates, scores))
+    @property
+    def samples(self) -> int:
+        """How many samples were evaluated, also before."""
+        return sum(part.stop - part.start for part in self.known)
+
+    def of(self, parts: Mapping[Part, Callable[[], float]], on_scores: Callable[[int], object]) -> dict[Part, float]:
+        """The total of each part. Those that are not known are evaluated in their order, a run of them by each rank.
+
+        Args:
+            on_scores: told how many more are known, as soon as they are.
+        """
+        unknown = [part for part in parts if part not in self.known]
+        on_scores(len(parts) - len(unknown))
+        longest = -(-len(unknown) // world_size())
+        mine = unknown[rank() * longest : (rank() + 1) * longest]
+        for turn in range(longest):
+            found = gather(partial(_evaluated, {part: parts[part] for part in mine[turn : turn + 1]}))
+            new = {part: scored for own in found for part, scored in own.items()}
+            self._remember(new)
+            on_scores(len(new))
+        return {part: self.known[part].total for part in parts}
+
+    def _remember(self, found: Mapping[Part, Scored]) -> None:
         journal = self.journal
         if journal is not None:
             from_first(lambda: journal.append(found))
@@ -47,8 +82,17 @@ class Scores:
         self.evaluated += len(found)
 
 
+def _evaluated(calls: Mapping[Part, Callable[[], float]]) -> dict[Part, Scored]:
+    found = {}
+    for part, call in calls.items():
+        started = time.perf_counter()
+        total = float(call())
+        found[part] = Scored(total, time.perf_counter() - started)
+    return found
+
+
 class Journal:
-    """One line of JSON a score, after a first line that says which search this is.
+    """One line of JSON a score, ``[candidate, start, stop, total, seconds]``, after one that says which search it is.
 
     A process killed while it writes leaves at most one incomplete line, which is cut off on resume.
 
@@ -61,24 +105,20 @@ class Journal:
         self.file = Path(file)
         self.header = {"format": JOURNAL_FORMAT, **description}
 
-    def read(self) -> dict[str, float]:
-        """Scores so far; starts the file if there is none.
+    def read(self) -> dict[Part, Scored]:
+        """Scores so far; starts the file if there is none, or no more than a part of its first line.
 
         Raises:
             ValueError: the folder does not exist, or the file is another search's.
         """
         require_folder("journal", self.file)
         content = self.file.read_bytes() if self.file.exists() else b""
-        if not content:
-            line = json.dumps(self.header).encode() + b"\n"
-            write_atomically(self.file, lambda stream: stream.write(line))
+        first = json.dumps(self.header).encode() + b"\n"
+        if len(content) < len(first) and first.startswith(content):
+            write_atomically(self.file, lambda stream: stream.write(first))
             return {}
         complete = content[: content.rfind(b"\n") + 1]
-        try:
-            header, *entries = [json.loads(line) for line in complete.splitlines()]
-            scores = dict(entries)
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"{self.file}: expected a search journal, got something else ({error})") from None
+        header, scores = self._parse(complete.splitlines())
         if header != self.header:
             raise ValueError(f"{self.file}: journal of another search; expected {self.header}, got {header}")
         if len(complete) < len(content):
@@ -86,8 +126,17 @@ class Journal:
                 stream.truncate(len(complete))
         return scores
 
-    def append(self, scores: Mapping[str, float]) -> None:
+    def _parse(self, lines: Iterable[bytes]) -> tuple[Any, dict[Part, Scored]]:
+        try:
+            header, *entries = [json.loads(line) for line in lines]
+            if header != self.header:
+                return header, {}
+            return header, {Part(*entry[:3]): Scored(*entry[3:]) for entry in entries}
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{self.file}: expected a search journal, got something else ({error})") from None
+
+    def append(self, scores: Mapping[Part, Scored]) -> None:
         with open(self.file, "a", encoding="utf-8") as stream:
-            stream.writelines(json.dumps(entry) + "\n" for entry in scores.items())
+            stream.writelines(json.dumps([*part, *scored]) + "\n" for part, scored in scores.items())
             stream.flush()
             os.fsync(stream.fileno())

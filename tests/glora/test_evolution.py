@@ -24,6 +24,7 @@ from glora import (
     search,
     set_paths,
 )
+from glora.evaluation import count
 from glora.sampling import PathSampler
 from tests.glora.toys import IN_FEATURES, exit_code, generator, kill_while_writing, mlp, points, trained_mlp, unchanged
 
@@ -52,6 +53,12 @@ def run(evaluate=additive, layers=LAYERS, space=SPACE, settings=QUICK, **options
 
 def settings(**changes):
     return SearchSettings(**{**vars(QUICK), **changes})
+
+
+def scored(journal):
+    """What a journal knows, seconds and order left out, which are those of the run."""
+    header, *lines = journal.read_bytes().splitlines(keepends=True)
+    return header, sorted(json.loads(line)[:4] for line in lines)
 
 
 class Counted:
@@ -114,7 +121,7 @@ def test_refuses_a_limit_that_no_path_meets(journal):
 def test_every_evaluation_counts_the_last_one_too():
     calls = []
     result = run(lambda paths: calls.append(paths) or len(calls))
-    assert result.best is result.history[-1]
+    assert result.best.paths == calls[-1]
     assert result.best.score == len(calls) == len(result.history)
     assert result.best.generation == QUICK.generations
 
@@ -200,13 +207,13 @@ def test_a_journal_changes_nothing(journal):
 @pytest.mark.parametrize("call", [1, 2, 10, 11, 27, 50])
 @pytest.mark.parametrize("limit", [None, 100])
 def test_resumed_search_has_the_history_of_an_uncut_one(journal, call, limit):
-    first, second = Counted(cut=call), Counted()
+    first, second, third = Counted(cut=call), Counted(), Counted()
     with pytest.raises(InterruptedError):
         run(first, journal=journal, limit=limit)
-    resumed, uncut = run(second, journal=journal, limit=limit), run(limit=limit)
+    resumed, uncut = run(second, journal=journal, limit=limit), run(third, limit=limit)
     assert (resumed.best, resumed.history) == (uncut.best, uncut.history)
     assert len(first.seen) == call - 1
-    assert first.seen + second.seen == [tuple(c.paths.items()) for c in uncut.history]
+    assert first.seen + second.seen == third.seen
     assert resumed.evaluated == len(second.seen)
 
 
@@ -220,13 +227,14 @@ def test_a_finished_search_is_only_read(journal):
 @pytest.mark.parametrize("missing", [1, 2, 5, 30, 80])
 def test_a_torn_last_line_is_evaluated_again(journal, missing):
     whole = run(journal=journal)
-    content = journal.read_bytes()
+    content, known = journal.read_bytes(), scored(journal)
     assert content.endswith(b"]\n")
     journal.write_bytes(content[:-missing])
     counted = Counted()
     assert run(counted, journal=journal).history == whole.history
     assert len(counted.seen) == 1
-    assert journal.read_bytes() == content
+    assert scored(journal) == known
+    assert journal.read_bytes().startswith(content[: -max(missing, 80)])
 
 
 def test_an_empty_journal_is_a_new_one(journal):
@@ -345,7 +353,9 @@ def test_result_as_json(tmp_path):
     assert {name: PathConfig.from_dict(path) for name, path in data["best"]["paths"].items()} == result.best.paths
     assert data["best"]["score"] == result.best.score
     assert (data["limit"], data["evaluations"], data["evaluated_now"]) == (100, 50, 50)
-    assert data["history"][-1] == [4, result.history[-1].parameters, result.history[-1].score]
+    assert data["history"][-1] == [4, result.history[-1].parameters, result.history[-1].score, 1]
+    assert [entry["parameters"] for entry in data["front"]] == [c.parameters for c in result.front]
+    assert (data["cost"], data["reused"], data["hours"]) == (50, 0, result.evaluation_seconds / 3600)
 
 
 def test_the_bar_shows_the_best(capfd):
@@ -393,9 +403,9 @@ def test_an_interrupted_search_of_a_model_goes_on(journal, monkeypatch):
         calls.append(arguments)
         if len(calls) == 20:
             raise InterruptedError
-        return evaluate_merged(*arguments)
+        return count(*arguments)
 
-    monkeypatch.setattr("glora.evolution.evaluate_merged", cut)
+    monkeypatch.setattr("glora.scoring.count", cut)
     with pytest.raises(InterruptedError):
         search_model(model, metric="loss", journal=journal)
     assert search_model(model, metric="loss", journal=journal).history == whole.history
