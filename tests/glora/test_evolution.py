@@ -55,9 +55,9 @@ def settings(**changes):
     return SearchSettings(**{**vars(QUICK), **changes})
 
 
-def scored(journal):
-    """What a journal knows, seconds and order left out, which are those of the run."""
-    header, *lines = journal.read_bytes().splitlines(keepends=True)
+def scored(journal, torn=False):
+    """What a journal knows (but for a torn last line), seconds and order left out, which are those of the run."""
+    header, *lines = journal.read_bytes().splitlines(keepends=True)[: -1 if torn else None]
     return header, sorted(json.loads(line)[:4] for line in lines)
 
 
@@ -163,6 +163,17 @@ def test_nothing_but_nan_ends():
     result = run(lambda paths: math.nan)
     assert len(result.history) == 50
     assert math.isnan(result.best.score)
+
+
+def test_neighbours_in_evaluation_have_first_layers_in_common():
+    """In the order of the paths of the first layer, of the second, and so on; the history is as drawn."""
+    counted = Counted()
+    result = run(counted, space=NARROW)
+    drawn = [[str(path) for path in c.paths.values()] for c in result.history]
+    assert [[str(path) for _, path in items] for items in counted.seen] == [
+        key for start in range(0, 50, 10) for key in sorted(drawn[start : start + 10], key=tuple)
+    ]
+    assert drawn != sorted(drawn)
 
 
 # -- offspring -------------------------------------------------------------------------------------
@@ -356,6 +367,13 @@ def test_result_as_json(tmp_path):
     assert data["history"][-1] == [4, result.history[-1].parameters, result.history[-1].score, 1]
     assert [entry["parameters"] for entry in data["front"]] == [c.parameters for c in result.front]
     assert (data["cost"], data["reused"], data["hours"]) == (50, 0, result.evaluation_seconds / 3600)
+
+
+def test_the_bar_counts_the_evaluations_of_every_rung(capfd):
+    halving = settings(halving=(0.5, 1))
+    evolve(LAYERS, SPACE, lambda paths, start, stop: additive(paths), samples=4, settings=halving)
+    last = capfd.readouterr().err.splitlines()[-1]
+    assert all(word in last for word in ("search: 100%", "75/75"))
 
 
 def test_the_bar_shows_the_best(capfd):
