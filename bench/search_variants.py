@@ -158,9 +158,9 @@ def tables(study: dict[str, Any]) -> str:
     return "\n".join(
         [
             "# Search variants at equal cost\n\nInverted digits, 16 images a class, ranked by loss on 40 images. "
-            f"{study['seeds']} seeds (draws and supernets), {study['searches']} search(es) of each: mean ± sample standard "
-            "deviation over seeds. *Minus*: the paired difference to the paper's search. Lower losses, higher accuracies "
-            "and higher hypervolumes are better.\n",
+            f"{study['seeds']} seeds (draws and supernets), searches of each: {study['searches']}. Mean ± sample "
+            "standard deviation over seeds; *minus*: of the paired differences to the paper's search. Lower losses, "
+            "higher accuracies and higher hypervolumes are better.\n",
             f"## At one limit: the mean of random paths, a cost of {COST} evaluations\n",
             _table(summary["one limit"], [*QUANTITIES, "cost", "seconds"], QUANTITIES),
             f"\n## At {', '.join(map(str, LIMITS))} of that limit: a cost of {len(LIMITS) * COST}\n\nOne search for "
