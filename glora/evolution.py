@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sized
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -78,8 +78,8 @@ def search(
         RuntimeError: another process failed.
     """
     require_group()
-    layers = together(lambda: _checked_layers(model, space, limit, metric, reuse_bytes))
-    samples: int = len(validation)  # type: ignore[arg-type]
+    samples = together(lambda: _checked_samples(validation, metric, batch_size, reuse_bytes))
+    layers = together(lambda: _checked_layers(model, space, limit))
     order = together(lambda: search_order(validation, settings.seed)) if settings.halving else None
     scorer = CandidateScorer(model, validation, metric, batch_size, order, reuse_bytes)
     identified = journal is not None or world_size() > 1
@@ -99,13 +99,21 @@ def search(
     return replace(result, reused=saved / max(saved + ran, 1))
 
 
-def _checked_layers(
-    model: nn.Module, space: SearchSpace, limit: int | None, metric: str, reuse_bytes: int
-) -> dict[str, LayerShape]:
+def _checked_samples(validation: Dataset, metric: str, batch_size: int, reuse_bytes: int) -> int:
+    """How many there are."""
     if metric not in METRICS:
         raise ValueError(f"metric: expected 'accuracy' or 'loss', got {metric!r}")
-    if type(reuse_bytes) is not int or reuse_bytes < 0:
-        raise ValueError(f"reuse_bytes: expected an integer from 0, got {reuse_bytes!r}")
+    for name, value, least in (("batch_size", batch_size, 1), ("reuse_bytes", reuse_bytes, 0)):
+        if type(value) is not int or value < least:
+            raise ValueError(f"{name}: expected an integer from {least}, got {value!r}")
+    if not isinstance(validation, Sized):
+        raise TypeError(f"validation: expected a data set with a length, got {type(validation).__name__}")
+    if not len(validation):
+        raise ValueError("validation: expected at least one sample, got none")
+    return len(validation)
+
+
+def _checked_layers(model: nn.Module, space: SearchSpace, limit: int | None) -> dict[str, LayerShape]:
     require_whole(model)
     if holds_replica(model):
         raise ValueError("model: expected one without DistributedDataParallel; pass model.module")
@@ -180,6 +188,8 @@ def evolve(
 
 
 def _rung_ends(settings: SearchSettings, samples: int | None) -> list[int]:
+    if samples is not None and (type(samples) is not int or samples < 1):
+        raise ValueError(f"samples: expected an integer from 1 or None, got {samples!r}")
     if samples is None and settings.halving:
         raise ValueError("halving: expected samples, of which evaluate scores a part at a time; got samples=None")
     return rung_ends(settings.shares, 1 if samples is None else samples)

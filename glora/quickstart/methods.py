@@ -125,9 +125,7 @@ def lora(task: Task) -> list[Row]:
 def glora(task: Task) -> list[Row]:
     """A supernet; random paths of it; the searched one, with the proof that merging changes nothing; and that
     path trained a little longer by itself, on the validation images too."""
-    model = inject(task.model(), RANK)
-    torch.manual_seed(task.seed)
-    train_seconds = task.train(model, 1e-2, SPACE)
+    model, train_seconds = train_supernet(task)
     limit = round(sampler_for(model, SPACE).mean)
     random_row = _random_paths(task, model, limit, train_seconds)
 
@@ -149,6 +147,13 @@ def glora(task: Task) -> list[Row]:
 
     seconds += task.train(tuned, 5e-3, data=task.train_and_validation(), steps=tuning_steps(task.steps))
     return [random_row, searched_row, task.row(TUNED, tuned, parameters, seconds)]
+
+
+def train_supernet(task: Task) -> tuple[nn.Module, float]:
+    """The supernet that is searched, and the seconds that it took."""
+    model = inject(task.model(), RANK)
+    torch.manual_seed(task.seed)
+    return model, task.train(model, 1e-2, SPACE)
 
 
 def tuning_steps(steps: int) -> int:

@@ -96,7 +96,7 @@ def run_study(settings: StudySettings, folder: str | os.PathLike, progress: bool
     file = Path(folder) / f"backbone-seed{settings.seed}.pt"
     file.parent.mkdir(parents=True, exist_ok=True)
     with _threads(1):
-        backbone, pretraining = _pretrain(settings, file, progress)
+        backbone, pretraining = pretrain(settings, file, progress)
     seeds = range(settings.seed, settings.seed + settings.seeds)
     jobs = [
         _Job(task, shots, seed, settings.steps) for task in settings.tasks for shots in settings.shots for seed in seeds
@@ -134,7 +134,8 @@ def load_study(file: str | os.PathLike) -> dict[str, Any]:
     return study
 
 
-def _pretrain(settings: StudySettings, file: Path, progress: bool) -> tuple[nn.Module, dict[str, Any]]:
+def pretrain(settings: StudySettings, file: Path, progress: bool) -> tuple[nn.Module, dict[str, Any]]:
+    """The backbone, from ``file`` where it is trained already, and what is to be told of it."""
     torch.manual_seed(settings.seed)
     model = make_backbone()
     source, upright = load_source()

@@ -20,6 +20,7 @@ from glora.batches import StepSampler
 from glora.distributed import _same_everywhere, share, unwrapped, whole
 from glora.ranks import rank
 from tests.glora.test_evolution import LAYERS, Counted, additive, scored
+from tests.glora.test_halving import RUNGS, SAMPLES, Parts, of_part
 from tests.glora.test_training import CutError, Pairs, cut_at
 from tests.glora.toys import (
     adapted_mlp,
@@ -38,6 +39,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SPACE = SearchSpace((2, 1))
 RECIPE = Recipe(steps=20, batch_size=6, lr=0.01, weight_decay=0.1, clip_norm=0.5, seed=3, checkpoint_every=4)
 QUICK = SearchSettings(population=10, top=3, crossover=5, mutation=5, generations=3)
+HALVED = SearchSettings(**{**vars(QUICK), "objective": "front", "halving": RUNGS})
 
 
 def recipe(**changes):
@@ -133,6 +135,13 @@ def searched(folder, ranks):
     return first.history, first.evaluated, second.history, second.evaluated
 
 
+def halved():
+    """A search by halving for the front."""
+    options = {"space": SPACE, "validation": points(), "settings": HALVED, "metric": "loss", "progress": False}
+    result = search(trained_mlp(), limit=60, **options)
+    return result.history, result.front, result.evaluated, result.cost
+
+
 # -- two processes -----------------------------------------------------------------------------------
 
 
@@ -179,7 +188,7 @@ def noisy_and_cut(folder):
 
 def two_processes(folder):
     results = {case: trained(*case) for case in CASES}
-    results["search"] = searched(folder, 2)
+    results["search"], results["halved"] = searched(folder, 2), halved()
     results["noisy"] = noisy_and_cut(folder)
     for wrapper in WRAPPERS:
         cut("vit", wrapper, known_to_first(folder / f"{wrapper}.pt"))
@@ -221,6 +230,10 @@ def test_search_has_the_history_of_one_process(two, folder):
     assert scored(folder / "2.jsonl") == scored(folder / "1.jsonl")
 
 
+def test_halving_for_the_front_has_the_history_of_one_process(two):
+    assert [results["halved"] for results in two] == [halved()] * 2
+
+
 def test_resumed_run_has_the_bits_of_an_uncut_one(two):
     for results in two:
         uncut, resumed = results["noisy"]
@@ -258,30 +271,48 @@ def test_one_process_resumes_what_two_began(two, folder, wrapper):
 
 def three_processes(folder):
     results = {batch_size: trained("mlp", "plain", batch_size) for batch_size in (5, 2)}
-    results["search"] = searched(folder, 3)
+    results["search"], results["halved"] = searched(folder, 3), halved()
     results["resumed"] = trained("vit", "plain", 6, checkpoint=folder / "from-two.pt")
-    counted = Counted()
+    counted, parts = Counted(), Parts()
     torn = evolve(LAYERS, SPACE, counted, settings=QUICK, journal=folder / "torn.jsonl", progress=False)
     results["torn"], results["calls"] = (torn.history, torn.evaluated), len(counted.seen)
+    torn = race(parts, folder / "torn-race.jsonl")
+    results["torn race"], results["samples"] = (torn.history, torn.cost), parts.samples
     return results
+
+
+def race(evaluate, journal):
+    return evolve(LAYERS, SPACE, evaluate, settings=HALVED, samples=SAMPLES, journal=journal, progress=False)
+
+
+def tear(file, copy):
+    """The first half of a journal; returns how many lines there are in it beside the first."""
+    content = file.read_bytes()
+    copy.write_bytes(content[: len(content) // 2])
+    return content[: len(content) // 2].count(b"\n") - 1
 
 
 def test_three_processes(two, folder):
     """Some of them with nothing of a batch; a run that two began; a journal of which one process wrote a part."""
     (folder / "from-two.pt").write_bytes((folder / "plain.pt").read_bytes())
     complete = evolve(LAYERS, SPACE, additive, settings=QUICK, journal=folder / "complete.jsonl", progress=False)
-    content = (folder / "complete.jsonl").read_bytes()
-    (folder / "torn.jsonl").write_bytes(content[: len(content) // 2])
-    known = content[: len(content) // 2].count(b"\n") - 1
+    whole_race = race(of_part, folder / "complete-race.jsonl")
+    known = tear(folder / "complete.jsonl", folder / "torn.jsonl")
+    tear(folder / "complete-race.jsonl", folder / "torn-race.jsonl")
+    known_samples = sum(stop - start for _, start, stop, _ in scored(folder / "torn-race.jsonl", torn=True)[1])
     three = on_ranks(3, folder / "three", three_processes, folder)
     for results in three:
         for batch_size in (5, 2):
             assert_close(results[batch_size], in_one_process("mlp", batch_size), 1e-6)
         assert results["search"] == searched(folder, 1)[:2] * 2
         assert_close(results["resumed"], in_one_process("vit", 6), 1e-5)
+        assert results["halved"] == halved()
         assert results["torn"] == (complete.history, len(complete.history) - known)
+        assert results["torn race"] == (whole_race.history, whole_race.cost)
     assert sum(results["calls"] for results in three) == len(complete.history) - known
-    assert scored(folder / "torn.jsonl") == scored(folder / "complete.jsonl")
+    assert sum(results["samples"] for results in three) == whole_race.cost * SAMPLES - known_samples
+    for name in ("", "-race"):
+        assert scored(folder / f"torn{name}.jsonl") == scored(folder / f"complete{name}.jsonl")
 
 
 # -- gradients ---------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from collections import Counter
 
 import pytest
 import torch
-from torch.utils.data import TensorDataset
+from torch.utils.data import IterableDataset, TensorDataset
 
 from glora import (
     LayerShape,
@@ -55,9 +55,9 @@ def settings(**changes):
     return SearchSettings(**{**vars(QUICK), **changes})
 
 
-def scored(journal):
-    """What a journal knows, seconds and order left out, which are those of the run."""
-    header, *lines = journal.read_bytes().splitlines(keepends=True)
+def scored(journal, torn=False):
+    """What a journal knows (but for a torn last line), seconds and order left out, which are those of the run."""
+    header, *lines = journal.read_bytes().splitlines(keepends=True)[: -1 if torn else None]
     return header, sorted(json.loads(line)[:4] for line in lines)
 
 
@@ -163,6 +163,17 @@ def test_nothing_but_nan_ends():
     result = run(lambda paths: math.nan)
     assert len(result.history) == 50
     assert math.isnan(result.best.score)
+
+
+def test_neighbours_in_evaluation_have_first_layers_in_common():
+    """In the order of the paths of the first layer, of the second, and so on; the history is as drawn."""
+    counted = Counted()
+    result = run(counted, space=NARROW)
+    drawn = [[str(path) for path in c.paths.values()] for c in result.history]
+    assert [[str(path) for _, path in items] for items in counted.seen] == [
+        key for start in range(0, 50, 10) for key in sorted(drawn[start : start + 10], key=tuple)
+    ]
+    assert drawn != sorted(drawn)
 
 
 # -- offspring -------------------------------------------------------------------------------------
@@ -358,6 +369,13 @@ def test_result_as_json(tmp_path):
     assert (data["cost"], data["reused"], data["hours"]) == (50, 0, result.evaluation_seconds / 3600)
 
 
+def test_the_bar_counts_the_evaluations_of_every_rung(capfd):
+    halving = settings(halving=(0.5, 1))
+    evolve(LAYERS, SPACE, lambda paths, start, stop: additive(paths), samples=4, settings=halving)
+    last = capfd.readouterr().err.splitlines()[-1]
+    assert all(word in last for word in ("search: 100%", "75/75"))
+
+
 def test_the_bar_shows_the_best(capfd):
     evolve(LAYERS, SPACE, additive, settings=QUICK)
     last = capfd.readouterr().err.splitlines()[-1]
@@ -367,8 +385,8 @@ def test_the_bar_shows_the_best(capfd):
 # -- on a model ------------------------------------------------------------------------------------
 
 
-def search_model(model, **options):
-    return search(model, SPACE, points(), settings=QUICK, progress=False, **options)
+def search_model(model, validation=points(), **options):
+    return search(model, SPACE, validation, settings=QUICK, progress=False, **options)
 
 
 @pytest.mark.parametrize("metric", ["accuracy", "loss"])
@@ -424,16 +442,34 @@ def test_a_journal_of_another_metric_is_refused(journal):
     [
         (mlp, {}, "at least one adapted layer, found none"),
         (trained_mlp, {"metric": "f1"}, r"^metric: expected 'accuracy' or 'loss', got 'f1'"),
+        (trained_mlp, {"batch_size": 0}, "^batch_size: expected an integer from 1, got 0"),
+        (trained_mlp, {"validation": points(0)}, "^validation: expected at least one sample, got none"),
         (trained_mlp, {"limit": -1}, r"^limit: expected at least 0 parameters .* got -1"),
         (lambda: trained_mlp(rank=1), {}, r"^space: expected ranks up to 1 \(storage of layer 'fc1'\)"),
     ],
-    ids=["plain-model", "metric", "limit", "rank"],
+    ids=["plain-model", "metric", "batch-size", "empty", "limit", "rank"],
 )
 def test_refuses_before_anything_is_evaluated(model, options, message, journal):
     model = model()
     with unchanged(model), pytest.raises(ValueError, match=message):
         search_model(model, journal=journal, **options)
     assert not journal.exists()
+
+
+def test_refuses_a_data_set_without_a_length():
+    with pytest.raises(TypeError, match=r"^validation: expected a data set with a length, got Endless"):
+        search_model(trained_mlp(), Endless())
+
+
+class Endless(IterableDataset):
+    def __iter__(self):
+        yield from points()
+
+
+@pytest.mark.parametrize("samples", [0, -1, 1.5, True])
+def test_refuses_a_number_of_samples(samples):
+    with pytest.raises(ValueError, match=r"^samples: expected an integer from 1 or None, got"):
+        run(samples=samples)
 
 
 def test_is_quick_under_a_limit_that_almost_nothing_meets():

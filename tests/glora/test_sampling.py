@@ -1,12 +1,15 @@
 """Drawing under a limit: always legal, in bounded time, uniform where that is possible."""
 
+import itertools
+import operator
 import time
 from collections import Counter
 
 import pytest
 import torch
 
-from glora import LayerShape, PathConfig, SearchSpace, glora_layers, inject
+from glora import LayerShape, PathConfig, SearchSettings, SearchSpace, glora_layers, inject
+from glora.offspring import Offspring
 from glora.paths import sampler_for
 from glora.sampling import PathSampler
 from tests.glora.toys import generator
@@ -74,6 +77,39 @@ def test_smallest_and_largest_counts():
 def test_no_limit_fits_everything():
     sampler = PathSampler(SMALL, PAPER)
     assert all(sampler.fits(paths) for paths in draws(sampler, 20))
+
+
+@pytest.fixture(scope="module")
+def timm_vit_b():
+    """The shapes of timm's ViT-B/16 as it is, without its weights."""
+    import timm
+
+    with torch.device("meta"):
+        model = inject(timm.create_model("vit_base_patch16_224"), 8)
+    return {name: layer.shape for name, layer in glora_layers(model).items()}
+
+
+@pytest.mark.parametrize(
+    ("ranks", "limit", "used"),
+    [((8, 4), 860_000, 0.9), ((4, 2), 440_000, 0.9), ((2,), 290_000, 0.9), ((4,), 290_000, 0.85)],
+    ids=str,
+)
+def test_a_first_generation_of_the_papers_budgets_fills_at_once(timm_vit_b, ranks, limit, used):
+    """The sizes of the paper's tables, and one at which the official code hangs: 50 different legal candidates, near
+    to the limit (the mean of random paths is above it, at 500,000 for rank 4) and all over the space."""
+    assert len(timm_vit_b) == 48
+    started = time.perf_counter()
+    sampler = PathSampler(timm_vit_b, SearchSpace(ranks), limit)
+    drawn = Offspring(sampler, SearchSettings()).first()
+    assert time.perf_counter() - started < 1  # 0.03 s on a busy core
+    counts = [sampler.count(dict(zip(timm_vit_b, key))) for key in drawn]
+    assert len(set(drawn)) == 50
+    assert sampler.mean > limit
+    assert max(counts) <= limit
+    assert used * limit <= sum(counts) / 50
+    differing = [sum(map(operator.ne, *pair)) / 48 for pair in itertools.combinations(drawn, 2)]
+    assert min(differing) > 0.9
+    assert min(len({key[layer] for key in drawn}) for layer in range(48)) >= 40
 
 
 # -- the distribution ------------------------------------------------------------------------------
