@@ -8,7 +8,7 @@ from statistics import fmean
 from typing import Any
 
 from ..config import SLOTS, count_choice
-from .drawing import COLOURS, new_figure
+from .drawing import COLOURS, ink_on, new_figure
 from .layer_types import layer_types
 from .runs import Run, Setting, task_title
 from .seeds import Tasks
@@ -80,8 +80,10 @@ def _draw(axes: Any, bars: Mapping[str, Shares]) -> None:
         axes.barh(list(bars), widths, left=left, color=colour, edgecolor="white", hatch=hatch, label=name)
         for row, (width, start) in enumerate(zip(widths, left)):
             if width >= 100 * _LABELLED:
-                axes.text(start + width / 2, row, f"{width:.0f}", ha="center", va="center", fontsize=8)
+                axes.text(
+                    start + width / 2, row, f"{width:.0f}", color=ink_on(colour), ha="center", va="center", fontsize=8
+                )
         left = [start + width for start, width in zip(left, widths)]
     axes.set_xlim(0, 100)
-    axes.invert_yaxis()
+    axes.set_ylim(len(bars) - 0.4, -0.6)
     axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=min(len(names), 5), frameon=False)

@@ -13,8 +13,8 @@ from typing import Any
 
 from ..files import write_atomically
 
-# Okabe and Ito's palette, black left out.
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#F0E442", "#999999")
+# Okabe and Ito's palette, then one of Tol's.
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#F0E442", "#999999", "#000000", "#882255")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 _DPI = 150
 
@@ -52,6 +52,14 @@ def write_text(file: Path, text: str) -> Path:
 
 def _write(content: bytes, stream: Any) -> None:
     stream.write(content)
+
+
+def ink_on(colour: str) -> str:
+    """Black or white, whichever is read more easily on ``colour``."""
+    from matplotlib.colors import to_rgb
+
+    red, green, blue = to_rgb(colour)
+    return "black" if 0.299 * red + 0.587 * green + 0.114 * blue > 0.45 else "white"
 
 
 def thousands(value: float, _position: object = None) -> str:

@@ -11,7 +11,7 @@ import numpy as np
 from .drawing import COLOURS, MARKERS, new_figure
 from .runs import Run
 
-CLASSES = 10
+CLASSES, IMAGES = 10, 100
 _FEWEST = 8
 
 
@@ -26,9 +26,10 @@ class Features(NamedTuple):
 def read_features(file: Path) -> Features:
     """Raises ValueError, naming the file, for anything but finite features and labels of the same images."""
     try:
-        with np.load(file, allow_pickle=False) as arrays:
+        with open(file, "rb") as stream:
+            arrays = np.load(stream, allow_pickle=False)
             found = Features(*(arrays[name] for name in Features._fields))
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, KeyError, IndexError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(f"{file}: expected frozen, adapted and labels in a .npz ({error})") from None
     count = len(found.labels) if found.labels.ndim == 1 else -1
     if any(each.ndim != 2 or len(each) != count for each in found[:2]):
@@ -44,14 +45,19 @@ def choose_classes(labels: np.ndarray, most: int = CLASSES) -> list[int]:
     return sorted(classes[np.lexsort((classes, -counts))[:most]].tolist())
 
 
+def choose_images(labels: np.ndarray, classes: list[int], most: int = IMAGES) -> np.ndarray:
+    """Indices of the first ``most`` images of each class, ascending."""
+    return np.sort(np.concatenate([np.flatnonzero(labels == label)[:most] for label in classes]))
+
+
 def features_figure(run: Run) -> Any | None:
     """Both models side by side; None without features, or with too few images for t-SNE."""
     if run.features is None:
         return None
     features = read_features(run.features)
     chosen = choose_classes(features.labels)
-    shown = np.isin(features.labels, chosen)
-    if shown.sum() < _FEWEST:
+    shown = choose_images(features.labels, chosen)
+    if len(shown) < _FEWEST:
         return None
     figure = new_figure(11, 5.4)
     panels = {"frozen backbone": features.frozen, "adapted": features.adapted}
@@ -59,10 +65,11 @@ def features_figure(run: Run) -> Any | None:
         _draw(axes, embed(points[shown]), features.labels[shown], chosen)
         axes.set_title(title, fontsize=10)
     handles, names = axes.get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside lower center", ncols=min(len(names), CLASSES), frameon=False)
+    figure.legend(handles, names, loc="outside lower center", ncols=5, frameon=False)
+    which = f"{len(shown):,} test images, the first {IMAGES} at most of each of {len(chosen)} classes"
     of = len(np.unique(features.labels))
-    which = f"the {len(chosen)} of {of} classes with most of them" if len(chosen) < of else f"{of} classes"
-    figure.suptitle(f"t-SNE of features of {run.title}: {shown.sum():,} test images, {which}", fontsize=11)
+    more = f" (those with most of {of})" if len(chosen) < of else ""
+    figure.suptitle(f"t-SNE of features of {run.title}: {which}{more}", fontsize=11)
     return figure
 
 
@@ -78,7 +85,7 @@ def _draw(axes: Any, points: np.ndarray, labels: np.ndarray, classes: list[int])
     for index, label in enumerate(classes):
         x, y = points[labels == label].T
         colour, marker = COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)]
-        axes.scatter(x, y, s=14, color=colour, marker=marker, linewidths=0, alpha=0.8, label=f"class {label}")
+        axes.scatter(x, y, s=20, color=colour, marker=marker, linewidths=0, alpha=0.8, label=f"class {label}")
     axes.set_xticks([])
     axes.set_yticks([])
     axes.set_xlabel("t-SNE 1 (no unit)")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from math import nan
 from typing import Any
 
 from .datasets import FEW_SHOT, SHOTS
@@ -22,16 +23,20 @@ def few_shot_figure(backbone: str, settings: Mapping[Setting, Tasks]) -> Any | N
     figure = new_figure(11, 6.4)
     known = published("fewshot", backbone)
     titles = {"Average": AVERAGE, **{about.title: about.title for about in FEW_SHOT.values()}}
-    for axes, (title, row) in zip(figure.subplots(2, 3, sharex=True).flat, titles.items()):
-        for index, (method, entries) in enumerate(ours.items()):
+    panels = figure.subplots(2, 3, sharex=True)
+    for axes, (title, row) in zip(panels.flat, titles.items()):
+        lines = [
             _draw_ours(axes, _points(entries, row), method, index)
+            for index, (method, entries) in enumerate(ours.items())
+        ]
         for index, each in enumerate(known, len(ours)):
-            _draw_published(axes, _points(published_entries(each), row), f"{each.method} (published)", index)
+            lines.append(_draw_published(axes, _points(published_entries(each), row), each.method, index))
         _label(axes, title)
-    handles, names = axes.get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside lower center", ncols=4, frameon=False)
-    figure.supxlabel("training images a class", fontsize=10)
-    figure.supylabel("test accuracy, %", fontsize=10)
+    for axes in panels[1]:
+        axes.set_xlabel("training images a class")
+    for axes in panels[:, 0]:
+        axes.set_ylabel("test accuracy, %")
+    figure.legend(handles=lines, loc="outside lower center", ncols=4, frameon=False)
     figure.suptitle(f"Few-shot learning, {backbone} (mean ± standard deviation over seeds)", fontsize=11)
     return figure
 
@@ -42,11 +47,11 @@ def _points(entries: Iterable[Entry], row: str) -> dict[int, Entry]:
     return {shots: found[row_of(row, shots)] for shots in SHOTS if row_of(row, shots) in found}
 
 
-def _draw_ours(axes: Any, points: Mapping[int, Entry], method: str, index: int) -> None:
-    axes.errorbar(
+def _draw_ours(axes: Any, points: Mapping[int, Entry], method: str, index: int) -> Any:
+    return axes.errorbar(
         list(points),
         [entry.value for entry in points.values()],
-        yerr=[entry.deviation or 0.0 for entry in points.values()],
+        yerr=[nan if entry.deviation is None else entry.deviation for entry in points.values()],
         capsize=3,
         linewidth=2,
         marker=MARKERS[index % len(MARKERS)],
@@ -55,9 +60,16 @@ def _draw_ours(axes: Any, points: Mapping[int, Entry], method: str, index: int) 
     )
 
 
-def _draw_published(axes: Any, points: Mapping[int, Entry], label: str, index: int) -> None:
-    values = [entry.value for entry in points.values()]
-    axes.plot(list(points), values, "--", marker=".", linewidth=1.2, color=COLOURS[index % len(COLOURS)], label=label)
+def _draw_published(axes: Any, points: Mapping[int, Entry], method: str, index: int) -> Any:
+    return axes.plot(
+        list(points),
+        [entry.value for entry in points.values()],
+        linestyle="--",
+        marker=".",
+        linewidth=1.2,
+        color=COLOURS[index % len(COLOURS)],
+        label=f"{method} (published)",
+    )[0]
 
 
 def _label(axes: Any, title: str) -> None:

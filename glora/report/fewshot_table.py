@@ -11,7 +11,7 @@ from .notes import published_notes, split_notes
 from .published import Published, published
 from .runs import Setting, Task
 from .seeds import Tasks, over_seeds, runs_of, test_accuracy
-from .table import Entry, Table, mean_entry, our_entry
+from .table import Entry, Table, mean_entry, run_entry
 
 AVERAGE = "**Average**"
 
@@ -47,8 +47,8 @@ def our_entries(method: str, tasks: Tasks) -> Iterable[Entry]:
         for name in FEW_SHOT
         for shots in SHOTS
     }
-    for (name, shots), each in found.items():
-        yield our_entry(method, row_of(FEW_SHOT[name].title, shots), each)
+    for name, shots in found:
+        yield run_entry(method, row_of(FEW_SHOT[name].title, shots), tasks.get(Task(name, shots), ()))
     for shots in SHOTS:
         run = {name: each for name in FEW_SHOT if (each := found[name, shots]) is not None}
         yield mean_entry(method, row_of(AVERAGE, shots), run, len(FEW_SHOT))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 
 from .datasets import TARGETS
@@ -10,8 +10,8 @@ from .drawing import file_stem
 from .notes import published_notes, split_notes
 from .published import Published, published
 from .runs import Run, Setting, Task
-from .seeds import Tasks, over_seeds, runs_of, test_accuracy
-from .table import OURS, PARAMETERS, Entry, Table, our_entry
+from .seeds import Tasks, over_seeds, runs_of
+from .table import OURS, PARAMETERS, Entry, Table, run_entry
 
 SOURCE, SIZE = "ImageNet (source)", "Parameters"
 _PAPERS_SHOTS = 16
@@ -41,11 +41,10 @@ def _target_row(target: str) -> str:
     return f"ImageNet-{target}"
 
 
-def _our_entries(method: str, runs: Iterable[Run]) -> Iterable[Entry]:
-    runs = list(runs)
-    yield our_entry(method, SOURCE, over_seeds(runs, test_accuracy))
+def _our_entries(method: str, runs: Sequence[Run]) -> Iterable[Entry]:
+    yield run_entry(method, SOURCE, runs)
     for target in TARGETS:
-        yield our_entry(method, _target_row(target), over_seeds(runs, partial(_target_accuracy, target)))
+        yield run_entry(method, _target_row(target), runs, partial(_target_accuracy, target))
     size = over_seeds(runs, lambda run: run.parameters)
     mean, note = (size.mean, "") if size else (None, "not searched")
     yield Entry(method, OURS, SIZE, mean, PARAMETERS, note=note)

@@ -9,18 +9,16 @@ from .runs import Run
 
 
 def split_notes(runs: Iterable[Run]) -> list[str]:
-    """What our own accuracies were measured on, when, and how many runs have none."""
+    """What our own accuracies were measured on, when, and how many runs have some."""
     found = list(runs)
     dates = sorted(run.test.date for run in found if run.test)
-    untested = len(found) - len(dates)
     if not dates:
         return ["No run was tested yet."]
     when = f"on {dates[0]}" if dates[0] == dates[-1] else f"between {dates[0]} and {dates[-1]}"
-    notes = [
-        f"Ours: accuracy on the test split of {len(dates)} runs, read {when} (`test.json`); paths were searched on the "
-        "validation split. Mean ± sample standard deviation over seeds, where there is more than one."
+    return [
+        f"Ours: accuracy on the test split, which was read {when} (`test.json` of {len(dates)} of {len(found)} runs). "
+        "Searches saw the validation split alone. Cells of several seeds: mean ± sample standard deviation."
     ]
-    return [*notes, *([f"{untested} more runs are not tested yet and not in the table."] if untested else [])]
 
 
 def published_notes(known: Sequence[Published]) -> list[str]:

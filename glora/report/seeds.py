@@ -10,6 +10,7 @@ from statistics import fmean, stdev
 from .runs import Run, Setting, Task
 
 Tasks = Mapping[Task, Sequence[Run]]
+Value = Callable[[Run], float | None]
 Combine = Callable[[Mapping[str, float]], float]
 
 
@@ -42,7 +43,7 @@ def runs_of(settings: Mapping[Setting, Tasks]) -> list[Run]:
     return [run for tasks in settings.values() for runs in tasks.values() for run in runs]
 
 
-def over_seeds(runs: Iterable[Run], value: Callable[[Run], float | None]) -> OverSeeds | None:
+def over_seeds(runs: Iterable[Run], value: Value) -> OverSeeds | None:
     """``value`` of the runs that have one; None if none has."""
     values = {run.seed: found for run in runs if (found := value(run)) is not None}
     return OverSeeds(values) if values else None

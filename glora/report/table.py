@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-from .seeds import Combine, OverSeeds, combined
+from .runs import Run
+from .seeds import Combine, OverSeeds, Value, combined, over_seeds, test_accuracy
 
 OURS = "this study"
 PER_CENT, PARAMETERS = "%", "parameters"
@@ -53,11 +54,18 @@ class Entry:
         return f"{scaled}{spread}{seeds}" + (f", {self.remark}" if self.remark else "")
 
 
-def our_entry(method: str, row: str, found: OverSeeds | None, part: tuple[int, int] | None = None) -> Entry:
-    """A cell of our own accuracies; "not run" where nothing was found."""
+def our_entry(
+    method: str, row: str, found: OverSeeds | None, part: tuple[int, int] | None = None, absent: str = "not run"
+) -> Entry:
+    """A cell of our own accuracies, or ``absent`` where nothing was found."""
     if found is None:
-        return Entry(method, OURS, row, None, note="not run")
+        return Entry(method, OURS, row, None, note=absent)
     return Entry(method, OURS, row, found.mean, PER_CENT, found.deviation, len(found.values), part)
+
+
+def run_entry(method: str, row: str, runs: Collection[Run], value: Value = test_accuracy) -> Entry:
+    """The cell of some runs that differ in their seed alone."""
+    return our_entry(method, row, over_seeds(runs, value), absent="not tested" if runs else "not run")
 
 
 def mean(values: Mapping[str, float]) -> float:
@@ -96,7 +104,7 @@ class Table:
         """Heading, table and notes."""
         columns = list(dict.fromkeys((entry.method, entry.source) for entry in self.entries))
         cells = {(entry.row, entry.method, entry.source): entry.text for entry in self.entries}
-        body = [[row, *(cells.get((row, *column), "") for column in columns)] for row in self.rows]
+        body = [[row, *(cells.get((row, *column), "-") for column in columns)] for row in self.rows]
         lines = markdown_table([self.corner, *(_heading(*column) for column in columns)], body)
         return "\n".join([f"### {self.title}", "", *lines, "", *(f"- {note}" for note in self.notes), ""])
 
@@ -109,7 +117,8 @@ class Table:
             number = "" if entry.value is None else repr(entry.value)
             spread = "" if entry.deviation is None else repr(entry.deviation)
             count = "" if entry.seeds is None else entry.seeds
-            writer.writerow((entry.method, entry.source, entry.row, number, entry.unit, spread, count, entry.remark))
+            row = entry.row.replace("*", "")  # emphasis
+            writer.writerow((entry.method, entry.source, row, number, entry.unit, spread, count, entry.remark))
         return stream.getvalue()
 
 

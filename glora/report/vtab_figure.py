@@ -1,58 +1,49 @@
-"""VTAB-1K by data set as bars, with the average beside the published ones."""
+"""VTAB-1K by data set as bars, with the averages beside, ours and the published ones."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import nan
 from typing import Any
 
 from .datasets import GROUPS, VTAB, average, group_of
 from .drawing import COLOURS, new_figure
 from .published import published
-from .runs import Setting, Task
-from .seeds import OverSeeds, Tasks, combined, over_seeds, test_accuracy
+from .runs import Setting
+from .seeds import OverSeeds, Tasks
+from .table import Entry, mean_entry
+from .vtab_table import accuracies
 
-_AVERAGE = len(VTAB) + 0.5
 _WIDTH = 0.8
 
 
 def vtab_figure(backbone: str, settings: Mapping[Setting, Tasks]) -> Any | None:
-    """A bar a setting in each data set, and the averages where all data sets were run; None if no run was tested."""
-    found = {setting.method: _accuracies(tasks) for setting, tasks in settings.items()}
+    """A bar a setting in each data set; averages where all data sets were run. None if no run was tested."""
+    found = {setting.method: accuracies(tasks) for setting, tasks in settings.items()}
     if not any(found.values()):
         return None
-    figure = new_figure(12, 5)
-    axes = figure.subplots()
-    for index, (method, accuracies) in enumerate(found.items()):
-        _draw_method(axes, method, accuracies, index, len(found))
-    _draw_published(axes, backbone, len(found))
-    not_run = [name for name in VTAB if not any(name in accuracies for accuracies in found.values())]
-    for name in not_run:
-        axes.text(list(VTAB).index(name), 1, "not run", rotation=90, ha="center", va="bottom", color="#777777")
-    _label(axes)
-    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
-    axes.set_title(f"VTAB-1K, {backbone} (mean ± standard deviation over seeds)", fontsize=11)
+    figure = new_figure(14, 5)
+    bars, averages = figure.subplots(1, 2, width_ratios=(4, 1))
+    for index, (method, tested) in enumerate(found.items()):
+        _draw_bars(bars, method, tested, index, len(found))
+    for position, name in enumerate(VTAB):
+        if not any(name in tested for tested in found.values()):
+            bars.text(position, 1, "no result", rotation=90, ha="center", va="bottom", color="#777777")
+    _label_bars(bars)
+    if len(found) > 1:
+        bars.legend(fontsize=8, ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.25), frameon=False)
+    _draw_averages(averages, found, backbone)
+    figure.suptitle(f"VTAB-1K, {', '.join(found)}, {backbone} (mean ± standard deviation over seeds)", fontsize=11)
     return figure
 
 
-def _accuracies(tasks: Tasks) -> dict[str, OverSeeds]:
-    found = {name: over_seeds(tasks.get(Task(name, None), ()), test_accuracy) for name in VTAB}
-    return {name: each for name, each in found.items() if each is not None}
-
-
-def _draw_method(axes: Any, method: str, accuracies: Mapping[str, OverSeeds], index: int, count: int) -> None:
+def _draw_bars(axes: Any, method: str, tested: Mapping[str, OverSeeds], index: int, count: int) -> None:
     shift = _WIDTH * ((index + 0.5) / count - 0.5)
-    bars = {list(VTAB).index(name) + shift: each for name, each in accuracies.items()}
-    if len(accuracies) == len(VTAB):
-        overall = combined(accuracies, average) or OverSeeds(
-            {0: average({name: each.mean for name, each in accuracies.items()})}
-        )
-        bars[_AVERAGE + shift] = overall
-    spread = [each.deviation or 0.0 for each in bars.values()]
     axes.bar(
-        list(bars),
-        [each.mean for each in bars.values()],
+        [list(VTAB).index(name) + shift for name in tested],
+        [each.mean for each in tested.values()],
         _WIDTH / count,
-        yerr=spread if any(spread) else None,
+        yerr=[nan if each.deviation is None else each.deviation for each in tested.values()],
         capsize=3,
         color=COLOURS[index % len(COLOURS)],
         hatch="//" if index >= len(COLOURS) else None,
@@ -60,30 +51,36 @@ def _draw_method(axes: Any, method: str, accuracies: Mapping[str, OverSeeds], in
     )
 
 
-def _draw_published(axes: Any, backbone: str, taken: int) -> None:
-    """Averages alone: those of single data sets were not found."""
-    for index, known in enumerate(published("vtab1k", backbone), taken):
-        axes.hlines(
-            known.accuracy["average"],
-            _AVERAGE - 0.6,
-            _AVERAGE + 0.6,
-            color=COLOURS[index % len(COLOURS)],
-            linestyle=("--", ":")[index // len(COLOURS) % 2],
-            label=f"{known.method} (published average)",
-        )
-
-
-def _label(axes: Any) -> None:
+def _label_bars(axes: Any) -> None:
     start = 0
     for index, group in enumerate(GROUPS):
         width = len(group_of(group))
         axes.axvspan(start - 0.5, start + width - 0.5, color="#eeeeee" if index % 2 == 0 else "#ffffff", zorder=0)
         axes.text(start + width / 2 - 0.5, 101, group, ha="center", va="bottom", fontsize=9)
         start += width
-    titles = [about.title for about in VTAB.values()]
-    axes.set_xticks([*range(len(VTAB)), _AVERAGE], [*titles, "average"], rotation=45, ha="right")
-    axes.set_xlim(-0.6, _AVERAGE + 0.8)
+    axes.set_xticks(range(len(VTAB)), [about.title for about in VTAB.values()], rotation=45, ha="right")
+    axes.set_xlim(-0.6, len(VTAB) - 0.4)
     axes.set_ylim(0, 107)
     axes.set_ylabel("test accuracy, %")
     axes.set_axisbelow(True)
     axes.grid(axis="y", alpha=0.3)
+
+
+def _draw_averages(axes: Any, found: Mapping[str, Mapping[str, OverSeeds]], backbone: str) -> None:
+    """A dot a method: ours filled, where all data sets were run; published ones hollow."""
+    names = []
+    for method, tested in found.items():
+        names.append(method if len(tested) == len(VTAB) else f"{method}\n({len(tested)} of {len(VTAB)} run)")
+        if len(tested) == len(VTAB):
+            _draw_average(axes, mean_entry(method, "", tested, len(VTAB), average), len(names) - 1)
+    for known in published("vtab1k", backbone):
+        names.append(f"{known.method} (published)")
+        axes.plot(known.accuracy["average"], len(names) - 1, "o", markerfacecolor="none", color="#444444")
+    axes.set_yticks(range(len(names)), names, fontsize=8)
+    axes.set_ylim(len(names) - 0.5, -0.5)
+    axes.set_xlabel("average of the groups' means, %")
+    axes.grid(alpha=0.3)
+
+
+def _draw_average(axes: Any, entry: Entry, row: int) -> None:
+    axes.errorbar(entry.value, row, xerr=entry.deviation, fmt="o", capsize=3, color=COLOURS[row % len(COLOURS)])

@@ -10,8 +10,8 @@ from .drawing import file_stem
 from .notes import published_notes, split_notes
 from .published import Published, published
 from .runs import Setting, Task
-from .seeds import Tasks, over_seeds, runs_of, test_accuracy
-from .table import OURS, PARAMETERS, Entry, Table, mean_entry, our_entry
+from .seeds import OverSeeds, Tasks, over_seeds, runs_of, test_accuracy
+from .table import OURS, PARAMETERS, Entry, Table, mean_entry, run_entry
 
 AVERAGE = "**Average** of the groups' means"
 SIZE = "Parameters, mean over the data sets"
@@ -39,6 +39,12 @@ def vtab_table(backbone: str, settings: Mapping[Setting, Tasks]) -> Table:
     )
 
 
+def accuracies(tasks: Tasks) -> dict[str, OverSeeds]:
+    """Of the data sets that were tested, in the paper's order."""
+    found = {name: over_seeds(tasks.get(Task(name, None), ()), test_accuracy) for name in VTAB}
+    return {name: each for name, each in found.items() if each is not None}
+
+
 def _row(dataset: str) -> str:
     return f"{VTAB[dataset].title} ({VTAB[dataset].group})"
 
@@ -48,10 +54,9 @@ def _group_row(group: str) -> str:
 
 
 def _our_entries(method: str, tasks: Tasks) -> Iterable[Entry]:
-    found = {name: over_seeds(tasks.get(Task(name, None), ()), test_accuracy) for name in VTAB}
-    tested = {name: each for name, each in found.items() if each is not None}
     for name in VTAB:
-        yield our_entry(method, _row(name), found[name])
+        yield run_entry(method, _row(name), tasks.get(Task(name, None), ()))
+    tested = accuracies(tasks)
     for group in GROUPS:
         names = group_of(group)
         run = {name: tested[name] for name in names if name in tested}
@@ -68,8 +73,8 @@ def _size_entry(method: str, tasks: Tasks) -> Entry:
     counts = [each.mean for each in found if each is not None]
     if not counts:
         return Entry(method, OURS, SIZE, None, PARAMETERS, note="not searched")
-    part = (len(counts), len(VTAB)) if len(counts) < len(VTAB) else None
-    return Entry(method, OURS, SIZE, fmean(counts), PARAMETERS, part=part)
+    note = f"{len(counts)} of {len(VTAB)} searched" if len(counts) < len(VTAB) else ""
+    return Entry(method, OURS, SIZE, fmean(counts), PARAMETERS, note=note)
 
 
 def _published_entries(known: Published) -> Iterable[Entry]:
