@@ -6,13 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..config import SLOTS, PathConfig
+from ..config import PathConfig
+from ..report.path_map import add_kind_legend, draw_paths
 from .methods import SEARCHED
 
 # Colour-blind safe (Okabe and Ito); one colour a method, the same in every picture.
 _COLOURS = ("#999999", "#E69F00", "#56B4E9", "#009E73", "#117733", "#000000", "#CC79A7", "#D55E00", "#882255")
-_KINDS = ("none", "constant", "vector", "lora")
-_KIND_COLOURS = ("#f0f0f0", "#c6dbef", "#6baed6", "#08519c")
 
 
 def save_figures(study: dict[str, Any], folder: str | Path) -> list[Path]:
@@ -64,8 +63,6 @@ def _save_accuracy(summary: dict[str, Any], file: Path) -> Path:
 def _save_paths(runs: Sequence[dict[str, Any]], file: Path) -> Path:
     """One panel a seed: layers down, support tensors across, the colour is the kind."""
     from matplotlib import pyplot as plt
-    from matplotlib.colors import ListedColormap
-    from matplotlib.patches import Patch
 
     figure, panels = plt.subplots(
         1, len(runs), figsize=(2.2 + 1.9 * len(runs), 6), layout="constrained", sharey=True, squeeze=False
@@ -73,24 +70,9 @@ def _save_paths(runs: Sequence[dict[str, Any]], file: Path) -> Path:
     for axes, run in zip(panels[0], runs):
         searched = next(row for row in run["rows"] if row["method"] == SEARCHED)
         paths = {name: PathConfig.from_dict(data) for name, data in searched["details"]["paths"].items()}
-        codes = [[_KINDS.index(path.choices[slot].kind) for slot in SLOTS] for path in paths.values()]
-        axes.imshow(codes, cmap=ListedColormap(_KIND_COLOURS), vmin=0, vmax=len(_KINDS) - 1, aspect="auto")
-        for i, path in enumerate(paths.values()):
-            for j, slot in enumerate(SLOTS):
-                if path.choices[slot].rank:
-                    axes.text(j, i, path.choices[slot].rank, ha="center", va="center", color="white", fontsize=8)
-        axes.set_xticks(range(len(SLOTS)), SLOTS)
-        axes.set_yticks(range(len(paths)), list(paths))
-        axes.set_xticks([j - 0.5 for j in range(1, len(SLOTS))], minor=True)
-        axes.set_yticks([i - 0.5 for i in range(1, len(paths))], minor=True)
-        axes.grid(which="minor", color="white", linewidth=1.5)
-        axes.tick_params(which="both", length=0)
+        draw_paths(axes, paths)
         axes.set_title(f"seed {run['seed']}", fontsize=10)
-    handles = [
-        Patch(facecolor=colour, edgecolor="#888888", label="low rank (its rank)" if kind == "lora" else kind)
-        for kind, colour in zip(_KINDS, _KIND_COLOURS)
-    ]
-    figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False)
+    add_kind_legend(figure)
     figure.suptitle(f"Paths chosen by the search: {runs[0]['task']}, {runs[0]['shots']} images a class")
     return _save(figure, file)
 

@@ -1,0 +1,67 @@
+"""What all figures share: colours that colour-blind readers tell apart, names of files, and writing them.
+
+Figures are made without pyplot, whose list of open figures and backend are global.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from ..files import write_atomically
+
+# Okabe and Ito's palette, then one of Tol's.
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#F0E442", "#999999", "#000000", "#882255")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+_DPI = 150
+
+
+def new_figure(width: float, height: float) -> Any:
+    """An empty figure of so many inches."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def file_stem(*parts: object) -> str:
+    """A file name without ending: the parts that are not None, with anything unusual in them replaced."""
+    return re.sub(r"[^\w.-]+", "_", "-".join(str(part) for part in parts if part is not None))
+
+
+def save_figure(figure: Any, folder: Path, stem: str) -> list[Path]:
+    """Write ``figure`` as PNG and as SVG, atomically; the same figure makes the same bytes."""
+    import matplotlib
+
+    files = []
+    for kind, metadata in (("png", {}), ("svg", {"Date": None})):
+        content = io.BytesIO()
+        with matplotlib.rc_context({"svg.hashsalt": "glora"}):
+            figure.savefig(content, format=kind, dpi=_DPI, metadata=metadata)
+        files.append(folder / f"{stem}.{kind}")
+        write_atomically(files[-1], partial(_write, content.getvalue()))
+    return files
+
+
+def write_text(file: Path, text: str) -> Path:
+    write_atomically(file, partial(_write, text.encode()))
+    return file
+
+
+def _write(content: bytes, stream: Any) -> None:
+    stream.write(content)
+
+
+def ink_on(colour: str) -> str:
+    """Black or white, whichever is read more easily on ``colour``."""
+    from matplotlib.colors import to_rgb
+
+    red, green, blue = to_rgb(colour)
+    return "black" if 0.299 * red + 0.587 * green + 0.114 * blue > 0.45 else "white"
+
+
+def thousands(value: float, _position: object = None) -> str:
+    """A number of parameters on an axis."""
+    return f"{value / 1e6:g}M" if value >= 1e6 else f"{value / 1e3:g}k"

@@ -1,0 +1,75 @@
+"""One line a run: how large, how good, how long; and what is still missing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from .runs import Run
+from .seeds import test_accuracy
+from .table import markdown_table
+
+_HEADER = (
+    "run",
+    "method",
+    "parameters",
+    "limit",
+    "validation",
+    "test accuracy",
+    "training, h",
+    "search, h",
+    "evaluations",
+    "remarks",
+)
+
+
+def overview_rows(runs: Sequence[Run]) -> list[list[str]]:
+    """Cells as text; a dash where there is nothing."""
+    return [_row(run) for run in runs]
+
+
+def _row(run: Run) -> list[str]:
+    search = run.search
+    accuracy = test_accuracy(run)
+    hours = run.training.seconds / 3600 if run.training else None
+    return [
+        run.name,
+        run.setting.method,
+        _or_dash(run.parameters, "{:,}"),
+        _or_dash(run.limit, "{:,}"),
+        _score(run),
+        _or_dash(accuracy, "{:.2f}%"),
+        _or_dash(hours, "{:.2f}"),
+        _or_dash(search.hours if search else None, "{:.2f}"),
+        _or_dash(search.evaluations if search else None, "{:,}"),
+        "; ".join(run.remarks),
+    ]
+
+
+def _or_dash(value: float | None, form: str) -> str:
+    return "-" if value is None else form.format(value)
+
+
+def _score(run: Run) -> str:
+    if run.search is None:
+        return "-"
+    score = run.search.best.score
+    forms = {"accuracy": f"{100 * score:.2f}%", "loss": f"loss {-score:.4f}"}
+    return forms.get(run.search.metric or "", f"score {score:.4f}")
+
+
+def overview_markdown(runs: Sequence[Run]) -> list[str]:
+    return markdown_table(_HEADER, overview_rows(runs))
+
+
+def overview_text(runs: Sequence[Run]) -> str:
+    """For a terminal: columns aligned."""
+    lines = [list(_HEADER), *overview_rows(runs)]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(_HEADER))]
+    left = {0, 1, len(_HEADER) - 1}
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if column in left else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(line, widths))
+        ).rstrip()
+        for line in lines
+    )

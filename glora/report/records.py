@@ -1,0 +1,154 @@
+"""What the stages of a run left on disk, each file read and checked: what is not there is None, never guessed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ..config import LayerShape, PathConfig
+from .checked import Entries
+
+Paths = dict[str, PathConfig]
+Layers = dict[str, LayerShape]
+
+
+@dataclass(frozen=True)
+class Training:
+    """``train.json``; ``loss`` is the last step's."""
+
+    steps: int
+    seconds: float
+    images_per_second: float
+    loss: float
+
+
+class Evaluated(NamedTuple):
+    """One candidate of a search, without its paths."""
+
+    generation: int
+    parameters: int
+    score: float
+
+
+@dataclass(frozen=True)
+class Search:
+    """``search.json``.
+
+    Attributes:
+        paths, best: the winner.
+        metric: ``"accuracy"`` (0 to 1) or ``"loss"`` (the score is minus the loss); None if the file does not say.
+        hours: over all resumes; None where only those of the last call are known.
+    """
+
+    paths: Paths
+    best: Evaluated
+    limit: int | None
+    metric: str | None
+    evaluations: int
+    hours: float | None
+    history: tuple[Evaluated, ...]
+
+
+@dataclass(frozen=True)
+class Merged:
+    """``merge.json``."""
+
+    paths: Paths
+    parameters: int
+    largest_error: float | None
+    model_difference: float | None
+
+
+@dataclass(frozen=True)
+class Test:
+    """``test.json``; accuracies from 0 to 1."""
+
+    samples: int
+    accuracy: float
+    loss: float
+    targets: Mapping[str, float]
+    date: str
+
+
+def read_training(file: Path) -> Training | None:
+    if not file.exists():
+        return None
+    entries = Entries.read(file)
+    return Training(
+        entries.count("steps"), entries.number("seconds"), entries.number("images_per_second"), entries.number("loss")
+    )
+
+
+def read_search(file: Path, layers: Layers) -> Search | None:
+    """Raises ValueError where the winner's paths do not belong to ``layers`` or do not have its parameters."""
+    if not file.exists():
+        return None
+    entries = Entries.read(file)
+    best = entries.table("best")
+    evaluations = entries.count("evaluations")
+    hours = entries.optional("hours", Entries.number)
+    if hours is None and entries.count("evaluated_now") == evaluations:
+        hours = entries.number("seconds") / 3600
+    paths, parameters = _read_paths(best, layers)
+    return Search(
+        paths=paths,
+        best=Evaluated(best.count("generation"), parameters, best.number("score")),
+        limit=entries.optional("limit", Entries.count),
+        metric=entries.optional("metric", Entries.text),
+        evaluations=evaluations,
+        hours=hours,
+        history=tuple(_evaluated(entries, item) for item in entries.list("history")),
+    )
+
+
+def _evaluated(entries: Entries, item: Any) -> Evaluated:
+    """The first three of a history's entry: later formats may append to it."""
+    if not isinstance(item, list) or [type(value) for value in item[:2]] != [int, int] or len(item) < 3:
+        entries.fail("history", f"lists [generation, parameters, score, ...], not {item!r}")
+    if type(item[2]) not in (int, float):
+        entries.fail("history", f"numbers as scores, not {item[2]!r}")
+    return Evaluated(item[0], item[1], float(item[2]))
+
+
+def read_merged(file: Path, layers: Layers) -> Merged | None:
+    """Raises ValueError where the paths do not belong to ``layers`` or do not have ``parameters``."""
+    if not file.exists():
+        return None
+    entries = Entries.read(file)
+    paths, parameters = _read_paths(entries, layers)
+    errors = [entries.optional(name, Entries.number) for name in ("largest_error", "model_difference")]
+    return Merged(paths, parameters, *errors)
+
+
+def _read_paths(entries: Entries, layers: Layers) -> tuple[Paths, int]:
+    """``paths``, and ``parameters`` if they are what these paths read in ``layers``."""
+    table = entries.table("paths")
+    if set(table.content) != set(layers):
+        entries.fail("paths", f"one for each of the {len(layers)} layers of run.json")
+    try:
+        paths = {name: PathConfig.from_dict(table.table(name).content) for name in layers}
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{entries.file}: {entries.prefix}paths: {error}") from None
+    counted = sum(path.count(layers[name]) for name, path in paths.items())
+    if entries.count("parameters") != counted:
+        entries.fail("parameters", f"the {counted} that its paths read")
+    return paths, counted
+
+
+def read_test(file: Path) -> Test | None:
+    """Raises ValueError for any other split: accuracies of two splits are not to be averaged."""
+    if not file.exists():
+        return None
+    entries = Entries.read(file)
+    if entries.text("split") != "test":
+        entries.fail("split", "'test'")
+    targets = entries.table("targets")
+    return Test(
+        samples=entries.count("samples"),
+        accuracy=entries.share("accuracy"),
+        loss=entries.number("loss"),
+        targets={name: targets.table(name).share("accuracy") for name in targets.content},
+        date=entries.text("date"),
+    )

@@ -1,0 +1,153 @@
+"""The report of a run or a study: figures, tables and the page that shows them, in one folder."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tqdm.auto import tqdm
+
+from .distribution_figure import distribution_figure
+from .drawing import file_stem, save_figure, write_text
+from .features_figure import features_figure
+from .fewshot_figure import few_shot_figure
+from .fewshot_table import few_shot_table
+from .imagenet_table import imagenet_table
+from .overview import overview_markdown, overview_text
+from .path_figure import path_figure
+from .runs import Run, Setting, load_runs
+from .search_figure import search_figure
+from .seeds import Tasks, by_setting
+from .table import Table
+from .training_figure import training_figure
+from .vtab_figure import vtab_figure
+from .vtab_table import vtab_table
+
+Settings = Mapping[Setting, Tasks]
+
+
+@dataclass(frozen=True)
+class ReportFiles:
+    """What was written, and a few lines for the terminal."""
+
+    files: tuple[Path, ...]
+    text: str
+
+
+class _Drawing(NamedTuple):
+    """A figure yet to be drawn; ``draw`` returns None where there is nothing to show yet."""
+
+    stem: str
+    caption: str
+    draw: Callable[[], Any | None]
+
+
+class _Section(NamedTuple):
+    title: str
+    drawings: Sequence[_Drawing]
+
+
+def write_report(folder: str | os.PathLike, out: str | os.PathLike | None = None, progress: bool = True) -> ReportFiles:
+    """Write the paper's figures and tables of a run, or of a folder of runs.
+
+    Runs that are not finished are fine: what is missing is said, and nothing stands in for it.
+
+    Args:
+        folder: a run, or a folder of runs.
+        out: the folder to write into, made if it is not there; default: ``report`` within ``folder``. Files of an
+            earlier report are replaced.
+        progress: show a progress bar.
+
+    Returns:
+        The files, the page ``report.md`` first, and a summary.
+
+    Raises:
+        ValueError: no run there, or a file of a run that is damaged or does not belong to it.
+    """
+    runs = load_runs(folder)
+    target = Path(folder) / "report" if out is None else Path(out)
+    target.mkdir(parents=True, exist_ok=True)
+    groups = _by_protocol_and_backbone(by_setting(runs))
+    tables = [table for (protocol, backbone), each in groups.items() for table in _tables(protocol, backbone, each)]
+    study = _Section("Figures", [one for key, each in groups.items() for one in _study_drawings(*key, each)])
+    sections = [study, *(_Section(run.name, _run_drawings(run)) for run in runs)]
+    figures = _draw_all(sections, target, progress)
+    texts = {f"{table.stem}.csv": table.to_csv() for table in tables}
+    texts |= {f"{table.stem}.md": table.to_markdown() for table in tables}
+    written = [write_text(target / name, text) for name, text in texts.items()]
+    page = write_text(target / "report.md", _page(runs, tables, sections, figures))
+    files = (page, *written, *(file for files in figures.values() for file in files))
+    return ReportFiles(files, f"{overview_text(runs)}\n\nWritten: {page} and {len(files) - 1} more files beside it")
+
+
+def _by_protocol_and_backbone(settings: Settings) -> dict[tuple[str, str], dict[Setting, Tasks]]:
+    found: dict[tuple[str, str], dict[Setting, Tasks]] = {}
+    for setting, tasks in settings.items():
+        found.setdefault((setting.protocol, setting.backbone), {})[setting] = tasks
+    return found
+
+
+def _tables(protocol: str, backbone: str, settings: Settings) -> list[Table]:
+    if protocol == "imagenet":
+        shots = sorted({task.shots for tasks in settings.values() for task in tasks}, key=lambda shots: shots or 0)
+        return [imagenet_table(backbone, each, settings) for each in shots]
+    return [{"vtab1k": vtab_table, "fewshot": few_shot_table}[protocol](backbone, settings)]
+
+
+def _study_drawings(protocol: str, backbone: str, settings: Settings) -> Iterable[_Drawing]:
+    whole = {"vtab1k": vtab_figure, "fewshot": few_shot_figure}
+    if protocol in whole:
+        caption = f"Test accuracy, {backbone}"
+        yield _Drawing(file_stem("accuracy", protocol, backbone), caption, partial(whole[protocol], backbone, settings))
+    for setting, tasks in settings.items():
+        caption = f"Share of trained parameters, {setting.method}, {backbone} (the paper's Figure 3)"
+        yield _Drawing(file_stem("parameters", *setting), caption, partial(distribution_figure, setting, tasks))
+
+
+def _run_drawings(run: Run) -> list[_Drawing]:
+    kinds = {
+        "paths": ("Path of every layer (the paper's Figure 4)", path_figure),
+        "search": ("Search: progress, and accuracy against parameters", search_figure),
+        "training": ("Training", training_figure),
+        "features": ("Features by t-SNE (the paper's Figure 5)", features_figure),
+    }
+    return [_Drawing(file_stem(run.name, kind), caption, partial(draw, run)) for kind, (caption, draw) in kinds.items()]
+
+
+def _draw_all(sections: Sequence[_Section], target: Path, progress: bool) -> dict[str, list[Path]]:
+    """The files of each figure that has something to show, by stem."""
+    drawings = [drawing for section in sections for drawing in section.drawings]
+    files = {}
+    for drawing in tqdm(drawings, desc="report", unit="figure", disable=not progress):
+        figure = drawing.draw()
+        if figure is not None:
+            files[drawing.stem] = save_figure(figure, target, drawing.stem)
+    return files
+
+
+def _page(
+    runs: Sequence[Run], tables: Sequence[Table], sections: Sequence[_Section], figures: Mapping[str, Sequence[Path]]
+) -> str:
+    """``report.md``: the overview, the tables, the figures of the study, then those of each run, folded."""
+    study, *others = sections
+    lines = ["# Report", "", *overview_markdown(runs), "", "## Tables", ""]
+    for table in tables:
+        lines += [table.to_markdown(), f"[As CSV]({table.stem}.csv), [as markdown]({table.stem}.md)", ""]
+    lines += ["## Figures", "", *_pictures(study, figures), "## Runs", ""]
+    for section, run in zip(others, runs):
+        pictures = _pictures(section, figures) or ["Nothing to show yet.", ""]
+        lines += [f"<details><summary>{section.title}: {run.title}</summary>", "", *pictures, "</details>", ""]
+    return "\n".join(lines)
+
+
+def _pictures(section: _Section, figures: Mapping[str, Sequence[Path]]) -> list[str]:
+    lines = []
+    for drawing in section.drawings:
+        if drawing.stem in figures:
+            png, svg = (file.name for file in figures[drawing.stem])
+            lines += [f"{drawing.caption} ([SVG]({svg}))", "", f"![{drawing.caption}]({png})", ""]
+    return lines

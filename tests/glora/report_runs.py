@@ -1,0 +1,127 @@
+"""Run folders as the stages leave them, with real searches of real shapes and invented accuracies."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import glora
+from glora import LayerShape, PathConfig, SearchSettings, SearchSpace
+
+SMALL = SearchSettings(population=6, top=2, crossover=3, mutation=3, generations=3)
+VIT_B = "vit_base_patch16_224.augreg_in21k"
+SWIN_B = "swin_base_patch4_window7_224"
+
+
+def vit_layers(depth: int, width: int) -> dict[str, LayerShape]:
+    """The linear layers of a ViT, as timm names them."""
+    shapes = {
+        "attn.qkv": LayerShape(3 * width, width),
+        "attn.proj": LayerShape(width, width),
+        "mlp.fc1": LayerShape(4 * width, width),
+        "mlp.fc2": LayerShape(width, 4 * width),
+    }
+    return {f"blocks.{block}.{name}": shape for block in range(depth) for name, shape in shapes.items()}
+
+
+def write_run(
+    folder: Path,
+    dataset: str = "cifar",
+    seed: int = 0,
+    *,
+    accuracy: float | None = 0.75,
+    protocol: str = "vtab1k",
+    backbone: str = VIT_B,
+    layers: dict[str, LayerShape] | None = None,
+    size: str = "0.86M",
+    shots: int | None = None,
+    limit: int | None = None,
+    settings: SearchSettings = SMALL,
+    targets: dict[str, float] | None = None,
+    features: int = 30,
+    dimensions: int = 8,
+    classes: int = 3,
+    steps: int = 20,
+    date: str = "2025-03-01T10:00:00+00:00",
+) -> Path:
+    """A finished run; with ``accuracy`` None, one that was not tested."""
+    layers = layers or vit_layers(2, 16)
+    folder.mkdir(parents=True)
+    space = SearchSpace((4, 2))
+    result = search(layers, space, limit, settings, seed)
+    description = {
+        "format": 1,
+        "protocol": protocol,
+        "dataset": dataset,
+        "shots": shots,
+        "seed": seed,
+        "size": size,
+        "preset": None,
+        "limit": limit,
+        "space": space.to_dict(),
+        "recipe": {"protocol": protocol, "model": {"name": backbone}, "training": {"epochs": 500}},
+        "layers": [[name, *shape] for name, shape in layers.items()],
+        "samples": {"train": 800, "validation": 200},
+        "versions": {"glora": glora.__version__},
+        "date": "2025-02-01T10:00:00+00:00",
+    }
+    write(folder / "run.json", description)
+    write(folder / "train.json", {"steps": steps, "seconds": 7200.0, "images_per_second": 100.0, "loss": 0.5})
+    write_log(folder / "log.csv", steps)
+    write(folder / "search.json", {"metric": "accuracy", **result.to_dict()})
+    paths = {name: path.to_dict() for name, path in result.best.paths.items()}
+    errors = {"largest_error": 1e-6, "largest_difference": 2e-6, "model_difference": 3e-6}
+    write(folder / "merge.json", {"parameters": result.best.parameters, "paths": paths, **errors})
+    if accuracy is not None:
+        found = {name: {"accuracy": value, "loss": 1.0, "samples": 10} for name, value in (targets or {}).items()}
+        test = {"split": "test", "samples": 1000, "accuracy": accuracy, "loss": 0.9, "targets": found, "date": date}
+        write(folder / "test.json", test)
+        write_features(folder / "features.npz", features, dimensions, classes)
+    return folder
+
+
+def search(layers, space, limit, settings, seed):
+    """A real search whose score grows with the parameters spent, up to a point."""
+    total = sum(4 * (shape.out_features + shape.in_features) for shape in layers.values())
+
+    def score(paths: dict[str, PathConfig]) -> float:
+        spent = sum(path.count(layers[name]) for name, path in paths.items()) / total
+        wobble = sum(path.A == "vector" for path in paths.values()) / len(paths)
+        return min(0.95, 0.5 + 0.3 * spent / (1 + spent) + 0.1 * wobble)
+
+    settings = SearchSettings(**{**vars(settings), "seed": seed})
+    return glora.evolve(layers, space, score, limit=limit, settings=settings, progress=False)
+
+
+def write_log(file: Path, steps: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.rand(steps, generator=generator).tolist()
+    with open(file, "w", newline="") as stream:
+        writer = csv.writer(stream)
+        writer.writerow(("step", "epoch", "lr", "loss"))
+        for step in range(1, steps + 1):
+            done = step / steps
+            writer.writerow((step, step // 12, 1e-3 * (1 - done), 4.5 * (1 - done) ** 2 + 0.3 * noise[step - 1]))
+
+
+def write_features(file: Path, count: int, dimensions: int, classes: int) -> None:
+    """Classes further apart in the adapted features."""
+    random = np.random.default_rng(0)
+    labels = random.integers(classes, size=count)
+    centres = random.normal(size=(classes, dimensions)).astype(np.float32)
+    noise = random.normal(size=(2, count, dimensions)).astype(np.float32)
+    np.savez(file, frozen=0.5 * centres[labels] + noise[0], adapted=3 * centres[labels] + noise[1], labels=labels)
+
+
+def write(file: Path, content: dict) -> None:
+    file.write_text(json.dumps(content))
+
+
+def change(file: Path, **entries) -> None:
+    """Replace entries of a JSON file; those that are ... are taken out."""
+    content = {**json.loads(file.read_text()), **entries}
+    write(file, {name: value for name, value in content.items() if value is not ...})
