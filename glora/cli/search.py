@@ -42,11 +42,13 @@ def _search(options: argparse.Namespace) -> int:
     if options.halving:
         options.changes.append("search.halving=[0.25, 0.5, 1]")
     settings = [search_settings(run, options.changes, options.limit) for run in runs]
-    found = []
-    with process_group(options.device) as device:
+    with process_group(options.device) as process:
+        tell = process.first and not options.json
+        found = []
         for run, how in zip(runs, settings):
-            if not options.json:
-                print(f"{run.spec.name}", flush=True)
-            found.append(search_run(run, how, device, again=options.again, progress=not options.json))
-    print(json.dumps(found) if options.json else describe_searches(found))
+            if tell:
+                print(run.spec.name, flush=True)
+            found.append(search_run(run, how, process.device, again=options.again, progress=tell))
+    if process.first:
+        print(json.dumps(found) if options.json else describe_searches(found))
     return 0

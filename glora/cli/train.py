@@ -64,11 +64,13 @@ def _train(options: argparse.Namespace) -> int:
         return 1 if problems else 0
     if problems:
         raise ValueError("data: expected everything that the runs read\n" + "\n".join(problems))
-    summaries = []
-    with process_group(options.device) as device:
+    with process_group(options.device) as process:
+        tell = process.first and not options.json
+        summaries = []
         for spec in specs:
-            if not options.json:
-                print(f"{spec.name}", flush=True)
-            summaries.append(train_run(out, spec, device, progress=not options.json))
-    print(json.dumps(summaries) if options.json else describe_training(summaries, out))
+            if tell:
+                print(spec.name, flush=True)
+            summaries.append(train_run(out, spec, process.device, progress=tell))
+    if process.first:
+        print(json.dumps(summaries) if options.json else describe_training(summaries, out))
     return 0

@@ -5,9 +5,19 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+
+from ..ranks import is_first
+
+
+class Process(NamedTuple):
+    """This process: where it computes, and whether it is the one that speaks for all."""
+
+    device: torch.device
+    first: bool
 
 
 def choose_device(name: str) -> torch.device:
@@ -23,10 +33,10 @@ def choose_device(name: str) -> torch.device:
 
 
 @contextmanager
-def process_group(name: str) -> Iterator[torch.device]:
-    """The device of this process; under ``torchrun``, with the group of all its processes (NCCL on CUDA, else gloo)."""
+def process_group(name: str) -> Iterator[Process]:
+    """Under ``torchrun`` within the group of all its processes (NCCL on CUDA, else gloo)."""
     if not dist.is_available() or not dist.is_torchelastic_launched():
-        yield choose_device(name)
+        yield Process(choose_device(name), first=True)
         return
     device = choose_device(name)
     if device.type == "cuda":
@@ -34,6 +44,6 @@ def process_group(name: str) -> Iterator[torch.device]:
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
-        yield device
+        yield Process(device, is_first())
     finally:
         dist.destroy_process_group()

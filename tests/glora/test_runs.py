@@ -324,16 +324,22 @@ def test_devices():
 # -- several processes -----------------------------------------------------------------------------
 
 
-def test_under_torchrun_as_in_one_process(finished, data, tmp_path):
-    study = tmp_path / "study"
+def test_under_torchrun_as_in_one_process(data, tmp_path):
+    """Without drop path, of which every rank has its own draws."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "glora"]
-    for command in (train_command(data, study, "--json"), ["search", str(study), "--json"]):
-        subprocess.run([*launch, *command], check=True, capture_output=True, timeout=300)
-    ours, expected = (load_file(path / "svhn-seed0/supernet.safetensors") for path in (study, finished))
-    for name, tensor in expected.items():
-        torch.testing.assert_close(ours[name], tensor, rtol=0, atol=1e-5)
-    histories = [json.loads((path / "svhn-seed0/search.json").read_text())["history"] for path in (study, finished)]
-    assert [entry[:2] for entry in histories[0][:4]] == [entry[:2] for entry in histories[1][:4]]
+    printed = []
+    for launcher, study in (([sys.executable, "-m", "glora"], tmp_path / "one"), (launch, tmp_path / "two")):
+        train = train_command(data, study, "--json", changes=[*QUICK, "model.drop_path=0", "training.epochs=1"])
+        for command in (train, ["search", str(study), "--json"]):
+            done = subprocess.run([*launcher, *command], check=True, capture_output=True, text=True, timeout=300)
+            printed.append(json.loads(done.stdout))  # once, not once a rank
+    one, two = (load_file(tmp_path / name / "svhn-seed0/supernet.safetensors") for name in ("one", "two"))
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, rtol=0, atol=1e-5)
+    alone, shared = printed[1][0], printed[3][0]
+    assert [entry[:2] for entry in alone["history"]] == [entry[:2] for entry in shared["history"]]
+    assert alone["best"]["paths"] == shared["best"]["paths"]
+    assert alone["best"]["score"] == pytest.approx(shared["best"]["score"], abs=1e-4)
 
 
 def test_image_settings_of_the_recipe_are_used():
