@@ -5,6 +5,7 @@
 
 from . import peft
 from .adapter_file import load_adapter, save_adapter
+from .backbones import features, load_backbone
 from .config import LayerShape, PathConfig, SearchSpace
 from .conv import GLoRAConv2d
 from .conv1d import GLoRAConv1D
@@ -53,10 +54,12 @@ __all__ = [
     "evaluate",
     "evaluate_merged",
     "evolve",
+    "features",
     "get_paths",
     "glora_layers",
     "inject",
     "load_adapter",
+    "load_backbone",
     "load_lycoris",
     "load_official",
     "merge",

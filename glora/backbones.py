@@ -1,17 +1,27 @@
-"""Backbones: timm's models, with weights from a file or from timm's hub and a fresh head for the task's classes."""
+"""Frozen models to adapt: timm's architectures, with weights from its hub or from a local file."""
 
 from __future__ import annotations
 
+import difflib
 import os
-import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
+import torch
 from torch import Tensor, nn
 
-State = dict[str, Tensor]
-SUFFIXES = (".npz", ".pth", ".pt", ".bin", ".safetensors")
+HUB = "hub"
+FORMATS = (".npz", ".pth", ".pt", ".safetensors")
+# The paper's backbone: ViT-B/16 trained on ImageNet-21k, timm's vit_base_patch16_224.orig_in21k.
+VIT_B_16 = "https://storage.googleapis.com/vit_models/imagenet21k/ViT-B_16.npz"
+_SET_HERE = frozenset(
+    {"num_classes", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "drop_path_rate"}
+)
+Build = Callable[..., Any]
 
 
 def load_backbone(
@@ -20,102 +30,241 @@ def load_backbone(
     *,
     weights: str | os.PathLike | None = None,
     drop_path: float = 0.0,
-    options: Mapping[str, Any] | None = None,
+    options: Mapping[str, Any] = {},
 ) -> nn.Module:
-    """A timm model with a head of ``classes`` outputs.
+    """A classifier of timm, for :func:`glora.inject`.
 
-    What is not loaded (the head, unless the file has one of as many classes) is drawn from torch's generator.
+    Weights that are read have to fit: every one of the model's is in them, and nothing else. The exceptions are
+    timm's own: it renames what an architecture's first release called otherwise and resamples position embeddings
+    and patches to another size. A classifier head of another class count, or none, is replaced by a fresh one, as
+    the official code does: ``reset_classifier``, which draws from torch's generator. Seed it first.
 
     Args:
-        name: of the model, as ``timm.list_models()`` has it, with or without a tag.
-        weights: a file: ``.npz`` in the layout of Google's ViT (``ViT-B_16.npz``), or a state dict as ``.pth``,
-            ``.pt``, ``.bin`` (read with ``weights_only``) or ``.safetensors``; ``"hub"``: what timm downloads for
-            ``name``; None: random numbers.
-        drop_path: rate of stochastic depth in training.
-        options: further arguments of ``timm.create_model``.
+        name: timm's, as in ``timm.list_models()``, with or without a tag: ``"vit_base_patch16_224.orig_in21k"``.
+        classes: outputs of the head.
+        weights: None leaves **everything as randomly initialised**. ``"hub"`` is timm's pretrained loading, of the
+            weights that the tag names. Otherwise a file: ``.npz`` as Google published plain Vision Transformers
+            (ViT-B_16.npz, and those of "How to train your ViT?"), ``.safetensors``, or ``.pth`` and ``.pt`` with a
+            state dict or one under ``"model"`` or ``"state_dict"`` (averaged weights beside it are preferred), which
+            are read without running code of theirs.
+        drop_path: the largest rate of stochastic depth, that of the last block.
+        options: further arguments of ``timm.create_model``, such as ``img_size``.
+
+    Returns:
+        The model in training mode, on the CPU, every parameter trainable.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: an unknown model or suffix; a file that is damaged or of another model, listing the names that are
-            missing or unknown; nothing to download, or no way to.
+        FileNotFoundError: there is no such file; says what to download, and from where.
+        ValueError: an unknown or deprecated name, a value out of range, a file that cannot be read, or one of
+            another model; what is missing and what is unexpected is listed. ``"hub"`` where timm has no weights.
+        TypeError: options that the architecture does not take.
+        ConnectionError: the hub cannot be reached; says how to do without.
     """
-    import timm
-
-    if not timm.is_model(name.partition(".")[0]):
-        raise ValueError(f"name: expected a model of timm (timm.list_models()), got {name!r}")
-    arguments = {**(options or {}), "num_classes": classes}
-    if drop_path:
-        arguments["drop_path_rate"] = drop_path
-    if weights == "hub":
-        return _from_hub(name, arguments)
-    model = timm.create_model(name, **arguments)
-    if weights is not None:
-        _load_file(model, Path(weights))
+    config = _checked(name, classes, weights, drop_path, options)
+    build = partial(_build, name, drop_path, options)
+    if weights is None:
+        return build(num_classes=classes)
+    if weights == HUB:
+        model = _from_hub(build, name, config)
+    elif Path(weights).suffix == ".npz":
+        model = _from_google(build, name, Path(weights), classes)
+    else:
+        model = _from_state_dict(build, name, Path(weights), config)
+    if model.num_classes != classes:
+        model.reset_classifier(classes)
     return model
 
 
 def features(model: nn.Module, x: Tensor) -> Tensor:
-    """What a timm ``model`` gives its head for images ``x`` (M, 3, height, width): (M, features)."""
-    return model.forward_head(model.forward_features(x), pre_logits=True)  # type: ignore[operator]
+    """What the classifier head of a timm model reads: pooled and normalised, ``(n, d)``, for images ``(n, c, h, w)``.
+
+    Mode and gradients are the caller's: for features alone, ``model.eval()`` and ``torch.no_grad()``.
+
+    Raises:
+        TypeError: a model without timm's ``forward_features`` and ``forward_head``.
+    """
+    if not (hasattr(model, "forward_features") and hasattr(model, "forward_head")):
+        raise TypeError(
+            f"model: expected one of timm, with forward_features and forward_head, got {type(model).__name__}"
+        )
+    found: Any = model
+    return found.forward_head(found.forward_features(x), pre_logits=True)
 
 
-def _from_hub(name: str, arguments: Mapping[str, Any]) -> nn.Module:
-    import timm
+def _checked(
+    name: str, classes: int, weights: str | os.PathLike | None, drop_path: float, options: Mapping[str, Any]
+) -> Any:
+    """timm's configuration of ``name``, after the checks that need no model."""
+    config = _configuration(name)
+    if type(classes) is not int or classes < 1:
+        raise ValueError(f"classes: expected an integer from 1, got {classes!r}")
+    if isinstance(drop_path, bool) or not isinstance(drop_path, (int, float)) or not 0 <= drop_path < 1:
+        raise ValueError(f"drop_path: expected a number from 0 and below 1, got {drop_path!r}")
+    if not isinstance(options, Mapping):
+        raise TypeError(f"options: expected a mapping of timm's arguments, got {options!r}")
+    if _SET_HERE & set(options):
+        taken = sorted(_SET_HERE & set(options))
+        raise ValueError(f"options: expected none of what the other arguments say, got {taken}")
+    if weights == HUB and not config.has_weights:
+        raise ValueError(f"weights: expected None or a file, timm has no pretrained weights of {name!r}")
+    if weights is not None and weights != HUB:
+        _check_file(weights, name, config)
+    return config
+
+
+def _configuration(name: str) -> Any:
+    from timm import list_models
+    from timm.models import get_deprecated_models, get_pretrained_cfg, is_model
+
+    if not isinstance(name, str):
+        raise TypeError(f"name: expected timm's name of a model, got {name!r}")
+    architecture, _, tag = name.partition(".")
+    if architecture in get_deprecated_models():
+        current = get_deprecated_models()[architecture]
+        raise ValueError(
+            f"name: expected a current name of timm, got the deprecated {name!r}; timm takes it for {current!r}, which "
+            "may have other weights than it had"
+        )
+    if not is_model(name):
+        close = difflib.get_close_matches(architecture, list_models(), n=3)
+        raise ValueError(f"name: expected a model of timm, got {name!r}; close to it are {close}")
+    tagged = [known.partition(".")[2] for known in list_models(architecture, include_tags=True)]
+    if tag and tag not in tagged:
+        raise ValueError(f"name: expected a tag among {tagged} of timm's {architecture}, got {tag!r}")
+    return get_pretrained_cfg(name)
+
+
+def _check_file(weights: str | os.PathLike, name: str, config: Any) -> None:
+    if not isinstance(weights, (str, os.PathLike)):
+        raise TypeError(f"weights: expected None, {HUB!r} or a file, got {weights!r}")
+    if Path(weights).suffix not in FORMATS:
+        raise ValueError(f"weights: expected None, {HUB!r} or a file that ends in {', '.join(FORMATS)}, got {weights}")
+    if not Path(weights).is_file():
+        raise FileNotFoundError(
+            f"weights: expected a file, found none at {os.fspath(weights)!r}; {_where_to_get(name, config)}"
+        )
+
+
+def _where_to_get(name: str, config: Any) -> str:
+    """What to download by hand."""
+    hub = f"https://huggingface.co/{config.hf_hub_id}" if config.hf_hub_id else None
+    sources = [
+        f"model.safetensors of {hub} (what weights={HUB!r} loads)" if hub else "",
+        config.url if isinstance(config.url, str) else "",
+        f"{VIT_B_16} (the paper's, of ImageNet-21k)" if name.partition(".")[0] == "vit_base_patch16_224" else "",
+    ]
+    known = " or ".join(source for source in sources if source)
+    return f"download {known} and give that file" if known else f"timm publishes no weights of {name!r}"
+
+
+def _build(name: str, drop_path: float, options: Mapping[str, Any], **loading: Any) -> Any:
+    from timm import create_model
 
     try:
-        return timm.create_model(name, pretrained=True, **arguments)
-    except (OSError, RuntimeError, ValueError) as error:
-        raise ValueError(
-            f"weights: timm could not download those of {name!r} ({error}); give a local file instead"
+        return create_model(name, drop_path_rate=drop_path or None, **options, **loading)
+    except TypeError as error:
+        raise TypeError(
+            f"options: expected arguments of timm's {name}, got {dict(options)} and drop_path={drop_path}: {error}"
         ) from error
 
 
-def _load_file(model: nn.Module, file: Path) -> None:
-    if file.suffix not in SUFFIXES:
-        raise ValueError(f"weights: expected 'hub' or a file that ends in one of {SUFFIXES}, got {str(file)!r}")
-    if not file.is_file():
-        raise FileNotFoundError(f"weights: expected a file, found none at {str(file)!r}")
+def _from_hub(build: Build, name: str, config: Any) -> Any:
+    """With the head that the weights came with."""
     try:
-        if file.suffix == ".npz":
-            _load_npz(model, file)
-        else:
-            _load_state(model, file)
-    except Exception as error:  # a damaged file may raise anything
-        raise ValueError(f"weights: {file} does not fit {type(model).__name__}: {error}") from error
+        return build(pretrained=True)
+    except OSError as error:
+        raise ConnectionError(
+            f"weights: expected timm's hub to hold or to have left in its cache the weights of {name!r}: {error}; "
+            f"without a network {_where_to_get(name, config)}: weights='/path/to/it'"
+        ) from error
+    except RuntimeError as error:
+        raise _other_model(name, f"weights of {config.hf_hub_id or config.url}", error) from error
 
 
-def _load_npz(model: nn.Module, file: Path) -> None:
-    load = getattr(model, "load_pretrained", None)
-    if load is None:
-        raise ValueError("timm reads .npz files for ViT-like models alone")
-    load(str(file))
+def _from_state_dict(build: Build, name: str, file: Path, config: Any) -> Any:
+    """With the head of the file, or without one if it has none."""
+    from timm.models import load_state_dict
+
+    with _reading(file):
+        found = load_state_dict(str(file))
+    # a class count of timm's own would let it drop a head, and then overlook whatever else is missing
+    loading = {"file": str(file), "num_classes": _head_classes(found, config.classifier), "label_offset": 0}
+    try:
+        return build(pretrained=True, num_classes=loading["num_classes"], pretrained_cfg_overlay=loading)
+    except (RuntimeError, KeyError, AttributeError) as error:
+        raise _other_model(name, str(file), error) from error
 
 
-def _load_state(model: nn.Module, file: Path) -> None:
-    from timm.models import load_checkpoint
-
-    heads = _head_names(model)
-    own = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    translate = _translation(model)
-
-    def without_other_head(state: State, _: nn.Module) -> State:
-        state = translate(state)
-        fits = all(name in state and tuple(state[name].shape) == own[name] for name in heads)
-        return state if fits else {name: tensor for name, tensor in state.items() if name not in heads}
-
-    result = load_checkpoint(model, str(file), strict=False, filter_fn=without_other_head)
-    missing = sorted(set(result.missing_keys) - set(heads))
-    if missing or result.unexpected_keys:
-        raise ValueError(f"missing tensors {missing}, unknown tensors {sorted(result.unexpected_keys)}")
+def _head_classes(tensors: Mapping[str, Tensor], classifier: str | tuple[str, ...] | None) -> int:
+    """The classes of the head in a state dict, 0 if there is none: ``head.fc`` was ``head`` in first releases."""
+    name = classifier[0] if isinstance(classifier, tuple) else classifier or ""
+    while name:
+        if f"{name}.weight" in tensors:
+            return len(tensors[f"{name}.weight"])
+        name = name.rpartition(".")[0]
+    return 0
 
 
-def _head_names(model: nn.Module) -> list[str]:
-    """The tensors of the classifier, which timm's models say themselves."""
-    inside = {id(tensor) for tensor in model.get_classifier().parameters()}  # type: ignore[operator]
-    return [name for name, parameter in model.named_parameters() if id(parameter) in inside]
+def _from_google(build: Build, name: str, file: Path, classes: int) -> Any:
+    """With the head of the file if it has so many classes, or without one."""
+    from timm.models.vision_transformer import VisionTransformer
+
+    names, head = _google_contents(file)
+    model = build(num_classes=classes if head == classes else 0)
+    if type(model) is not VisionTransformer:
+        raise ValueError(f"weights: expected no .npz, which holds a plain Vision Transformer, for {name!r}; got {file}")
+    wanted = _google_names(len(model.blocks))
+    missing, unexpected = sorted(wanted - names), sorted(names - wanted)
+    if missing or unexpected:
+        raise _other_model(name, str(file), f"missing {missing}, unexpected {unexpected}")
+    # timm copies what it knows of and says nothing of the rest: a layer scale, another norm
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(torch.nan)
+    try:
+        model.load_pretrained(str(file))
+    except (RuntimeError, KeyError, NotImplementedError, BadZipFile) as error:
+        raise _other_model(name, str(file), error) from error
+    unread = [name for name, parameter in model.named_parameters() if not parameter.isfinite().all()]
+    if unread:
+        raise _other_model(name, str(file), f"no finite values for {unread}")
+    return model
 
 
-def _translation(model: nn.Module) -> Callable[[State], State]:
-    """From names and shapes that others gave a model's tensors to timm's, where timm has a function for it."""
-    known = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
-    return (lambda state: state) if known is None else (lambda state: known(state, model))
+def _google_contents(file: Path) -> tuple[set[str], int]:
+    """The names of the arrays, and the classes of the head. Head and pre-logits, which are optional, are left out."""
+    import numpy as np
+
+    # opened here: np.load leaves what it opens open where it is damaged
+    with _reading(file), open(file, "rb") as stream, np.load(stream, allow_pickle=False) as arrays:
+        names = set(arrays.files)
+        head = len(arrays["head/bias"]) if "head/bias" in names else 0
+    return {name for name in names if name.partition("/")[0] not in ("head", "pre_logits")}, head
+
+
+def _google_names(depth: int) -> set[str]:
+    """The arrays of a plain Vision Transformer as https://github.com/google-research/vision_transformer saves it."""
+    dense, norm = ("kernel", "bias"), ("scale", "bias")
+    attention = {f"MultiHeadDotProductAttention_1/{layer}": dense for layer in ("query", "key", "value", "out")}
+    block = {"LayerNorm_0": norm, **attention, "LayerNorm_2": norm}
+    block |= {f"MlpBlock_3/Dense_{i}": dense for i in range(2)}
+    layers = {"embedding": dense, "Transformer/encoder_norm": norm}
+    for i in range(depth):
+        layers |= {f"Transformer/encoderblock_{i}/{layer}": leaves for layer, leaves in block.items()}
+    names = {f"{layer}/{leaf}" for layer, leaves in layers.items() for leaf in leaves}
+    return names | {"cls", "Transformer/posembed_input/pos_embedding"}
+
+
+@contextmanager
+def _reading(file: Path) -> Iterator[None]:
+    """Whatever a reader of somebody else's files raises, as a ValueError that names this one."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(
+            f"weights: expected a {file.suffix} file of weights, {file} is damaged or something else ({error})"
+        ) from error
+
+
+def _other_model(name: str, source: str, reason: object) -> ValueError:
+    return ValueError(f"weights: expected those of {name!r}, {source} does not fit: {reason}")
