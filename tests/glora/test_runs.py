@@ -339,7 +339,7 @@ def test_under_torchrun_as_in_one_process(data, tmp_path):
     launched(commands[1])
     one, two = (tmp_path / name / "svhn-seed0" for name in ("one", "two"))
     losses = [np.genfromtxt(folder / "log.csv", delimiter=",", names=True)["loss"] for folder in (one, two)]
-    assert losses[0][:3] == pytest.approx(losses[1][:3], rel=1e-5)
+    assert losses[0][:3] == pytest.approx(losses[1][:3], rel=1e-3)
     assert losses[0] == pytest.approx(losses[1], rel=2e-2)  # AdamW makes much of little
     shutil.copy(one / "supernet.safetensors", two / "supernet.safetensors")
     assert main(["search", str(one), "--json"]) == 0
