@@ -188,7 +188,7 @@ def _from_state_dict(build: Build, name: str, file: Path, config: Any) -> Any:
     with _reading(file):
         found = load_state_dict(str(file))
     # a class count of timm's own would let it drop a head, and then overlook whatever else is missing
-    loading = {"file": str(file), "num_classes": _head_classes(found, config.classifier), "label_offset": 0}
+    loading = {"file": str(file), "num_classes": _head_classes(found, config.classifier)}
     try:
         return build(pretrained=True, num_classes=loading["num_classes"], pretrained_cfg_overlay=loading)
     except (RuntimeError, KeyError, AttributeError) as error:

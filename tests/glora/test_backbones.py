@@ -7,10 +7,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from timm import create_model
-from toys import generator, same_bits, seeded, state
 
 import glora
 from glora.backbones import VIT_B_16
+from tests.glora.toys import generator, same_bits, seeded, state
 
 # timm's own model for tests: 306,240 parameters without a head, 6 blocks, images of 160 x 160
 NAME, CLASSES = "test_vit", 7
@@ -100,6 +100,13 @@ def test_a_file_gives_back_what_was_saved(file, tmp_path):
     loaded = load(write(model, tmp_path / file))
     assert same_bits(state(loaded), state(model))
     assert all(parameter.requires_grad for parameter in loaded.parameters())
+
+
+def test_averaged_weights_are_preferred(tmp_path):
+    model = saved_model()
+    last = {name: tensor + 1 for name, tensor in model.state_dict().items()}
+    torch.save({"model": last, "model_ema": model.state_dict()}, tmp_path / "a.pth")
+    assert same_bits(state(load(tmp_path / "a.pth")), state(model))
 
 
 @pytest.mark.parametrize("file", FILES)
@@ -298,6 +305,15 @@ def test_a_damaged_file(suffix, tmp_path):
     file = write(saved_model(), tmp_path / f"a{suffix}")
     file.write_bytes(file.read_bytes()[:5000])
     with pytest.raises(ValueError, match=rf"weights: expected a {suffix} file of weights, .*a{suffix} is damaged"):
+        load(file)
+
+
+def test_a_flipped_byte_in_an_npz(tmp_path):
+    file = write(saved_model(), tmp_path / "a.npz")
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=r"a\.npz does not fit: Bad CRC-32 for file 'Transformer/encoderblock_"):
         load(file)
 
 
