@@ -75,6 +75,18 @@ def load_backbone(
     return model
 
 
+def check_backbone(
+    name: str,
+    classes: int,
+    *,
+    weights: str | os.PathLike | None = None,
+    drop_path: float = 0.0,
+    options: Mapping[str, Any] = {},
+) -> None:
+    """Raise what :func:`load_backbone` would for these arguments, as far as that takes neither a model nor a network."""
+    _checked(name, classes, weights, drop_path, options)
+
+
 def features(model: nn.Module, x: Tensor) -> Tensor:
     """What the classifier head of a timm model reads: pooled and normalised, ``(n, d)``, for images ``(n, c, h, w)``.
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
+from ..backbones import check_backbone
 from ..protocols import describe_missing
 from .spec import RunSpec
 
@@ -13,7 +13,7 @@ def check_runs(specs: Sequence[RunSpec]) -> list[str]:
     """Everything that is missing or malformed, a paragraph each, with what to do about it; empty if nothing is.
 
     Of the data, every list and every image file that a list names, of the test split too; no image is opened. Of the
-    weights, whether the file is there. ``specs`` are those of one :func:`plan_runs`.
+    model, whether timm knows it and the file of its weights is there. ``specs`` are those of one :func:`plan_runs`.
     """
     first = specs[0]
     missing = first.protocol.check(
@@ -23,9 +23,9 @@ def check_runs(specs: Sequence[RunSpec]) -> list[str]:
         list(dict.fromkeys(spec.seed for spec in specs)) if first.protocol.seeds else None,
     )
     problems = describe_missing(missing).split("\n\n") if missing else []
-    if first.weights not in (None, "hub") and not Path(first.weights).is_file():
-        problems.append(
-            f"weights: {first.weights}: no such file\n  ViT-B/16 of ImageNet-21k: download "
-            "https://storage.googleapis.com/vit_models/imagenet21k/ViT-B_16.npz, or give 'hub' for timm's own"
-        )
+    model, classes = first.recipe.model, first.protocol.classes(first.dataset)
+    try:
+        check_backbone(model.name, classes, weights=first.weights, drop_path=model.drop_path, options=model.options)
+    except (TypeError, ValueError, FileNotFoundError) as error:
+        problems.append(str(error))
     return problems

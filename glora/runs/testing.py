@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,6 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from ..backbones import features
 from ..evaluation import evaluate
 from ..files import write_atomically
-from ..modules import evaluating
 from ..protocols import AmongClasses
 from .folder import FEATURES, TESTED, WEIGHTS, RunFolder, read_json, write_json
 from .models import make_backbone
@@ -64,17 +64,15 @@ def _save_features(run: RunFolder, adapted: nn.Module, frozen: nn.Module, test: 
     size: int = len(test)  # type: ignore[arg-type]
     chosen = torch.randperm(size, generator=torch.Generator().manual_seed(0))[:FEATURE_IMAGES].tolist()
     images = Subset(test, chosen)
-    labels = np.concatenate([target.numpy() for _, target in _batches(images)])
-    ours, original = _features(adapted, images), _features(frozen, images)
+    ours, original, labels = _features((adapted, frozen), images)
     write_atomically(run / FEATURES, lambda stream: np.savez(stream, adapted=ours, frozen=original, labels=labels))
 
 
 @torch.no_grad()
-def _features(model: nn.Module, images: Dataset) -> np.ndarray:
-    device = next(model.parameters()).device
-    with evaluating(model):
-        return np.concatenate([features(model, x.to(device)).float().cpu().numpy() for x, _ in _batches(images)])
-
-
-def _batches(images: Dataset) -> DataLoader:
-    return DataLoader(images, 64, generator=torch.Generator())
+def _features(models: Sequence[nn.Module], images: Dataset) -> list[np.ndarray]:
+    """Those of each model (n, d), and the classes (n,)."""
+    device = next(models[0].parameters()).device
+    rows = []
+    for x, target in DataLoader(images, 64, generator=torch.Generator()):
+        rows.append([*(features(model.eval(), x.to(device)).float().cpu() for model in models), target])
+    return [torch.cat(column).numpy() for column in zip(*rows)]

@@ -257,7 +257,7 @@ def test_missing_images_and_weights_are_told_before_training(data, tmp_path, cap
     assert main(command) == 2
     printed = capsys.readouterr().err
     assert "1 of the 20 images of test.txt are not there: images/test_00003.png" in printed
-    assert "storage.googleapis.com/vit_models/imagenet21k/ViT-B_16.npz" in printed
+    assert f"expected a file, found none at '{tmp_path / 'ViT-B_16.npz'}'; download" in printed
     assert not (tmp_path / "out").exists()
 
 

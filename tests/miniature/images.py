@@ -28,7 +28,7 @@ def place(digit: np.ndarray, generator: np.random.Generator) -> np.ndarray:
     canvas = np.zeros((SIZE, SIZE))
     row, column = generator.integers(0, SIZE - 24, 2)
     canvas[row : row + 24, column : column + 24] = digit
-    ink, paper = 0.5 + 0.5 * generator.random(3), 0.4 * generator.random(3)
+    ink, paper = 0.7 + 0.3 * generator.random(3), 0.3 * generator.random(3)
     return paper + canvas[..., None] * (ink - paper)
 
 
