@@ -83,7 +83,7 @@ def check_backbone(
     drop_path: float = 0.0,
     options: Mapping[str, Any] = {},
 ) -> None:
-    """Raise what :func:`load_backbone` would for these arguments, as far as that takes neither a model nor a network."""
+    """Raise what :func:`load_backbone` would for these arguments, without building a model or reaching for a network."""
     _checked(name, classes, weights, drop_path, options)
 
 
