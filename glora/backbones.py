@@ -83,7 +83,7 @@ def check_backbone(
     drop_path: float = 0.0,
     options: Mapping[str, Any] = {},
 ) -> None:
-    """Raise what :func:`load_backbone` would for these arguments, without building a model or reaching for a network."""
+    """Raise what :func:`load_backbone` would for these arguments, without a model or a network."""
     _checked(name, classes, weights, drop_path, options)
 
 

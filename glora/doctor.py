@@ -13,7 +13,7 @@ from glora_kernels import available_backends
 from .version import __version__
 
 REQUIRED = ("torch", "triton", "timm", "numpy", "safetensors", "tqdm")
-OPTIONAL = {"scikit-learn": "quickstart", "matplotlib": "quickstart", "peft": "benchmarks"}
+OPTIONAL = {"scikit-learn": "quickstart and reports", "matplotlib": "quickstart and reports", "peft": "benchmarks"}
 
 
 def examine() -> dict[str, Any]:
