@@ -36,8 +36,9 @@ def load_backbone(
 
     Weights that are read have to fit: every one of the model's is in them, and nothing else. The exceptions are
     timm's own: it renames what an architecture's first release called otherwise, resamples position embeddings
-    and patches to another size, and loads a few architectures loosely (DLA, ConvNeXt's ``fcmae``). A classifier head of another class count, or none, is replaced by a fresh one, as
-    the official code does: ``reset_classifier``, which draws from torch's generator. Seed it first.
+    and patches to another size, and loads a few architectures loosely (DLA, ConvNeXt's ``fcmae``). A classifier
+    head of another class count, or none, is replaced by a fresh one, as the official code does:
+    ``reset_classifier``, which draws from torch's generator. Seed it first.
 
     Args:
         name: timm's, as in ``timm.list_models()``, with or without a tag: ``"vit_base_patch16_224.orig_in21k"``.
