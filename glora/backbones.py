@@ -35,9 +35,10 @@ def load_backbone(
     """A classifier of timm, for :func:`glora.inject`.
 
     Weights that are read have to fit: every one of the model's is in them, and nothing else. The exceptions are
-    timm's own: it renames what an architecture's first release called otherwise and resamples position embeddings
-    and patches to another size. A classifier head of another class count, or none, is replaced by a fresh one, as
-    the official code does: ``reset_classifier``, which draws from torch's generator. Seed it first.
+    timm's own: it renames what an architecture's first release called otherwise, resamples position embeddings
+    and patches to another size, and loads a few architectures loosely (DLA, ConvNeXt's ``fcmae``). A classifier
+    head of another class count, or none, is replaced by a fresh one, as the official code does:
+    ``reset_classifier``, which draws from torch's generator. Seed it first.
 
     Args:
         name: timm's, as in ``timm.list_models()``, with or without a tag: ``"vit_base_patch16_224.orig_in21k"``.
@@ -237,7 +238,7 @@ def _from_google(build: Build, name: str, file: Path, classes: int) -> Any:
         model.load_pretrained(str(file))
     except (RuntimeError, KeyError, NotImplementedError, BadZipFile) as error:
         raise _other_model(name, str(file), error) from error
-    unread = [name for name, parameter in model.named_parameters() if not parameter.isfinite().all()]
+    unread = [each for each, parameter in model.named_parameters() if not parameter.isfinite().all()]
     if unread:
         raise _other_model(name, str(file), f"no finite values for {unread}")
     return model
