@@ -7,7 +7,7 @@
 from .base import Protocol, Splits, Target
 from .checking import describe_missing
 from .fewshot import FewShot
-from .imagenet import AmongClasses, ImageNet, imagenet_synsets, subset_classes
+from .imagenet import TARGETS, AmongClasses, ImageNet, imagenet_synsets, subset_classes
 from .images import ImageList, ImageSettings, preload, transform_for
 from .lists import read_list
 from .sources import DataSet, Missing
@@ -16,8 +16,10 @@ from .vtab import GROUPS, VTAB, average, group_averages
 __all__ = [
     "GROUPS",
     "PROTOCOLS",
+    "TARGETS",
     "AmongClasses",
     "DataSet",
+    "FewShot",
     "ImageList",
     "ImageSettings",
     "Missing",

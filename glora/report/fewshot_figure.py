@@ -6,7 +6,8 @@ from collections.abc import Iterable, Mapping
 from math import nan
 from typing import Any
 
-from .datasets import FEW_SHOT, SHOTS
+from ..protocols import FewShot
+from .datasets import FEW_SHOT
 from .drawing import COLOURS, MARKERS, new_figure
 from .fewshot_table import AVERAGE, our_entries, published_entries, row_of
 from .published import published
@@ -44,7 +45,7 @@ def few_shot_figure(backbone: str, settings: Mapping[Setting, Tasks]) -> Any | N
 def _points(entries: Iterable[Entry], row: str) -> dict[int, Entry]:
     """By shots; what was not run, or not on all data sets, is left out."""
     found = {entry.row: entry for entry in entries if entry.value is not None and entry.part is None}
-    return {shots: found[row_of(row, shots)] for shots in SHOTS if row_of(row, shots) in found}
+    return {shots: found[row_of(row, shots)] for shots in FewShot.shots if row_of(row, shots) in found}
 
 
 def _draw_ours(axes: Any, points: Mapping[int, Entry], method: str, index: int) -> Any:
@@ -75,5 +76,5 @@ def _draw_published(axes: Any, points: Mapping[int, Entry], method: str, index: 
 def _label(axes: Any, title: str) -> None:
     axes.set_title(title, fontsize=10)
     axes.set_xscale("log", base=2)
-    axes.set_xticks(SHOTS, [str(shots) for shots in SHOTS])
+    axes.set_xticks(FewShot.shots, [str(shots) for shots in FewShot.shots])
     axes.grid(alpha=0.3)

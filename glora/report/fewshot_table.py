@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from statistics import fmean
 
-from .datasets import FEW_SHOT, SHOTS
+from ..protocols import FewShot
+from .datasets import FEW_SHOT
 from .drawing import file_stem
 from .notes import published_notes, split_notes
 from .published import Published, published
@@ -25,7 +26,7 @@ def few_shot_table(backbone: str, settings: Mapping[Setting, Tasks]) -> Table:
         stem=file_stem("table-fewshot", backbone),
         title=f"Figure 2 as a table: few-shot learning, {backbone}: test accuracy, %",
         corner="Data set, images a class",
-        rows=[row_of(title, shots) for title in titles for shots in SHOTS],
+        rows=[row_of(title, shots) for title in titles for shots in FewShot.shots],
         entries=[*ours, *(entry for each in known for entry in published_entries(each))],
         notes=[
             *split_notes(runs_of(settings)),
@@ -45,11 +46,11 @@ def our_entries(method: str, tasks: Tasks) -> Iterable[Entry]:
     found = {
         (name, shots): over_seeds(tasks.get(Task(name, shots), ()), test_accuracy)
         for name in FEW_SHOT
-        for shots in SHOTS
+        for shots in FewShot.shots
     }
     for name, shots in found:
         yield run_entry(method, row_of(FEW_SHOT[name].title, shots), tasks.get(Task(name, shots), ()))
-    for shots in SHOTS:
+    for shots in FewShot.shots:
         run = {name: each for name in FEW_SHOT if (each := found[name, shots]) is not None}
         yield mean_entry(method, row_of(AVERAGE, shots), run, len(FEW_SHOT))
 
@@ -57,8 +58,8 @@ def our_entries(method: str, tasks: Tasks) -> Iterable[Entry]:
 def published_entries(known: Published) -> Iterable[Entry]:
     """As :func:`our_entries`; all data sets and shots are there."""
     for name, about in FEW_SHOT.items():
-        for shots in SHOTS:
+        for shots in FewShot.shots:
             yield Entry(known.method, known.source, row_of(about.title, shots), known.accuracy[name][str(shots)])
-    for shots in SHOTS:
+    for shots in FewShot.shots:
         mean = fmean(known.accuracy[name][str(shots)] for name in FEW_SHOT)
         yield Entry(known.method, known.source, row_of(AVERAGE, shots), mean)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 
-from .datasets import TARGETS
+from ..protocols import TARGETS
 from .drawing import file_stem
 from .notes import published_notes, split_notes
 from .published import Published, published

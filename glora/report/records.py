@@ -39,7 +39,7 @@ class Search:
     Attributes:
         paths, best: the winner.
         metric: ``"accuracy"`` (0 to 1) or ``"loss"`` (the score is minus the loss); None if the file does not say.
-        hours: over all resumes; None where only those of the last call are known.
+        hours: of all evaluations, over all resumes.
     """
 
     paths: Paths
@@ -47,7 +47,7 @@ class Search:
     limit: int | None
     metric: str | None
     evaluations: int
-    hours: float | None
+    hours: float
     history: tuple[Evaluated, ...]
 
 
@@ -87,18 +87,14 @@ def read_search(file: Path, layers: Layers) -> Search | None:
         return None
     entries = Entries.read(file)
     best = entries.table("best")
-    evaluations = entries.count("evaluations")
-    hours = entries.optional("hours", Entries.number)
-    if hours is None and entries.count("evaluated_now") == evaluations:
-        hours = entries.number("seconds") / 3600
     paths, parameters = _read_paths(best, layers)
     return Search(
         paths=paths,
         best=Evaluated(best.count("generation"), parameters, best.number("score")),
         limit=entries.optional("limit", Entries.count),
         metric=entries.optional("metric", Entries.text),
-        evaluations=evaluations,
-        hours=hours,
+        evaluations=entries.count("evaluations"),
+        hours=entries.number("hours"),
         history=tuple(_evaluated(entries, item) for item in entries.list("history")),
     )
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..config import LayerShape
+from ..protocols import PROTOCOLS
 from .checked import Entries
 from .datasets import data_sets
 from .records import (
@@ -166,13 +167,12 @@ def load_run(folder: Path) -> Run:
 
 
 def _protocol(entries: Entries) -> str:
-    try:
-        known = data_sets(entries.text("protocol"))
-    except ValueError as error:
-        raise ValueError(f"{entries.file}: {error}") from None
-    if entries.text("dataset") not in known:
-        entries.fail("dataset", f"one of {list(known)}")
-    return entries.text("protocol")
+    name, names = entries.text("protocol"), [known.name for known in PROTOCOLS]
+    if name not in names:
+        entries.fail("protocol", f"one of {names}")
+    if entries.text("dataset") not in data_sets(name):
+        entries.fail("dataset", f"one of {list(data_sets(name))}")
+    return name
 
 
 def _backbone(entries: Entries) -> str:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from math import nan
 from typing import Any
 
-from .datasets import GROUPS, VTAB, average, group_of
+from ..protocols import GROUPS, average
+from .datasets import VTAB
 from .drawing import COLOURS, new_figure
-from .published import published
+from .published import Published, published
 from .runs import Setting
 from .seeds import OverSeeds, Tasks
 from .table import Entry, mean_entry
@@ -18,29 +19,35 @@ _WIDTH = 0.8
 
 
 def vtab_figure(backbone: str, settings: Mapping[Setting, Tasks]) -> Any | None:
-    """A bar a setting in each data set; averages where all data sets were run. None if no run was tested."""
+    """A bar a setting in each data set that was tested; averages where all were. None if no run was tested."""
     found = {setting.method: accuracies(tasks) for setting, tasks in settings.items()}
     if not any(found.values()):
         return None
     figure = new_figure(14, 5)
-    bars, averages = figure.subplots(1, 2, width_ratios=(4, 1))
+    known = published("vtab1k", backbone)
+    if known or any(len(tested) == len(VTAB) for tested in found.values()):
+        bars, averages = figure.subplots(1, 2, width_ratios=(4, 1))
+        _draw_averages(averages, found, known)
+    else:
+        bars = figure.subplots()
+    names = [name for name in VTAB if any(name in tested for tested in found.values())]
     for index, (method, tested) in enumerate(found.items()):
-        _draw_bars(bars, method, tested, index, len(found))
-    for position, name in enumerate(VTAB):
-        if not any(name in tested for tested in found.values()):
-            bars.text(position, 1, "no result", rotation=90, ha="center", va="bottom", color="#777777")
-    _label_bars(bars)
+        _draw_bars(bars, names, method, tested, index, len(found))
+    _label_bars(bars, names)
     if len(found) > 1:
         bars.legend(fontsize=8, ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.25), frameon=False)
-    _draw_averages(averages, found, backbone)
-    figure.suptitle(f"VTAB-1K, {', '.join(found)}, {backbone} (mean ± standard deviation over seeds)", fontsize=11)
+    part = "" if len(names) == len(VTAB) else f", {len(names)} of {len(VTAB)} data sets"
+    title = f"VTAB-1K{part}, {', '.join(found)}, {backbone} (mean ± standard deviation over seeds)"
+    figure.suptitle(title, fontsize=11)
     return figure
 
 
-def _draw_bars(axes: Any, method: str, tested: Mapping[str, OverSeeds], index: int, count: int) -> None:
+def _draw_bars(
+    axes: Any, names: Sequence[str], method: str, tested: Mapping[str, OverSeeds], index: int, count: int
+) -> None:
     shift = _WIDTH * ((index + 0.5) / count - 0.5)
     axes.bar(
-        [list(VTAB).index(name) + shift for name in tested],
+        [names.index(name) + shift for name in tested],
         [each.mean for each in tested.values()],
         _WIDTH / count,
         yerr=[nan if each.deviation is None else each.deviation for each in tested.values()],
@@ -51,31 +58,33 @@ def _draw_bars(axes: Any, method: str, tested: Mapping[str, OverSeeds], index: i
     )
 
 
-def _label_bars(axes: Any) -> None:
+def _label_bars(axes: Any, names: Sequence[str]) -> None:
     start = 0
     for index, group in enumerate(GROUPS):
-        width = len(group_of(group))
+        width = sum(VTAB[name].group == group for name in names)
+        if not width:
+            continue
         axes.axvspan(start - 0.5, start + width - 0.5, color="#eeeeee" if index % 2 == 0 else "#ffffff", zorder=0)
         axes.text(start + width / 2 - 0.5, 101, group, ha="center", va="bottom", fontsize=9)
         start += width
-    axes.set_xticks(range(len(VTAB)), [about.title for about in VTAB.values()], rotation=45, ha="right")
-    axes.set_xlim(-0.6, len(VTAB) - 0.4)
+    axes.set_xticks(range(len(names)), [VTAB[name].title for name in names], rotation=45, ha="right")
+    axes.set_xlim(-0.6, len(names) - 0.4)
     axes.set_ylim(0, 107)
     axes.set_ylabel("test accuracy, %")
     axes.set_axisbelow(True)
     axes.grid(axis="y", alpha=0.3)
 
 
-def _draw_averages(axes: Any, found: Mapping[str, Mapping[str, OverSeeds]], backbone: str) -> None:
+def _draw_averages(axes: Any, found: Mapping[str, Mapping[str, OverSeeds]], known: Sequence[Published]) -> None:
     """A dot a method: ours filled, where all data sets were run; published ones hollow."""
     names = []
     for method, tested in found.items():
         names.append(method if len(tested) == len(VTAB) else f"{method}\n({len(tested)} of {len(VTAB)} run)")
         if len(tested) == len(VTAB):
             _draw_average(axes, mean_entry(method, "", tested, len(VTAB), average), len(names) - 1)
-    for known in published("vtab1k", backbone):
-        names.append(f"{known.method} (published)")
-        axes.plot(known.accuracy["average"], len(names) - 1, "o", markerfacecolor="none", color="#444444")
+    for each in known:
+        names.append(f"{each.method} (published)")
+        axes.plot(each.accuracy["average"], len(names) - 1, "o", markerfacecolor="none", color="#444444")
     axes.set_yticks(range(len(names)), names, fontsize=8)
     axes.set_ylim(len(names) - 0.5, -0.5)
     axes.set_xlabel("average of the groups' means, %")

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from statistics import fmean
 
-from .datasets import GROUPS, VTAB, average, group_of
+from ..protocols import GROUPS, average
+from .datasets import VTAB, group_of
 from .drawing import file_stem
 from .notes import published_notes, split_notes
 from .published import Published, published

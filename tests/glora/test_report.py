@@ -12,8 +12,9 @@ import pytest
 from PIL import Image
 
 from glora import LayerShape, PathConfig
+from glora.protocols import GROUPS, FewShot, average
 from glora.report import load_runs, write_report
-from glora.report.datasets import FEW_SHOT, GROUPS, SHOTS, VTAB, average, group_of
+from glora.report.datasets import FEW_SHOT, VTAB, group_of
 from glora.report.distribution_figure import distribution_figure, shares_by_tensor, shares_by_type
 from glora.report.features_figure import choose_classes, choose_images, features_figure, read_features
 from glora.report.fewshot_figure import few_shot_figure
@@ -473,7 +474,7 @@ def test_published_numbers_have_a_source_and_belong_to_a_backbone():
             assert "2306.07967v1, Table" in each.source or "/issues/" in each.source
     for each in published("fewshot", VIT_B):
         assert {name: tuple(values) for name, values in each.accuracy.items()} == dict.fromkeys(
-            FEW_SHOT, tuple(map(str, SHOTS))
+            FEW_SHOT, tuple(map(str, FewShot.shots))
         )
     swin = published("vtab1k", SWIN_B)[-1].accuracy
     assert fmean(swin[group] for group in GROUPS) == pytest.approx(swin["average"], abs=0.05)
@@ -545,13 +546,9 @@ def test_search_by_loss(tmp_path):
     assert f"loss {-loaded.search.best.score:.4f}" in write_report(run, progress=False).text
 
 
-def test_hours_are_those_of_all_resumes_or_unknown(tmp_path):
+def test_hours_are_those_of_all_resumes(tmp_path):
     run = write_run(tmp_path / "run")
-    change(run / "search.json", seconds=1800.0)
-    assert load_runs(run)[0].search.hours == 0.5
-    change(run / "search.json", evaluated_now=3)
-    assert load_runs(run)[0].search.hours is None
-    change(run / "search.json", hours=2.5)
+    change(run / "search.json", seconds=1800.0, hours=2.5)
     assert load_runs(run)[0].search.hours == 2.5
 
 
@@ -590,9 +587,17 @@ def test_vtab_figure_gives_our_average_only_of_all_data_sets(tmp_path):
     (tmp_path / "dtd-seed0" / "test.json").unlink()
     (tmp_path / "dtd-seed1" / "test.json").unlink()
     bars, averages = vtab_figure(VIT_B, settings_of(tmp_path)).axes
-    assert [text.get_text() for text in bars.texts][:1] == ["no result"]
+    assert "DTD" not in [label.get_text() for label in bars.get_xticklabels()]
+    assert len(bars.get_xticklabels()) == 18
     assert len(averages.containers) == 0
     assert "GLoRA 0.86M\n(18 of 19 run)" in [label.get_text() for label in averages.get_yticklabels()]
+
+
+def test_vtab_figure_has_no_empty_panel(tmp_path):
+    vtab_study(tmp_path, names=("dtd", "kitti"), backbone="vit_tiny_patch16_224")
+    [bars] = vtab_figure("vit_tiny_patch16_224", settings_of(tmp_path)).axes
+    assert [label.get_text() for label in bars.get_xticklabels()] == ["DTD", "KITTI-Dist"]
+    assert [text.get_text() for text in bars.texts] == ["Natural", "Structured"]
 
 
 def test_few_shot_figure(tmp_path):
