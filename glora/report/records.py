@@ -25,11 +25,12 @@ class Training:
 
 
 class Evaluated(NamedTuple):
-    """One candidate of a search, without its paths."""
+    """One candidate of a search, without its paths; ``share`` of the validation split is what it was scored on."""
 
     generation: int
     parameters: int
     score: float
+    share: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -100,12 +101,12 @@ def read_search(file: Path, layers: Layers) -> Search | None:
 
 
 def _evaluated(entries: Entries, item: Any) -> Evaluated:
-    """The first three of a history's entry: later formats may append to it."""
-    if not isinstance(item, list) or [type(value) for value in item[:2]] != [int, int] or len(item) < 3:
-        entries.fail("history", f"lists [generation, parameters, score, ...], not {item!r}")
-    if type(item[2]) not in (int, float):
-        entries.fail("history", f"numbers as scores, not {item[2]!r}")
-    return Evaluated(item[0], item[1], float(item[2]))
+    """An entry of a history; what later formats may append to it is left out."""
+    if not isinstance(item, list) or [type(value) for value in item[:2]] != [int, int] or len(item) < 4:
+        entries.fail("history", f"lists [generation, parameters, score, share], not {item!r}")
+    if any(type(value) not in (int, float) for value in item[2:4]):
+        entries.fail("history", f"numbers as scores and shares, not {item[2]!r} and {item[3]!r}")
+    return Evaluated(item[0], item[1], float(item[2]), float(item[3]))
 
 
 def read_merged(file: Path, layers: Layers) -> Merged | None:

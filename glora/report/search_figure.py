@@ -15,10 +15,13 @@ _BEST, _MEDIAN, _FRONT, _LIMIT = COLOURS[4], COLOURS[0], COLOURS[2], "#444444"
 
 
 def search_figure(run: Run) -> Any | None:
-    """Both panels; None before the search, or if no candidate has a finite score."""
+    """Both panels, of candidates scored on the whole split; None before the search, or if no score is finite."""
     search = run.search
-    finite = [each for each in search.history if isfinite(each.score)] if search else []
-    if search is None or not finite:
+    if search is None:
+        return None
+    full = [each for each in search.history if each.share == 1]
+    finite = [each for each in full if isfinite(each.score)]
+    if not finite:
         return None
     scale, unit = _unit(search.metric)
     scored = [each._replace(score=scale * each.score) for each in finite]
@@ -27,10 +30,11 @@ def search_figure(run: Run) -> Any | None:
     _draw_progress(progress, scored)
     progress.set_ylabel(unit)
     _draw_trade(trade, scored, search, scale)
-    left_out = len(search.history) - len(finite)
+    parts, infinite = len(search.history) - len(full), len(full) - len(finite)
     figure.suptitle(
         f"Search of {run.title} ({run.setting.method}): {search.evaluations:,} candidates"
-        + (f", {left_out} without a finite score left out" if left_out else ""),
+        + (f", {parts:,} of them scored on a part of the validation split only and left out" if parts else "")
+        + (f", {infinite:,} without a finite score left out" if infinite else ""),
         fontsize=11,
     )
     return figure

@@ -224,7 +224,7 @@ def test_damaged_json(name, content, message, tmp_path):
         ("run.json", {"date": ...}, "date: expected a text, got nothing"),
         ("train.json", {"seconds": None}, "seconds: expected a number, got None"),
         ("search.json", {"history": [[0, 5]]}, "history: expected lists"),
-        ("search.json", {"history": [[0, 5, "high"]]}, "history: expected numbers as scores"),
+        ("search.json", {"history": [[0, 5, "high", 1.0]]}, "history: expected numbers as scores"),
         ("search.json", {"best": {}}, "best.paths: expected an object, got nothing"),
         ("merge.json", {"paths": {}}, "paths: expected one for each of the 8 layers"),
         ("merge.json", {"parameters": 7}, "parameters: expected the [0-9]+ that its paths read, got 7"),
@@ -524,7 +524,9 @@ def test_shares_of_a_path(tmp_path):
 def test_search_progress(tmp_path):
     run = write_run(tmp_path / "run", limit=3000)
     scores = [(0, 900, 0.5), (0, 800, 0.25), (0, 700, 0.75), (1, 600, 0.5), (1, 500, 0.125), (1, 400, float("nan"))]
-    change(run / "search.json", history=[[*each, "appended later"] for each in scores], evaluations=6)
+    parts = [[0, 300, 0.9, 0.25], [1, 250, 0.95, 0.5]]  # of halving: good scores, of few samples
+    history = [*([*each, 1.0, "appended later"] for each in scores), *parts]
+    change(run / "search.json", history=history, evaluations=8)
     [loaded] = load_runs(run)
     figure = search_figure(loaded)
     progress, trade = figure.axes
@@ -535,7 +537,8 @@ def test_search_progress(tmp_path):
     assert lines["limit: 3,000"] == [[3000, 0], [3000, 1]]
     assert progress.get_ylabel() == "validation accuracy, %"
     assert "1 without a finite score left out" in figure.get_suptitle()
-    assert loaded.search.evaluations == 6
+    assert "2 of them scored on a part of the validation split only" in figure.get_suptitle()
+    assert loaded.search.evaluations == 8
 
 
 def test_search_by_loss(tmp_path):
