@@ -25,7 +25,7 @@ def search_figure(run: Run) -> Any | None:
         return None
     scale, unit = _unit(search.metric)
     scored = [each._replace(score=scale * each.score) for each in finite]
-    figure = new_figure(11, 4.3)
+    figure = new_figure(11, 4.9)
     progress, trade = figure.subplots(1, 2, sharey=True)
     _draw_progress(progress, scored)
     progress.set_ylabel(unit)
@@ -63,7 +63,7 @@ def _draw_progress(axes: Any, scored: Sequence[Evaluated]) -> None:
     axes.set_xlabel("generation")
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=9)
+    _legend(axes)
 
 
 def _draw_trade(axes: Any, scored: Sequence[Evaluated], search: Search, scale: float) -> None:
@@ -86,7 +86,12 @@ def _draw_trade(axes: Any, scored: Sequence[Evaluated], search: Search, scale: f
     axes.set_xlabel("parameters")
     axes.xaxis.set_major_formatter(thousands)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=9)
+    _legend(axes)
+
+
+def _legend(axes: Any) -> None:
+    """Below the axes, where it covers nothing."""
+    axes.legend(fontsize=9, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.14), frameon=False)
 
 
 def front(candidates: Iterable[Evaluated]) -> list[Evaluated]:

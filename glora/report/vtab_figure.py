@@ -23,22 +23,22 @@ def vtab_figure(backbone: str, settings: Mapping[Setting, Tasks]) -> Any | None:
     found = {setting.method: accuracies(tasks) for setting, tasks in settings.items()}
     if not any(found.values()):
         return None
-    figure = new_figure(14, 5)
+    names = [name for name in VTAB if any(name in tested for tested in found.values())]
     known = published("vtab1k", backbone)
     if known or any(len(tested) == len(VTAB) for tested in found.values()):
+        figure = new_figure(14, 5)
         bars, averages = figure.subplots(1, 2, width_ratios=(4, 1))
         _draw_averages(averages, found, known)
     else:
+        figure = new_figure(6 + 0.4 * len(names), 5)
         bars = figure.subplots()
-    names = [name for name in VTAB if any(name in tested for tested in found.values())]
     for index, (method, tested) in enumerate(found.items()):
         _draw_bars(bars, names, method, tested, index, len(found))
     _label_bars(bars, names)
     if len(found) > 1:
         bars.legend(fontsize=8, ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.25), frameon=False)
     part = "" if len(names) == len(VTAB) else f", {len(names)} of {len(VTAB)} data sets"
-    title = f"VTAB-1K{part}, {', '.join(found)}, {backbone} (mean ± standard deviation over seeds)"
-    figure.suptitle(title, fontsize=11)
+    figure.suptitle(f"VTAB-1K{part}, {', '.join(found)}, {backbone}", fontsize=11)
     return figure
 
 
@@ -70,7 +70,7 @@ def _label_bars(axes: Any, names: Sequence[str]) -> None:
     axes.set_xticks(range(len(names)), [VTAB[name].title for name in names], rotation=45, ha="right")
     axes.set_xlim(-0.6, len(names) - 0.4)
     axes.set_ylim(0, 107)
-    axes.set_ylabel("test accuracy, %")
+    axes.set_ylabel("test accuracy, %: mean ± standard deviation over seeds")
     axes.set_axisbelow(True)
     axes.grid(axis="y", alpha=0.3)
 
