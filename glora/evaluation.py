@@ -55,10 +55,14 @@ def evaluate(
 
 
 def count(
-    model: nn.Module, dataset: Dataset, batch_size: int, call: Callable[[int, Tensor], Tensor] | None = None
+    model: nn.Module,
+    dataset: Dataset,
+    batch_size: int,
+    call: Callable[[int, Tensor], Tensor] | None = None,
+    workers: int = 0,
 ) -> Totals:
     """As :func:`evaluate`, added up; ``call(batch number, x)``, if given, stands in for ``model(x)``."""
-    return _count(model, _loader(dataset, batch_size), call)
+    return _count(model, _loader(dataset, batch_size, workers), call)
 
 
 def _loader(dataset: Dataset, batch_size: int, workers: int = 0) -> DataLoader:

@@ -51,6 +51,7 @@ def search(
     progress: bool = True,
     batch_size: int = 256,
     reuse_bytes: int = 2 * 2**30,
+    workers: int = 0,
 ) -> SearchResult:
     """The best path of every layer of a trained supernet, by its score on ``validation`` alone.
 
@@ -70,6 +71,8 @@ def search(
         reuse_bytes: of activations that are kept until the search ends, so that children of Sequentials whose paths
             are those of the candidate before need not run again (:mod:`glora.prefix`). Scores have the same bits
             with any number; 0 keeps none.
+        workers: processes that read ``validation``, anew for every candidate; 0 reads it in this one. For images that
+            are decoded on the way: what fits into memory (``TensorDataset``) needs none.
 
     Raises:
         ValueError: a limit that no path meets, a space that does not fit the model, an unknown
@@ -78,10 +81,10 @@ def search(
         RuntimeError: another process failed.
     """
     require_group()
-    samples = together(lambda: _checked_samples(validation, metric, batch_size, reuse_bytes))
+    samples = together(lambda: _checked_samples(validation, metric, batch_size, reuse_bytes, workers))
     layers = together(lambda: _checked_layers(model, space, limit))
     order = together(lambda: search_order(validation, settings.seed)) if settings.halving else None
-    scorer = CandidateScorer(model, validation, metric, batch_size, order, reuse_bytes)
+    scorer = CandidateScorer(model, validation, metric, batch_size, order, reuse_bytes, workers)
     identified = journal is not None or world_size() > 1
     result = evolve(
         layers,
@@ -99,11 +102,28 @@ def search(
     return replace(result, reused=saved / max(saved + ran, 1))
 
 
-def _checked_samples(validation: Dataset, metric: str, batch_size: int, reuse_bytes: int) -> int:
+def check_search(
+    model: nn.Module,
+    space: SearchSpace,
+    validation: Dataset,
+    *,
+    limit: int | None = None,
+    settings: SearchSettings = SearchSettings(),
+    metric: str = "accuracy",
+) -> None:
+    """Raise what :func:`search` would for these arguments, before it evaluates anything."""
+    samples = _checked_samples(validation, metric)
+    _checked_layers(model, space, limit)
+    _rung_ends(settings, samples)
+
+
+def _checked_samples(
+    validation: Dataset, metric: str, batch_size: int = 1, reuse_bytes: int = 0, workers: int = 0
+) -> int:
     """How many there are."""
     if metric not in METRICS:
         raise ValueError(f"metric: expected 'accuracy' or 'loss', got {metric!r}")
-    for name, value, least in (("batch_size", batch_size, 1), ("reuse_bytes", reuse_bytes, 0)):
+    for name, value, least in (("batch_size", batch_size, 1), ("reuse_bytes", reuse_bytes, 0), ("workers", workers, 0)):
         if type(value) is not int or value < least:
             raise ValueError(f"{name}: expected an integer from {least}, got {value!r}")
     if not isinstance(validation, Sized):

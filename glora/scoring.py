@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 from torch import nn
 from torch.utils.data import Dataset, Subset
@@ -27,6 +28,7 @@ class CandidateScorer:
         metric: ``"accuracy"``, or ``"loss"``, negated: higher is better.
         order: indices of ``validation``; ``start`` and ``stop`` count in it. None: its own order.
         reuse_bytes: of outputs that may be kept; 0 keeps none.
+        workers: processes that read ``validation``.
     """
 
     def __init__(
@@ -37,9 +39,10 @@ class CandidateScorer:
         batch_size: int,
         order: Sequence[int] | None = None,
         reuse_bytes: int = 0,
+        workers: int = 0,
     ):
         self.model, self.validation, self.metric, self.batch_size = model, validation, metric, batch_size
-        self.order = order
+        self.order, self.workers = order, workers
         self.reuse = PrefixReuse(model, reuse_bytes) if reuse_bytes else None
         self._merged: dict[str, MergedLayer] = {}
         self._part: tuple[int, int] | None = None
@@ -56,6 +59,7 @@ class CandidateScorer:
     def _count(self, paths: Mapping[str, PathConfig], dataset: Dataset, batches: int) -> Totals:
         with merged_under(self.model, paths, self._merged) as merged:
             if self.reuse is None:
-                return count(merged, dataset, self.batch_size)
+                return count(merged, dataset, self.batch_size, workers=self.workers)
             with self.reuse.running(paths, batches) as call:
-                return count(merged, dataset, self.batch_size, lambda number, x: call(merged, number, x))
+                forward = partial(call, merged)
+                return count(merged, dataset, self.batch_size, forward, workers=self.workers)

@@ -25,10 +25,12 @@ def add_merge(commands) -> None:
 
 
 def _merge(options: argparse.Namespace) -> int:
-    from ..runs import choose_device, evaluate_run, find_runs, merge_run
+    from ..runs import choose_device, evaluate_run, find_runs, merge_run, require_winner
     from ..runs.texts import describe_merges
 
     runs = find_runs(options.folder)
+    for run in runs:
+        require_winner(run)
     device = choose_device(options.device)
     merged = []
     for run in runs:

@@ -9,7 +9,7 @@ from .devices import choose_device, process_group
 from .folder import RunFolder, find_runs
 from .recipes import RunRecipe, change_recipe, known_recipes, load_recipe, recipe_from_dict
 from .spec import RunSpec, plan_runs
-from .stages import SearchPlan, merge_run, search_run, search_settings, train_run
+from .stages import SearchPlan, merge_run, require_winner, search_run, search_settings, train_run
 from .testing import evaluate_run
 
 __all__ = [
@@ -28,6 +28,7 @@ __all__ = [
     "plan_runs",
     "process_group",
     "recipe_from_dict",
+    "require_winner",
     "search_run",
     "search_settings",
     "train_run",

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
 
 from ..backbones import check_backbone
 from ..protocols import describe_missing
+from .models import make_model
 from .spec import RunSpec
 
 
@@ -13,7 +17,8 @@ def check_runs(specs: Sequence[RunSpec]) -> list[str]:
     """Everything that is missing or malformed, a paragraph each, with what to do about it; empty if nothing is.
 
     Of the data, every list and every image file that a list names, of the test split too; no image is opened. Of the
-    model, whether timm knows it and the file of its weights is there. ``specs`` are those of one :func:`plan_runs`.
+    model, whether timm knows it and the file of its weights is there, and whether one with random weights can be
+    adapted and takes images of the recipe's size. ``specs`` are those of one :func:`plan_runs`.
     """
     first = specs[0]
     missing = first.protocol.check(
@@ -26,6 +31,19 @@ def check_runs(specs: Sequence[RunSpec]) -> list[str]:
     model, classes = first.recipe.model, first.protocol.classes(first.dataset)
     try:
         check_backbone(model.name, classes, weights=first.weights, drop_path=model.drop_path, options=model.options)
+        _try_model(first)
     except (TypeError, ValueError, FileNotFoundError) as error:
         problems.append(str(error))
     return problems
+
+
+def _try_model(spec: RunSpec) -> None:
+    """Raises what building the run's model does, or ValueError where it does not take the run's images."""
+    model, size = make_model(replace(spec, weights=None)), spec.recipe.images.size
+    try:
+        with torch.no_grad():
+            model.eval()(torch.zeros(1, 3, size, size))
+    except (AssertionError, RuntimeError, ValueError) as error:
+        raise ValueError(
+            f"images.size: expected a size that {spec.recipe.model.name} takes, got {size}: {error}"
+        ) from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping
@@ -23,6 +24,10 @@ AFTER_TRAINING = (JOURNAL, SEARCHED, ADAPTER, WEIGHTS, MERGED, FEATURES, TESTED)
 class RunFolder:
     """The files of one run.
 
+    Attributes:
+        spec: what the run was asked for.
+        fingerprint: of what lay there then (:mod:`glora.runs.fingerprint`).
+
     Raises:
         ValueError: a description that is damaged or of another format.
     """
@@ -32,6 +37,7 @@ class RunFolder:
         content = read_json(path / DESCRIPTION)
         try:
             self.spec = spec_from_dict(content)
+            self.fingerprint: Mapping[str, int | None] = content["fingerprint"]
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path / DESCRIPTION}: expected the description of a run, got {error!r}") from None
         except ValueError as error:
@@ -49,6 +55,11 @@ class RunFolder:
             raise ValueError(f"{self.path}: expected {name}, found none; run `glora {command}` first")
         return self.path / name
 
+    @property
+    def winner(self) -> str:
+        """Tells this winner from any other: the SHA-256 of its adapter, paths and numbers."""
+        return hashlib.sha256((self.path / ADAPTER).read_bytes()).hexdigest()
+
     def put_aside(self) -> Path | None:
         """Move what came after training into a folder ``earlier-<n>`` of the run; None if there was nothing."""
         found = [name for name in AFTER_TRAINING if self.has(name)]
@@ -65,15 +76,18 @@ class RunFolder:
 def create_run(study: Path, spec: RunSpec, facts: Mapping[str, Any]) -> RunFolder:
     """The folder of ``spec`` within ``study``: made now, or there already from the same run.
 
+    A folder that holds a description and nothing else is that of a run that was refused: it is made anew.
+
     Args:
-        facts: what else ``run.json`` should say; of a folder that is there they are left as they are.
+        facts: what else ``run.json`` should say, ``fingerprint`` among it; of a folder that is there they are left as
+            they are.
 
     Raises:
         ValueError: the folder is another run's; the entries that differ are named.
     """
     path = study / spec.name
     description = spec.to_dict()
-    if (path / DESCRIPTION).is_file():
+    if (path / DESCRIPTION).is_file() and any(file.name != DESCRIPTION for file in path.iterdir()):
         folder = RunFolder(path)
         before = folder.spec.to_dict()
         differing = {name: (before[name], value) for name, value in description.items() if before[name] != value}

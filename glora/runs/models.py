@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -13,7 +15,9 @@ from .spec import RunSpec
 
 
 def make_backbone(spec: RunSpec) -> nn.Module:
-    """The frozen model with a fresh head for the run's classes; drawn from the run's seed alone.
+    """The frozen model with a fresh classifier for the run's classes, drawn from the run's seed alone.
+
+    Fresh too where the weights came with one of as many classes: it was trained on something else.
 
     Raises:
         ValueError: weights that do not fit, or a model with batch norm, whose running statistics no adapter holds.
@@ -21,24 +25,29 @@ def make_backbone(spec: RunSpec) -> nn.Module:
     settings = spec.recipe.model
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(spec.seed)
-        model = load_backbone(
-            settings.name,
-            spec.protocol.classes(spec.dataset),
-            weights=spec.weights,
-            drop_path=settings.drop_path,
-            options=settings.options,
+        classes = spec.protocol.classes(spec.dataset)
+        model: Any = load_backbone(
+            settings.name, classes, weights=spec.weights, drop_path=settings.drop_path, options=settings.options
         )
+        model.reset_classifier(classes)
     if any(isinstance(module, _BatchNorm) for module in model.modules()):
         raise ValueError(f"model: expected one without batch norm, got {settings.name!r}")
     return model
 
 
 def make_model(spec: RunSpec) -> nn.Module:
-    """The backbone with GLoRA in it, its path set where the run is of a preset."""
+    """The backbone with GLoRA in it, its path set where the run is of a preset; the classifier stays trainable."""
     model = make_backbone(spec)
+    exclude = dict.fromkeys((*spec.recipe.model.exclude, *_classifiers(model)))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(spec.seed)
-        inject(model, spec.rank, exclude=spec.recipe.model.exclude, product=spec.product)
+        inject(model, spec.rank, exclude=exclude, product=spec.product)
         if spec.preset is not None:
             apply_preset(model, spec.preset, spec.rank)
     return model
+
+
+def _classifiers(model: Any) -> tuple[str, ...]:
+    """The names of timm's classifier: ``head``, ``head.fc``, ``fc``, or two of a distilled model."""
+    named = model.pretrained_cfg["classifier"]
+    return (named,) if isinstance(named, str) else tuple(named)

@@ -10,6 +10,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, TypeVar
 
+from glora_kernels import Terms
+
 from ..config import SearchSpace
 from ..evolution import SearchSettings
 from ..protocols import ImageSettings, protocol
@@ -31,15 +33,21 @@ class ModelSettings:
         name: of a timm model.
         drop_path: stochastic depth while training.
         product: of A with W0, ``"hadamard"`` or ``"matmul"``.
-        exclude: modules that are not adapted, by whole name components: the classifier, which is trained itself.
+        exclude: modules that are left as they are, by whole name components, beside timm's classifier, which is
+            trained itself.
         options: further arguments of ``timm.create_model``.
     """
 
     name: str
     drop_path: float = 0.0
     product: str = "hadamard"
-    exclude: tuple[str, ...] = ("head",)
+    exclude: tuple[str, ...] = ()
     options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        Terms(product=self.product)
+        if not isinstance(self.exclude, tuple) or not all(isinstance(name, str) for name in self.exclude):
+            raise ValueError(f"exclude: expected a list of module names, got {self.exclude!r}")
 
 
 @dataclass(frozen=True)
@@ -73,8 +81,8 @@ class TrainingSettings:
     def __post_init__(self) -> None:
         if not isinstance(self.lr_of, Mapping):
             raise ValueError(f"lr_of: expected learning rates by data set, got {self.lr_of!r}")
-        for name in ("checkpoint_epochs", "workers"):
-            value, least = getattr(self, name), int(name == "checkpoint_epochs")
+        for name, least in (("batch_size", 1), ("checkpoint_epochs", 1), ("workers", 0)):
+            value = getattr(self, name)
             if type(value) is not int or value < least:
                 raise ValueError(f"{name}: expected an integer from {least}, got {value!r}")
         for dataset in (None, *self.lr_of):
@@ -137,7 +145,14 @@ class RunRecipe:
     shots: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        protocol(self.protocol)
+        datasets = protocol(self.protocol).datasets
+        unknown = [name for name in self.training.lr_of if name not in datasets]
+        if unknown:
+            raise ValueError(f"training.lr_of: expected data sets out of {list(datasets)}, got {unknown}")
+        for argument in ("seeds", "shots"):
+            values = getattr(self, argument)
+            if not isinstance(values, tuple) or any(type(value) is not int or value < 0 for value in values):
+                raise ValueError(f"{argument}: expected a list of integers from 0, got {values!r}")
         if self.metric not in ("accuracy", "loss"):
             raise ValueError(f"metric: expected 'accuracy' or 'loss', got {self.metric!r}")
         if not self.sizes:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from ..adapter_file import load_adapter, save_adapter
-from ..evolution import SearchSettings, search
+from ..evolution import SearchSettings, check_search, search
 from ..files import write_atomically
 from ..merging import merge
 from ..modules import glora_layers
@@ -24,6 +24,7 @@ from ..paths import get_paths, set_paths
 from ..protocols import ImageList, Splits, preload
 from ..ranks import from_first, is_first
 from ..training import train
+from .fingerprint import fingerprint, require_unchanged
 from .folder import (
     ADAPTER,
     CHECKPOINT,
@@ -43,7 +44,7 @@ from .models import make_backbone, make_model
 from .recipes import change_recipe
 from .spec import RunSpec
 
-_IN_MEMORY = 4 * 2**30
+_USUAL_MEMORY = 16 * 2**30
 _SAMPLE = 8
 
 
@@ -62,7 +63,8 @@ def train_run(study: Path, spec: RunSpec, device: torch.device, progress: bool =
     A folder that holds the beginning of this run is gone on with, a finished one left as it is.
 
     Raises:
-        ValueError: the folder is another run's; see :func:`glora.train` for the rest.
+        ValueError: the folder is another run's, or was made with other weights or lists of images; see
+            :func:`glora.train` for the rest.
     """
     splits = open_splits(spec)
     model = make_model(spec)
@@ -70,12 +72,13 @@ def train_run(study: Path, spec: RunSpec, device: torch.device, progress: bool =
     facts = {
         "layers": [[name, *layer.shape] for name, layer in layers.items()],
         "samples": {"train": len(splits.train), "validation": len(splits.validation)},
-        "backbone_parameters": sum(p.numel() for p in make_backbone(spec).parameters()),
+        "fingerprint": fingerprint(spec, splits),
         "versions": {package: version(package) for package in ("glora", "torch", "timm")},
         "date": now(),
     }
     from_first(lambda: create_run(study, spec, facts).path)
     folder = RunFolder(study / spec.name)
+    require_unchanged(folder, splits)
     if folder.has(TRAINED):
         return read_json(folder / TRAINED)
     recipe = spec.recipe.training.recipe(spec.dataset, len(splits.train), spec.seed)
@@ -89,11 +92,12 @@ def train_run(study: Path, spec: RunSpec, device: torch.device, progress: bool =
         workers=loading_processes(spec),
         progress=progress,
     )
+    seconds = summary.total_seconds
     trained = {
         "run": spec.name,
         "steps": summary.steps,
-        "seconds": summary.total_seconds,
-        "images_per_second": summary.images_per_second,
+        "seconds": seconds,
+        "images_per_second": summary.steps * recipe.batch_size / seconds if seconds else 0.0,
         "loss": summary.losses[-1],
         "recipe": asdict(recipe),
     }
@@ -106,13 +110,18 @@ def train_run(study: Path, spec: RunSpec, device: torch.device, progress: bool =
 def search_settings(run: RunFolder, changes: Sequence[str] = (), limit: int | None = None) -> SearchPlan:
     """The plan of a search: the run's recipe with ``changes`` (``"search.generations=5"``), and another ``limit``.
 
+    The search is seeded by the recipe's seed plus the run's: runs of several seeds are searched differently too.
+
     Raises:
-        ValueError: a run of a preset, which has nothing to search; a change of anything but the search.
+        ValueError: a run of a preset, which has nothing to search, or one that is not trained yet; a change of anything
+            but the search.
     """
     if run.spec.space is None:
         raise ValueError(f"{run.path}: expected a supernet, got the preset {run.spec.preset!r}: nothing to search")
+    run.require(SUPERNET, "train")
     recipe = change_recipe(run.spec.recipe, changes, only=("search", "metric"))
-    return SearchPlan(recipe.search, recipe.metric, run.spec.limit if limit is None else limit)
+    settings = replace(recipe.search, seed=recipe.search.seed + run.spec.seed)
+    return SearchPlan(settings, recipe.metric, run.spec.limit if limit is None else limit)
 
 
 def search_run(
@@ -124,25 +133,24 @@ def search_run(
         again: put an earlier search, and what was made of it, into a folder of its own first.
 
     Raises:
-        ValueError: not trained yet; a limit that no path meets; the journal is another search's.
+        ValueError: not trained yet; other weights or lists of images than it was trained with; a limit that no path
+            meets; the journal is another search's.
     """
     spec, space = run.spec, run.spec.space
     assert space is not None  # search_settings refuses presets
     supernet = run.require(SUPERNET, "train")
+    splits = open_splits(spec)
+    require_unchanged(run, splits)
     model = load_adapter(make_model(spec), supernet).to(device)
-    validation = _in_memory(open_splits(spec).validation, spec, progress)
+    validation = _in_memory(splits.validation, spec, progress)
+    sought: dict[str, Any] = {"limit": plan.limit, "settings": plan.settings, "metric": plan.metric}
     if again:
+        check_search(model, space, validation, **sought)
         from_first(run.put_aside)
-    result = search(
-        model,
-        space,
-        validation,
-        limit=plan.limit,
-        settings=plan.settings,
-        metric=plan.metric,
-        journal=run / JOURNAL,
-        progress=progress,
-    )
+    workers = loading_processes(spec) if validation is splits.validation else 0
+    result = search(model, space, validation, **sought, journal=run / JOURNAL, workers=workers, progress=progress)
+    if not result.evaluated and run.has(ADAPTER) and run.has(SEARCHED):
+        return read_json(run / SEARCHED)
     set_paths(model, result.best.paths)
     found = {"run": spec.name, "settings": plan.settings.to_dict(), "metric": plan.metric, **result.to_dict()}
     if is_first():
@@ -154,24 +162,32 @@ def search_run(
 def merge_run(run: RunFolder, device: torch.device) -> tuple[nn.Module, dict[str, Any]]:
     """Merge a run's winner into a plain model, on disk too.
 
+    What is on disk of the same winner is left as it is: another machine may round its last bits otherwise.
+
     Returns:
         The model, in eval mode, and what ``merge.json`` says.
 
     Raises:
-        ValueError: neither searched nor of a preset yet, or a merged weight that is not finite.
+        ValueError: neither searched nor of a preset yet; other weights or lists of images than it was trained with;
+            a merged weight that is not finite.
     """
     from safetensors.torch import save
 
     spec = run.spec
-    adapter = run.require(ADAPTER, "train" if spec.preset else "search")
+    adapter = require_winner(run)
+    splits = open_splits(spec)
+    require_unchanged(run, splits)
     model = load_adapter(make_model(spec), adapter).to(device).eval()
     paths, parameters = get_paths(model), count_parameters(model)
-    images = open_splits(spec).validation
+    images = splits.validation
     sample = torch.stack([images[index][0] for index in range(min(_SAMPLE, len(images)))]).to(device)
     report = merge(model, sample)
+    if run.has(WEIGHTS) and run.has(MERGED) and read_json(run / MERGED).get("winner") == run.winner:
+        return model, read_json(run / MERGED)
     plain = make_backbone(spec)
     summary = {
         "run": spec.name,
+        "winner": run.winner,
         "parameters": parameters,
         "head_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "paths": {name: path.to_dict() for name, path in paths.items()},
@@ -186,6 +202,11 @@ def merge_run(run: RunFolder, device: torch.device) -> tuple[nn.Module, dict[str
     write_atomically(run / WEIGHTS, lambda stream: stream.write(content))
     write_json(run / MERGED, summary)
     return model, summary
+
+
+def require_winner(run: RunFolder) -> Path:
+    """The adapter to merge. Raises ValueError, saying which command makes it, if it is not there."""
+    return run.require(ADAPTER, "train" if run.spec.preset else "search")
 
 
 def _modules(model: nn.Module) -> dict[str, type]:
@@ -205,7 +226,13 @@ def loading_processes(spec: RunSpec) -> int:
 def _in_memory(dataset: ImageList, spec: RunSpec, progress: bool) -> Dataset:
     """Images without random transforms, decoded once, where they fit; else as they are."""
     size = len(dataset) * 3 * spec.recipe.images.size**2 * 4
-    return preload(dataset, progress=progress and is_first()) if size <= _IN_MEMORY else dataset
+    return preload(dataset, progress=progress and is_first()) if size <= _memory_for_images() else dataset
+
+
+def _memory_for_images() -> int:
+    """A quarter of this machine's, in bytes, shared by the processes on it."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else _USUAL_MEMORY
+    return memory // 4 // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def now() -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,7 +14,7 @@ from ..backbones import features
 from ..evaluation import evaluate
 from ..files import write_atomically
 from ..protocols import AmongClasses
-from .folder import FEATURES, TESTED, WEIGHTS, RunFolder, read_json, write_json
+from .folder import FEATURES, TESTED, RunFolder, read_json, write_json
 from .models import make_backbone
 from .stages import loading_processes, now, open_splits
 
@@ -31,12 +30,12 @@ def evaluate_run(run: RunFolder, model: nn.Module, device: torch.device, progres
     Raises:
         ValueError: the split has been read for another winner of this run.
     """
-    digest = hashlib.sha256((run / WEIGHTS).read_bytes()).hexdigest()
+    winner = run.winner
     if run.has(TESTED):
         tested = read_json(run / TESTED)
-        if tested["weights"] != digest:
+        if tested.get("winner") != winner:
             raise ValueError(
-                f"{run.path}: the test split has been read for another merged model of this run; "
+                f"{run / TESTED}: the test split has been read for another winner of this run; "
                 "`glora search --again` puts that one's files aside"
             )
         return tested
@@ -53,7 +52,7 @@ def evaluate_run(run: RunFolder, model: nn.Module, device: torch.device, progres
         "split": "test",
         **metrics._asdict(),
         "targets": targets,
-        "weights": digest,
+        "winner": winner,
         "date": now(),
     }
     write_json(run / TESTED, tested)

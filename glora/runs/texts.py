@@ -22,12 +22,12 @@ def describe_plan(specs: Sequence[RunSpec], out: Path, problems: Sequence[str]) 
     ]
     lines += [
         f"{spec.name:<34} {spec.protocol.group(spec.dataset):<12} {spec.protocol.classes(spec.dataset):>7} "
-        f"{training.lr_of.get(spec.dataset, training.lr):>8.0e}  {out / spec.name}"
+        f"{training.lr_of.get(spec.dataset, training.lr):>8g}  {out / spec.name}"
         for spec in specs
     ]
     if not problems:
         return "\n".join([*lines, "", "nothing is missing"])
-    return "\n".join([*lines, "", f"missing or malformed ({len(problems)}):", *problems])
+    return "\n".join([*lines, "", "missing or malformed:", *problems])
 
 
 def describe_training(summaries: Sequence[Mapping[str, Any]], out: Path) -> str:

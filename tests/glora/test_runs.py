@@ -2,21 +2,34 @@
 
 import json
 import math
+import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import timm
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import glora
 from glora.cli import main
+from glora.merging import merge
 from glora.protocols import ImageSettings, protocol
-from glora.runs import choose_device, evaluate_run, find_runs, load_recipe, plan_runs
+from glora.runs import (
+    RunFolder,
+    choose_device,
+    evaluate_run,
+    find_runs,
+    load_recipe,
+    merge_run,
+    plan_runs,
+    search_settings,
+)
+from glora.runs.models import make_backbone, make_model
 from tests.glora.toys import kill_while_writing, same_bits
 from tests.miniature.images import DATASETS, write_datasets
 
@@ -145,10 +158,9 @@ def test_every_stage_again_changes_nothing(study, data, capsys):
     run(capsys, *train_command(data, study, datasets=DATASETS))
     after = contents(study)
     for file in before:
-        if file.name not in ("search.json", "test.json"):
-            assert after[file] == before[file], file
+        assert after[file] == before[file], file
     assert set(after) == set(before)
-    assert [found["evaluated_now"] for found in searches] == [0, 0, 0]
+    assert [found["hours"] > 0 for found in searches] == [True] * 3
     assert [m["test"] for m in merges] == [json.loads(before[Path(f"{m['run']}/test.json")]) for m in merges]
 
 
@@ -168,11 +180,101 @@ def test_another_search_needs_to_be_asked_for(study, capsys):
 
 def test_the_test_split_is_read_for_one_winner_alone(study, capsys):
     folder = study / "svhn-seed0"
-    model = glora.inject(timm.create_model("vit_tiny_patch16_224", num_classes=10), 4)
-    (folder / "merged.safetensors").write_bytes(b"another")
+    shutil.copy(study / "eurosat-seed0" / "adapter.safetensors", folder)  # another winner of the same layers
     [found] = find_runs(folder)
-    with pytest.raises(ValueError, match="the test split has been read for another merged model"):
+    model, _ = merge_run(found, torch.device("cpu"))
+    with pytest.raises(ValueError, match="the test split has been read for another winner"):
         evaluate_run(found, model, torch.device("cpu"))
+
+
+def test_what_is_merged_and_tested_stays_on_a_machine_that_rounds_otherwise(study, monkeypatch):
+    folder = study / "svhn-seed0"
+    before = contents(folder)
+
+    def rounded_otherwise(model, sample):
+        report = merge(model, sample)
+        with torch.no_grad():
+            model.blocks[0].mlp.fc1.weight.add_(1e-9)
+        return report
+
+    monkeypatch.setattr("glora.runs.stages.merge", rounded_otherwise)
+    [found] = find_runs(folder)
+    model, _ = merge_run(found, torch.device("cpu"))
+    assert evaluate_run(found, model, torch.device("cpu")) == json.loads(before[Path("test.json")])
+    assert contents(folder) == before
+
+
+@pytest.mark.parametrize("name", ["train800.txt", "val200.txt"])
+def test_other_lists_of_images_are_refused(study, data, name, capsys):
+    """A candidate must not be ranked on what its supernet was trained on."""
+    folder, file = study / "svhn-seed0", data / "svhn" / name
+    before, text = contents(folder), file.read_text()
+    file.write_text("".join(text.splitlines(keepends=True)[:-1]))
+    try:
+        for command in (["search", str(folder)], ["merge", str(folder)], train_command(data, study)):
+            assert main(command) == 2
+            assert re.search("expected the .*images that it was trained with", capsys.readouterr().err)
+    finally:
+        file.write_text(text)
+    assert contents(folder) == before
+
+
+def test_other_weights_are_refused(data, tmp_path, capsys):
+    weights = tmp_path / "backbone.safetensors"
+    model = load_recipe(str(RECIPE)).model
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        save_file(timm.create_model(model.name, num_classes=10, **model.options).state_dict(), weights)
+        if seed == 0:
+            assert main([*train_command(data, tmp_path / "study"), "--weights", str(weights)]) == 0
+    assert main(["search", str(tmp_path / "study")]) == 2
+    assert "expected the weights that it was trained with" in capsys.readouterr().err
+
+
+def test_a_search_that_cannot_be_leaves_the_earlier_one(study, capsys):
+    folder = study / "svhn-seed0"
+    before = contents(folder)
+    for option in (["--limit", "-1"], ["--set", "search.halving=[0.001, 1]"]):
+        assert main(["search", str(folder), "--again", *option]) == 2
+        assert contents(folder) == before
+
+
+def test_runs_of_several_seeds_are_searched_with_several_seeds(study):
+    run = find_runs(study / "svhn-seed0")[0]
+    other = RunFolder(run.path)
+    other.spec = replace(run.spec, seed=3)
+    assert search_settings(run).settings.seed == 0
+    assert search_settings(other).settings.seed == 3
+
+
+def test_the_classifier_is_fresh_though_the_weights_have_one_of_as_many_classes(data, tmp_path):
+    recipe, weights = load_recipe(str(RECIPE)), tmp_path / "backbone.safetensors"
+    given = timm.create_model(recipe.model.name, num_classes=10, **recipe.model.options)
+    save_file(given.state_dict(), weights)
+    heads = []
+    for spec in plan_runs(recipe, data, datasets=["svhn"], seeds=[0, 1], weights=str(weights)):
+        model = make_backbone(spec)
+        assert torch.equal(model.blocks[0].mlp.fc1.weight, given.blocks[0].mlp.fc1.weight)
+        heads.append(model.head.weight)
+    assert not torch.equal(heads[0], heads[1])
+    assert not any(torch.equal(head, given.head.weight) for head in heads)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "classifiers"),
+    [
+        ("resnet18", {"norm_layer": torch.nn.Identity}, {"fc"}),
+        ("deit_tiny_distilled_patch16_224", {}, {"head", "head_dist"}),
+        ("convnext_atto", {}, {"head.fc"}),
+    ],
+)
+def test_timms_classifier_is_trained_whatever_its_name(data, name, options, classifiers):
+    recipe = load_recipe(str(RECIPE))
+    recipe = replace(recipe, model=replace(recipe.model, name=name, options=options))
+    model = make_model(plan_runs(recipe, data, datasets=["svhn"])[0])
+    support = {id(p) for layer in glora.glora_layers(model).values() for p in layer.support_parameters()}
+    trained = {n.rpartition(".")[0] for n, p in model.named_parameters() if p.requires_grad and id(p) not in support}
+    assert trained == classifiers
 
 
 @pytest.mark.parametrize("option", [["--front"], ["--halving"], ["--set", "search.generations=1"]], ids=" ".join)
@@ -193,7 +295,7 @@ def test_a_folder_of_another_run_is_left_alone(study, data, capsys):
     assert contents(study) == before
 
 
-def _train(command):
+def _call(command):
     torch.set_num_threads(1)
     assert main(command) == 0
 
@@ -203,12 +305,26 @@ def test_killed_and_called_again(finished, data, tmp_path, after):
     """To the same bits as without."""
     command = train_command(data, tmp_path / "study", "--json")
     folder = tmp_path / "study" / "svhn-seed0"
-    assert kill_while_writing(folder / "checkpoint.pt", after, _train, command) in (-9, 0)
-    _train(command)
+    assert kill_while_writing(folder / "checkpoint.pt", after, _call, command) in ((-9,) if after == 0 else (-9, 0))
+    _call(command)
     assert same_bits(
         load_file(folder / "supernet.safetensors"), load_file(finished / "svhn-seed0/supernet.safetensors")
     )
     assert (folder / "log.csv").read_bytes() == (finished / "svhn-seed0/log.csv").read_bytes()
+
+
+@pytest.mark.parametrize("name", ["merged.safetensors", "features.npz"])
+def test_merging_and_testing_killed_and_called_again(finished, study, name):
+    folder = study / "svhn-seed0"
+    for made in ("merged.safetensors", "merge.json", "features.npz", "test.json"):
+        (folder / made).unlink()
+    command = ["merge", str(folder), "--test", "--json"]
+    assert kill_while_writing(folder / name, 0.0, _call, command) == -9
+    _call(command)
+    for made in ("merged.safetensors", "merge.json"):
+        assert (folder / made).read_bytes() == (finished / "svhn-seed0" / made).read_bytes()
+    first, again = (json.loads((base / "svhn-seed0/test.json").read_text()) for base in (finished, study))
+    assert {**first, "date": None} == {**again, "date": None}
 
 
 # -- presets ---------------------------------------------------------------------------------------
@@ -271,14 +387,39 @@ def test_missing_images_and_weights_are_told_before_training(data, tmp_path, cap
         (["--seeds", "1", "1"], "seeds: expected distinct values, got [1, 1]"),
         (["--device", "tpu9"], "device: expected one that is here"),
         (["--set", "training.epochs=0"], "epochs"),
+        (["--set", "training.batch_size=0"], "batch_size: expected an integer from 1, got 0"),
+        (["--set", "training.lr_of.svnh=1e-3"], "training.lr_of: expected data sets out of .*got ['svnh']"),
+        (["--set", "seeds=[0.5]"], "seeds: expected a list of integers from 0, got (0.5,)"),
+        (["--set", "seeds=0"], "seeds: expected a list of integers from 0, got 0"),
+        (["--set", "model.product=outer"], "product"),
+        (["--set", "model.exclude=head"], "exclude: expected a list of module names, got 'head'"),
+        (["--set", "model.options.depht=3"], "options: expected arguments of timm's"),
+        (["--set", "model.options.depht=3", "--dry-run"], "options: expected arguments of timm's"),
+        (["--set", "images.size=48"], "images.size: expected a size that vit_tiny_patch16_224 takes, got 48"),
+        (["--set", "model.name=resnet18", "--set", "model.options={}"], "expected one without batch norm"),
     ],
 )
 def test_bad_arguments(data, tmp_path, capsys, more, message):
-    assert main(train_command(data, tmp_path / "out", *more)) == 2
-    printed = capsys.readouterr().err
+    assert main(train_command(data, tmp_path / "out", *more)) == (1 if "--dry-run" in more else 2)
+    printed = "".join(capsys.readouterr())
     for part in message.split(".*"):
         assert part in printed
     assert not (tmp_path / "out").exists()
+
+
+def test_a_refused_run_does_not_stand_in_the_way_of_the_corrected_one(data, tmp_path, capsys):
+    command = train_command(data, tmp_path / "out", "--device", "cpu")
+    assert main([*command, "--set", "training.amp=float16"]) == 2
+    assert {file.name for file in tmp_path.rglob("*") if file.is_file()} <= {"run.json"}
+    run(capsys, *command)
+
+
+def test_nothing_is_searched_before_all_runs_are_trained(study, capsys):
+    (study / "svhn-seed0" / "supernet.safetensors").unlink()
+    before = contents(study)
+    assert main(["search", str(study), "--again"]) == 2
+    assert "svhn-seed0: expected supernet.safetensors, found none" in capsys.readouterr().err
+    assert contents(study) == before
 
 
 @pytest.mark.parametrize("command", ["search", "merge", "report"])
