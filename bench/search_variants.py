@@ -162,11 +162,11 @@ def tables(study: dict[str, Any]) -> str:
             "standard deviation over seeds; *minus*: of the paired differences to the paper's search. Lower losses, "
             "higher accuracies and higher hypervolumes are better.\n",
             f"## At one limit: the mean of random paths, a cost of {COST} evaluations\n",
-            _table(summary["one limit"], [*QUANTITIES, "cost", "seconds"], QUANTITIES),
+            _table(summary["one limit"], [*QUANTITIES, "cost"], QUANTITIES),
             f"\n## At {', '.join(map(str, LIMITS))} of that limit: a cost of {len(LIMITS) * COST}\n\nOne search for "
             "all limits where there is a front, else one for each. Hypervolume: the part of losses up to a guess's and "
             "of sizes up to the largest limit.\n",
-            _table(summary["four limits"], [*several, "cost", "seconds"], titles),
+            _table(summary["four limits"], [*several, "cost"], titles),
             f"\n{where['device']}, one thread, {where['date'][:10]}, commit {where['commit']}, "
             f"torch {where['versions']['torch']}, timm {where['versions']['timm']}, Python {where['python']}; load "
             f"{where['load_average'][0]:.1f} on {where['cores']} cores.\n",
@@ -180,7 +180,7 @@ def _table(part: dict[str, dict[str, Any]], quantities: Sequence[str], titles: d
     for quantity in quantities:
         cells = [found[quantity] for found in part.values()]
         lines.append(f"| {titles.get(quantity, quantity)} | " + " | ".join(map(_cell, cells)) + " |")
-        if quantity not in ("cost", "seconds", "parameters"):
+        if quantity not in ("cost", "parameters"):
             lines.append("| *minus* | " + " | ".join(_cell(cell["minus_paper"], "+") for cell in cells) + " |")
     return "\n".join(lines)
 

@@ -16,7 +16,8 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 from tqdm.auto import tqdm
 
@@ -37,6 +38,7 @@ from .search_settings import SearchSettings
 from .selection import Candidate, in_order, rank
 
 Evaluate = Callable[..., float]
+_IDENTIFYING = 64  # samples that a journal knows a data set by
 
 
 def search(
@@ -76,7 +78,8 @@ def search(
 
     Raises:
         ValueError: a limit that no path meets, a space that does not fit the model, an unknown
-            metric, or a journal of another search (of other weights, images or metric); processes that have
+            metric, or a journal of another search (of other weights, images or metric; of a data set that is no
+            ``TensorDataset``, 64 samples are compared); processes that have
             no group or differ in their arguments or weights, or a wrapped model.
         RuntimeError: another process failed.
     """
@@ -94,7 +97,7 @@ def search(
         limit=limit,
         settings=settings,
         journal=journal,
-        scored_by=_scored_by(model, validation, metric) if identified else None,
+        scored_by=_scored_by(model, validation, metric, batch_size) if identified else None,
         progress=progress,
     )
     counts = gather(lambda: scorer.reuse.counts if scorer.reuse else (0, 0))
@@ -141,12 +144,24 @@ def _checked_layers(model: nn.Module, space: SearchSpace, limit: int | None) -> 
     return {name: layer.shape for name, layer in require_layers(model).items()}
 
 
-def _scored_by(model: nn.Module, validation: Dataset, metric: str) -> dict[str, Any]:
-    """What scores depend on beside the paths: those of other weights or images are not this model's."""
-    tensors = [*model.parameters(), *model.buffers()]
+def _scored_by(model: nn.Module, validation: Dataset, metric: str, batch_size: int) -> dict[str, Any]:
+    """What scores depend on, to the last bit, beside the paths."""
+    return {
+        "metric": metric,
+        "batch_size": batch_size,
+        "samples": len(validation),  # type: ignore[arg-type]
+        "weights": checksum([*model.parameters(), *model.buffers()]),
+        "validation": checksum(_samples_of(validation)),
+    }
+
+
+def _samples_of(validation: Any) -> list[Tensor]:
+    """All of a ``TensorDataset``; up to 64 samples of another data set, which may decode images."""
     if isinstance(validation, TensorDataset):
-        tensors += validation.tensors
-    return {"metric": metric, "samples": len(validation), "tensors": checksum(tensors)}  # type: ignore[arg-type]
+        return list(validation.tensors)
+    size = len(validation)
+    chosen = [size * index // _IDENTIFYING for index in range(_IDENTIFYING)] if size > _IDENTIFYING else range(size)
+    return [torch.as_tensor(part) for index in chosen for part in validation[index]]
 
 
 def evolve(

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from .differences import differences
 from .files import require_folder, write_atomically
 from .ranks import from_first, gather, rank, world_size
 
@@ -103,15 +104,17 @@ class Journal:
 
     def __init__(self, file: str | os.PathLike, description: Mapping[str, Any]):
         self.file = Path(file)
-        self.header = {"format": JOURNAL_FORMAT, **description}
+        self.header = json.loads(json.dumps({"format": JOURNAL_FORMAT, **description}))  # as it will be read
 
     def read(self) -> dict[Part, Scored]:
         """Scores so far; starts the file if there is none, or no more than a part of its first line.
 
         Raises:
-            ValueError: the folder does not exist, or the file is another search's.
+            ValueError: the folder does not exist, the file is a folder or another search's, with what differs.
         """
         require_folder("journal", self.file)
+        if self.file.is_dir():
+            raise ValueError(f"journal: expected a file, got the folder {self.file}")
         content = self.file.read_bytes() if self.file.exists() else b""
         first = json.dumps(self.header).encode() + b"\n"
         if len(content) < len(first) and first.startswith(content):
@@ -120,7 +123,10 @@ class Journal:
         complete = content[: content.rfind(b"\n") + 1]
         header, scores = self._parse(complete.splitlines())
         if header != self.header:
-            raise ValueError(f"{self.file}: journal of another search; expected {self.header}, got {header}")
+            raise ValueError(
+                f"{self.file}: journal of another search: {_differing(header, self.header)}; choose another file, or "
+                "put this one aside (`glora search --again` does)"
+            )
         if len(complete) < len(content):
             with open(self.file, "rb+") as stream:
                 stream.truncate(len(complete))
@@ -140,3 +146,7 @@ class Journal:
             stream.writelines(json.dumps([*part, *scored]) + "\n" for part, scored in scores.items())
             stream.flush()
             os.fsync(stream.fileno())
+
+
+def _differing(header: Any, expected: Mapping[str, Any]) -> str:
+    return differences(header, expected) if isinstance(header, dict) else f"{header!r} for a description"

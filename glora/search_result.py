@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from dataclasses import dataclass
 
@@ -47,7 +48,10 @@ class SearchResult:
         return tuple(selection.front([c for c in self.history if c.share == 1]))
 
     def to_dict(self) -> dict:
-        """Plain data for JSON. An entry of ``history``: generation, parameters, score, share of the split."""
+        """Plain data for JSON. An entry of ``history``: generation, parameters, score, share of the split.
+
+        A score that is not finite, which JSON has no word for, is None.
+        """
         return {
             "best": _describe(self.best),
             "limit": self.limit,
@@ -58,7 +62,7 @@ class SearchResult:
             "cost": self.cost,
             "reused": self.reused,
             "front": [_describe(candidate) for candidate in self.front],
-            "history": [[c.generation, c.parameters, c.score, c.share] for c in self.history],
+            "history": [[c.generation, c.parameters, _number(c.score), c.share] for c in self.history],
         }
 
     def save(self, file: str | os.PathLike) -> None:
@@ -69,4 +73,8 @@ class SearchResult:
 
 def _describe(candidate: Candidate) -> dict:
     paths = {name: path.to_dict() for name, path in candidate.paths.items()}
-    return {**candidate._asdict(), "paths": paths}
+    return {**candidate._asdict(), "score": _number(candidate.score), "paths": paths}
+
+
+def _number(score: float) -> float | None:
+    return score if math.isfinite(score) else None

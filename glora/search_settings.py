@@ -40,9 +40,10 @@ class SearchSettings:
     halving: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
-        for name, least in (("population", 1), ("top", 1), ("crossover", 0), ("mutation", 0), ("generations", 0)):
+        least_of = {"population": 1, "top": 1, "crossover": 0, "mutation": 0, "generations": 0, "seed": 0}
+        for name, least in least_of.items():
             value = getattr(self, name)
-            if not isinstance(value, int) or value < least:
+            if type(value) is not int or value < least:
                 raise ValueError(f"{name}: expected an integer from {least}, got {value!r}")
         if not _is_number(self.mutation_probability) or not 0 < self.mutation_probability <= 1:
             raise ValueError(

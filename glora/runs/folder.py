@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from ..differences import differences
 from ..files import write_atomically
 from .spec import RunSpec, spec_from_dict
 
@@ -89,23 +90,13 @@ def create_run(study: Path, spec: RunSpec, facts: Mapping[str, Any]) -> RunFolde
     description = spec.to_dict()
     if (path / DESCRIPTION).is_file() and any(file.name != DESCRIPTION for file in path.iterdir()):
         folder = RunFolder(path)
-        before = folder.spec.to_dict()
-        differing = {name: (before[name], value) for name, value in description.items() if before[name] != value}
+        differing = differences(folder.spec.to_dict(), description)
         if differing:
-            told = "; ".join(f"{name} {_differing(*values)}" for name, values in differing.items())
-            raise ValueError(f"{path}: holds another run: {told}; choose another folder")
+            raise ValueError(f"{path}: holds another run: {differing}; choose another folder")
         return folder
     path.mkdir(parents=True, exist_ok=True)
     write_json(path / DESCRIPTION, {**description, **facts})
     return RunFolder(path)
-
-
-def _differing(before: Any, now: Any) -> str:
-    """The innermost entries that differ, of tables; else both values."""
-    if isinstance(before, Mapping) and isinstance(now, Mapping):
-        names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
-        return ", ".join(f"{name} {_differing(before.get(name), now.get(name))}" for name in names)
-    return f"{before!r}, expected {now!r}"
 
 
 def find_runs(folder: str | os.PathLike) -> list[RunFolder]:

@@ -122,14 +122,22 @@ def test_sets_behind_all_paths_of_a_vit_base():
 
 
 def test_a_vector_is_the_first_column_of_the_low_rank():
-    """So training one moves the other: weight entanglement."""
-    layer, x = make_layer(5, 4), torch.randn(3, 4, generator=generator()).double()
-    layer.path = PathConfig(A="lora_2", B="lora_2", C="lora_2")
-    before = layer(x)
-    with torch.no_grad():
-        for storage in (layer.Ad, layer.Bd, layer.Cd):
-            storage[:, 0] += 1
-    assert not torch.allclose(layer(x), before)
+    """And a constant its first element: training one moves the others (weight entanglement)."""
+    low_rank = PathConfig(A="lora_2", B="lora_2", C="lora_2")
+    vector = PathConfig(A="vector", B="vector", C="vector")
+    constant = PathConfig(A="constant", B="constant")
+    others = {low_rank: slice(2, None), vector: slice(1, None), constant: slice(1, None)}
+    for path, unread in others.items():
+        layer, x = make_layer(5, 4), torch.randn(3, 4, generator=generator()).double()
+        layer.path = path
+        before = layer(x)
+        with torch.no_grad():
+            for storage in (layer.Ad, layer.Bd, layer.Cd):
+                storage[:, unread] += 1
+        assert torch.equal(layer(x), before)
+        with torch.no_grad():
+            layer.Ad[0, 0] += 1
+        assert not torch.allclose(layer(x), before)
 
 
 # -- the paper's arithmetic -------------------------------------------------------------------------

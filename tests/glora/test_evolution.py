@@ -11,7 +11,7 @@ from collections import Counter
 
 import pytest
 import torch
-from torch.utils.data import IterableDataset, TensorDataset
+from torch.utils.data import IterableDataset, Subset, TensorDataset
 
 from glora import (
     LayerShape,
@@ -304,23 +304,34 @@ def test_killed_at_random_moments(journal):
 
 
 @pytest.mark.parametrize(
-    "other",
+    ("other", "difference"),
     [
-        {"layers": {**LAYERS, "fc0": LayerShape(9, 6)}},
-        {"layers": dict(reversed(LAYERS.items()))},
-        {"space": NARROW},
-        {"settings": settings(seed=1)},
-        {"limit": 100},
-        {"scored_by": {"metric": "loss"}},
+        ({"layers": {**LAYERS, "fc0": LayerShape(9, 6)}}, "layers .*, expected "),
+        ({"layers": dict(reversed(LAYERS.items()))}, "layers .*, expected "),
+        ({"space": NARROW}, "space "),
+        ({"settings": settings(seed=1)}, "settings seed 0, expected 1; choose"),
+        ({"limit": 100}, "limit None, expected 100; choose"),
+        ({"scored_by": {"metric": "loss"}}, "scored_by metric None, expected 'loss'; choose"),
     ],
     ids=["shape", "order", "space", "settings", "limit", "score"],
 )
-def test_refuses_the_journal_of_another_search(journal, other):
+def test_refuses_the_journal_of_another_search(journal, other, difference):
     run(journal=journal)
     content = journal.read_bytes()
-    with pytest.raises(ValueError, match="journal of another search; expected"):
+    with pytest.raises(ValueError, match=f"journal of another search: {difference}") as refusal:
         run(**other, journal=journal)
+    assert len(str(refusal.value)) < 600
     assert journal.read_bytes() == content
+
+
+def test_a_description_that_json_changes_is_known_again(journal):
+    first = run(scored_by={"shares": (0.5, 1)}, journal=journal)
+    assert run(scored_by={"shares": (0.5, 1)}, journal=journal).history == first.history
+
+
+def test_refuses_a_folder_as_journal(tmp_path):
+    with pytest.raises(ValueError, match="journal: expected a file, got the folder"):
+        run(journal=tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -417,11 +428,11 @@ def test_an_interrupted_search_of_a_model_goes_on(journal, monkeypatch):
     model, calls = trained_mlp(), []
     whole = search_model(model, metric="loss")
 
-    def cut(*arguments):
+    def cut(*arguments, **options):
         calls.append(arguments)
         if len(calls) == 20:
             raise InterruptedError
-        return count(*arguments)
+        return count(*arguments, **options)
 
     monkeypatch.setattr("glora.scoring.count", cut)
     with pytest.raises(InterruptedError):
@@ -491,6 +502,37 @@ def test_a_journal_of_other_images_is_refused(journal):
     search(model, SPACE, TensorDataset(x, target), journal=journal, progress=False, settings=QUICK)
     with pytest.raises(ValueError, match="journal of another search"):
         search(model, SPACE, TensorDataset(x + 1, target), journal=journal, progress=False, settings=QUICK)
+
+
+def test_a_journal_of_other_images_of_the_same_data_set_is_refused(journal):
+    model, data = trained_mlp(), points(80)
+    search(model, SPACE, Subset(data, range(30)), journal=journal, progress=False, settings=QUICK)
+    with pytest.raises(ValueError, match="journal of another search: scored_by validation"):
+        search(model, SPACE, Subset(data, range(50, 80)), journal=journal, progress=False, settings=QUICK)
+
+
+def test_a_journal_of_other_batches_is_refused(journal):
+    """Their sums have other last bits."""
+    model = trained_mlp()
+    search_model(model, metric="loss", journal=journal)
+    with pytest.raises(ValueError, match="scored_by batch_size 256, expected 3"):
+        search_model(model, metric="loss", journal=journal, batch_size=3)
+
+
+def test_images_read_by_other_processes_have_the_same_scores():
+    model = trained_mlp()
+    few = {"settings": settings(population=2, generations=0), "metric": "loss", "progress": False}
+    here = search(model, SPACE, points(), **few)
+    there = search(model, SPACE, points(), **few, workers=1)
+    assert there.history == here.history
+
+
+def test_a_score_that_is_no_number_is_null_in_json(tmp_path):
+    result = run(lambda paths: math.nan)
+    result.save(tmp_path / "search.json")
+    text = (tmp_path / "search.json").read_text()
+    assert "NaN" not in text
+    assert json.loads(text)["best"]["score"] is None
 
 
 def test_journal_folder_has_to_exist(tmp_path):

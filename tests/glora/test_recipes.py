@@ -5,6 +5,7 @@ import math
 import pytest
 
 from glora import SearchSettings, SearchSpace
+from glora.protocols import protocol
 from glora.runs import change_recipe, known_recipes, load_recipe, recipe_from_dict
 from glora.runs.recipes import RunRecipe
 
@@ -75,7 +76,8 @@ def test_a_learning_rate_of_one_data_set(file):
 
 @pytest.mark.parametrize("name", ["vtab1k", "fewshot", "imagenet"])
 def test_there_and_back(name):
-    recipe = load_recipe(name, ["training.amp=bfloat16", "training.lr_of.dtd=5e-4"])
+    dataset = protocol(name).datasets[-1]
+    recipe = load_recipe(name, ["training.amp=bfloat16", f"training.lr_of.{dataset}=5e-4"])
     assert recipe_from_dict(recipe.to_dict()) == recipe
     assert isinstance(recipe, RunRecipe)
 
@@ -109,6 +111,7 @@ def test_changes(file):
         ("sizes.tiny.ranks=[0]", "sizes.tiny: ranks: expected distinct integers"),
         ("sizes.tiny.limit=-2", "sizes.tiny: limit: expected a number of parameters"),
         ("search.population=0", "search: population: expected an integer from 1"),
+        ("search.seed=abc", "search: seed: expected an integer from 0, got 'abc'"),
         ("metric=f1", "metric: expected 'accuracy' or 'loss'"),
         ("protocol=cifar10", "vtab1k.*got 'cifar10'"),
         ("model=vit", "model: expected a table"),

@@ -67,7 +67,7 @@ def test_killed_at_random_moments_it_finds_the_same(variant, tmp_path):
             copy = tmp_path / "copy.jsonl"
             copy.write_bytes(content)
             resumed = searched(variant, copy)
-            assert resumed.evaluated < expected.evaluated
+            assert resumed.evaluated == expected.evaluated - max(content.count(b"\n") - 1, 0)
             assert_same(resumed, expected)
     assert_same(searched(variant, journal), expected)
 
