@@ -221,9 +221,9 @@ def table(content: dict[str, Any]) -> str:
     lines = [
         f"# Host time of a layer call\n\n{about['device']}, one thread, Python {about['python']}, {versions}; "
         f"{about['date'][:10]}, commit {about['commit']}; load average {about['load_average'][0]:.1f} of "
-        f"{about['cores']} cores. {content['rounds']} interleaved rounds of {content['calls']} calls; {TOKENS} tokens, {WIDTH} -> "
-        f"{WIDTH}, rank {RANK}, ten tensors. Microseconds of {CLOCK_NAMES[content['clock']]}; in brackets the interval "
-        "that holds the median with 95%."
+        f"{about['cores']} cores. {content['rounds']} interleaved rounds of {content['calls']} calls; {TOKENS} tokens, "
+        f"{WIDTH} -> {WIDTH}, rank {RANK}, ten tensors. Microseconds of {CLOCK_NAMES[content['clock']]}; "
+        "in brackets the interval that holds the median with 95%."
     ]
     for section in content["sections"]:
         lines += [

@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from glora_kernels import (
     Constant,
     LowRank,
+    PreparedLinear,
     Terms,
     Vector,
+    can_prepare,
     configured_linear,
     encode,
     glora_linear,
@@ -27,6 +29,7 @@ from .history import PathHistory
 STORAGES = {"A": ("Ad", "Au"), "B": ("Bd", "Bu"), "C": ("Cd", "Cu"), "D": ("D",), "E": ("E",)}
 PROBE_TOKENS = 16
 SUPPORT_NAMES = tuple(name for names in STORAGES.values() for name in names)
+PARAMETER_NAMES = ("weight", "bias", *SUPPORT_NAMES)
 Layer = TypeVar("Layer", bound="GLoRALayer")
 Plain = TypeVar("Plain", bound=nn.Module)
 
@@ -294,7 +297,37 @@ class GLoRALinear(GLoRALayer):
         return linear.out_features, linear.in_features
 
     def _adopt(self, linear: nn.Linear, rank: int, product: str) -> None:
+        self._prepared: PreparedLinear | None = None
         self._adapt(linear, self.features(linear), rank, product)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(..., K) -> (..., N)``. Under ``torch.compile`` the path is data: one graph serves every path."""
+        if torch.compiler.is_compiling():
+            return super().forward(x)
+        path = self._history.in_force_eagerly()
+        prepared = self._prepared
+        if prepared is None or not prepared.accepts(x, self._parameters):
+            prepared = self._prepare(x)
+            if prepared is None:
+                return glora_linear(x, self.weight, self.bias, self.terms(path))
+        return prepared(x, path.choices)
+
+    def _prepare(self, x: Tensor) -> PreparedLinear | None:
+        """For the parameters as they are now; None where a call has to be looked at as a whole each time."""
+        operands: dict[str, Any] = self._parameters
+        plain = all(type(operand) is nn.Parameter for operand in operands.values() if operand is not None)
+        if not plain or tuple(operands) != PARAMETER_NAMES or not can_prepare(x):
+            return None
+        weight, bias, *storages = operands.values()
+        self._prepared = PreparedLinear(x, weight, bias, tuple(storages), self.product)
+        return self._prepared
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles are prepared anew."""
+        return {**vars(self), "_prepared": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__({"_prepared": None, **state})
 
     def merge(self, path: PathConfig | None = None, safe: bool = True) -> nn.Linear:
         """A plain linear layer, sharing nothing with this one, that computes what this one does.
