@@ -305,22 +305,18 @@ class GLoRALinear(GLoRALayer):
         if torch.compiler.is_compiling():
             return super().forward(x)
         path = self._history.in_force_eagerly()
-        prepared = self._prepared
-        if prepared is None or not prepared.accepts(x, self._parameters):
-            prepared = self._prepare(x)
-            if prepared is None:
-                return glora_linear(x, self.weight, self.bias, self.terms(path))
-        return prepared(x, path.choices)
+        y = None if self._prepared is None else self._prepared(x, self._parameters, path.choices)
+        return self._forward_anew(x, path) if y is None else y
 
-    def _prepare(self, x: Tensor) -> PreparedLinear | None:
-        """For the parameters as they are now; None where a call has to be looked at as a whole each time."""
+    def _forward_anew(self, x: Tensor, path: PathConfig) -> Tensor:
+        """A call that is looked at as a whole; calls like it are prepared for where that can be."""
+        y = glora_linear(x, self.weight, self.bias, self.terms(path))
         operands: dict[str, Any] = self._parameters
         plain = all(type(operand) is nn.Parameter for operand in operands.values() if operand is not None)
-        if not plain or tuple(operands) != PARAMETER_NAMES or not can_prepare(x):
-            return None
-        weight, bias, *storages = operands.values()
-        self._prepared = PreparedLinear(x, weight, bias, tuple(storages), self.product)
-        return self._prepared
+        if plain and tuple(operands) == PARAMETER_NAMES and can_prepare(x):
+            weight, bias, *storages = operands.values()
+            self._prepared = PreparedLinear(x, weight, bias, tuple(storages), self.product)
+        return y
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles are prepared anew."""

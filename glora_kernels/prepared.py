@@ -56,30 +56,25 @@ class PreparedLinear:
         self._terms: dict[tuple[str, str, int], Term] = {}
         self._last: _Use | None = None
 
-    def accepts(self, x: Tensor, operands: Mapping[str, Tensor | None]) -> bool:
-        """Whether a call with this ``x`` may be made now.
+    def __call__(self, x: Tensor, operands: Mapping[str, Tensor | None], kinds: Kinds) -> Tensor | None:
+        """y, or None where anything is not what it was when this was made.
 
         Args:
             operands: what the layer holds now, in the order weight, bias, storages.
-        """
-        return (
-            len(operands) == len(self._operands)
-            and all(map(is_, operands.values(), self._operands))
-            and self._unchanged is not None
-            and self._unchanged(x, *self._tensors)
-            and forward_ad._current_level < 0
-        )
-
-    def __call__(self, x: Tensor, kinds: Kinds) -> Tensor:
-        """y, where :meth:`accepts` has said so.
-
-        Args:
             kinds: kind and rank by slot, as for :func:`glora_kernels.encode`; a mapping that nobody changes.
 
         Raises:
             TypeError, ValueError: a storage that is read and does not fit.
             RuntimeError: a backend was chosen that cannot be used here.
         """
+        if (
+            len(operands) != len(self._operands)
+            or not all(map(is_, operands.values(), self._operands))
+            or self._unchanged is None
+            or not self._unchanged(x, *self._tensors)
+            or forward_ad._current_level >= 0
+        ):
+            return None
         use = self._last
         if use is None or use.kinds is not kinds:
             use = self._last = self._use(kinds)
