@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from . import reference
-from .autocast import without_autocast
+from .autocast import is_on, without_autocast
 from .backends import Backend
 from .reuse import reuses_output
 from .routes import reads_token_sums, scales_rows
@@ -97,7 +97,7 @@ class _GLoRALinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy: Tensor):
-        if not torch._C._is_any_autocast_enabled():
+        if not is_on():
             return _backward(ctx, dy)
         with without_autocast(dy.device.type):  # backward may run inside the block that forward ran in
             return _backward(ctx, dy)

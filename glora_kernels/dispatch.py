@@ -30,6 +30,7 @@ class Choice(NamedTuple):
     strategy: str | None
 
 
+_OPEN = Choice("auto", None)
 _chosen: ContextVar[Choice | None] = ContextVar("glora_backend", default=None)
 _VARIABLE = "GLORA_BACKEND"
 _KEY = os.environ.encodekey(_VARIABLE)  # os.environ itself takes a microsecond: it raises for what is not set
@@ -132,7 +133,9 @@ def _choice() -> tuple[Choice, str]:
     chosen = _chosen.get()
     if chosen is not None:
         return chosen, "use_backend"
-    name = os.environ.get(_VARIABLE, "auto")
+    if is_left_open():
+        return _OPEN, _VARIABLE
+    name = os.environ[_VARIABLE]
     if name != "auto":
         _check_choice(name, _VARIABLE)
     return Choice(name, None), _VARIABLE

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from .autocast import is_on
 from .autograd import Recipe, differentiable, recipe_of
 from .backends import Backend, backend_for
 from .checks import check_call, check_term
@@ -103,4 +104,4 @@ class PreparedLinear:
 def can_prepare(x: Tensor) -> bool:
     """Whether calls may be prepared now: nothing is on that changes what a call with the same tensors means."""
     plain = type(x) is Tensor or type(x) is torch.nn.Parameter
-    return plain and x.dim() > 0 and not torch._C._is_any_autocast_enabled() and tracing_reason() is None
+    return plain and x.dim() > 0 and not is_on() and tracing_reason() is None
