@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -165,9 +166,9 @@ class GLoRALayer(nn.Module):
 
     def _encode_path(self) -> None:
         """The path as data, for compiled graphs. No buffer: it stays on the CPU, and out of state dicts."""
-        kinds = {slot: (choice.kind, choice.rank) for slot, choice in self.path.choices.items()}
-        with torch.inference_mode(False):  # a graph that trains reads it too
-            self._config = encode(kinds, self._history.since)
+        # a graph that trains reads it too; the block takes as long as all else that is done for a new path
+        with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
+            self._config = encode(self.path.choices, self._history.since)
 
     @property
     def shape(self) -> LayerShape:

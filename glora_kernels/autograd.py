@@ -160,7 +160,7 @@ def batched(dy: Tensor) -> bool:
 
 def wanted_slots(terms: Terms, has_bias: bool) -> frozenset[str]:
     """Slots with a storage that wants a gradient; D has none where there is no bias to scale."""
-    wanting = {slot for slot, term in terms.active if any(storage.requires_grad for storage in term.storages)}
+    wanting = {slot for slot, term in terms.active for storage in term.storages if storage.requires_grad}
     return frozenset(wanting if has_bias else wanting - {"D"})
 
 
