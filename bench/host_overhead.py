@@ -45,7 +45,8 @@ TOKENS, WIDTH, RANK = 4, 16, 4
 CALLS = 25  # in one timing, so that reading the clock counts for little
 TRAINING, INFERENCE = "training", "without grad"
 AT_MOST = {TRAINING: 12.0, INFERENCE: 6.0}  # microseconds of a layer over the plain function
-PLAIN, FUNCTION, LAYER, CHANGING = "plain function", "glora_linear", "GLoRALinear", "GLoRALinear, a new path each call"
+PLAIN, BARE = "plain function", "plain function in an nn.Module"
+FUNCTION, LAYER, CHANGING = "glora_linear", "GLoRALinear", "GLoRALinear, a new path each call"
 REFERENCE, TRITON, EXTENSION = "reference backend", "Triton route up to its launches", "C++ extension"
 PEERS = {LORA: LORA, GLORA: GLORA, OFFICIAL: OFFICIAL, FROZEN: "nn.Linear, frozen"}
 CLOCK_NAMES = {"wall": "the wall clock", "cpu": "the process"}
@@ -66,6 +67,17 @@ class Entry:
     call: Callable[[], Tensor]
     leaves: tuple[Tensor, ...]
     around: Around = nullcontext
+
+
+class Bare(nn.Module):
+    """A module around a function: what ``nn.Module`` itself takes."""
+
+    def __init__(self, function: Callable[[], Tensor]):
+        super().__init__()
+        self.function = function
+
+    def forward(self, _x: Tensor) -> Tensor:
+        return self.function()
 
 
 def plain_function(x: Tensor, weight: Tensor, bias: Tensor, terms: Terms, training: bool) -> Callable[[], Tensor]:
@@ -98,8 +110,10 @@ def entries(made: Field, x: Tensor, training: bool) -> tuple[dict[str, Entry], d
     weight, bias, terms, leaves = layer.weight, layer.bias, layer.terms(), (x, *layer.support_parameters())
     changing = copy.deepcopy(layer)
     assert bias is not None
+    plain = plain_function(x, weight, bias, terms, training)
     found = {
-        PLAIN: Entry(plain_function(x, weight, bias, terms, training), leaves),
+        PLAIN: Entry(plain, leaves),
+        BARE: Entry(partial(Bare(plain), x), leaves),
         LAYER: Entry(lambda: layer(x), leaves),
         FUNCTION: Entry(lambda: glora_linear(x, weight, bias, terms), leaves),
         CHANGING: Entry(_changing(changing, x), (x, *changing.support_parameters())),

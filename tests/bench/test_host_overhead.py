@@ -28,7 +28,7 @@ def test_everyone_is_held_against_the_plain_function(tmp_path):
     subprocess.run(run, check=True, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
     content = json.loads((tmp_path / bench.JSON).read_text())
     assert [section["mode"] for section in content["sections"]] == [bench.TRAINING, bench.INFERENCE]
-    ours = {bench.PLAIN, bench.LAYER, bench.FUNCTION, bench.CHANGING, bench.REFERENCE, bench.TRITON}
+    ours = {bench.PLAIN, bench.BARE, bench.LAYER, bench.FUNCTION, bench.CHANGING, bench.REFERENCE, bench.TRITON}
     for section in content["sections"]:
         figures = section["figures"]
         assert ours <= figures.keys() and bench.EXTENSION in figures.keys() | section["missing"].keys()
