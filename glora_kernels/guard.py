@@ -14,15 +14,18 @@ except ImportError:
     TensorGuards = None
 
 
-def guard(x: Tensor, operands: Sequence[Tensor]) -> Callable[..., bool] | None:
-    """A function that is called as ``found(x, *operands)``; None where this PyTorch cannot tell.
+def can_guard() -> bool:
+    """Whether this PyTorch can tell."""
+    return TensorGuards is not None
+
+
+def guard(x: Tensor, operands: Sequence[Tensor]) -> Callable[..., bool]:
+    """A function that is called as ``found(x, *operands)``.
 
     It returns True only if every tensor has the type, dtype, device, layout and need of a gradient that it has now,
     ``operands`` their sizes and strides and ``x`` its number of dimensions and its last one; and if autocast, inference
     mode, ``torch.func`` transforms and dispatch modes are on or off as they are now. (Forward-mode AD is not seen.)
     """
-    if TensorGuards is None:
-        return None
     sizes = [[None] * (x.dim() - 1) + [x.shape[-1]], *(list(tensor.shape) for tensor in operands)]
     strides = [[None] * x.dim(), *(list(tensor.stride()) for tensor in operands)]
     return TensorGuards(x, *operands, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check

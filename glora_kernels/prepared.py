@@ -20,7 +20,7 @@ from .backends import Backend, backend_for
 from .checks import check_call, check_term
 from .configuration import Kinds, term_of
 from .dispatch import automatic, is_left_open, tracing_reason
-from .guard import guard
+from .guard import can_guard, guard
 from .ops import compute
 from .terms import Term, Terms
 
@@ -71,7 +71,6 @@ class PreparedLinear:
         if (
             len(operands) != len(self._operands)
             or not all(map(is_, operands.values(), self._operands))
-            or self._unchanged is None
             or not self._unchanged(x, *self._tensors)
             or forward_ad._current_level >= 0
         ):
@@ -102,6 +101,6 @@ class PreparedLinear:
 
 
 def can_prepare(x: Tensor) -> bool:
-    """Whether calls may be prepared now: nothing is on that changes what a call with the same tensors means."""
+    """Whether calls can be prepared now: nothing is on that changes what a call with the same tensors means."""
     plain = type(x) is Tensor or type(x) is torch.nn.Parameter
-    return plain and x.dim() > 0 and not is_on() and tracing_reason() is None
+    return can_guard() and plain and not is_on() and tracing_reason() is None
