@@ -88,7 +88,7 @@ class PathConfig:
     def choices(self) -> dict[str, Choice]:
         return {slot: parse_choice(slot, getattr(self, slot)) for slot in SLOTS}
 
-    @property
+    @cached_property
     def rank(self) -> int:
         """The largest rank of any tensor; 0 if none is low rank."""
         return max(choice.rank for choice in self.choices.values())

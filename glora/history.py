@@ -9,7 +9,7 @@ path that was in force at the node's number is the path of the first run.
 from __future__ import annotations
 
 from bisect import bisect_right
-from threading import current_thread
+from threading import local
 
 import torch
 
@@ -21,6 +21,16 @@ LONGEST = 256
 _ADVICE = "keep the paths until backward is done"
 
 
+class _Thread(local):
+    """Of each thread a token of its own, which unlike a thread's number never returns."""
+
+    def __init__(self) -> None:
+        self.token = object()
+
+
+_thread = _Thread()
+
+
 class PathHistory:
     """The path of one layer now, and those that were in force when the nodes of its thread were made.
 
@@ -29,7 +39,7 @@ class PathHistory:
 
     def __init__(self, path: PathConfig):
         self.now = path
-        self._thread = current_thread()
+        self._thread = _thread.token
         self._ran = False
         self._starts, self._paths = [0], [path]
         self._elsewhere: set[PathConfig] = set()
@@ -49,7 +59,8 @@ class PathHistory:
                 "path: expected to be set outside of backward, where a layer runs again with the path of its first "
                 "run; got a new path during a backward pass"
             )
-        self._enter_thread()
+        if _thread.token is not self._thread:
+            self._enter_thread()
         self.now = path
         start = next_node()
         if start == self._starts[-1]:  # no node was made since the previous path was set
@@ -68,21 +79,24 @@ class PathHistory:
         """
         if torch.compiler.is_compiling():
             return self.now
+        return self.in_force_eagerly()
+
+    def in_force_eagerly(self) -> PathConfig:
+        """:meth:`in_force` where it is known that nothing is compiling."""
         if in_backward():
             node = repeated_node()
             return self.now if node is None else self._at(node)
-        self._enter_thread()
+        if _thread.token is not self._thread:
+            self._enter_thread()
         self._ran = True
         return self.now
 
     def _enter_thread(self) -> None:
         """Numbers of two threads cannot be compared: a change of thread starts anew, and remembers what has run."""
-        thread = current_thread()
-        if thread is not self._thread:
-            if self._ran:
-                self._elsewhere.update(self._paths)
-            self._thread, self._ran = thread, False
-            self._starts, self._paths = [0], [self.now]
+        if self._ran:
+            self._elsewhere.update(self._paths)
+        self._thread, self._ran = _thread.token, False
+        self._starts, self._paths = [0], [self.now]
 
     def _at(self, node: int) -> PathConfig:
         place = bisect_right(self._starts, node) - 1

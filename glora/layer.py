@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -11,8 +12,10 @@ from torch import Tensor, nn
 from glora_kernels import (
     Constant,
     LowRank,
+    PreparedLinear,
     Terms,
     Vector,
+    can_prepare,
     configured_linear,
     encode,
     glora_linear,
@@ -27,6 +30,7 @@ from .history import PathHistory
 STORAGES = {"A": ("Ad", "Au"), "B": ("Bd", "Bu"), "C": ("Cd", "Cu"), "D": ("D",), "E": ("E",)}
 PROBE_TOKENS = 16
 SUPPORT_NAMES = tuple(name for names in STORAGES.values() for name in names)
+PARAMETER_NAMES = ("weight", "bias", *SUPPORT_NAMES)
 Layer = TypeVar("Layer", bound="GLoRALayer")
 Plain = TypeVar("Plain", bound=nn.Module)
 
@@ -162,9 +166,9 @@ class GLoRALayer(nn.Module):
 
     def _encode_path(self) -> None:
         """The path as data, for compiled graphs. No buffer: it stays on the CPU, and out of state dicts."""
-        kinds = {slot: (choice.kind, choice.rank) for slot, choice in self.path.choices.items()}
-        with torch.inference_mode(False):  # a graph that trains reads it too
-            self._config = encode(kinds, self._history.since)
+        # a graph that trains reads it too; the block takes as long as all else that is done for a new path
+        with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
+            self._config = encode(self.path.choices, self._history.since)
 
     @property
     def shape(self) -> LayerShape:
@@ -294,7 +298,33 @@ class GLoRALinear(GLoRALayer):
         return linear.out_features, linear.in_features
 
     def _adopt(self, linear: nn.Linear, rank: int, product: str) -> None:
+        self._prepared: PreparedLinear | None = None
         self._adapt(linear, self.features(linear), rank, product)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(..., K) -> (..., N)``. Under ``torch.compile`` the path is data: one graph serves every path."""
+        if torch.compiler.is_compiling():
+            return super().forward(x)
+        path = self._history.in_force_eagerly()
+        y = None if self._prepared is None else self._prepared(x, self._parameters, path.choices)
+        return self._forward_anew(x, path) if y is None else y
+
+    def _forward_anew(self, x: Tensor, path: PathConfig) -> Tensor:
+        """A call that is looked at as a whole; calls like it are prepared for where that can be."""
+        y = glora_linear(x, self.weight, self.bias, self.terms(path))
+        operands: dict[str, Any] = self._parameters
+        plain = all(type(operand) is nn.Parameter for operand in operands.values() if operand is not None)
+        if plain and tuple(operands) == PARAMETER_NAMES and can_prepare(x):
+            weight, bias, *storages = operands.values()
+            self._prepared = PreparedLinear(x, weight, bias, tuple(storages), self.product)
+        return y
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles are prepared anew."""
+        return {**vars(self), "_prepared": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__({"_prepared": None, **state})
 
     def merge(self, path: PathConfig | None = None, safe: bool = True) -> nn.Linear:
         """A plain linear layer, sharing nothing with this one, that computes what this one does.

@@ -11,6 +11,7 @@ from .convolution import configured_conv2d, glora_conv2d
 from .dispatch import available_backends, use_backend
 from .ops import glora_linear, glora_merge
 from .plan import Explanation, explain
+from .prepared import PreparedLinear, can_prepare
 from .registered import configured_linear, takes_operator
 from .terms import Constant, LowRank, Terms, Vector
 
@@ -18,11 +19,13 @@ __all__ = [
     "Constant",
     "Explanation",
     "LowRank",
+    "PreparedLinear",
     "RowBlocks",
     "Terms",
     "Vector",
     "available_backends",
     "blocked_linear",
+    "can_prepare",
     "configured_conv2d",
     "configured_linear",
     "encode",

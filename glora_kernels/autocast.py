@@ -7,10 +7,12 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
+_AS_IT_IS = nullcontext()
+
 
 def without_autocast(device_type: str) -> AbstractContextManager:
     """A block in which operations keep the dtypes they are given."""
-    return torch.autocast(device_type, enabled=False) if _active(device_type) else nullcontext()
+    return torch.autocast(device_type, enabled=False) if _active(device_type) else _AS_IT_IS
 
 
 def cast_operands(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -18,14 +20,19 @@ def cast_operands(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tenso
 
     Comes before the checks, so anything that is not a floating tensor passes through to them.
     """
-    if not isinstance(x, Tensor) or not _active(x.device.type):
+    if not is_on() or not isinstance(x, Tensor) or not _active(x.device.type):
         return x, weight, bias
     dtype = torch.get_autocast_dtype(x.device.type)
     return _cast(x, dtype), _cast(weight, dtype), _cast(bias, dtype)
 
 
+def is_on() -> bool:
+    """Whether autocast is active for any type of device."""
+    return torch._C._is_any_autocast_enabled()
+
+
 def _active(device_type: str) -> bool:
-    return device_type != "meta" and torch.is_autocast_enabled(device_type)  # autocast does not know meta
+    return is_on() and device_type != "meta" and torch.is_autocast_enabled(device_type)  # autocast does not know meta
 
 
 def _cast(tensor, dtype: torch.dtype):

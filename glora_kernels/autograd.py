@@ -7,31 +7,69 @@ costs 40 microseconds more a call (guides/reliability.md, 3a). ``registered.py``
 from __future__ import annotations
 
 import math
+from operator import is_
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from . import reference
-from .autocast import without_autocast
+from .autocast import is_on, without_autocast
 from .backends import Backend
 from .reuse import reuses_output
-from .routes import reads_token_sums
+from .routes import reads_token_sums, scales_rows
 from .step import Step
 from .terms import Structure, Terms
 
 _X, _FIRST_STORAGE = 3, 7  # places among the arguments of _GLoRALinear.forward
 
 
+class Recipe(NamedTuple):
+    """What is known of a call before it is made: the same for the same kinds, and tensors that want a gradient.
+
+    Attributes:
+        structure: that of the terms.
+        wanted: see :func:`wanted_slots`.
+        reads_x: whether a gradient of a storage depends on x; of ``reads_sums``, on its sums alone.
+        may_solve: whether the gradient of A can be solved from the output.
+        of_leaves: whether all storages are leaves of autograd, which live on whoever else holds them.
+    """
+
+    structure: Structure
+    wanted: frozenset[str]
+    reads_x: bool
+    reads_sums: bool
+    may_solve: bool
+    of_leaves: bool
+
+
+def recipe_of(terms: Terms, has_bias: bool) -> Recipe:
+    wanted = wanted_slots(terms, has_bias)
+    return Recipe(
+        terms.flatten()[1],
+        wanted,
+        "A" in wanted or "B" in wanted,
+        reads_token_sums(terms, wanted),
+        "A" in wanted and scales_rows(terms),
+        all(storage.is_leaf for storage in terms.storages),
+    )
+
+
 def glora_linear(backend: Backend, x: Tensor, weight: Tensor, bias: Tensor | None, terms: Terms) -> Tensor:
     """See :func:`glora_kernels.glora_linear`."""
     if not torch.is_grad_enabled():
         return backend.forward(x, weight, bias, terms).y
-    storages, structure = terms.flatten()
-    wanted = wanted_slots(terms, bias is not None)
+    return differentiable(backend, recipe_of(terms, bias is not None), x, weight, bias, terms)
+
+
+def differentiable(
+    backend: Backend, recipe: Recipe, x: Tensor, weight: Tensor, bias: Tensor | None, terms: Terms
+) -> Tensor:
+    """The same where grad mode is on, with what :func:`recipe_of` returns for these terms."""
     # Formed by autograd, so that second derivatives reach x through them.
-    token_sums = x.sum(-1) if backend.takes_token_sums and reads_token_sums(terms, wanted) else None
-    return _GLoRALinear.apply(backend, structure, wanted, x, token_sums, weight, bias, *storages)
+    token_sums = x.sum(-1) if recipe.reads_sums and backend.takes_token_sums else None
+    return _GLoRALinear.apply(backend, recipe, terms, x, token_sums, weight, bias, *terms.storages)
 
 
 class _GLoRALinear(torch.autograd.Function):
@@ -39,30 +77,39 @@ class _GLoRALinear(torch.autograd.Function):
     def forward(
         ctx,
         backend: Backend,
-        structure: Structure,
-        wanted: frozenset[str],
+        recipe: Recipe,
+        terms: Terms,
         x: Tensor,
         token_sums: Tensor | None,
         weight: Tensor,
         bias: Tensor | None,
         *storages: Tensor,
     ):
-        terms = Terms.unflatten(storages, structure)
         y, projected, b_eff = backend.forward(x, weight, bias, terms)
-        ctx.backend, ctx.structure, ctx.wanted = backend, structure, wanted
-        ctx.x_shape = x.shape
-        tokens = math.prod(x.shape[:-1])
-        keep = "A" in wanted and reuses_output(tokens, x.shape[-1], terms) and _output_can_be_kept(y, backend)
+        ctx.backend, ctx.recipe, ctx.x_shape = backend, recipe, x.shape
+        ctx.terms = terms if recipe.of_leaves else None  # others than leaves would be kept alive
+        keep = recipe.may_solve and reuses_output(_tokens(x.shape), x.shape[-1], terms) and _can_be_kept(y, backend)
         ctx.output = y.detach() if keep else None  # shares y's version counter, is in no cycle with ctx
         ctx.output_version = y._version if keep else None
-        kept_x = x if wanted & {"A", "B"} and token_sums is None else None
+        kept_x = x if recipe.reads_x and token_sums is None else None
         ctx.save_for_backward(kept_x, token_sums, projected, b_eff if keep else None, weight, bias, *storages)
         return y
 
     @staticmethod
     def backward(ctx, dy: Tensor):
+        if not is_on():
+            return _backward(ctx, dy)
         with without_autocast(dy.device.type):  # backward may run inside the block that forward ran in
             return _backward(ctx, dy)
+
+
+def _tokens(shape: torch.Size) -> int:
+    return shape[0] if len(shape) == 2 else math.prod(shape[:-1])
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    """``(M, ...)``; a reshape costs a microsecond where it changes nothing."""
+    return tensor if tensor.dim() == 2 else tensor.reshape(_tokens(tensor.shape), tensor.shape[-1])
 
 
 def _backward(ctx, dy: Tensor):
@@ -74,25 +121,36 @@ def _backward(ctx, dy: Tensor):
     # A successor such as ReLU(inplace=True) may have overwritten y: then z is formed anew.
     if output is not None and output._version != ctx.output_version:
         output = None
-    terms = Terms.unflatten(storages, ctx.structure)
-    tokens = math.prod(ctx.x_shape[:-1])
+    terms, needed = _terms_of(ctx, storages), ctx.needs_input_grad
     step = Step(
-        dy.reshape(tokens, weight.shape[0]),
-        None if x is None else x.reshape(tokens, weight.shape[1]),
+        _flat(dy),
+        None if x is None else _flat(x),
         weight,
         bias,
         terms,
-        None if output is None else output.reshape(tokens, weight.shape[0]),
+        None if output is None else _flat(output),
         b_eff,
         projected,
-        ctx.wanted,
-        ctx.needs_input_grad[_X],
-        None if token_sums is None else token_sums.reshape(tokens),
+        ctx.recipe.wanted,
+        needed[_X],
+        None if token_sums is None else token_sums.reshape(-1),
     )
     dx, grads = ctx.backend.backward(step)
-    per_storage = [grad for slot, term in terms.active for grad in grads.get(slot, (None,) * len(term.storages))]
-    masked = (g if needed else None for g, needed in zip(per_storage, ctx.needs_input_grad[_FIRST_STORAGE:]))
-    return None, None, None, None if dx is None else dx.reshape(ctx.x_shape), None, None, None, *masked
+    if dx is not None and len(ctx.x_shape) != 2:
+        dx = dx.reshape(ctx.x_shape)
+    found: list[Tensor | None] = []
+    for slot, term in terms.active:
+        found += grads[slot] if slot in grads else (None,) * len(term.storages)
+    if not all(needed[_FIRST_STORAGE:]):
+        found = [grad if need else None for grad, need in zip(found, needed[_FIRST_STORAGE:])]
+    return None, None, None, dx, None, None, None, *found
+
+
+def _terms_of(ctx, storages: list[Tensor]) -> Terms:
+    """The terms of the saved ``storages``: those of the forward pass, unless hooks have put others in their place."""
+    if ctx.terms is not None and all(map(is_, storages, ctx.terms.storages)):
+        return ctx.terms
+    return Terms.unflatten(storages, ctx.recipe.structure)
 
 
 def batched(dy: Tensor) -> bool:
@@ -102,11 +160,11 @@ def batched(dy: Tensor) -> bool:
 
 def wanted_slots(terms: Terms, has_bias: bool) -> frozenset[str]:
     """Slots with a storage that wants a gradient; D has none where there is no bias to scale."""
-    wanting = {slot for slot, term in terms.active if any(storage.requires_grad for storage in term.storages)}
+    wanting = {slot for slot, term in terms.active for storage in term.storages if storage.requires_grad}
     return frozenset(wanting if has_bias else wanting - {"D"})
 
 
-def _output_can_be_kept(y: Tensor, backend: Backend) -> bool:
+def _can_be_kept(y: Tensor, backend: Backend) -> bool:
     """Whether y may be kept outside ``save_for_backward``, and the route of its reuse be taken.
 
     Under saved-tensor hooks (checkpointing, offloading) keeping it would defeat their purpose, and a
@@ -129,7 +187,7 @@ def _differentiable_backward(ctx, dy, x, token_sums, weight, bias, storages):
             x = F.pad(token_sums.unsqueeze(-1), (0, ctx.x_shape[-1] - 1))
         elif x is None:  # neither A nor B: no gradient depends on the values of x
             x = dy.new_zeros(ctx.x_shape).requires_grad_(inputs_grad)
-        y = reference.glora_linear(x, weight, bias, Terms.unflatten(storages, ctx.structure))
+        y = reference.glora_linear(x, weight, bias, Terms.unflatten(storages, ctx.recipe.structure))
     inputs, needed = [x, *storages], [inputs_grad, *storages_grad]
     wanted = [tensor for tensor, need in zip(inputs, needed) if need]
     found = iter(torch.autograd.grad(y, wanted, dy, create_graph=create_graph, allow_unused=True))

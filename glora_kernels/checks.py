@@ -46,11 +46,10 @@ def check_layer(weight: Tensor, bias: Tensor | None, terms: Terms) -> None:
     check_tensor("weight", weight)
     if weight.dim() != 2:
         raise ValueError(f"weight: expected shape (N, K), got {tuple(weight.shape)}")
-    rows, columns = weight.shape
     if bias is not None:
         check_tensor("bias", bias)
-        if tuple(bias.shape) != (rows,):
-            raise ValueError(f"bias: expected shape ({rows},), got {tuple(bias.shape)}")
+        if tuple(bias.shape) != (weight.shape[0],):
+            raise ValueError(f"bias: expected shape ({weight.shape[0]},), got {tuple(bias.shape)}")
         if bias.dtype != weight.dtype:
             raise TypeError(f"bias: expected the dtype of weight, {weight.dtype}, got {bias.dtype}")
         if bias.device != weight.device:
@@ -58,10 +57,7 @@ def check_layer(weight: Tensor, bias: Tensor | None, terms: Terms) -> None:
     if not isinstance(terms, Terms):
         raise TypeError(f"terms: expected glora_kernels.Terms, got {type(terms).__name__}")
     for slot, term in terms.active:
-        _check_term(slot, term, *_sides(slot, rows, columns, terms.product))
-        for storage in term.storages:
-            if storage.device != weight.device:
-                raise ValueError(f"{slot}: expected device {weight.device}, got {storage.device}")
+        check_term(slot, term, weight, terms.product)
 
 
 def _sides(slot: str, rows: int, columns: int, product: str) -> tuple[int, int]:
@@ -71,7 +67,9 @@ def _sides(slot: str, rows: int, columns: int, product: str) -> tuple[int, int]:
     return {"B": (rows, columns), "C": (columns, 1), "D": (rows, 1), "E": (rows, 1)}[slot]
 
 
-def _check_term(slot: str, term: Term, rows: int, columns: int) -> None:
+def check_term(slot: str, term: Term, weight: Tensor, product: str) -> None:
+    """Raise ValueError or TypeError if ``term`` cannot stand in ``slot`` of a layer of this ``weight``, (N, K)."""
+    rows, columns = _sides(slot, weight.shape[0], weight.shape[1], product)
     for storage in term.storages:
         check_tensor(slot, storage)
     if isinstance(term, LowRank):
@@ -82,6 +80,9 @@ def _check_term(slot: str, term: Term, rows: int, columns: int) -> None:
             raise ValueError(f"{slot}: expected a vector of shape ({rows},) or a storage ({rows}, R), got {shape}")
     elif term.value.numel() == 0:
         raise ValueError(f"{slot}: expected a constant of at least one element, got {tuple(term.value.shape)}")
+    for storage in term.storages:
+        if storage.device != weight.device:
+            raise ValueError(f"{slot}: expected device {weight.device}, got {storage.device}")
 
 
 def _check_low_rank(slot: str, term: LowRank, rows: int, columns: int) -> None:

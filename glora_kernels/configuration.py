@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -10,6 +10,7 @@ from torch import Tensor
 from .repetition import repeated_node
 from .terms import SLOTS, Constant, LowRank, Term, Terms, Vector
 
+Kinds = Mapping[str, tuple[str, int]]  # kind and rank by slot
 STORAGES = ("ad", "au", "bd", "bu", "cd", "cu", "d", "e")
 PLACES = {"A": (0, 1), "B": (2, 3), "C": (4, 5), "D": (6,), "E": (7,)}
 _CODES = {"none": 0, "constant": 1, "vector": 2, "lora": 3}
@@ -17,7 +18,7 @@ _KINDS = {code: kind for kind, code in _CODES.items()}
 _NAMES = {Constant: "constant", Vector: "vector", LowRank: "lora"}
 
 
-def encode(kinds: dict[str, tuple[str, int]], since: int | None = None) -> Tensor:
+def encode(kinds: Kinds, since: int | None = None) -> Tensor:
     """``{"A": ("lora", 8), "D": ("vector", 0), ...}`` as a CPU tensor of (kind, rank), A to E; absent is none.
 
     Args:
@@ -71,11 +72,16 @@ def decode(storages: Sequence[Tensor | None], config: Tensor, product: str) -> T
         if code not in _KINDS:
             raise ValueError(f"config: {slot}: expected a kind of 0 to {max(_KINDS)}, got {code}")
         if code:
-            terms[slot] = _term(slot, _KINDS[code], rank, storages)
+            terms[slot] = term_of(slot, _KINDS[code], rank, storages)
     return Terms(**terms, product=product)  # type: ignore[arg-type]
 
 
-def _term(slot: str, kind: str, rank: int, storages: Sequence[Tensor | None]) -> Term:
+def term_of(slot: str, kind: str, rank: int, storages: Sequence[Tensor | None]) -> Term:
+    """The term that reads the ``storages`` of ``slot`` as ``kind`` (not none).
+
+    Raises:
+        ValueError: a low rank of a slot of one storage, or a storage that is read and absent.
+    """
     if kind == "lora" and len(PLACES[slot]) == 1:
         raise ValueError(f"config: {slot}: expected vector, constant or none, got lora")
     places = PLACES[slot] if kind == "lora" else PLACES[slot][:1]

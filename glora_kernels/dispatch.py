@@ -30,7 +30,10 @@ class Choice(NamedTuple):
     strategy: str | None
 
 
+_OPEN = Choice("auto", None)
 _chosen: ContextVar[Choice | None] = ContextVar("glora_backend", default=None)
+_VARIABLE = "GLORA_BACKEND"
+_KEY = os.environ.encodekey(_VARIABLE)  # os.environ itself takes a microsecond: it raises for what is not set
 
 
 class Decision(NamedTuple):
@@ -116,7 +119,7 @@ def decide(weight: Tensor, terms: Terms) -> Decision:
     tracing = tracing_reason()
     choice, source = _choice()
     if choice.backend == "auto":
-        return Decision("reference", tracing) if tracing is not None else _automatic(weight, terms)
+        return Decision("reference", tracing) if tracing is not None else automatic(weight, terms)
     unfit = tracing if choice.backend != "reference" else None
     if unfit is None and choice.backend == "triton":
         unfit = triton_unfit(weight, terms)
@@ -130,13 +133,24 @@ def _choice() -> tuple[Choice, str]:
     chosen = _chosen.get()
     if chosen is not None:
         return chosen, "use_backend"
-    name = os.environ.get("GLORA_BACKEND", "auto")
+    if is_left_open():
+        return _OPEN, _VARIABLE
+    name = os.environ[_VARIABLE]
     if name != "auto":
-        _check_choice(name, "GLORA_BACKEND")
-    return Choice(name, None), "GLORA_BACKEND"
+        _check_choice(name, _VARIABLE)
+    return Choice(name, None), _VARIABLE
 
 
-def _automatic(weight: Tensor, terms: Terms) -> Decision:
+def is_left_open() -> bool:
+    """Whether nothing was chosen, so that :func:`automatic` decides."""
+    return _chosen.get() is None and _KEY not in os.environ._data  # type: ignore[attr-defined]
+
+
+def automatic(weight: Tensor, terms: Terms) -> Decision:
+    """Where a call goes by itself: the same for the same devices, dtypes and ranks.
+
+    No transform or forward-mode AD may be active.
+    """
     if weight.device.type != "cuda":
         return Decision("torch", f"the fastest for device {weight.device.type}")
     unfit = _triton_fault() or triton_unfit(weight, terms)

@@ -46,10 +46,15 @@ def glora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, terms: Terms) -
     x, weight, bias = cast_operands(x, weight, bias)
     check_call(x, weight, bias, terms)
     with without_autocast(x.device.type):
-        decision = decide(weight, terms)
-        if decision.backend == "reference":
-            return reference.glora_linear(x, weight, bias, terms)
-        return autograd.glora_linear(backend_for(decision), x, weight, bias, terms)
+        return compute(x, weight, bias, terms)
+
+
+def compute(x: Tensor, weight: Tensor, bias: Tensor | None, terms: Terms) -> Tensor:
+    """:func:`glora_linear` of operands that have been checked, without autocast."""
+    decision = decide(weight, terms)
+    if decision.backend == "reference":
+        return reference.glora_linear(x, weight, bias, terms)
+    return autograd.glora_linear(backend_for(decision), x, weight, bias, terms)
 
 
 def glora_merge(weight: Tensor, bias: Tensor | None, terms: Terms, safe: bool = True) -> tuple[Tensor, Tensor | None]:

@@ -8,7 +8,7 @@ not read never influences a result, and the gradient has the shape of the storag
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple, Union
 
 import torch
@@ -119,6 +119,10 @@ class Terms:
     D, E       not allowed                    (N,)                 everywhere
     ========== ============================== ==================== ============
 
+    Attributes:
+        active: the slots that are not none with their terms, in the order A to E.
+        storages: those of the active slots, in that order.
+
     Raises:
         TypeError: a term of a kind its slot does not allow.
         ValueError: an unknown product.
@@ -130,21 +134,20 @@ class Terms:
     D: Vector | Constant | None = None
     E: Vector | Constant | None = None
     product: str = "hadamard"
+    active: tuple[tuple[str, Term], ...] = field(init=False, repr=False)
+    storages: tuple[Tensor, ...] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.product not in PRODUCTS:
             raise ValueError(f"product: expected one of {PRODUCTS}, got {self.product!r}")
-        for slot in SLOTS:
-            term, allowed = getattr(self, slot), KINDS[slot]
-            if term is not None and not isinstance(term, allowed):
-                names = ", ".join(kind.__name__ for kind in allowed)
+        terms = (self.A, self.B, self.C, self.D, self.E)
+        active = tuple([(slot, term) for slot, term in zip(SLOTS, terms) if term is not None])
+        for slot, term in active:
+            if not isinstance(term, KINDS[slot]):
+                names = ", ".join(kind.__name__ for kind in KINDS[slot])
                 raise TypeError(f"{slot}: expected {names} or None, got {type(term).__name__}")
-
-    @property
-    def active(self) -> tuple[tuple[str, Term], ...]:
-        """The slots that are not none, in the order A to E."""
-        pairs = ((slot, getattr(self, slot)) for slot in SLOTS)
-        return tuple((slot, term) for slot, term in pairs if term is not None)
+        object.__setattr__(self, "active", active)
+        object.__setattr__(self, "storages", tuple([storage for _, term in active for storage in term.storages]))
 
     @property
     def adapts_weight(self) -> bool:
@@ -156,10 +159,8 @@ class Terms:
 
     def flatten(self) -> tuple[list[Tensor], Structure]:
         """The storages in a fixed order, and what :meth:`unflatten` needs beside them."""
-        active = self.active
-        storages = [storage for _, term in active for storage in term.storages]
-        slots = tuple((slot, type(term), getattr(term, "rank", None)) for slot, term in active)
-        return storages, Structure(slots, self.product)
+        slots = tuple([(slot, type(term), getattr(term, "rank", None)) for slot, term in self.active])
+        return list(self.storages), Structure(slots, self.product)
 
     @staticmethod
     def unflatten(storages: list[Tensor] | tuple[Tensor, ...], structure: Structure) -> Terms:

@@ -422,6 +422,19 @@ def test_batched_gradients(a, b, shape):
             torch.testing.assert_close(g[index], w, rtol=1e-9, atol=1e-9)
 
 
+def test_what_hooks_have_offloaded_is_not_kept():
+    """A storage that is no leaf dies with its maker, where hooks have taken it away for backward."""
+    x, weight, b0, terms = make_call(("lora_3", "none", "none", "none", "vector"))
+    masked = 2 * terms.A.down
+    gone = weakref.ref(masked)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t.detach().clone(), lambda t: t):
+        y = glora_linear(x, weight, b0, Terms(A=LowRank(masked, terms.A.up, 3), E=terms.E))
+    del masked
+    assert gone() is None
+    y.sum().backward()
+    assert terms.A.down.grad[:, :3].isfinite().all()
+
+
 def test_fake_tensors():
     from torch._subclasses.fake_tensor import FakeTensorMode
 
