@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from math import isfinite
 from typing import Any
 
+from ..selection import front
 from .drawing import COLOURS, new_figure, thousands
 from .records import Evaluated, Search
 from .runs import Run
@@ -92,12 +93,3 @@ def _draw_trade(axes: Any, scored: Sequence[Evaluated], search: Search, scale: f
 def _legend(axes: Any) -> None:
     """Below the axes, where it covers nothing."""
     axes.legend(fontsize=9, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.14), frameon=False)
-
-
-def front(candidates: Iterable[Evaluated]) -> list[Evaluated]:
-    """Those that no other beats in both, smallest first: score high, parameters low; of equals the first."""
-    found: list[Evaluated] = []
-    for each in sorted(candidates, key=lambda each: (each.parameters, -each.score)):
-        if not found or each.score > found[-1].score:
-            found.append(each)
-    return found

@@ -23,8 +23,7 @@ from glora.report.imagenet_table import imagenet_table
 from glora.report.layer_types import layer_types
 from glora.report.path_figure import path_figure
 from glora.report.published import published
-from glora.report.records import Evaluated
-from glora.report.search_figure import front, search_figure
+from glora.report.search_figure import search_figure
 from glora.report.seeds import by_setting
 from glora.report.training_figure import read_log, running_mean, training_figure
 from glora.report.vtab_figure import vtab_figure
@@ -553,11 +552,6 @@ def test_hours_are_those_of_all_resumes(tmp_path):
     run = write_run(tmp_path / "run")
     change(run / "search.json", seconds=1800.0, hours=2.5)
     assert load_runs(run)[0].search.hours == 2.5
-
-
-def test_the_front():
-    found = front([Evaluated(0, *each) for each in [(5, 0.5), (3, 0.5), (3, 0.4), (8, 0.9), (7, 0.2), (8, 0.8)]])
-    assert [(each.parameters, each.score) for each in found] == [(3, 0.5), (8, 0.9)]
 
 
 def test_running_mean():
