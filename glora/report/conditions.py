@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,20 +31,21 @@ def tell_apart(runs: Sequence[Run]) -> list[Run]:
 def conditions(run: Run) -> Conditions:
     """Every value, as text, that runs of one setting must share to be averaged over their seeds and data sets.
 
-    The recipe without what chooses the runs (seeds, shots, other sizes); of a searched run the search's own settings,
-    limit and metric, in which it may differ from the recipe; the weights. Names are those of ``glora train --set``,
-    those of training and search without their table's.
+    The weights, and the recipe without what chooses the runs (seeds, shots, other sizes). Of a search its own settings,
+    limit and metric, in which it may differ from the recipe; a run that is not searched has no such entries. Names are
+    those of ``glora train --set``, those of training and search without their table's.
     """
-    spec = run.spec
-    recipe = spec.recipe.to_dict()
-    training = {name: value for name, value in recipe["training"].items() if name not in _WITHOUT_EFFECT}
-    found = {"weights": weights(run), "model": recipe["model"], "images": recipe["images"], **training}
+    spec, search = run.spec, run.search
+    recipe = asdict(spec.recipe)
+    found: dict[str, Any] = {"weights": weights(run)}
+    found |= {f"{table}.{name}": value for table in ("model", "images") for name, value in recipe[table].items()}
+    found |= {name: value for name, value in recipe["training"].items() if name not in _WITHOUT_EFFECT}
     if spec.preset is None:
-        search = run.search.settings if run.search else spec.recipe.search.to_dict()
-        found |= {"ranks": spec.recipe.sizes[spec.size].ranks, "limit": run.limit}
-        found |= {"metric": (run.search.metric if run.search else None) or spec.recipe.metric}
-        found |= {name: value for name, value in search.items() if name != "seed"}
-    return {name: _text(value) for name, value in _flat(found)}
+        found["ranks"] = spec.recipe.sizes[spec.size].ranks
+    if search is not None:
+        found |= {"limit": search.limit, "metric": search.metric}
+        found |= {name: value for name, value in search.settings.items() if name != "seed"}
+    return {name: _text(value) for name, value in found.items()}
 
 
 def weights(run: Run) -> str:
@@ -56,17 +57,11 @@ def weights(run: Run) -> str:
     return Path(source).name if checksum is None else f"{Path(source).name} (CRC-32 {checksum:08x})"
 
 
-def _flat(table: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
-    for name, value in table.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
-
-
 def _text(value: Any) -> str:
-    if value is None or value in ([], ()):
+    if value is None or value in ([], (), {}):
         return "none"
+    if isinstance(value, Mapping):
+        return "/".join(f"{name} {_text(each)}" for name, each in sorted(value.items()))
     if isinstance(value, (list, tuple)):
         return "/".join(map(_text, value))
     if isinstance(value, float) and value.is_integer():
@@ -75,12 +70,12 @@ def _text(value: Any) -> str:
 
 
 def _differing(found: Sequence[Conditions]) -> list[str]:
-    """The names whose values are not all the same."""
+    """The names whose values, where there are any, are not all the same."""
     names = dict.fromkeys(name for each in found for name in each)
-    return [name for name in names if len({each.get(name, "none") for each in found}) > 1]
+    return [name for name in names if len({each[name] for each in found if name in each}) > 1]
 
 
 def _with_conditions(run: Run, names: Sequence[str]) -> Run:
     values = conditions(run)
-    method = ", ".join([run.setting.method, *(f"{name} {values.get(name, 'none')}" for name in names)])
+    method = ", ".join([run.setting.method, *(f"{name} {values[name]}" for name in names if name in values)])
     return replace(run, setting=run.setting._replace(method=method))

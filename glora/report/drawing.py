@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import re
+import textwrap
 from collections.abc import Iterable
 from functools import partial
 from itertools import count
@@ -19,6 +20,7 @@ from ..files import write_atomically
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#F0E442", "#999999", "#000000", "#882255")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 _DPI, _LONGEST_STEM = 150, 120
+_LABEL_WIDTH, _TITLE_LETTERS_AN_INCH = 32, 12
 
 
 class NotDrawn(NamedTuple):
@@ -32,6 +34,17 @@ def new_figure(width: float, height: float) -> Any:
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained")
+
+
+def set_title(figure: Any, text: str) -> None:
+    """A title above all panels, in as many lines as the figure's width needs."""
+    width = int(_TITLE_LETTERS_AN_INCH * figure.get_figwidth())
+    figure.suptitle("\n".join(textwrap.fill(line, width) for line in text.split("\n")), fontsize=11)
+
+
+def legend_label(method: str) -> str:
+    """A method in a legend, in lines of a length that leaves room for what is drawn."""
+    return textwrap.fill(method, _LABEL_WIDTH)
 
 
 def file_stem(*parts: object) -> str:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .drawing import COLOURS, MARKERS, NotDrawn, new_figure
+from .drawing import COLOURS, MARKERS, NotDrawn, new_figure, set_title
 from .runs import Run
 
 CLASSES, IMAGES = 10, 100
@@ -70,7 +70,7 @@ def features_figure(run: Run) -> Any | NotDrawn | None:
     which = f"{len(shown):,} test images, the first {IMAGES} at most of each of {len(chosen)} classes"
     of = len(np.unique(features.labels))
     more = f" (those with most of {of})" if len(chosen) < of else ""
-    figure.suptitle(f"t-SNE of features of {run.title}: {which}{more}", fontsize=11)
+    set_title(figure, f"t-SNE of features of {run.title}: {which}{more}")
     return figure
 
 

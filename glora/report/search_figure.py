@@ -8,7 +8,7 @@ from math import isfinite
 from typing import Any
 
 from ..selection import front
-from .drawing import COLOURS, new_figure, thousands
+from .drawing import COLOURS, new_figure, set_title, thousands
 from .records import Evaluated, Search
 from .runs import Run
 
@@ -32,11 +32,11 @@ def search_figure(run: Run) -> Any | None:
     progress.set_ylabel(unit)
     _draw_trade(trade, scored, search, scale)
     parts, infinite = len(search.history) - len(full), len(full) - len(finite)
-    figure.suptitle(
+    set_title(
+        figure,
         f"Search of {run.title} ({run.setting.method}): {search.evaluations:,} candidates"
         + (f", {parts:,} of them scored on a part of the validation split only and left out" if parts else "")
         + (f", {infinite:,} without a finite score left out" if infinite else ""),
-        fontsize=11,
     )
     return figure
 
