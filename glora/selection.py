@@ -4,9 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, TypeVar
 
 from .paths import Paths
+
+
+class Scored(Protocol):
+    """What :func:`front` compares."""
+
+    @property
+    def score(self) -> float: ...
+
+    @property
+    def parameters(self) -> int: ...
+
+
+T = TypeVar("T", bound=Scored)
 
 
 class Candidate(NamedTuple):
@@ -37,7 +50,7 @@ def in_order(candidates: Sequence[Candidate], objective: str) -> list[Candidate]
     return ordered + [c for c in candidates if math.isnan(c.score)]
 
 
-def front(candidates: Sequence[Candidate]) -> list[Candidate]:
+def front(candidates: Sequence[T]) -> list[T]:
     """Those that no other beats in score without more parameters, or in parameters without a lower score.
 
     The smallest first; of equals the earliest, of those without a number for a score none.
@@ -45,10 +58,10 @@ def front(candidates: Sequence[Candidate]) -> list[Candidate]:
     return _split([c for c in candidates if not math.isnan(c.score)])[0]
 
 
-def _split(candidates: Sequence[Candidate]) -> tuple[list[Candidate], list[Candidate]]:
+def _split(candidates: Sequence[T]) -> tuple[list[T], list[T]]:
     """The front, the smallest first, and the others."""
-    chosen: list[Candidate] = []
-    others: list[Candidate] = []
+    chosen: list[T] = []
+    others: list[T] = []
     for candidate in sorted(candidates, key=lambda c: (c.parameters, -c.score)):
         better = not chosen or candidate.score > chosen[-1].score
         (chosen if better else others).append(candidate)

@@ -3,7 +3,8 @@
 >>> print(write_report("runs/vtab1k").text)
 """
 
-from .runs import Run, load_runs
+from .loading import load_runs
+from .runs import Run
 from .writing import ReportFiles, write_report
 
 __all__ = ["ReportFiles", "Run", "load_runs", "write_report"]

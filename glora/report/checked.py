@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
+
+from ..runs.folder import read_json
 
 T = TypeVar("T")
 
@@ -29,13 +30,7 @@ class Entries:
         Raises:
             ValueError: it is no JSON, or no object.
         """
-        try:
-            content = json.loads(file.read_bytes())
-        except ValueError as error:
-            raise ValueError(f"{file}: expected JSON, it is damaged or something else ({error})") from None
-        if not isinstance(content, dict):
-            raise ValueError(f"{file}: expected a JSON object, got {type(content).__name__}")
-        return Entries(file, content)
+        return Entries(file, read_json(file))
 
     def fail(self, name: str, expected: str) -> NoReturn:
         """Raise ValueError for the entry ``name``, saying what came."""

@@ -8,7 +8,7 @@ from statistics import fmean
 from typing import Any
 
 from ..config import SLOTS, count_choice
-from .drawing import COLOURS, ink_on, new_figure
+from .drawing import COLOURS, ink_on, new_figure, set_title
 from .layer_types import layer_types
 from .runs import Run, Setting, task_title
 from .seeds import Tasks
@@ -59,7 +59,7 @@ def distribution_figure(setting: Setting, tasks: Tasks) -> Any | None:
     for axes, (title, shares) in zip(figure.subplots(1, 2, sharey=True), bars.items()):
         _draw(axes, {**shares, f"mean of {rows}": mean_shares(list(shares.values()))} if rows > 1 else shares)
         axes.set_xlabel(f"share of the trained parameters by {title}, %")
-    figure.suptitle(f"Where {setting.method} spends its parameters ({setting.backbone})", fontsize=11)
+    set_title(figure, f"Where {setting.method} spends its parameters ({setting.backbone})")
     return figure
 
 

@@ -7,16 +7,26 @@ from __future__ import annotations
 
 import io
 import re
+import textwrap
+from collections.abc import Iterable
 from functools import partial
+from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..files import write_atomically
 
 # Okabe and Ito's palette, then one of Tol's.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#F0E442", "#999999", "#000000", "#882255")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-_DPI = 150
+_DPI, _LONGEST_STEM = 150, 120
+_LABEL_WIDTH, _TITLE_LETTERS_AN_INCH = 32, 12
+
+
+class NotDrawn(NamedTuple):
+    """In place of a figure that its data cannot fill."""
+
+    reason: str
 
 
 def new_figure(width: float, height: float) -> Any:
@@ -26,9 +36,30 @@ def new_figure(width: float, height: float) -> Any:
     return Figure(figsize=(width, height), layout="constrained")
 
 
+def set_title(figure: Any, text: str) -> None:
+    """A title above all panels, in as many lines as the figure's width needs."""
+    width = int(_TITLE_LETTERS_AN_INCH * figure.get_figwidth())
+    figure.suptitle("\n".join(textwrap.fill(line, width) for line in text.split("\n")), fontsize=11)
+
+
+def legend_label(method: str) -> str:
+    """A method in a legend, in lines of a length that leaves room for what is drawn."""
+    return textwrap.fill(method, _LABEL_WIDTH)
+
+
 def file_stem(*parts: object) -> str:
-    """A file name without ending: the parts that are not None, with anything unusual in them replaced."""
-    return re.sub(r"[^\w.-]+", "_", "-".join(str(part) for part in parts if part is not None))
+    """A file name without ending: the parts that are not None, with anything unusual in them replaced, cut if long."""
+    return re.sub(r"[^\w.-]+", "_", "-".join(str(part) for part in parts if part is not None))[:_LONGEST_STEM]
+
+
+def distinct(stems: Iterable[str]) -> list[str]:
+    """The same, of those that a file system may take for an earlier one, upper and lower case alike, with a number."""
+    found: dict[str, str] = {}
+    for stem in stems:
+        numbered = (stem if number == 1 else f"{stem}-{number}" for number in count(1))
+        name = next(name for name in numbered if name.casefold() not in found)
+        found[name.casefold()] = name
+    return list(found.values())
 
 
 def save_figure(figure: Any, folder: Path, stem: str) -> list[Path]:

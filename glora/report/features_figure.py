@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .drawing import COLOURS, MARKERS, new_figure
+from .drawing import COLOURS, MARKERS, NotDrawn, new_figure, set_title
 from .runs import Run
 
 CLASSES, IMAGES = 10, 100
@@ -24,7 +24,7 @@ class Features(NamedTuple):
 
 
 def read_features(file: Path) -> Features:
-    """Raises ValueError, naming the file, for anything but finite features and labels of the same images."""
+    """Raises ValueError, naming the file, for anything but features and labels of the same images."""
     try:
         with open(file, "rb") as stream:
             arrays = np.load(stream, allow_pickle=False)
@@ -34,8 +34,6 @@ def read_features(file: Path) -> Features:
     count = len(found.labels) if found.labels.ndim == 1 else -1
     if any(each.ndim != 2 or len(each) != count for each in found[:2]):
         raise ValueError(f"{file}: expected (n, d), (n, d) and (n,), got {[each.shape for each in found]}")
-    if not all(np.isfinite(each).all() for each in found[:2]):
-        raise ValueError(f"{file}: expected finite features, got others")
     return found
 
 
@@ -50,35 +48,52 @@ def choose_images(labels: np.ndarray, classes: list[int], most: int = IMAGES) ->
     return np.sort(np.concatenate([np.flatnonzero(labels == label)[:most] for label in classes]))
 
 
-def features_figure(run: Run) -> Any | None:
-    """Both models side by side; None without features, or with too few images for t-SNE."""
+def features_figure(run: Run) -> Any | NotDrawn | None:
+    """Both models side by side; None without features, NotDrawn where t-SNE can make nothing of them."""
     if run.features is None:
         return None
     features = read_features(run.features)
+    if len(features.labels) < _FEWEST:
+        return NotDrawn(f"t-SNE needs {_FEWEST} test images, there are {len(features.labels)}")
     chosen = choose_classes(features.labels)
     shown = choose_images(features.labels, chosen)
-    if len(shown) < _FEWEST:
-        return None
+    panels = {"frozen backbone": features.frozen[shown], "adapted": features.adapted[shown]}
+    problems = [f"features of the {title} model {why}" for title, points in panels.items() if (why := _unfit(points))]
+    if problems:
+        return NotDrawn("; ".join(problems))
     figure = new_figure(11, 5.4)
-    panels = {"frozen backbone": features.frozen, "adapted": features.adapted}
     for axes, (title, points) in zip(figure.subplots(1, 2), panels.items()):
-        _draw(axes, embed(points[shown]), features.labels[shown], chosen)
+        _draw(axes, embed(points), features.labels[shown], chosen)
         axes.set_title(title, fontsize=10)
     handles, names = axes.get_legend_handles_labels()
     figure.legend(handles, names, loc="outside lower center", ncols=5, frameon=False)
     which = f"{len(shown):,} test images, the first {IMAGES} at most of each of {len(chosen)} classes"
     of = len(np.unique(features.labels))
     more = f" (those with most of {of})" if len(chosen) < of else ""
-    figure.suptitle(f"t-SNE of features of {run.title}: {which}{more}", fontsize=11)
+    set_title(figure, f"t-SNE of features of {run.title}: {which}{more}")
     return figure
 
 
+def _unfit(points: np.ndarray) -> str:
+    """Why t-SNE, which starts from their principal components, cannot place ``points``; empty if it can."""
+    if points.shape[1] < 2:
+        return f"have {points.shape[1]} of at least 2 dimensions"
+    if not np.isfinite(points).all():
+        return "are not all finite"
+    return "are all equal: the model is collapsed" if (points == points[0]).all() else ""
+
+
 def embed(points: np.ndarray) -> np.ndarray:
-    """(n, d) to (n, 2), the same for the same points."""
+    """(n, d) to (n, 2), the same for the same points.
+
+    t-SNE is of relative distances, its arithmetic of single precision: it gets them with a largest offset of 1.
+    """
     from sklearn.manifold import TSNE
 
+    offsets = points.astype(np.float64) - points[0]
     perplexity = min(30.0, (len(points) - 1) / 3)
-    return TSNE(2, perplexity=perplexity, init="pca", random_state=0).fit_transform(np.ascontiguousarray(points))
+    embedding = TSNE(2, perplexity=perplexity, init="pca", random_state=0)
+    return embedding.fit_transform(offsets / np.abs(offsets).max())
 
 
 def _draw(axes: Any, points: np.ndarray, labels: np.ndarray, classes: list[int]) -> None:

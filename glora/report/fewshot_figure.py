@@ -8,7 +8,7 @@ from typing import Any
 
 from ..protocols import FewShot
 from .datasets import FEW_SHOT
-from .drawing import COLOURS, MARKERS, new_figure
+from .drawing import COLOURS, MARKERS, legend_label, new_figure, set_title
 from .fewshot_table import AVERAGE, our_entries, published_entries, row_of
 from .published import published
 from .runs import Setting
@@ -38,7 +38,7 @@ def few_shot_figure(backbone: str, settings: Mapping[Setting, Tasks]) -> Any | N
     for axes in panels[:, 0]:
         axes.set_ylabel("test accuracy, %")
     figure.legend(handles=lines, loc="outside lower center", ncols=4, frameon=False)
-    figure.suptitle(f"Few-shot learning, {backbone} (mean ± standard deviation over seeds)", fontsize=11)
+    set_title(figure, f"Few-shot learning, {backbone} (mean ± standard deviation over seeds)")
     return figure
 
 
@@ -57,7 +57,7 @@ def _draw_ours(axes: Any, points: Mapping[int, Entry], method: str, index: int) 
         linewidth=2,
         marker=MARKERS[index % len(MARKERS)],
         color=COLOURS[index % len(COLOURS)],
-        label=method,
+        label=legend_label(method),
     )
 
 

@@ -8,7 +8,7 @@ from statistics import fmean
 from ..protocols import FewShot
 from .datasets import FEW_SHOT
 from .drawing import file_stem
-from .notes import published_notes, split_notes
+from .notes import our_notes, published_notes
 from .published import Published, published
 from .runs import Setting, Task
 from .seeds import Tasks, over_seeds, runs_of, test_accuracy
@@ -29,7 +29,7 @@ def few_shot_table(backbone: str, settings: Mapping[Setting, Tasks]) -> Table:
         rows=[row_of(title, shots) for title in titles for shots in FewShot.shots],
         entries=[*ours, *(entry for each in known for entry in published_entries(each))],
         notes=[
-            *split_notes(runs_of(settings)),
+            *our_notes(runs_of(settings)),
             f"The average is over the {len(FEW_SHOT)} data sets, of the published numbers too (computed here); where a "
             'cell says "x of y run" it is over those x.',
             *published_notes(known),

@@ -7,7 +7,7 @@ from functools import partial
 
 from ..protocols import TARGETS
 from .drawing import file_stem
-from .notes import published_notes, split_notes
+from .notes import our_notes, published_notes
 from .published import Published, published
 from .runs import Run, Setting, Task
 from .seeds import Tasks, over_seeds, runs_of
@@ -30,7 +30,7 @@ def imagenet_table(backbone: str, shots: int | None, settings: Mapping[Setting, 
         rows=[SOURCE, *map(_target_row, TARGETS), SIZE],
         entries=[*ours, *(entry for each in known for entry in _published_entries(each))],
         notes=[
-            *split_notes(runs_of(chosen)),
+            *our_notes(runs_of(chosen)),
             *published_notes(known),
             *(["Their numbers of ImageNet-R were not found."] if known else []),
         ],

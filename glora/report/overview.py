@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from .notes import origin_notes
 from .runs import Run
 from .seeds import test_accuracy
 from .table import markdown_table
@@ -18,6 +19,7 @@ _HEADER = (
     "training, h",
     "search, h",
     "evaluations",
+    "merge error",
     "remarks",
 )
 
@@ -41,6 +43,7 @@ def _row(run: Run) -> list[str]:
         _or_dash(hours, "{:.2f}"),
         _or_dash(search.hours if search else None, "{:.2f}"),
         _or_dash(search.evaluations if search else None, "{:,}"),
+        _or_dash(run.merged.largest_error if run.merged else None, "{:.1e}"),
         "; ".join(run.remarks),
     ]
 
@@ -58,7 +61,14 @@ def _score(run: Run) -> str:
 
 
 def overview_markdown(runs: Sequence[Run]) -> list[str]:
-    return markdown_table(_HEADER, overview_rows(runs))
+    """The table, and what the runs were made from."""
+    notes = [f"- {note}" for note in [*origin_notes(runs), *_explanations(runs)]]
+    return [*markdown_table(_HEADER, overview_rows(runs)), "", *notes]
+
+
+def _explanations(runs: Sequence[Run]) -> list[str]:
+    merged = any(run.merged and run.merged.largest_error is not None for run in runs)
+    return ["Merge error: the largest of a merged layer's output against the formula in fp64."] if merged else []
 
 
 def overview_text(runs: Sequence[Run]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .drawing import new_figure
+from .drawing import new_figure, set_title
 from .path_map import add_kind_legend, draw_paths
 from .runs import Run
 
@@ -24,7 +24,7 @@ def path_figure(run: Run) -> Any | None:
         axes.xaxis.tick_top()
         axes.tick_params(axis="y", labelsize=8)
     add_kind_legend(figure, columns=2 * count)
-    figure.suptitle(
-        f"Path of {run.title}\n{run.setting.method}: {run.parameters:,} parameters in {len(names)} layers", fontsize=11
+    set_title(
+        figure, f"Path of {run.title}\n{run.setting.method}: {run.parameters:,} parameters in {len(names)} layers"
     )
     return figure

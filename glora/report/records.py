@@ -16,12 +16,9 @@ Layers = dict[str, LayerShape]
 
 @dataclass(frozen=True)
 class Training:
-    """``train.json``; ``loss`` is the last step's."""
+    """``train.json``."""
 
-    steps: int
     seconds: float
-    images_per_second: float
-    loss: float
 
 
 class Evaluated(NamedTuple):
@@ -40,6 +37,7 @@ class Search:
     Attributes:
         paths, best: the winner.
         metric: ``"accuracy"`` (0 to 1) or ``"loss"`` (the score is minus the loss); None if the file does not say.
+        settings: of the evolution, as :meth:`glora.SearchSettings.to_dict` has them.
         hours: of all evaluations, over all resumes.
     """
 
@@ -47,6 +45,7 @@ class Search:
     best: Evaluated
     limit: int | None
     metric: str | None
+    settings: Mapping[str, Any]
     evaluations: int
     hours: float
     history: tuple[Evaluated, ...]
@@ -54,37 +53,29 @@ class Search:
 
 @dataclass(frozen=True)
 class Merged:
-    """``merge.json``."""
+    """``merge.json``; ``largest_error`` of a merged layer's output against the formula in fp64."""
 
     paths: Paths
     parameters: int
     largest_error: float | None
-    model_difference: float | None
 
 
 @dataclass(frozen=True)
 class Test:
     """``test.json``; accuracies from 0 to 1."""
 
-    samples: int
     accuracy: float
-    loss: float
     targets: Mapping[str, float]
     date: str
 
 
-def read_training(file: Path) -> Training | None:
-    if not file.exists():
-        return None
-    entries = Entries.read(file)
-    return Training(
-        entries.count("steps"), entries.number("seconds"), entries.number("images_per_second"), entries.number("loss")
-    )
+def read_training(file: Path | None) -> Training | None:
+    return None if file is None else Training(Entries.read(file).number("seconds"))
 
 
-def read_search(file: Path, layers: Layers) -> Search | None:
+def read_search(file: Path | None, layers: Layers) -> Search | None:
     """Raises ValueError where the winner's paths do not belong to ``layers`` or do not have its parameters."""
-    if not file.exists():
+    if file is None:
         return None
     entries = Entries.read(file)
     best = entries.table("best")
@@ -94,6 +85,7 @@ def read_search(file: Path, layers: Layers) -> Search | None:
         best=Evaluated(best.count("generation"), parameters, best.number("score")),
         limit=entries.optional("limit", Entries.count),
         metric=entries.optional("metric", Entries.text),
+        settings=entries.table("settings").content,
         evaluations=entries.count("evaluations"),
         hours=entries.number("hours"),
         history=tuple(_evaluated(entries, item) for item in entries.list("history")),
@@ -109,14 +101,13 @@ def _evaluated(entries: Entries, item: Any) -> Evaluated:
     return Evaluated(item[0], item[1], float(item[2]), float(item[3]))
 
 
-def read_merged(file: Path, layers: Layers) -> Merged | None:
+def read_merged(file: Path | None, layers: Layers) -> Merged | None:
     """Raises ValueError where the paths do not belong to ``layers`` or do not have ``parameters``."""
-    if not file.exists():
+    if file is None:
         return None
     entries = Entries.read(file)
     paths, parameters = _read_paths(entries, layers)
-    errors = [entries.optional(name, Entries.number) for name in ("largest_error", "model_difference")]
-    return Merged(paths, parameters, *errors)
+    return Merged(paths, parameters, entries.optional("largest_error", Entries.number))
 
 
 def _read_paths(entries: Entries, layers: Layers) -> tuple[Paths, int]:
@@ -134,18 +125,16 @@ def _read_paths(entries: Entries, layers: Layers) -> tuple[Paths, int]:
     return paths, counted
 
 
-def read_test(file: Path) -> Test | None:
+def read_test(file: Path | None) -> Test | None:
     """Raises ValueError for any other split: accuracies of two splits are not to be averaged."""
-    if not file.exists():
+    if file is None:
         return None
     entries = Entries.read(file)
     if entries.text("split") != "test":
         entries.fail("split", "'test'")
     targets = entries.table("targets")
     return Test(
-        samples=entries.count("samples"),
         accuracy=entries.share("accuracy"),
-        loss=entries.number("loss"),
         targets={name: targets.table(name).share("accuracy") for name in targets.content},
         date=entries.text("date"),
     )

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from math import isfinite
 from typing import Any
 
-from .drawing import COLOURS, new_figure, thousands
+from ..selection import front
+from .drawing import COLOURS, new_figure, set_title, thousands
 from .records import Evaluated, Search
 from .runs import Run
 
@@ -31,11 +32,11 @@ def search_figure(run: Run) -> Any | None:
     progress.set_ylabel(unit)
     _draw_trade(trade, scored, search, scale)
     parts, infinite = len(search.history) - len(full), len(full) - len(finite)
-    figure.suptitle(
+    set_title(
+        figure,
         f"Search of {run.title} ({run.setting.method}): {search.evaluations:,} candidates"
         + (f", {parts:,} of them scored on a part of the validation split only and left out" if parts else "")
         + (f", {infinite:,} without a finite score left out" if infinite else ""),
-        fontsize=11,
     )
     return figure
 
@@ -92,12 +93,3 @@ def _draw_trade(axes: Any, scored: Sequence[Evaluated], search: Search, scale: f
 def _legend(axes: Any) -> None:
     """Below the axes, where it covers nothing."""
     axes.legend(fontsize=9, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.14), frameon=False)
-
-
-def front(candidates: Iterable[Evaluated]) -> list[Evaluated]:
-    """Those that no other beats in both, smallest first: score high, parameters low; of equals the first."""
-    found: list[Evaluated] = []
-    for each in sorted(candidates, key=lambda each: (each.parameters, -each.score)):
-        if not found or each.score > found[-1].score:
-            found.append(each)
-    return found

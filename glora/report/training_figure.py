@@ -6,7 +6,7 @@ import csv
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .drawing import COLOURS, new_figure
+from .drawing import COLOURS, new_figure, set_title
 from .runs import Run
 
 _WINDOWS = 100
@@ -61,7 +61,7 @@ def training_figure(run: Run) -> Any | None:
     rates.set_xlabel("step")
     for axes in (losses, rates):
         axes.grid(alpha=0.3)
-    figure.suptitle(f"Training of {run.title} ({run.setting.method})", fontsize=11)
+    set_title(figure, f"Training of {run.title} ({run.setting.method})")
     return figure
 
 

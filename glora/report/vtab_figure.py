@@ -8,7 +8,7 @@ from typing import Any
 
 from ..protocols import GROUPS, average
 from .datasets import VTAB
-from .drawing import COLOURS, new_figure
+from .drawing import COLOURS, legend_label, new_figure, set_title
 from .published import Published, published
 from .runs import Setting
 from .seeds import OverSeeds, Tasks
@@ -36,9 +36,15 @@ def vtab_figure(backbone: str, settings: Mapping[Setting, Tasks]) -> Any | None:
         _draw_bars(bars, names, method, tested, index, len(found))
     _label_bars(bars, names)
     if len(found) > 1:
-        bars.legend(fontsize=8, ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.25), frameon=False)
+        bars.legend(
+            fontsize=8,
+            ncols=min(4, len(names) // 4 + 1),
+            loc="upper center",
+            bbox_to_anchor=(0.5, -0.25),
+            frameon=False,
+        )
     part = "" if len(names) == len(VTAB) else f", {len(names)} of {len(VTAB)} data sets"
-    figure.suptitle(f"VTAB-1K{part}, {', '.join(found)}, {backbone}", fontsize=11)
+    set_title(figure, f"VTAB-1K{part}, {', '.join(found)}, {backbone}")
     return figure
 
 
@@ -54,7 +60,7 @@ def _draw_bars(
         capsize=3,
         color=COLOURS[index % len(COLOURS)],
         hatch="//" if index >= len(COLOURS) else None,
-        label=method,
+        label=legend_label(method),
     )
 
 
@@ -79,7 +85,8 @@ def _draw_averages(axes: Any, found: Mapping[str, Mapping[str, OverSeeds]], know
     """A dot a method: ours filled, where all data sets were run; published ones hollow."""
     names = []
     for method, tested in found.items():
-        names.append(method if len(tested) == len(VTAB) else f"{method}\n({len(tested)} of {len(VTAB)} run)")
+        part = "" if len(tested) == len(VTAB) else f"\n({len(tested)} of {len(VTAB)} run)"
+        names.append(f"{legend_label(method)}{part}")
         if len(tested) == len(VTAB):
             _draw_average(axes, mean_entry(method, "", tested, len(VTAB), average), len(names) - 1)
     for each in known:

@@ -8,7 +8,7 @@ from statistics import fmean
 from ..protocols import GROUPS, average
 from .datasets import VTAB, group_of
 from .drawing import file_stem
-from .notes import published_notes, split_notes
+from .notes import our_notes, published_notes
 from .published import Published, published
 from .runs import Setting, Task
 from .seeds import OverSeeds, Tasks, over_seeds, runs_of, test_accuracy
@@ -31,7 +31,7 @@ def vtab_table(backbone: str, settings: Mapping[Setting, Tasks]) -> Table:
         rows=[*map(_row, VTAB), *map(_group_row, GROUPS), AVERAGE, SIZE],
         entries=[*ours, *(entry for each in known for entry in _published_entries(each))],
         notes=[
-            *split_notes(runs_of(settings)),
+            *our_notes(runs_of(settings)),
             f"The average, the mean of the three groups' means, is given only where all {len(VTAB)} data sets are. "
             'Where a cell says "x of y run" it is the plain mean over those x, which compares with nothing published.',
             *published_notes(known),

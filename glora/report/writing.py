@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,14 +12,15 @@ from typing import Any, NamedTuple
 from tqdm.auto import tqdm
 
 from .distribution_figure import distribution_figure
-from .drawing import file_stem, save_figure, write_text
+from .drawing import NotDrawn, distinct, file_stem, save_figure, write_text
 from .features_figure import features_figure
 from .fewshot_figure import few_shot_figure
 from .fewshot_table import few_shot_table
 from .imagenet_table import imagenet_table
+from .loading import load_runs
 from .overview import overview_markdown, overview_text
 from .path_figure import path_figure
-from .runs import Run, Setting, load_runs
+from .runs import Run, Setting
 from .search_figure import search_figure
 from .seeds import Tasks, by_setting
 from .table import Table
@@ -28,6 +29,7 @@ from .vtab_figure import vtab_figure
 from .vtab_table import vtab_table
 
 Settings = Mapping[Setting, Tasks]
+Figures = Mapping[str, Sequence[Path] | NotDrawn]
 
 
 @dataclass(frozen=True)
@@ -39,11 +41,11 @@ class ReportFiles:
 
 
 class _Drawing(NamedTuple):
-    """A figure yet to be drawn; ``draw`` returns None where there is nothing to show yet."""
+    """A figure yet to be drawn; ``draw`` returns None where there is nothing yet, NotDrawn where it cannot be."""
 
     stem: str
     caption: str
-    draw: Callable[[], Any | None]
+    draw: Callable[[], Any | NotDrawn | None]
 
 
 class _Section(NamedTuple):
@@ -66,22 +68,33 @@ def write_report(folder: str | os.PathLike, out: str | os.PathLike | None = None
         The files, the page ``report.md`` first, and a summary.
 
     Raises:
-        ValueError: no run there, or a file of a run that is damaged or does not belong to it.
+        ValueError: no run there, or a file of a run that is damaged or does not belong to it; ``out`` is a file.
     """
     runs = load_runs(folder)
     target = Path(folder) / "report" if out is None else Path(out)
-    target.mkdir(parents=True, exist_ok=True)
+    _make_folder(target)
     groups = _by_protocol_and_backbone(by_setting(runs))
     tables = [table for (protocol, backbone), each in groups.items() for table in _tables(protocol, backbone, each)]
+    tables = [replace(table, stem=stem) for table, stem in zip(tables, distinct(table.stem for table in tables))]
     study = _Section("Figures", [one for key, each in groups.items() for one in _study_drawings(*key, each)])
-    sections = [study, *(_Section(run.name, _run_drawings(run)) for run in runs)]
+    sections = _with_distinct_stems([study, *(_Section(run.name, _run_drawings(run)) for run in runs)])
     figures = _draw_all(sections, target, progress)
     texts = {f"{table.stem}.csv": table.to_csv() for table in tables}
     texts |= {f"{table.stem}.md": table.to_markdown() for table in tables}
     written = [write_text(target / name, text) for name, text in texts.items()]
     page = write_text(target / "report.md", _page(runs, tables, sections, figures))
-    files = (page, *written, *(file for files in figures.values() for file in files))
+    pictures = [file for figure in figures.values() if not isinstance(figure, NotDrawn) for file in figure]
+    files = (page, *written, *pictures)
     return ReportFiles(files, f"{overview_text(runs)}\n\nWritten: {page} and {len(files) - 1} more files beside it")
+
+
+def _make_folder(target: Path) -> None:
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise ValueError(
+            f"out: expected a folder, or none there yet, got {target}, which is a file or in one"
+        ) from None
 
 
 def _by_protocol_and_backbone(settings: Settings) -> dict[tuple[str, str], dict[Setting, Tasks]]:
@@ -118,20 +131,29 @@ def _run_drawings(run: Run) -> list[_Drawing]:
     return [_Drawing(file_stem(run.name, kind), caption, partial(draw, run)) for kind, (caption, draw) in kinds.items()]
 
 
-def _draw_all(sections: Sequence[_Section], target: Path, progress: bool) -> dict[str, list[Path]]:
-    """The files of each figure that has something to show, by stem."""
+def _with_distinct_stems(sections: Sequence[_Section]) -> list[_Section]:
+    """The same, where names that differ make the same file names too: the runs "a b" and "a_b"."""
+    stems = iter(distinct(drawing.stem for section in sections for drawing in section.drawings))
+    return [
+        section._replace(drawings=[drawing._replace(stem=next(stems)) for drawing in section.drawings])
+        for section in sections
+    ]
+
+
+def _draw_all(sections: Sequence[_Section], target: Path, progress: bool) -> Figures:
+    """By stem, the files of each figure that has something to show, or why it cannot be drawn."""
     drawings = [drawing for section in sections for drawing in section.drawings]
-    files = {}
+    found: dict[str, Sequence[Path] | NotDrawn] = {}
     for drawing in tqdm(drawings, desc="report", unit="figure", disable=not progress):
         figure = drawing.draw()
-        if figure is not None:
-            files[drawing.stem] = save_figure(figure, target, drawing.stem)
-    return files
+        if isinstance(figure, NotDrawn):
+            found[drawing.stem] = figure
+        elif figure is not None:
+            found[drawing.stem] = save_figure(figure, target, drawing.stem)
+    return found
 
 
-def _page(
-    runs: Sequence[Run], tables: Sequence[Table], sections: Sequence[_Section], figures: Mapping[str, Sequence[Path]]
-) -> str:
+def _page(runs: Sequence[Run], tables: Sequence[Table], sections: Sequence[_Section], figures: Figures) -> str:
     """``report.md``: the overview, the tables, the figures of the study, then those of each run, folded."""
     study, *others = sections
     lines = ["# Report", "", *overview_markdown(runs), "", "## Tables", ""]
@@ -144,10 +166,13 @@ def _page(
     return "\n".join(lines)
 
 
-def _pictures(section: _Section, figures: Mapping[str, Sequence[Path]]) -> list[str]:
+def _pictures(section: _Section, figures: Figures) -> list[str]:
     lines = []
     for drawing in section.drawings:
-        if drawing.stem in figures:
-            png, svg = (file.name for file in figures[drawing.stem])
+        figure = figures.get(drawing.stem)
+        if isinstance(figure, NotDrawn):
+            lines += [f"{drawing.caption}: not drawn. {figure.reason[0].upper()}{figure.reason[1:]}.", ""]
+        elif figure is not None:
+            png, svg = (file.name for file in figure)
             lines += [f"{drawing.caption} ([SVG]({svg}))", "", f"![{drawing.caption}]({png})", ""]
     return lines

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +13,8 @@ import torch
 
 import glora
 from glora import LayerShape, PathConfig, SearchSettings, SearchSpace
+from glora.runs import RunSpec, load_recipe
+from glora.runs.recipes import Size
 
 SMALL = SearchSettings(population=6, top=2, crossover=3, mutation=3, generations=3)
 VIT_B = "vit_base_patch16_224.augreg_in21k"
@@ -39,7 +43,10 @@ def write_run(
     layers: dict[str, LayerShape] | None = None,
     size: str = "0.86M",
     shots: int | None = None,
+    preset: str | None = None,
     limit: int | None = None,
+    weights: str | None = "hub",
+    changes: Sequence[str] = (),
     settings: SearchSettings = SMALL,
     targets: dict[str, float] | None = None,
     features: int = 30,
@@ -48,31 +55,25 @@ def write_run(
     steps: int = 20,
     date: str = "2025-03-01T10:00:00+00:00",
 ) -> Path:
-    """A finished run; with ``accuracy`` None, one that was not tested."""
+    """A finished run of the protocol's recipe with ``changes``; with ``accuracy`` None, one that was not tested."""
     layers = layers or vit_layers(2, 16)
     folder.mkdir(parents=True)
-    space = SearchSpace((4, 2))
-    result = search(layers, space, limit, settings, seed)
-    description = {
-        "format": 1,
-        "protocol": protocol,
-        "dataset": dataset,
-        "shots": shots,
-        "seed": seed,
-        "size": size,
-        "preset": None,
-        "limit": limit,
-        "space": space.to_dict(),
-        "recipe": {"protocol": protocol, "model": {"name": backbone}, "training": {"epochs": 500}},
+    recipe = load_recipe(protocol, [f"model.name={backbone}", *changes])
+    recipe = replace(recipe, sizes={size: Size((4, 2), limit)})
+    spec = RunSpec(recipe, dataset, shots, seed, size, preset, "/data", weights)
+    result, chosen = search(layers, SearchSpace((4, 2)), limit, settings, seed)
+    facts = {
         "layers": [[name, *shape] for name, shape in layers.items()],
         "samples": {"train": 800, "validation": 200},
+        "fingerprint": {"weights": None, "training images": 1, "validation images": 2},
         "versions": {"glora": glora.__version__},
         "date": "2025-02-01T10:00:00+00:00",
     }
-    write(folder / "run.json", description)
+    write(folder / "run.json", {**spec.to_dict(), **facts})
     write(folder / "train.json", {"steps": steps, "seconds": 7200.0, "images_per_second": 100.0, "loss": 0.5})
     write_log(folder / "log.csv", steps)
-    write(folder / "search.json", {"metric": "accuracy", **result.to_dict()})
+    if preset is None:
+        write(folder / "search.json", {"settings": chosen.to_dict(), "metric": "accuracy", **result.to_dict()})
     paths = {name: path.to_dict() for name, path in result.best.paths.items()}
     errors = {"largest_error": 1e-6, "largest_difference": 2e-6, "model_difference": 3e-6}
     write(folder / "merge.json", {"parameters": result.best.parameters, "paths": paths, **errors})
@@ -85,7 +86,7 @@ def write_run(
 
 
 def search(layers, space, limit, settings, seed):
-    """A real search whose score grows with the parameters spent, up to a point."""
+    """A real search whose score grows with the parameters spent, up to a point; and its settings."""
     total = sum(4 * (shape.out_features + shape.in_features) for shape in layers.values())
 
     def score(paths: dict[str, PathConfig]) -> float:
@@ -94,7 +95,7 @@ def search(layers, space, limit, settings, seed):
         return min(0.95, 0.5 + 0.3 * spent / (1 + spent) + 0.1 * wobble)
 
     settings = SearchSettings(**{**vars(settings), "seed": seed})
-    return glora.evolve(layers, space, score, limit=limit, settings=settings, progress=False)
+    return glora.evolve(layers, space, score, limit=limit, settings=settings, progress=False), settings
 
 
 def write_log(file: Path, steps: int) -> None:

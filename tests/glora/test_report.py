@@ -4,6 +4,8 @@ import csv
 import io
 import json
 import re
+import shutil
+from dataclasses import replace
 from statistics import fmean, stdev
 from xml.etree import ElementTree
 
@@ -11,25 +13,27 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import glora
 from glora import LayerShape, PathConfig
 from glora.protocols import GROUPS, FewShot, average
 from glora.report import load_runs, write_report
 from glora.report.datasets import FEW_SHOT, VTAB, group_of
 from glora.report.distribution_figure import distribution_figure, shares_by_tensor, shares_by_type
+from glora.report.drawing import NotDrawn
 from glora.report.features_figure import choose_classes, choose_images, features_figure, read_features
 from glora.report.fewshot_figure import few_shot_figure
 from glora.report.fewshot_table import few_shot_table
 from glora.report.imagenet_table import imagenet_table
 from glora.report.layer_types import layer_types
+from glora.report.overview import overview_markdown, overview_rows
 from glora.report.path_figure import path_figure
 from glora.report.published import published
-from glora.report.records import Evaluated
-from glora.report.search_figure import front, search_figure
+from glora.report.search_figure import search_figure
 from glora.report.seeds import by_setting
 from glora.report.training_figure import read_log, running_mean, training_figure
 from glora.report.vtab_figure import vtab_figure
 from glora.report.vtab_table import vtab_table
-from tests.glora.report_runs import SWIN_B, VIT_B, change, vit_layers, write, write_run
+from tests.glora.report_runs import SMALL, SWIN_B, VIT_B, change, vit_layers, write, write_run
 
 STAGES = ("train.json", "log.csv", "search.json", "merge.json", "test.json", "features.npz")
 
@@ -70,7 +74,7 @@ def written(tmp_path_factory):
     """A study of two finished runs and one that was only trained."""
     study = tmp_path_factory.mktemp("study")
     vtab_study(study, ("cifar", "svhn"), seeds=(0,), limit=3000)
-    begun = write_run(study / "dtd-seed0", "dtd")
+    begun = write_run(study / "dtd-seed0", "dtd", limit=3000)
     for name in STAGES[2:]:
         (begun / name).unlink()
     return study, write_report(study, progress=False)
@@ -125,8 +129,58 @@ def test_one_line_a_run(written):
         "50.00%",
         "2.00",
     ]
-    assert lines["cifar-seed0"][7:] == ["24", ""]
-    assert lines["dtd-seed0"] == ["GLoRA 0.86M", *["-"] * 4, "2.00", "-", "-", "not searched; not merged; not tested"]
+    assert lines["cifar-seed0"][7:] == ["24", "1.0e-06", ""]
+    remarks = "not searched; not merged; not tested"
+    assert lines["dtd-seed0"] == ["GLoRA 0.86M", "-", "3,000", "-", "-", "2.00", "-", "-", "-", remarks]
+
+
+def test_the_overview_says_what_the_runs_were_made_from(tmp_path):
+    write_run(tmp_path / "a", "cifar", weights=None)
+    other = write_run(tmp_path / "b", "dtd", weights="/models/ViT-B_16.npz")
+    fingerprint = {"weights": 0xABC, "training images": 1, "validation images": 2}
+    change(other / "run.json", fingerprint=fingerprint, versions={"glora": "0.1", "torch": "2.9"})
+    write_run(tmp_path / "c", "svhn", weights=None)
+    lines = overview_markdown(load_runs(tmp_path))
+    assert "- Weights: ViT-B_16.npz (CRC-32 00000abc) (1 run); none, randomly initialised (2 runs)." in lines
+    assert f"- Versions: glora 0.1, torch 2.9 (1 run); glora {glora.__version__} (2 runs)." in lines
+    assert "- Merge error: the largest of a merged layer's output against the formula in fp64." in lines
+
+
+def test_the_limit_is_the_searchs_own(tmp_path):
+    run = write_run(tmp_path / "run", limit=9000)
+    recipe = json.loads((run / "run.json").read_text())["recipe"]
+    change(run / "run.json", recipe={**recipe, "sizes": {"0.86M": {"ranks": [4, 2], "limit": 15000}}}, limit=15000)
+    assert overview_rows(load_runs(run))[0][3] == "9,000"
+    (run / "search.json").unlink()
+    assert overview_rows(load_runs(run))[0][3] == "15,000"
+
+
+def test_runs_of_similar_names_have_files_of_their_own(tmp_path):
+    names = ("a b", "a_b", "A_B", "a_b-2")
+    for dataset, name in zip(VTAB, names):
+        run = write_run(tmp_path / name, dataset)
+        (run / "features.npz").unlink()
+    report = write_report(tmp_path, progress=False)
+    paths = [file.name for file in report.files if "-paths" in file.name and file.suffix == ".svg"]
+    assert len(paths) == len({name.casefold() for name in paths}) == len(names)
+    page = report.files[0].read_text()
+    for name in names:  # each run's part shows that run
+        _, _, part = page.partition(f"<summary>{name}: ")
+        title = part.partition("<")[0]
+        picture = re.search(r"\(([^()]+-paths[^()]*\.svg)\)", part).group(1)
+        assert f"Path of {title}" in (tmp_path / "report" / picture).read_text()
+
+
+def test_what_later_stages_do_not_need_may_be_absent(tmp_path):
+    run = write_run(tmp_path / "run")
+    change(run / "run.json", versions=..., samples=..., date=...)
+    change(run / "train.json", images_per_second=..., loss=..., steps=...)
+    change(run / "merge.json", largest_error=..., largest_difference=..., model_difference=...)
+    change(run / "test.json", loss=..., samples=...)
+    [loaded] = load_runs(run)
+    assert loaded.remarks == []
+    assert overview_rows([loaded])[0][9] == "-"
+    assert "- Versions: not recorded (1 run)." in overview_markdown([loaded])
 
 
 def test_a_report_again_is_the_same_bytes(written, tmp_path):
@@ -178,13 +232,17 @@ def test_any_stage_may_be_missing(missing, figure, remarks, tmp_path):
 
 
 def test_a_preset_has_nothing_to_search(tmp_path):
-    run = write_run(tmp_path / "cifar-seed0")
-    (run / "search.json").unlink()
-    change(run / "run.json", preset="lora", space=None, limit=None)
+    run = write_run(tmp_path / "cifar-seed0", preset="lora")
     [loaded] = load_runs(run)
     assert loaded.remarks == []
-    assert loaded.setting.method == "preset lora 0.86M"
+    assert loaded.limit is None
+    assert loaded.setting.method == "preset lora, rank 4"
     assert loaded.parameters == json.loads((run / "merge.json").read_text())["parameters"]
+
+
+def test_a_preset_without_a_rank_names_none(tmp_path):
+    [loaded] = load_runs(write_run(tmp_path / "run", preset="bitfit"))
+    assert loaded.setting.method == "preset bitfit"
 
 
 def test_a_merge_of_other_paths_is_remarked(tmp_path):
@@ -213,18 +271,23 @@ def test_damaged_json(name, content, message, tmp_path):
 @pytest.mark.parametrize(
     ("name", "entries", "message"),
     [
-        ("run.json", {"format": 2}, "format: expected 1; a newer glora may read it, got 2"),
-        ("run.json", {"protocol": "cub"}, "protocol: expected one of .*vtab1k.*got 'cub'"),
+        ("run.json", {"format": 2}, "expected run format 1, got 2; a newer glora"),
+        ("run.json", {"fingerprint": ...}, "expected the description of a run, got KeyError"),
+        ("run.json", {"size": "9M"}, r"size: expected one of \['0.86M'\], got '9M'"),
+        ("run.json", {"preset": "cub"}, "preset: expected one of .*lora.*got 'cub'"),
+        ("run.json", {"weights": 3}, "weights: expected a text, got 3"),
         ("run.json", {"dataset": "mnist"}, "dataset: expected one of .*cifar.*got 'mnist'"),
         ("run.json", {"seed": "0"}, "seed: expected an integer, got '0'"),
         ("run.json", {"seed": True}, "seed: expected an integer, got True"),
-        ("run.json", {"recipe": {}}, "recipe.model: expected an object, got nothing"),
+        ("run.json", {"recipe": {}}, "the file: missing .*model"),
         ("run.json", {"layers": [["fc1", 8, 6, 1, "hadamard"]]}, "layers: expected lists"),
-        ("run.json", {"limit": -1}, "limit: expected an integer from 0, got -1"),
-        ("run.json", {"date": ...}, "date: expected a text, got nothing"),
+        ("run.json", {"versions": {"glora": 1}}, "versions.glora: expected a text, got 1"),
         ("train.json", {"seconds": None}, "seconds: expected a number, got None"),
         ("search.json", {"history": [[0, 5]]}, "history: expected lists"),
         ("search.json", {"history": [[0, 5, "high", 1.0]]}, "history: expected numbers as scores"),
+        ("search.json", {"limit": -1}, "limit: expected an integer from 0, got -1"),
+        ("search.json", {"settings": ...}, "settings: expected an object, got nothing"),
+        ("test.json", {"date": ...}, "date: expected a text, got nothing"),
         ("search.json", {"best": {}}, "best.paths: expected an object, got nothing"),
         ("merge.json", {"paths": {}}, "paths: expected one for each of the 8 layers"),
         ("merge.json", {"parameters": 7}, "parameters: expected the [0-9]+ that its paths read, got 7"),
@@ -262,8 +325,18 @@ def test_the_same_run_twice(tmp_path):
     write_run(tmp_path / "two", "cifar", 3)
     with pytest.raises(ValueError, match=r"folder: expected different runs, got one and two, both of GLoRA 0\.86M"):
         load_runs(tmp_path)
-    change(tmp_path / "two" / "run.json", size="0.44M")
+    shutil.rmtree(tmp_path / "two")
+    write_run(tmp_path / "two", "cifar", 3, size="0.44M")
     assert len(load_runs(tmp_path)) == 2
+
+
+@pytest.mark.parametrize("inner", ["", "deeper"])
+def test_a_file_where_the_report_should_go(inner, tmp_path):
+    write_run(tmp_path / "run")
+    (tmp_path / "report").write_text("mine")
+    with pytest.raises(ValueError, match=r"out: expected a folder.*report"):
+        write_report(tmp_path, tmp_path / "report" / inner if inner else None, progress=False)
+    assert (tmp_path / "report").read_text() == "mine"
 
 
 @pytest.mark.parametrize(
@@ -286,7 +359,6 @@ def test_damaged_logs(text, message, tmp_path):
     [
         ({"frozen": np.ones((4, 2)), "labels": np.ones(4)}, "expected frozen, adapted and labels"),
         ({"frozen": np.ones((4, 2)), "adapted": np.ones((3, 2)), "labels": np.ones(4)}, r"expected \(n, d\)"),
-        ({"frozen": np.ones((4, 2)), "adapted": np.full((4, 2), np.nan), "labels": np.ones(4)}, "expected finite"),
     ],
 )
 def test_damaged_features(arrays, message, tmp_path):
@@ -392,6 +464,88 @@ def test_settings_are_columns_and_backbones_are_tables(tmp_path):
     assert "| CIFAR-100 (Natural) | 70.0 (1 seed) | 80.0 (1 seed) | - |" in vit
     assert swin.startswith("### Table 5: VTAB-1K")
     assert "| *Natural*, mean of 7 | 90.0 (1 seed), 1 of 7 run | - | - | - | 83.7 |" in swin
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "first", "second"),
+    [
+        ({}, {"changes": ["training.lr=5e-4"]}, "lr 0.0001", "lr 0.0005"),
+        ({}, {"changes": ["training.lr_of.dtd=5e-4"]}, "lr_of none", "lr_of dtd 0.0005"),
+        (
+            {"changes": ["model.drop_path=0"]},
+            {"changes": ["images.size=96"]},
+            "model.drop_path 0, images.size 224",
+            "model.drop_path 0.1, images.size 96",
+        ),
+        ({}, {"weights": None}, "weights hub", "weights none"),
+        ({"limit": 4000}, {"limit": 9000}, "limit 4,000", "limit 9,000"),
+        ({}, {"settings": replace(SMALL, objective="front")}, "objective score", "objective front"),
+    ],
+)
+def test_runs_made_differently_are_columns_of_their_own(one, other, first, second, tmp_path):
+    write_run(tmp_path / "s0", "cifar", 0, accuracy=0.7, **one)
+    write_run(tmp_path / "s1", "cifar", 1, accuracy=0.9, **other)
+    table = vtab_table(VIT_B, settings_of(tmp_path))
+    assert markdown_cell(table, "CIFAR-100 (Natural)", f"GLoRA 0.86M, {first}") == "70.0 (1 seed)"
+    assert markdown_cell(table, "CIFAR-100 (Natural)", f"GLoRA 0.86M, {second}") == "90.0 (1 seed)"
+
+
+def test_halving_makes_columns_of_those_that_were_searched(tmp_path):
+    for seed in range(3):
+        write_run(tmp_path / f"s{seed}", "cifar", seed)
+    settings = json.loads((tmp_path / "s1" / "search.json").read_text())["settings"]
+    change(tmp_path / "s1" / "search.json", settings={**settings, "halving": [0.25, 0.5, 1]})
+    for name in STAGES[2:]:
+        (tmp_path / "s2" / name).unlink()
+    methods = {run.name: run.setting.method for run in load_runs(tmp_path)}
+    assert methods == {
+        "s0": "GLoRA 0.86M, halving none",
+        "s1": "GLoRA 0.86M, halving 0.25/0.5/1",
+        "s2": "GLoRA 0.86M",
+    }
+
+
+def test_the_metric_of_a_search_counts_and_a_preset_has_none(tmp_path):
+    for preset in (None, "lora"):
+        for seed in (0, 1):
+            run = write_run(tmp_path / f"{preset}-{seed}", "cifar", seed, preset=preset, changes=["metric=loss"][:seed])
+            if preset is None and seed:
+                change(run / "search.json", metric="loss")
+    methods = {setting.method for setting in settings_of(tmp_path)}
+    assert methods == {"GLoRA 0.86M, metric accuracy", "GLoRA 0.86M, metric loss", "preset lora, rank 4"}
+
+
+def test_what_changes_no_result_makes_no_column(tmp_path):
+    changes = ["seeds=[0,1]", "training.workers=0", "training.checkpoint_epochs=1", "training.warmup_epochs=10.0"]
+    write_run(tmp_path / "s0", "cifar", 0, accuracy=0.7)
+    other = write_run(tmp_path / "s1", "cifar", 1, accuracy=0.9, changes=[*changes, "search.seed=7"])
+    change(other / "run.json", data="/elsewhere", versions={"glora": "0.1"})
+    table = vtab_table(VIT_B, settings_of(tmp_path))
+    assert markdown_cell(table, "CIFAR-100 (Natural)", "GLoRA 0.86M") == "80.0 ± 14.1 (2 seeds)"
+
+
+def test_the_figures_have_room_for_what_differs(tmp_path):
+    changes = [f"training.{each}" for each in ("epochs=6", "lr=5e-4", "batch_size=32", "warmup_epochs=1", "min_lr=0")]
+    for seed in (0, 1):
+        write_run(tmp_path / f"s{seed}", "cifar", seed, changes=changes if seed else (), features=0)
+    write_report(tmp_path, progress=False)  # a layout that does not fit is a warning, which is an error here
+
+
+@pytest.mark.parametrize(
+    ("protocol", "shots", "dataset", "table"),
+    [
+        ("vtab1k", None, "cifar", vtab_table),
+        ("fewshot", 4, "food-101", few_shot_table),
+        ("imagenet", 16, "imagenet", lambda backbone, settings: imagenet_table(backbone, 16, settings)),
+    ],
+)
+def test_random_weights_are_said_below_the_table(protocol, shots, dataset, table, tmp_path):
+    options = {"protocol": protocol, "shots": shots}
+    write_run(tmp_path / "hub", dataset, **options)
+    assert "Weights: none" not in table(VIT_B, settings_of(tmp_path)).to_markdown()
+    write_run(tmp_path / "none", dataset, weights=None, **options)
+    note = "- Weights: none, the backbone was randomly initialised (GLoRA 0.86M, weights none)."
+    assert note in table(VIT_B, settings_of(tmp_path)).to_markdown()
 
 
 def test_table_2(tmp_path):
@@ -536,8 +690,9 @@ def test_search_progress(tmp_path):
     assert lines["front: none is smaller and as good"] == [[500, 12.5], [600, 50], [700, 75]]
     assert lines["limit: 3,000"] == [[3000, 0], [3000, 1]]
     assert progress.get_ylabel() == "validation accuracy, %"
-    assert "1 without a finite score left out" in figure.get_suptitle()
-    assert "2 of them scored on a part of the validation split only" in figure.get_suptitle()
+    title = " ".join(figure.get_suptitle().split())
+    assert "1 without a finite score left out" in title
+    assert "2 of them scored on a part of the validation split only" in title
     assert loaded.search.evaluations == 8
 
 
@@ -553,11 +708,6 @@ def test_hours_are_those_of_all_resumes(tmp_path):
     run = write_run(tmp_path / "run")
     change(run / "search.json", seconds=1800.0, hours=2.5)
     assert load_runs(run)[0].search.hours == 2.5
-
-
-def test_the_front():
-    found = front([Evaluated(0, *each) for each in [(5, 0.5), (3, 0.5), (3, 0.4), (8, 0.9), (7, 0.2), (8, 0.8)]])
-    assert [(each.parameters, each.score) for each in found] == [(3, 0.5), (8, 0.9)]
 
 
 def test_running_mean():
@@ -577,8 +727,47 @@ def test_features_of_many_classes_and_of_few_images(tmp_path):
     figure = features_figure(loaded)
     assert [axes.get_title() for axes in figure.axes] == ["frozen backbone", "adapted"]
     assert [len(axes.collections) for axes in figure.axes] == [10, 10]
-    assert "(those with most of 12)" in figure.get_suptitle()
-    assert features_figure(load_runs(write_run(tmp_path / "few", features=5))[0]) is None
+    assert "(those with most of 12)" in " ".join(figure.get_suptitle().split())
+    few = features_figure(load_runs(write_run(tmp_path / "few", features=5))[0])
+    assert few == NotDrawn("t-SNE needs 8 test images, there are 5")
+    none = features_figure(load_runs(write_run(tmp_path / "none", features=0))[0])
+    assert none == NotDrawn("t-SNE needs 8 test images, there are 0")
+
+
+def with_features(folder, **changed):
+    """A run of 30 images; ``changed`` makes other features of its own."""
+    run = write_run(folder)
+    with np.load(run / "features.npz") as arrays:
+        found = dict(arrays)
+    np.savez(run / "features.npz", **{**found, **{name: make(found[name]) for name, make in changed.items()}})
+    return run
+
+
+@pytest.mark.parametrize(
+    ("changed", "reason"),
+    [
+        ({"adapted": lambda x: np.full_like(x, 0.1)}, "Features of the adapted model are all equal"),
+        ({"frozen": lambda x: np.full(x.shape, 0.1)}, "Features of the frozen backbone model are all equal"),
+        ({"adapted": lambda x: x[:, :1]}, "Features of the adapted model have 1 of at least 2 dimensions"),
+        ({"adapted": lambda x: x[:, :0]}, "Features of the adapted model have 0 of at least 2 dimensions"),
+        ({"adapted": lambda x: np.where(x > 1, np.inf, x)}, "Features of the adapted model are not all finite"),
+    ],
+)
+def test_features_that_cannot_be_placed_are_said_to_be(changed, reason, tmp_path):
+    run = with_features(tmp_path / "run", **changed)
+    report = write_report(run, progress=False)
+    assert not [file for file in report.files if "features" in file.name]
+    assert f"(the paper's Figure 5): not drawn. {reason}" in report.files[0].read_text()
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
+def test_features_of_any_scale_are_placed(scale, tmp_path):
+    run = with_features(tmp_path / "run", adapted=lambda x: x * np.float32(scale), frozen=nearly_equal)
+    assert [len(axes.collections) for axes in features_figure(load_runs(run)[0]).axes] == [3, 3]
+
+
+def nearly_equal(x):
+    return 1000 + np.eye(*x.shape, dtype=x.dtype) * 1e-3
 
 
 def test_vtab_figure_gives_our_average_only_of_all_data_sets(tmp_path):

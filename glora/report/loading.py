@@ -1,0 +1,100 @@
+"""Reading run folders: what lies in each is checked, and which runs may be averaged is decided here."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..config import LayerShape
+from ..presets import PRESETS
+from ..runs.folder import DESCRIPTION, MERGED, SEARCHED, TESTED, TRAINED, RunFolder, find_runs
+from ..runs.spec import RunSpec
+from .checked import Entries
+from .conditions import tell_apart
+from .datasets import data_sets
+from .records import Layers, read_merged, read_search, read_test, read_training
+from .runs import Run, Setting
+
+
+def load_runs(folder: str | os.PathLike) -> list[Run]:
+    """The run in ``folder``, or those in its folders, in the order of their protocol's data sets.
+
+    Runs that have not come to an end are fine. Those that were not made alike get settings of their own
+    (:func:`glora.report.conditions.tell_apart`).
+
+    Raises:
+        ValueError: no run there; a file that is damaged, of another format, or that belongs to another run; two runs
+            with the same data set, seed and method, of which a mean would count one twice.
+    """
+    runs = tell_apart([_load_run(each) for each in find_runs(folder)])
+    _refuse_doubles(runs)
+    return sorted(runs, key=_order)
+
+
+def _load_run(folder: RunFolder) -> Run:
+    entries = Entries.read(folder / DESCRIPTION)
+    _check(entries, folder.spec)
+    layers = _layers(entries)
+    versions = entries.optional("versions", Entries.table)
+    return Run(
+        folder=folder,
+        setting=Setting(folder.spec.recipe.protocol, folder.spec.recipe.model.name, _method(folder.spec)),
+        layers=layers,
+        versions={name: versions.text(name) for name in versions.content} if versions else {},
+        training=read_training(_file(folder, TRAINED)),
+        search=read_search(_file(folder, SEARCHED), layers),
+        merged=read_merged(_file(folder, MERGED), layers),
+        test=read_test(_file(folder, TESTED)),
+    )
+
+
+def _file(folder: RunFolder, name: str) -> Path | None:
+    return folder / name if folder.has(name) else None
+
+
+def _check(entries: Entries, spec: RunSpec) -> None:
+    """Raise ValueError for entries that the recipe does not know, or that are not of their type."""
+    choices = {"dataset": data_sets(spec.recipe.protocol), "size": spec.recipe.sizes}
+    for name, known in choices.items():
+        if entries.text(name) not in known:
+            entries.fail(name, f"one of {list(known)}")
+    if spec.preset is not None and entries.text("preset") not in PRESETS:
+        entries.fail("preset", f"one of {list(PRESETS)}")
+    entries.integer("seed")
+    entries.optional("shots", Entries.count)
+    entries.optional("weights", Entries.text)
+    entries.table("fingerprint").optional("weights", Entries.count)
+
+
+def _method(spec: RunSpec) -> str:
+    """A supernet by its size; a preset by its rank, where it has one: of a budget it knows nothing."""
+    if spec.preset is None:
+        return f"GLoRA {spec.size}"
+    ranked = "lora" in PRESETS[spec.preset].kinds.values()
+    return f"preset {spec.preset}, rank {spec.rank}" if ranked else f"preset {spec.preset}"
+
+
+def _layers(entries: Entries) -> Layers:
+    layers: Layers = {}
+    for item in entries.list("layers"):
+        if not isinstance(item, list) or [type(value) for value in item] != [str, int, int, bool, str]:
+            entries.fail("layers", f"lists [name, out_features, in_features, bias, product], not {item!r}")
+        layers[item[0]] = LayerShape(*item[1:])
+    return layers
+
+
+def _refuse_doubles(runs: Sequence[Run]) -> None:
+    seen: dict[tuple, Run] = {}
+    for run in runs:
+        other = seen.setdefault((run.setting, run.task, run.seed), run)
+        if other is not run:
+            raise ValueError(
+                f"folder: expected different runs, got {other.name} and {run.name}, both of "
+                f"{run.setting.method} on {run.title} with {run.setting.backbone}"
+            )
+
+
+def _order(run: Run) -> tuple:
+    names = list(data_sets(run.setting.protocol))
+    return (*run.setting, names.index(run.task.dataset), run.task.shots or 0, run.seed)
