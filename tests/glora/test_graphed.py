@@ -16,11 +16,11 @@ from tests.graph_emulation import EmulatedGraphs
 
 SPACE = glora.SearchSpace((2, 1))
 MODES = ("whole", "piecewise")
-OPTIMIZERS = {  # learning rates that fp32 holds exactly
-    "adamw": partial(torch.optim.AdamW, lr=1 / 64, weight_decay=0.3),
-    "momentum": partial(torch.optim.SGD, lr=1 / 16, momentum=0.9, weight_decay=0.1),
-    "sgd": partial(torch.optim.SGD, lr=1 / 16),
-    "rmsprop": partial(torch.optim.RMSprop, lr=1 / 128, momentum=0.5, centered=True),
+OPTIMIZERS = {
+    "adamw": partial(torch.optim.AdamW, lr=0.02, weight_decay=0.3),
+    "momentum": partial(torch.optim.SGD, lr=0.05, momentum=0.9, weight_decay=0.1),
+    "sgd": partial(torch.optim.SGD, lr=0.05),
+    "rmsprop": partial(torch.optim.RMSprop, lr=0.01, momentum=0.5, centered=True),
 }
 
 
@@ -69,7 +69,8 @@ def emulate(monkeypatch):
         defining = importlib.import_module(f"torch.optim.{module}")
         monkeypatch.setattr(defining, "_get_capturable_supported_devices", lambda *_, **__: ["cpu"])
     for name in ("adamw", "rmsprop"):
-        monkeypatch.setitem(OPTIMIZERS, name, partial(OPTIMIZERS[name], capturable=True))
+        options = {"capturable": True, "foreach": True, "lr": torch.tensor(OPTIMIZERS[name].keywords["lr"])}
+        monkeypatch.setitem(OPTIMIZERS, name, partial(OPTIMIZERS[name], **options))  # foreach: a GPU's default
     return found
 
 
