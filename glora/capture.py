@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -13,30 +13,36 @@ WARM_UP = 3  # runs before a capture, in which libraries allocate what they keep
 class CudaGraphs:
     """What is asked of ``torch.cuda``, in one place: tests put an emulation there."""
 
+    def __init__(self, device: torch.device):
+        self._device = device
+
     def warm_up(self, function: Callable[[], object]) -> None:
         """Run ``function`` a few times on a stream of its own."""
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(WARM_UP):
-                function()
-        torch.cuda.current_stream().wait_stream(stream)
+        with torch.cuda.device(self._device):
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for _ in range(WARM_UP):
+                    function()
+            torch.cuda.current_stream().wait_stream(stream)
 
     def capture(self, function: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
         """What replays ``function``, and its output, which a replay writes anew. Nothing is computed yet."""
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.device(self._device), torch.cuda.graph(graph):
             output = function()
         return graph.replay, output
 
-    def capture_pieces(self, pieces: tuple[nn.Module, ...], inputs: tuple[tuple[Tensor, ...], ...]) -> None:
+    def capture_pieces(self, pieces: Sequence[nn.Module], inputs: Sequence[Tensor]) -> None:
         """Make each piece replay graphs of its forward and its backward; they have to run in this order."""
-        torch.cuda.make_graphed_callables(pieces, inputs, allow_unused_input=True)
+        with torch.cuda.device(self._device):
+            samples = tuple((given,) for given in inputs)
+            torch.cuda.make_graphed_callables(tuple(pieces), samples, allow_unused_input=True)
 
 
 def graphs_for(device: torch.device) -> CudaGraphs | None:
     """None where there are no CUDA graphs."""
-    return CudaGraphs() if device.type == "cuda" else None
+    return CudaGraphs(device) if device.type == "cuda" else None
 
 
 class Captured:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from torch.optim import Optimizer
 from .capture import graphs_for
 from .config import PathConfig, SearchSpace
 from .graph_checks import check_amp, check_model, check_optimizer
+from .graph_task import GraphTask
 from .modules import require_layers
 from .path_data import PathData
 from .paths import Paths, sampler_for
@@ -77,17 +79,22 @@ class GraphedStep:
             raise ValueError(f"clip_norm: expected a number above 0 or None, got {clip_norm}")
         if compiler is not None and mode != "whole":
             raise ValueError(f"compiler: expected None in the mode {mode!r}, whose pieces are chosen by the host")
-        self._precision = check_amp(amp)
         layers = require_layers(model)
         check_model(model, layers)
         check_optimizer(model, optimizer, mode == "whole")
         self._sampler = sampler_for(model, space)
         self._generator = torch.Generator().manual_seed(0) if generator is None else generator
-        self._model, self._loss_fn, self._training = model, loss_fn, model.training
-        self._data = PathData(layers)
-        self._device = self._data.config.device
-        forward = self._forward if compiler is None else compiler(self._forward)
-        self._step = _MODES[mode](model, optimizer, forward, self._data, clip_norm, graphs_for(self._device))
+        self._model, self._training = model, model.training
+        forward = partial(_forward, model, loss_fn)
+        self._task = GraphTask(
+            model,
+            optimizer,
+            forward if compiler is None else compiler(forward),
+            check_amp(amp),
+            PathData(layers),
+            clip_norm,
+        )
+        self._step = _MODES[mode](self._task, graphs_for(self._task.device))
         self._batch: tuple[Form, Form] | None = None
         self._stale = False
         optimizer.register_load_state_dict_post_hook(self._outdate)
@@ -107,21 +114,16 @@ class GraphedStep:
         self._check_batch(x, target)
         self._check_current()
         if paths is not None:
-            self._data.check(paths)
+            self._task.data.check(paths)
         self.paths = self._sampler.sample(self._generator) if paths is None else dict(paths)
         return self._step(x, target, self.paths)
-
-    def _forward(self, x: Tensor, target: Tensor) -> Tensor:
-        # no cache of casts: it would keep tensors of one replay for the next
-        with torch.autocast(self._device.type, self._precision, self._precision is not None, cache_enabled=False):
-            return self._loss_fn(self._model(x), target)
 
     def _check_batch(self, x: Tensor, target: Tensor) -> None:
         for name, value in (("x", x), ("target", target)):
             if not isinstance(value, Tensor):
                 raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
-            if value.device != self._device:
-                raise ValueError(f"{name}: expected device {self._device} (that of the model), got {value.device}")
+            if value.device != self._task.device:
+                raise ValueError(f"{name}: expected device {self._task.device} (that of the model), got {value.device}")
         batch = _form(x), _form(target)
         if self._batch is None:
             self._batch = batch
@@ -140,6 +142,10 @@ class GraphedStep:
 
     def _outdate(self, _: Optimizer) -> None:
         self._stale = True
+
+
+def _forward(model: nn.Module, loss_fn: Loss, x: Tensor, target: Tensor) -> Tensor:
+    return loss_fn(model(x), target)
 
 
 def _form(tensor: Tensor) -> Form:

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from .graph_task import unchanged
+
 # Their state is zero before a parameter's first step; what others start from is known to them alone.
 _START_AT_ZERO = tuple(
     getattr(torch.optim, name) for name in ("SGD", "Adam", "AdamW", "Adamax", "Adadelta", "RMSprop", "RAdam")
@@ -127,16 +129,3 @@ def _gradients_of(optimizer: Optimizer, chosen: Iterable[nn.Parameter]) -> Itera
     finally:
         for parameter, gradient in zip(every, before):
             parameter.grad = gradient
-
-
-@contextmanager
-def unchanged(tensors: Iterable[Tensor]) -> Iterator[None]:
-    """Give tensors their values back at the end of a ``with`` block."""
-    tensors = list(tensors)
-    before = [tensor.clone() for tensor in tensors]
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for tensor, value in zip(tensors, before):
-                tensor.copy_(value)

@@ -2,78 +2,61 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
-import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from .capture import Captured, CudaGraphs
 from .config import PathConfig
+from .graph_task import GraphTask
 from .hyperparameters import Hyperparameters
 from .layer import SUPPORT_NAMES
 from .path_data import PathAsData, PathData, computed_by
-from .selective_update import SelectiveUpdate, create_state, state_tensors, unchanged
-
-Forward = Callable[[Tensor, Tensor], Tensor]
+from .selective_update import SelectiveUpdate, create_state, state_tensors
 
 
 class WholeStep:
     """Forward, loss, backward, clipping and update, from paths as data: one graph, or the same operations without one.
 
     Args:
-        forward: ``(x, target) -> loss``.
         graphs: None runs the operations one by one.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        optimizer: Optimizer,
-        forward: Forward,
-        data: PathData,
-        clip_norm: float | None,
-        graphs: CudaGraphs | None,
-    ):
-        self._model, self._optimizer, self._forward, self._data = model, optimizer, forward, data
-        self._clip_norm, self._graphs = clip_norm, graphs
-        places = _places(data)
-        without = _never_read(data)
-        self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        create_state(optimizer, [p for p in self._parameters if p.requires_grad and p not in without])
-        self._update = SelectiveUpdate(optimizer, places)
-        rows = data.rows()
-        self._computations = {layer: PathAsData(layer, rows[name]) for name, layer in data.layers.items()}
+    def __init__(self, task: GraphTask, graphs: CudaGraphs | None):
+        self._task, self._graphs = task, graphs
+        without = _never_read(task.data)
+        create_state(task.optimizer, [p for p in task.parameters if p.requires_grad and p not in without])
+        self._update = SelectiveUpdate(task.optimizer, _places(task.data))
+        rows = task.data.rows()
+        self._computations = {layer: PathAsData(layer, rows[name]) for name, layer in task.data.layers.items()}
         self._captured: Captured | None = None
         self._hyperparameters: Hyperparameters | None = None
 
     def __call__(self, x: Tensor, target: Tensor, paths: Mapping[str, PathConfig]) -> Tensor:
-        self._data.set(paths)
+        self._task.data.set(paths)
         if self._graphs is None:
             return self._run(x, target)
+        if self._hyperparameters is None:
+            self._hyperparameters = Hyperparameters(self._task.optimizer, self._task.device)
+        self._hyperparameters.update()
         if self._captured is None:
             self._captured = self._capture(x, target, self._graphs)
-        assert self._hyperparameters is not None
-        self._hyperparameters.update()
         return self._captured(x, target)
 
     def _run(self, x: Tensor, target: Tensor) -> Tensor:
-        self._optimizer.zero_grad(set_to_none=True)
+        self._task.optimizer.zero_grad(set_to_none=True)
         with computed_by(self._computations):
-            loss = self._forward(x, target)
+            loss = self._task.forward(x, target)
         loss.backward()
-        if self._clip_norm is not None:
-            nn.utils.clip_grad_norm_(self._parameters, self._clip_norm)
-        self._update.step(self._data.read().flatten())
+        self._task.clip()
+        self._update.step(self._task.data.read().flatten())
         return loss.detach()
 
     def _capture(self, x: Tensor, target: Tensor, graphs: CudaGraphs) -> Captured:
-        """Leaves values, state, buffers and random numbers as they were: warming up has trained."""
-        self._hyperparameters = Hyperparameters(self._optimizer, self._data.config.device)
-        states = [tensor for p in self._parameters for tensor in state_tensors(self._optimizer, p)]
-        changing = [*(p.detach() for p in self._parameters), *states, *self._model.buffers()]
-        devices = [self._data.config.device] if self._data.config.is_cuda else []
-        with unchanged(changing), torch.random.fork_rng(devices):
+        """Warming up trains: what it has changed is put back."""
+        parameters = self._task.parameters
+        states = [tensor for p in parameters for tensor in state_tensors(self._task.optimizer, p)]
+        with self._task.rehearsing([*(p.detach() for p in parameters), *states]):
             return Captured(self._run, (x, target), graphs)
 
 

@@ -69,7 +69,7 @@ class EmulatedGraphs(CudaGraphs):
 
     def capture_pieces(self, pieces, inputs):
         """As ``torch.cuda.make_graphed_callables`` does: all forward passes, then all backward passes in reverse."""
-        forwards = [(piece, x, *self.capture(lambda: piece.forward(x))) for piece, (x,) in zip(pieces, inputs)]  # noqa: B023
+        forwards = [(piece, x, *self.capture(lambda: piece.forward(x))) for piece, x in zip(pieces, inputs)]  # noqa: B023
         for piece, x, replay, y in reversed(forwards):
             piece.forward = self._graphed(piece, x, replay, y)
 
