@@ -35,7 +35,7 @@ class GraphTask:
 
     @property
     def device(self) -> torch.device:
-        return self.data.config.device
+        return self.data.device
 
     @property
     def parameters(self) -> list[nn.Parameter]:

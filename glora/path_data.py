@@ -9,7 +9,7 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 
-from glora_kernels import encode, masked_terms, row_scaled_linear, row_scaled_terms, storages_read
+from glora_kernels import encode, masked_terms, path_masks, row_scaled_linear, row_scaled_terms, storages_read
 
 from .config import PathConfig
 from .layer import SUPPORT_NAMES, GLoRALayer
@@ -17,10 +17,10 @@ from .paths import check_names
 
 
 class PathData:
-    """Kinds and ranks of every layer in one int64 tensor, ``(layers, 5, 2)``, on the device of the layers.
+    """Kinds and ranks of every layer as masks in one small tensor, ``(layers, 5, 5, R)``, on the device of the layers.
 
     Attributes:
-        config: the tensor; it stays the same one, so that a CUDA graph can read it.
+        masks: see :func:`glora_kernels.path_masks`; it stays the same tensor, so that a CUDA graph can read it.
 
     Raises:
         ValueError: layers on several devices.
@@ -31,7 +31,12 @@ class PathData:
         if len(devices) != 1:
             raise ValueError(f"model: expected all adapted layers on one device, got {sorted(map(str, devices))}")
         self.layers = dict(layers)
-        self.config = torch.zeros(len(layers), 5, 2, dtype=torch.int64, device=devices.pop())
+        self._rank = max(layer.rank for layer in layers.values())
+        self.masks = torch.empty_like(self._masks(dict.fromkeys(layers, PathConfig())), device=devices.pop())
+
+    @property
+    def device(self) -> torch.device:
+        return self.masks.device
 
     def check(self, paths: Mapping[str, PathConfig]) -> None:
         """Raise ValueError or TypeError for paths of another model, or a rank above a layer's storage."""
@@ -43,17 +48,20 @@ class PathData:
                 )
 
     def set(self, paths: Mapping[str, PathConfig]) -> None:
-        """Write checked paths into :attr:`config`, without waiting for the device."""
-        rows = torch.stack([_encoded(paths[name]) for name in self.layers])
-        self.config.copy_(rows.pin_memory() if self.config.is_cuda else rows, non_blocking=True)
+        """Write checked paths into :attr:`masks`, without waiting for the device."""
+        masks = self._masks(paths)
+        self.masks.copy_(masks.pin_memory() if self.masks.is_cuda else masks, non_blocking=True)
+
+    def _masks(self, paths: Mapping[str, PathConfig]) -> Tensor:
+        return path_masks(torch.stack([_encoded(paths[name]) for name in self.layers]), self._rank)
 
     def rows(self) -> dict[str, Tensor]:
-        """The part of :attr:`config` that belongs to each layer: views."""
-        return dict(zip(self.layers, self.config))
+        """The part of :attr:`masks` that belongs to each layer: views."""
+        return dict(zip(self.layers, self.masks))
 
     def read(self) -> Tensor:
         """Which support tensors the paths read, ``(layers, 8)`` in the order of ``SUPPORT_NAMES``, on the device."""
-        return storages_read(self.config)
+        return storages_read(self.masks)
 
 
 @cache
@@ -62,11 +70,11 @@ def _encoded(path: PathConfig) -> Tensor:
 
 
 class PathAsData(nn.Module):
-    """What ``layer`` computes under the path in ``config``, ``(5, 2)`` on its device, whatever that path is."""
+    """What ``layer`` computes under the path in ``masks``, ``(5, 5, R)`` on its device, whatever that path is."""
 
-    def __init__(self, layer: GLoRALayer, config: Tensor):
+    def __init__(self, layer: GLoRALayer, masks: Tensor):
         super().__init__()
-        self.layer, self.config = layer, config
+        self.layer, self.masks = layer, masks
 
     @property
     def storages(self) -> list[Tensor]:
@@ -74,7 +82,7 @@ class PathAsData(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         layer = self.layer
-        return layer.compute(x, masked_terms(layer.matrix, layer.bias, self.storages, self.config, layer.product))
+        return layer.compute(x, masked_terms(layer.matrix, layer.bias, self.storages, self.masks, layer.product))
 
 
 class RowScaledPathAsData(PathAsData):
@@ -85,7 +93,7 @@ class RowScaledPathAsData(PathAsData):
 
     def forward(self, x: Tensor) -> Tensor:
         matrix, bias = self.layer.matrix, self.layer.bias
-        return row_scaled_linear(x, matrix, bias, row_scaled_terms(matrix, bias, self.storages, self.config))
+        return row_scaled_linear(x, matrix, bias, row_scaled_terms(matrix, bias, self.storages, self.masks))
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from .blocked import RowBlocks, blocked_linear, terms_of_rows
 from .configuration import encode
 from .convolution import configured_conv2d, glora_conv2d
 from .dispatch import available_backends, use_backend
-from .masked import masked_terms, row_scaled_terms, storages_read
+from .masked import masked_terms, path_masks, row_scaled_terms, storages_read
 from .ops import glora_linear, glora_merge
 from .plan import Explanation, explain
 from .registered import configured_linear, takes_operator
@@ -34,6 +34,7 @@ __all__ = [
     "glora_linear",
     "glora_merge",
     "masked_terms",
+    "path_masks",
     "reference",
     "row_scaled_linear",
     "row_scaled_terms",

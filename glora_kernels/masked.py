@@ -13,7 +13,8 @@ output nor a gradient, and its own gradient is exactly zero. Only plain operatio
 depends on values: a CUDA graph or a compiled graph of it serves every path.
 
 Cost in dense products of 2 M N K operations: 3 for the hadamard product, since the graph of a low-rank A has to be
-there for every path, or 2 where :func:`row_scaled_terms` will do; 2 for the matmul product.
+there for every path, or 2 where :func:`row_scaled_terms` will do; 2 for the matmul product. The selection itself is
+some twenty small operations forward and thirty backward, which a compiler fuses.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .autocast import cast_operands, without_autocast
 from .checks import check_tensor
@@ -30,115 +32,165 @@ from .configuration import CODES, PLACES, STORAGES
 from .terms import PRODUCTS, SLOTS, LowRank, Terms, Vector, compute_dtype
 
 
-class _Part(NamedTuple):
-    """What is read of the storages of one slot.
+class Masks(NamedTuple):
+    """What is read of the storages of one slot: booleans over the columns of its left storage, ``(R,)`` each.
 
     Attributes:
-        low_rank, constant: whether the slot is of this kind, ``()``.
-        unread: which columns are not read, ``(R,)``.
+        unread: not read at its own place, as a low rank or a vector.
+        unspread: not the one element of a constant, which is read for every row.
+        unranked: not read as a low rank, of the right storage neither.
+        unscaled: not read as a vector.
+        first: the first one. The right factor of a vector or constant has ones there.
     """
 
-    low_rank: Tensor
-    constant: Tensor
     unread: Tensor
+    unspread: Tensor
+    unranked: Tensor
+    unscaled: Tensor
+    first: Tensor
+
+
+def path_masks(config: Tensor, rank: int) -> Tensor:
+    """Kinds and ranks as masks: ``(..., 5, 2) -> (..., 5, 5, R)`` of booleans, slots by the fields of :class:`Masks`.
+
+    Args:
+        config: what :func:`glora_kernels.encode` makes, one or a stack of them, on any device.
+        rank: R, the largest rank of any storage that they will be used for.
+
+    Raises:
+        ValueError: another shape, or a rank below 1.
+    """
+    if config.dim() < 2 or tuple(config.shape[-2:]) != (len(SLOTS), 2):
+        raise ValueError(f"config: expected shape (..., {len(SLOTS)}, 2), got {tuple(config.shape)}")
+    if rank < 1:
+        raise ValueError(f"rank: expected an integer from 1, got {rank}")
+    kinds, ranks = config[..., :1], config[..., 1:]
+    columns = torch.arange(rank, device=config.device)
+    ranked = (kinds == CODES["lora"]) & (columns < ranks)
+    scaled = (kinds == CODES["vector"]) & (columns == 0)
+    spread = (kinds == CODES["constant"]) & (columns == 0)
+    first = (columns == 0).expand_as(ranked)
+    return torch.stack([~(ranked | scaled), ~spread, ~ranked, ~scaled, first], -2)
+
+
+def storages_read(masks: Tensor) -> Tensor:
+    """Which of the eight storages each path reads: ``(..., 5, 5, R) -> (..., 8)`` of booleans, on the device."""
+    unread, unspread, unranked, *_ = masks[..., 0].unbind(-1)
+    read = ~(unread & unspread)
+    slots = [(SLOTS.index(slot), place) for slot in SLOTS for place in range(len(PLACES[slot]))]
+    return torch.stack([(~unranked if place else read)[..., slot] for slot, place in slots], -1)
 
 
 def masked_terms(
-    weight: Tensor, bias: Tensor | None, storages: Sequence[Tensor], config: Tensor, product: str = "hadamard"
+    weight: Tensor, bias: Tensor | None, storages: Sequence[Tensor], masks: Tensor, product: str = "hadamard"
 ) -> Terms:
-    """The terms that ``config`` selects, in one form for all kinds and ranks.
+    """The terms that ``masks`` select, in one form for all kinds and ranks.
 
     :func:`glora_kernels.glora_linear` and its siblings compute with them what they do with the ordinary terms, and
-    gradients reach the storages: zero where they are not read. For the matmul product the term B holds that of A, too.
+    gradients reach the storages, once: zero where they are not read. For the matmul product B holds that of A, too.
 
     Args:
         weight, bias: frozen ``W0``, ``(N, K)``, and ``b0``, ``(N,)`` or None, as the operation gets them.
         storages: Ad, Au, Bd, Bu, Cd, Cu, D, E, in the shapes of the product; all of them.
-        config: ``(5, 2)``, what :func:`glora_kernels.encode` makes, on the device of ``weight``. It is not read on the
-            host and so not checked: a rank above that of a storage reads all of it.
+        masks: ``(5, 5, R)``, what :func:`path_masks` makes, on the device of ``weight``. It is not read on the host
+            and so not checked: a rank above that of a storage reads all of it.
         product: ``"hadamard"`` or ``"matmul"``.
 
     Raises:
         TypeError, ValueError: an argument that does not fit, by name.
     """
-    _check(weight, storages, config, product)
+    _check(weight, storages, masks, product)
     _, weight, bias = cast_operands(weight, weight, bias)
     with without_autocast(weight.device.type):
-        parts, wide = _parts(config, storages), _widened(weight, storages)
-        a_down, a_up = _factors("A", parts, wide)
-        b = _factors("B", parts, wide)
-        c, d, e = _bias_terms(bias, parts, wide)
+        slots, wide = _by_slot(masks), _widened(weight, storages)
+        b, (c, d, e) = _factors("B", slots, wide), _bias_terms(bias, slots, wide)
         if product == "hadamard":
-            return Terms(LowRank(a_down, a_up), LowRank(*b), c, d, e)
-        low_rank = parts["A"].low_rank
-        projected = _Project.apply(weight, a_down.masked_fill(~low_rank, 0))
-        both = LowRank(torch.cat([projected, b[0]], 1), torch.cat([a_up, b[1]]))
-        return Terms(Vector(a_down[:, 0].masked_fill(low_rank, 0)), both, c, d, e, "matmul")
+            return Terms(LowRank(*_factors("A", slots, wide)), LowRank(*b), c, d, e)
+        down, up = (wide[place] for place in PLACES["A"])
+        ranked = slots["A"].unranked[: down.shape[1]]
+        projected = _Project.apply(weight, down.masked_fill(ranked, 0))
+        both = LowRank(torch.cat([projected, b[0]], 1), torch.cat([_right(up, slots["A"]), b[1]]))
+        return Terms(_scale(down, slots["A"]), both, c, d, e, product)
 
 
-def row_scaled_terms(weight: Tensor, bias: Tensor | None, storages: Sequence[Tensor], config: Tensor) -> Terms:
+def row_scaled_terms(weight: Tensor, bias: Tensor | None, storages: Sequence[Tensor], masks: Tensor) -> Terms:
     """As :func:`masked_terms` for the hadamard product, where A is known to be no low rank: it is a vector then.
 
-    A low-rank A would be read as a vector.
+    A low-rank A would be read as none.
     """
-    _check(weight, storages, config, "hadamard")
+    _check(weight, storages, masks, "hadamard")
     _, weight, bias = cast_operands(weight, weight, bias)
     with without_autocast(weight.device.type):
-        parts, wide = _parts(config, storages), _widened(weight, storages)
-        rows = _left(wide[PLACES["A"][0]][:, :1], parts["A"])[:, 0]
-        return Terms(Vector(rows), LowRank(*_factors("B", parts, wide)), *_bias_terms(bias, parts, wide))
+        slots, wide = _by_slot(masks), _widened(weight, storages)
+        scale = _scale(wide[PLACES["A"][0]], slots["A"])
+        return Terms(scale, LowRank(*_factors("B", slots, wide)), *_bias_terms(bias, slots, wide))
 
 
-def storages_read(config: Tensor) -> Tensor:
-    """Which of the eight storages each path reads: ``(..., 5, 2) -> (..., 8)``, of booleans, on the device."""
-    kinds = config[..., 0]
-    read, low_rank = kinds > 0, kinds == CODES["lora"]
-    flags = [read[..., slot] if place == 0 else low_rank[..., slot] for slot, place in _SLOT_AND_PLACE]
-    return torch.stack(flags, -1)
-
-
-_SLOT_AND_PLACE = [(SLOTS.index(slot), place) for slot in SLOTS for place in range(len(PLACES[slot]))]
-
-
-def _parts(config: Tensor, storages: Sequence[Tensor]) -> dict[str, _Part]:
-    kinds, ranks = config[:, 0], config[:, 1]
-    low_rank, constant = kinds == CODES["lora"], kinds == CODES["constant"]
-    widths = torch.where(low_rank, ranks, kinds.clamp(max=1))
-    largest = max(storages[PLACES[slot][0]].shape[-1] for slot in "ABC")
-    unread = torch.arange(largest, device=config.device) >= widths[:, None]
-    return {slot: _Part(low_rank[i], constant[i], unread[i]) for i, slot in enumerate(SLOTS)}
+def _by_slot(masks: Tensor) -> dict[str, Masks]:
+    return {slot: Masks(*part.unbind()) for slot, part in zip(SLOTS, masks)}
 
 
 def _widened(weight: Tensor, storages: Sequence[Tensor]) -> list[Tensor]:
     return [storage.to(compute_dtype(weight.dtype)) for storage in storages]
 
 
-def _factors(slot: str, parts: dict[str, _Part], storages: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+def _factors(slot: str, slots: dict[str, Masks], storages: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """The slot as ``left @ right``, at the full rank of its storages."""
     down, up = (storages[place] for place in PLACES[slot])
-    return _left(down, parts[slot]), _right(up, parts[slot])
+    rank, masks = down.shape[1], slots[slot]
+    return _Left.apply(down, masks.unread[:rank], masks.unspread[:rank]), _right(up, masks)
 
 
 def _bias_terms(
-    bias: Tensor | None, parts: dict[str, _Part], storages: Sequence[Tensor]
+    bias: Tensor | None, slots: dict[str, Masks], storages: Sequence[Tensor]
 ) -> tuple[Vector, Vector | None, Vector]:
     """C, D and E as vectors; D has nothing to scale without a bias."""
-    down, up = _factors("C", parts, storages)
-    d, e = (Vector(_left(storages[PLACES[slot][0]][:, None], parts[slot])[:, 0]) for slot in "DE")
-    return Vector(torch.mv(down, up[:, 0])), None if bias is None else d, e
+    down, up = _factors("C", slots, storages)
+    d, e = (_scale(storages[PLACES[slot][0]][:, None], slots[slot]) for slot in "DE")
+    return Vector((down @ up).squeeze(1)), None if bias is None else d, e
 
 
-def _left(down: Tensor, part: _Part) -> Tensor:
-    """The columns that are read, or the first element in all of the first column; zero elsewhere."""
-    value = torch.where(part.constant, down[:1, :1], down)
-    return value.masked_fill(part.unread[: down.shape[1]], 0)
+def _scale(down: Tensor, masks: Masks) -> Vector:
+    """A vector or constant as one value a row; zero for other kinds."""
+    return Vector(_Left.apply(down[:, :1], masks.unscaled[:1], masks.unspread[:1]).squeeze(1))
 
 
-def _right(up: Tensor, part: _Part) -> Tensor:
-    """The rows that are read, or ones in the first row; zero elsewhere."""
+def _right(up: Tensor, masks: Masks) -> Tensor:
+    """The rows that are read, or else ones in the first row; zero elsewhere. A left factor of zero makes it none."""
     rank = up.shape[0]
-    ones = (torch.arange(rank, device=up.device) == 0)[:, None].to(up.dtype)
-    return torch.where(part.low_rank, up.masked_fill(part.unread[:rank, None], 0), ones)
+    return _Right.apply(up, masks.unranked[:rank, None], masks.first[:rank, None])
+
+
+class _Left(torch.autograd.Function):
+    """Columns that are read at their places, the one element that is spread over a column, and zero elsewhere."""
+
+    @staticmethod
+    def forward(ctx, down: Tensor, unread: Tensor, unspread: Tensor) -> Tensor:
+        ctx.save_for_backward(unread, unspread)
+        return torch.where(unread, down[:1].masked_fill(unspread, 0), down)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        unread, unspread = ctx.saved_tensors
+        result = grad.masked_fill(unread, 0)
+        result[:1].add_(grad.sum(0, keepdim=True).masked_fill(unspread, 0))
+        return result, None, None
+
+
+class _Right(torch.autograd.Function):
+    """Rows that are read, the row of ones where the first is not, and zero elsewhere."""
+
+    @staticmethod
+    def forward(ctx, up: Tensor, unranked: Tensor, first: Tensor) -> Tensor:
+        ctx.save_for_backward(unranked)
+        return torch.where(unranked, first, up)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        (unranked,) = ctx.saved_tensors
+        return grad.masked_fill(unranked, 0), None, None
 
 
 class _Project(torch.autograd.Function):
@@ -155,7 +207,7 @@ class _Project(torch.autograd.Function):
         return None, weight.t().to(grad.dtype) @ grad
 
 
-def _check(weight: Tensor, storages: Sequence[Tensor], config: Tensor, product: str) -> None:
+def _check(weight: Tensor, storages: Sequence[Tensor], masks: Tensor, product: str) -> None:
     if product not in PRODUCTS:
         raise ValueError(f"product: expected one of {PRODUCTS}, got {product!r}")
     check_tensor("weight", weight)
@@ -169,10 +221,15 @@ def _check(weight: Tensor, storages: Sequence[Tensor], config: Tensor, product: 
             raise ValueError(f"{name}: expected shape {expected}, got {tuple(storage.shape)}")
         if storage.device != weight.device:
             raise ValueError(f"{name}: expected device {weight.device} (that of weight), got {storage.device}")
-    if tuple(config.shape) != (len(SLOTS), 2) or config.dtype != torch.int64:
-        raise ValueError(f"config: expected int64 of shape ({len(SLOTS)}, 2), got {config.dtype} {tuple(config.shape)}")
-    if config.device != weight.device:
-        raise ValueError(f"config: expected device {weight.device} (that of weight), got {config.device}")
+    rank = max(storages[PLACES[slot][0]].shape[1] for slot in "ABC")
+    expected = (len(SLOTS), len(Masks._fields), max(rank, masks.shape[-1] if masks.dim() else 0))
+    if tuple(masks.shape) != expected or masks.dtype != torch.bool:
+        raise ValueError(
+            f"masks: expected torch.bool of shape {expected[:2]} and a rank from {rank}, got {masks.dtype} "
+            f"{tuple(masks.shape)}"
+        )
+    if masks.device != weight.device:
+        raise ValueError(f"masks: expected device {weight.device} (that of weight), got {masks.device}")
 
 
 def _shapes(weight: Tensor, storages: Sequence[Tensor], product: str) -> list[tuple[str, tuple[int, ...]]]:

@@ -10,6 +10,7 @@ from glora_kernels import (
     glora_conv2d,
     glora_linear,
     masked_terms,
+    path_masks,
     row_scaled_linear,
     row_scaled_terms,
     storages_read,
@@ -38,11 +39,11 @@ def make(shape=(5, 7, 6), *, product="hadamard", bias=True, dtype=torch.float64,
 
 
 def masked_linear(x, weight, bias, storages, config, product):
-    return glora_linear(x, weight, bias, masked_terms(weight, bias, storages, config, product))
+    return glora_linear(x, weight, bias, masked_terms(weight, bias, storages, path_masks(config, RANK), product))
 
 
 def row_scaled(x, weight, bias, storages, config, product):
-    return row_scaled_linear(x, weight, bias, row_scaled_terms(weight, bias, storages, config))
+    return row_scaled_linear(x, weight, bias, row_scaled_terms(weight, bias, storages, path_masks(config, RANK)))
 
 
 def named_gradients(y, x, storages):
@@ -122,7 +123,7 @@ def test_nan_in_what_is_not_read_does_not_leak(function, product):
 
 def test_storages_read():
     config = torch.stack([config_of(p) for p in [("lora_1", "vector", "lora_3", "none", "constant"), ("none",) * 5]])
-    assert storages_read(config).tolist() == [[1, 1, 1, 0, 1, 1, 0, 1], [0] * 8]
+    assert storages_read(path_masks(config, RANK)).tolist() == [[1, 1, 1, 0, 1, 1, 0, 1], [0] * 8]
 
 
 # Cost -----------------------------------------------------------------------------------------------------------------
@@ -169,11 +170,15 @@ def test_cost(function, product, units, dense):
 
 def test_bad_arguments_are_named():
     _, weight, b0, storages = make()
-    config = config_of(("none",) * 5)
+    masks = path_masks(config_of(("none",) * 5), RANK)
     for change, message in [
-        ({"config": config[:4]}, r"config: expected int64 of shape \(5, 2\), got torch.int64 \(4, 2\)"),
-        ({"config": config.float()}, r"config: expected int64 of shape \(5, 2\), got torch.float32"),
-        ({"config": config.to("meta")}, "config: expected device cpu .that of weight., got meta"),
+        (
+            {"masks": masks[:4]},
+            r"masks: expected torch.bool of shape \(5, 5\) and a rank from 4, got torch.bool \(4, 5",
+        ),
+        ({"masks": masks[..., :3]}, r"a rank from 4, got torch.bool \(5, 5, 3\)"),
+        ({"masks": masks.float()}, r"masks: expected torch.bool .* got torch.float32"),
+        ({"masks": masks.to("meta")}, "masks: expected device cpu .that of weight., got meta"),
         ({"storages": storages[:7]}, "storages: expected the 8 tensors"),
         (
             {"storages": [*storages[:3], storages[3][:, 1:], *storages[4:]]},
@@ -182,12 +187,16 @@ def test_bad_arguments_are_named():
         ({"product": "cross"}, "product: expected one of"),
         ({"weight": weight[0]}, r"weight: expected shape \(N, K\), got \(6,\)"),
     ]:
-        arguments = {"weight": weight, "bias": b0, "storages": storages, "config": config} | change
+        arguments = {"weight": weight, "bias": b0, "storages": storages, "masks": masks} | change
         with pytest.raises(ValueError, match=message):
             masked_terms(**arguments)
+    with pytest.raises(ValueError, match=r"config: expected shape \(..., 5, 2\), got \(5, 3\)"):
+        path_masks(torch.zeros(5, 3, dtype=torch.int64), RANK)
+    with pytest.raises(ValueError, match="rank: expected an integer from 1, got 0"):
+        path_masks(torch.zeros(5, 2, dtype=torch.int64), 0)
     x, weight, b0, storages = make()
     with pytest.raises(ValueError, match="terms: expected a hadamard A as a vector"):
-        row_scaled_linear(x, weight, b0, masked_terms(weight, b0, storages, config))
+        row_scaled_linear(x, weight, b0, masked_terms(weight, b0, storages, masks))
 
 
 # Other operations -----------------------------------------------------------------------------------------------------
@@ -199,7 +208,7 @@ def test_convolutions_take_the_same_terms(product):
         _, weight, b0, storages = make((1, 7, 12), product=product)
         x = torch.randn(2, 3, 5, 5, dtype=torch.float64, generator=generator_for("image")).requires_grad_()
         kernel, config = weight.reshape(7, 3, 2, 2), config_of(path)
-        y = glora_conv2d(x, kernel, b0, masked_terms(weight, b0, storages, config, product))
+        y = glora_conv2d(x, kernel, b0, masked_terms(weight, b0, storages, path_masks(config, RANK), product))
         want = glora_conv2d(x, kernel, b0, decode(storages, config, product))
         torch.testing.assert_close(y, want, rtol=1e-10, atol=1e-10)
         expected = named_gradients(want, x, storages)
