@@ -42,7 +42,7 @@ class PiecewiseStep:
         self._task.optimizer.zero_grad(set_to_none=True)
         with computed_by({layer: self._piece(name, paths[name]) for name, layer in self._layers.items()}):
             loss = self._task.forward(x, target)
-        loss.backward()
+            loss.backward()  # which runs layers again where activations are checkpointed
         drop_unread_gradients(self._task.model, paths)
         self._task.clip()
         self._task.optimizer.step()

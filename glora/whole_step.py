@@ -47,7 +47,7 @@ class WholeStep:
         self._task.optimizer.zero_grad(set_to_none=True)
         with computed_by(self._computations):
             loss = self._task.forward(x, target)
-        loss.backward()
+            loss.backward()  # which runs layers again where activations are checkpointed
         self._task.clip()
         self._update.step(self._task.data.read().flatten())
         return loss.detach()

@@ -2,16 +2,20 @@
 
 import copy
 import importlib
+from contextlib import contextmanager
 from functools import partial
+from unittest.mock import Mock
 
 import pytest
 import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import glora
+from glora.capture import Captured, graphs_for
 from glora.selective_update import SelectiveUpdate
 from tests.glora.toys import CLASSES, adapted_mlp, generator, randomize, same_bits, state, tiny_vit
 from tests.graph_emulation import EmulatedGraphs
@@ -114,8 +118,9 @@ def test_gradients_of_200_random_paths(mode, product, graphs):
 # The ordinary optimiser's trajectory ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("clip_norm", [None, 0.5])
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize(
+    ("name", "clip_norm"), [("adamw", None), ("adamw", 0.5), ("momentum", None), ("sgd", 0.5), ("rmsprop", None)]
+)
 @pytest.mark.parametrize("mode", MODES)
 def test_fifty_steps_of_the_ordinary_loop(mode, name, clip_norm, graphs):
     """Parameters and all state; whatever the paths of a step do not read keeps its bits."""
@@ -214,6 +219,25 @@ def test_capturing_leaves_no_trace(mode, monkeypatch):
     assert others["1.num_batches_tracked"] == 5
     for name, tensor in tensors.items():
         torch.testing.assert_close(others[name], tensor, rtol=1e-10, atol=1e-12, msg=name)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_activation_checkpoints(mode, graphs):
+    """What is run again in backward is run as data, too, and not by the layers' own paths."""
+    body = make()
+    model = _Checkpointed(body)
+    step = glora.GraphedStep(model, optimizer_for(model, "sgd"), F.cross_entropy, SPACE, mode=mode)
+    for x, target in batches(10, model):
+        assert_gradients_of_the_ordinary_layer(model, step, x, target)
+
+
+class _Checkpointed(nn.Module):
+    def __init__(self, body):
+        super().__init__()
+        self.body = body
+
+    def forward(self, x):
+        return checkpoint(self.body, x, use_reentrant=False, preserve_rng_state=False)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -426,3 +450,41 @@ def test_a_value_read_on_the_host_cannot_be_captured(monkeypatch):
     (x, target), *_ = batches(1, model)
     with pytest.raises(RuntimeError, match="not permitted when stream is capturing"):
         step(x, target)
+
+
+def test_what_is_asked_of_torch_cuda(monkeypatch):
+    """Without a GPU, of stand-ins: warm-up on a stream that waits and is waited for, then one capture, replayed."""
+    calls, graph = [], Mock()
+    side, main = Mock(), Mock()
+    side.wait_stream.side_effect = lambda other: calls.append(("side waits", other is main))
+    main.wait_stream.side_effect = lambda other: calls.append(("main waits", other is side))
+    note = lambda name: lambda *_, **__: _noting(calls, name)  # noqa: E731
+    for name, value in {
+        "Stream": lambda: side,
+        "current_stream": lambda: main,
+        "device": note("device"),
+        "stream": note("stream"),
+        "graph": note("graph"),
+        "CUDAGraph": lambda: graph,
+        "make_graphed_callables": lambda *given, **options: calls.append((given, options)),
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    graphs = graphs_for(torch.device("cuda", 0))
+    doubled = Captured(lambda x: calls.append("run") or 2 * x, (torch.ones(2),), graphs)
+    warm_up = ["device", "stream", *["run"] * 3, "end of stream", "end of device"]
+    warm_up[1:1], warm_up[-1:-1] = [("side waits", True)], [("main waits", True)]
+    assert calls == [*warm_up, "device", "graph", "run", "end of graph", "end of device"]
+    doubled(torch.ones(2))
+    graph.replay.assert_called_once_with()
+    assert calls[-1] == "end of device"  # nothing runs in Python
+    piece, x = nn.Identity(), torch.ones(1)
+    graphs.capture_pieces([piece], [x])
+    assert calls[-2] == (((piece,), ((x,),)), {"allow_unused_input": True})
+    assert graphs_for(torch.device("cpu")) is None
+
+
+@contextmanager
+def _noting(calls, name):
+    calls.append(name)
+    yield
+    calls.append(f"end of {name}")
