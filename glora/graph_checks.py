@@ -17,6 +17,9 @@ def check_model(model: nn.Module, layers: Mapping[str, GLoRALayer]) -> None:
     """Raise ValueError for a model that cannot be graphed."""
     if world_size() > 1 or averages_itself(model):
         raise ValueError("model: expected one process and a model without wrappers, got several processes or a wrapper")
+    patched = [name for name, layer in layers.items() if "forward" in vars(layer)]
+    if patched:
+        raise ValueError(f"model: expected layers that run the forward of their class, got another put on {patched}")
     quantised = [name for name, layer in layers.items() if not layer.merges_exactly]
     if quantised:
         raise ValueError(f"model: expected no quantised base, whose weight is decoded block by block, got {quantised}")

@@ -84,7 +84,7 @@ class GraphedStep:
         check_optimizer(model, optimizer, mode == "whole")
         self._sampler = sampler_for(model, space)
         self._generator = torch.Generator().manual_seed(0) if generator is None else generator
-        self._model, self._training = model, model.training
+        self._training = model.training
         forward = partial(_forward, model, loss_fn)
         self._task = GraphTask(
             model,
@@ -96,8 +96,7 @@ class GraphedStep:
         )
         self._step = _MODES[mode](self._task, graphs_for(self._task.device))
         self._batch: tuple[Form, Form] | None = None
-        self._stale = False
-        optimizer.register_load_state_dict_post_hook(self._outdate)
+        self._state = optimizer.state  # loading another puts another one in its place
         self.paths: Paths | None = None
 
     def __call__(self, x: Tensor, target: Tensor, paths: Mapping[str, PathConfig] | None = None) -> Tensor:
@@ -135,13 +134,11 @@ class GraphedStep:
                 )
 
     def _check_current(self) -> None:
-        if self._stale:
+        if self._task.optimizer.state is not self._state:
             raise RuntimeError("optimizer: expected the state that was captured, got another loaded; make a new step")
-        if self._model.training != self._training:
-            raise RuntimeError(f"model: expected training={self._training} as captured, got {self._model.training}")
-
-    def _outdate(self, _: Optimizer) -> None:
-        self._stale = True
+        training = self._task.model.training
+        if training != self._training:
+            raise RuntimeError(f"model: expected training={self._training} as captured, got {training}")
 
 
 def _forward(model: nn.Module, loss_fn: Loss, x: Tensor, target: Tensor) -> Tensor:

@@ -392,6 +392,22 @@ def test_bad_arguments_are_named(change, message):
         glora.GraphedStep(**{**arguments, **change})
 
 
+def test_models_that_do_not_fit(monkeypatch):
+    model = make()
+    optimizer = optimizer_for(model, "sgd")
+    model.fc2.forward = lambda x: x
+    with pytest.raises(ValueError, match=r"model: expected layers that run the forward of their class, .*'fc2'"):
+        glora.GraphedStep(model, optimizer, F.cross_entropy, SPACE)
+    del model.fc2.forward
+    monkeypatch.setattr(glora.GLoRALinear, "merges_exactly", False)  # as of a quantised base
+    with pytest.raises(ValueError, match=r"model: expected no quantised base, .*'fc1', 'fc2'"):
+        glora.GraphedStep(model, optimizer, F.cross_entropy, SPACE)
+    monkeypatch.undo()
+    monkeypatch.setattr("glora.graph_checks.world_size", lambda: 2)
+    with pytest.raises(ValueError, match="model: expected one process and a model without wrappers"):
+        glora.GraphedStep(model, optimizer, F.cross_entropy, SPACE)
+
+
 def test_optimisers_that_do_not_fit():
     model = make()
     parameters = glora.trainable_parameters(model)
