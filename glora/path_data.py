@@ -53,7 +53,7 @@ class PathData:
         self.masks.copy_(masks.pin_memory() if self.masks.is_cuda else masks, non_blocking=True)
 
     def _masks(self, paths: Mapping[str, PathConfig]) -> Tensor:
-        return path_masks(torch.stack([_encoded(paths[name]) for name in self.layers]), self._rank)
+        return torch.stack([_masks_of(paths[name], self._rank) for name in self.layers])
 
     def rows(self) -> dict[str, Tensor]:
         """The part of :attr:`masks` that belongs to each layer: views."""
@@ -65,8 +65,8 @@ class PathData:
 
 
 @cache
-def _encoded(path: PathConfig) -> Tensor:
-    return encode({slot: (choice.kind, choice.rank) for slot, choice in path.choices.items()})
+def _masks_of(path: PathConfig, rank: int) -> Tensor:
+    return path_masks(encode({slot: (choice.kind, choice.rank) for slot, choice in path.choices.items()}), rank)
 
 
 class PathAsData(nn.Module):
