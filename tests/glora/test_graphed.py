@@ -26,8 +26,15 @@ OPTIMIZERS = {
     "adamw": partial(torch.optim.AdamW, lr=0.02, weight_decay=0.3),
     "momentum": partial(torch.optim.SGD, lr=0.05, momentum=0.9, weight_decay=0.1),
     "sgd": partial(torch.optim.SGD, lr=0.05),
+    "adamax": partial(torch.optim.Adamax, lr=0.02, weight_decay=0.3),
+    "adadelta": partial(torch.optim.Adadelta, lr=0.5, weight_decay=0.3),
+    "radam": partial(torch.optim.RAdam, lr=0.02, weight_decay=0.3),
     "rmsprop": partial(torch.optim.RMSprop, lr=0.01, momentum=0.5, centered=True),
 }
+CAPTURABLE = {
+    "adamw": "adam",
+    **{name: name for name in ("rmsprop", "adamax", "adadelta", "radam")},
+}  # and their modules
 
 
 def make(product="hadamard", dtype=torch.float64, bias=True):
@@ -89,10 +96,10 @@ def emulate(monkeypatch):
     found = EmulatedGraphs()
     monkeypatch.setattr("glora.graphed_step.graphs_for", lambda device: found)
     # capturable optimisers refuse a CPU
-    for module in ("adam", "rmsprop"):
+    for module in CAPTURABLE.values():
         defining = importlib.import_module(f"torch.optim.{module}")
         monkeypatch.setattr(defining, "_get_capturable_supported_devices", lambda *_, **__: ["cpu"])
-    for name in ("adamw", "rmsprop"):
+    for name in CAPTURABLE:
         options = {"capturable": True, "foreach": True, "lr": torch.tensor(OPTIMIZERS[name].keywords["lr"])}
         monkeypatch.setitem(OPTIMIZERS, name, partial(OPTIMIZERS[name], **options))  # foreach: a GPU's default
     return found
@@ -124,12 +131,21 @@ def test_gradients_of_200_random_paths(mode, product, graphs):
 @pytest.mark.parametrize("mode", MODES)
 def test_fifty_steps_of_the_ordinary_loop(mode, name, clip_norm, graphs):
     """Parameters and all state; whatever the paths of a step do not read keeps its bits."""
+    assert_trajectory_of_the_ordinary_loop(50, mode, name, clip_norm)
+
+
+@pytest.mark.parametrize("name", ["adamax", "adadelta", "radam"])
+def test_ten_steps_of_other_optimisers(name, graphs):
+    assert_trajectory_of_the_ordinary_loop(10, "whole", name, None)
+
+
+def assert_trajectory_of_the_ordinary_loop(count, mode, name, clip_norm):
     model = make(bias=name != "sgd")
     other = copy.deepcopy(model)
     optimizer, reference = optimizer_for(model, name), optimizer_for(other, name)
     step = glora.GraphedStep(model, optimizer, F.cross_entropy, SPACE, mode=mode, clip_norm=clip_norm)
     names = {parameter: key for key, parameter in model.named_parameters()}
-    for x, target in batches(50, model):
+    for x, target in batches(count, model):
         before = everything(optimizer, names)
         loss = step(x, target)
         want = ordinary_step(other, reference, x, target, step.paths, clip_norm)
@@ -142,7 +158,7 @@ def test_fifty_steps_of_the_ordinary_loop(mode, name, clip_norm, graphs):
     expected = everything(reference, {parameter: key for key, parameter in other.named_parameters()})
     for key, tensors in everything(optimizer, names).items():
         for kind, tensor in tensors.items():
-            never = kind not in expected[key]  # never read in 50 steps: made beforehand, and still zero
+            never = kind not in expected[key]  # never read: made beforehand, and still zero
             wanted = torch.zeros_like(tensor) if never else expected[key][kind]
             torch.testing.assert_close(tensor, wanted, rtol=1e-7, atol=1e-9, msg=f"{key} {kind}")
 
