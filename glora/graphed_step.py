@@ -21,7 +21,7 @@ from .training_step import Loss
 from .whole_step import WholeStep
 
 _MODES: dict[str, type[WholeStep] | type[PiecewiseStep]] = {"whole": WholeStep, "piecewise": PiecewiseStep}
-Form = tuple[torch.Size, torch.dtype]
+_Form = tuple[torch.Size, torch.dtype]
 
 
 class GraphedStep:
@@ -95,7 +95,7 @@ class GraphedStep:
             clip_norm,
         )
         self._step = _MODES[mode](self._task, graphs_for(self._task.device))
-        self._batch: tuple[Form, Form] | None = None
+        self._batch: tuple[_Form, _Form] | None = None
         self._state = optimizer.state  # loading another puts another one in its place
         self.paths: Paths | None = None
 
@@ -115,7 +115,9 @@ class GraphedStep:
         if paths is not None:
             self._task.data.check(paths)
         self.paths = self._sampler.sample(self._generator) if paths is None else dict(paths)
-        return self._step(x, target, self.paths)
+        loss = self._step(x, target, self.paths)
+        self._batch = _form(x), _form(target)
+        return loss
 
     def _check_batch(self, x: Tensor, target: Tensor) -> None:
         for name, value in (("x", x), ("target", target)):
@@ -123,10 +125,8 @@ class GraphedStep:
                 raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
             if value.device != self._task.device:
                 raise ValueError(f"{name}: expected device {self._task.device} (that of the model), got {value.device}")
-        batch = _form(x), _form(target)
-        if self._batch is None:
-            self._batch = batch
-        for name, expected, got in zip(("x", "target"), self._batch, batch):
+        for name, expected, value in zip(("x", "target"), self._batch or (), (x, target)):
+            got = _form(value)
             if got != expected:
                 raise ValueError(
                     f"{name}: expected {expected[1]} {tuple(expected[0])} as at the first step, which was captured, "
@@ -145,5 +145,5 @@ def _forward(model: nn.Module, loss_fn: Loss, x: Tensor, target: Tensor) -> Tens
     return loss_fn(model(x), target)
 
 
-def _form(tensor: Tensor) -> Form:
+def _form(tensor: Tensor) -> _Form:
     return tensor.shape, tensor.dtype

@@ -146,8 +146,9 @@ def _bias_terms(
 ) -> tuple[Vector, Vector | None, Vector]:
     """C, D and E as vectors; D has nothing to scale without a bias."""
     down, up = _factors("C", slots, storages)
-    d, e = (_scale(storages[PLACES[slot][0]][:, None], slots[slot]) for slot in "DE")
-    return Vector((down @ up).squeeze(1)), None if bias is None else d, e
+    d, e = (storages[PLACES[slot][0]][:, None] for slot in "DE")
+    scaled = None if bias is None else _scale(d, slots["D"])
+    return Vector((down @ up).squeeze(1)), scaled, _scale(e, slots["E"])
 
 
 def _scale(down: Tensor, masks: Masks) -> Vector:

@@ -219,9 +219,21 @@ def test_convolutions_take_the_same_terms(product):
 
 def test_autocast():
     """As of the ordinary layer: x, W0 and b0 are cast, the terms are not."""
-    for function, product in [(masked_linear, "hadamard"), (masked_linear, "matmul"), (row_scaled, "hadamard")]:
+    for function, product, a in [
+        (masked_linear, "hadamard", "lora_3"),
+        (masked_linear, "matmul", "lora_3"),
+        (row_scaled, "hadamard", "vector"),
+    ]:
         x, weight, b0, storages = make(product=product, dtype=torch.float32)
-        config = config_of(("vector", "lora_3", "vector", "vector", "vector"))
+        config = config_of((a, "lora_3", "vector", "vector", "vector"))
         with torch.autocast("cpu", torch.bfloat16):
             y = function(x, weight, b0, storages, config, product)
         assert torch.equal(y, function(x.bfloat16(), weight.bfloat16(), b0.bfloat16(), storages, config, product))
+
+
+def test_a_projected_factor_is_formed_in_the_compute_dtype():
+    """``W0 Ad`` of a half-type layer, as the ordinary operations form it."""
+    _, weight, b0, storages = make((5, 70, 60), product="matmul", dtype=torch.bfloat16, terms_dtype=torch.float32)
+    masks = path_masks(config_of(("lora_3", "none", "none", "none", "none")), RANK)
+    projected = masked_terms(weight, b0, storages, masks, "matmul").B.down[:, :3]
+    torch.testing.assert_close(projected, weight.float() @ storages[0][:, :3], rtol=1e-5, atol=1e-5)
