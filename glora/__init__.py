@@ -12,6 +12,7 @@ from .conv1d import GLoRAConv1D
 from .distributed import sync_gradients
 from .evaluation import Metrics, evaluate, evaluate_merged
 from .evolution import evolve, search
+from .graphed_step import GraphedStep
 from .injection import inject
 from .layer import GLoRALayer, GLoRALinear
 from .lycoris import load_lycoris, save_lycoris
@@ -37,6 +38,7 @@ __all__ = [
     "GLoRALayer",
     "GLoRALinear",
     "GLoRAQuantisedLinear",
+    "GraphedStep",
     "LayerShape",
     "MergeReport",
     "Metrics",

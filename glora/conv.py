@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from glora_kernels import configured_conv2d, glora_conv2d, glora_merge, reference, takes_operator
+from glora_kernels import Terms, configured_conv2d, glora_conv2d, glora_merge, reference, takes_operator
 
 from .config import PathConfig
 from .layer import SUPPORT_NAMES, GLoRALayer, require_plain
@@ -89,12 +89,16 @@ class GLoRAConv2d(GLoRALayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """``(M, in_channels, height, width) -> (M, N, ...)``, or without M; compiled, one graph serves every path."""
-        x, padding = self._padded(x)
-        geometry = (self.stride, padding, self.dilation, self.groups)
         if takes_operator():
+            x, padding = self._padded(x)
             storages = [getattr(self, name) for name in SUPPORT_NAMES]
+            geometry = (self.stride, padding, self.dilation, self.groups)
             return configured_conv2d(x, self.weight, self.bias, storages, self._config, self.product, *geometry)
-        return glora_conv2d(x, self.weight, self.bias, self._terms_in_force(), *geometry)
+        return self.compute(x, self._terms_in_force())
+
+    def compute(self, x: Tensor, terms: Terms) -> Tensor:
+        x, padding = self._padded(x)
+        return glora_conv2d(x, self.weight, self.bias, terms, self.stride, padding, self.dilation, self.groups)
 
     def merge(self, path: PathConfig | None = None, safe: bool = True) -> nn.Conv2d:
         """A plain convolution, sharing nothing with this one, that computes what this one does.

@@ -112,7 +112,11 @@ class GLoRALayer(nn.Module):
         if takes_operator():
             storages = [getattr(self, name) for name in SUPPORT_NAMES]
             return configured_linear(x, self.matrix, self.bias, storages, self._config, self.product)
-        return glora_linear(x, self.matrix, self.bias, self._terms_in_force())
+        return self.compute(x, self._terms_in_force())
+
+    def compute(self, x: Tensor, terms: Terms) -> Tensor:
+        """What forward does, with ``terms`` in place of those of the path."""
+        return glora_linear(x, self.matrix, self.bias, terms)
 
     def merge(self, path: PathConfig | None = None, safe: bool = True) -> nn.Module:
         """A plain layer, sharing nothing with this one, that computes what this one does under ``path``."""

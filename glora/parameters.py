@@ -42,15 +42,16 @@ def count_parameters(model: nn.Module, paths: Mapping[str, PathConfig] | None = 
     return sum(paths[name].count(layer.shape) for name, layer in layers.items())
 
 
-def drop_unread_gradients(model: nn.Module) -> None:
-    """Set to None the gradients of support tensors that the current paths do not read.
+def drop_unread_gradients(model: nn.Module, paths: Mapping[str, PathConfig] | None = None) -> None:
+    """Set to None the gradients of support tensors that ``paths`` (default: the current ones) do not read.
 
     Eagerly they are None already. A compiled graph serves every path and cannot know: there they are zero, and an
     optimiser would move the tensors by their moments and weight decay. Call it between ``backward`` and ``step``, with
     one backward pass a step: gradients that earlier passes left under other paths would go too.
     """
-    for layer in glora_layers(model).values():
-        read = {id(parameter) for parameter in layer.support_parameters(layer.path)}
+    for name, layer in glora_layers(model).items():
+        path = layer.path if paths is None else paths[name]
+        read = {id(parameter) for parameter in layer.support_parameters(path)}
         for parameter in layer.support_parameters():
             if id(parameter) not in read:
                 parameter.grad = None

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from glora_kernels import blocked_linear, glora_merge, terms_of_rows
+from glora_kernels import Terms, blocked_linear, glora_merge, terms_of_rows
 
 from .config import PathConfig
 from .layer import PROBE_TOKENS, GLoRALinear, qualified_name, require_plain
@@ -73,10 +73,13 @@ class GLoRAQuantisedLinear(GLoRALinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """``(..., K) -> (..., N)``."""
+        return self.compute(x, self._terms_in_force())
+
+    def compute(self, x: Tensor, terms: Terms) -> Tensor:
         dtype = self._settings.get("compute_dtype")
         tokens = x if dtype is None else x.to(dtype)
         bias = None if self.bias is None else self.bias.to(tokens.dtype)
-        y = blocked_linear(tokens, _Blocks(self), bias, self._terms_in_force())
+        y = blocked_linear(tokens, _Blocks(self), bias, terms)
         return y if dtype is None else y.to(x.dtype)
 
     def merge(self, path: PathConfig | None = None, safe: bool = True, requantise: bool = False) -> nn.Linear:

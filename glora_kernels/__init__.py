@@ -9,10 +9,12 @@ from .blocked import RowBlocks, blocked_linear, terms_of_rows
 from .configuration import encode
 from .convolution import configured_conv2d, glora_conv2d
 from .dispatch import available_backends, use_backend
+from .masked import masked_terms, path_masks, row_scaled_terms, storages_read
 from .ops import glora_linear, glora_merge
 from .plan import Explanation, explain
 from .prepared import PreparedLinear, can_prepare
 from .registered import configured_linear, takes_operator
+from .row_scaled import row_scaled_linear
 from .terms import Constant, LowRank, Terms, Vector
 
 __all__ = [
@@ -34,7 +36,12 @@ __all__ = [
     "glora_conv2d",
     "glora_linear",
     "glora_merge",
+    "masked_terms",
+    "path_masks",
     "reference",
+    "row_scaled_linear",
+    "row_scaled_terms",
+    "storages_read",
     "takes_operator",
     "terms_of_rows",
     "use_backend",

@@ -13,8 +13,8 @@ from .terms import SLOTS, Constant, LowRank, Term, Terms, Vector
 Kinds = Mapping[str, tuple[str, int]]  # kind and rank by slot
 STORAGES = ("ad", "au", "bd", "bu", "cd", "cu", "d", "e")
 PLACES = {"A": (0, 1), "B": (2, 3), "C": (4, 5), "D": (6,), "E": (7,)}
-_CODES = {"none": 0, "constant": 1, "vector": 2, "lora": 3}
-_KINDS = {code: kind for kind, code in _CODES.items()}
+CODES = {"none": 0, "constant": 1, "vector": 2, "lora": 3}
+_KINDS = {code: kind for kind, code in CODES.items()}
 _NAMES = {Constant: "constant", Vector: "vector", LowRank: "lora"}
 
 
@@ -28,11 +28,11 @@ def encode(kinds: Kinds, since: int | None = None) -> Tensor:
     Raises:
         ValueError: an unknown tensor or kind.
     """
-    unknown = [f"{slot}={kind}" for slot, (kind, _) in kinds.items() if slot not in SLOTS or kind not in _CODES]
+    unknown = [f"{slot}={kind}" for slot, (kind, _) in kinds.items() if slot not in SLOTS or kind not in CODES]
     if unknown:
-        raise ValueError(f"kinds: expected of {SLOTS} one of {tuple(_CODES)}, got {', '.join(unknown)}")
+        raise ValueError(f"kinds: expected of {SLOTS} one of {tuple(CODES)}, got {', '.join(unknown)}")
     pairs = (kinds.get(slot, ("none", 0)) for slot in SLOTS)
-    rows = [(_CODES[kind], rank) for kind, rank in pairs] + ([] if since is None else [(since, 0)])
+    rows = [(CODES[kind], rank) for kind, rank in pairs] + ([] if since is None else [(since, 0)])
     return torch.tensor(rows, dtype=torch.int64, device="cpu")
 
 

@@ -15,13 +15,17 @@ def into_storages(term: Term, *values: Tensor) -> tuple[Tensor, ...]:
     """
     if isinstance(term, LowRank):
         rank = term.factors[1].shape[0]
+        if rank == term.up.shape[0]:
+            return values[0].to(term.down.dtype), values[1].to(term.up.dtype)
         down, up = (torch.zeros_like(storage) for storage in term.storages)
         down[:, :rank] = values[0]
         up[:rank] = values[1]
         return down, up
+    if isinstance(term, Vector) and term.value.dim() == 1:
+        return (values[0].to(term.value.dtype),)
     grad = torch.zeros_like(term.value)
     if isinstance(term, Vector):
-        (grad if grad.dim() == 1 else grad[:, 0]).copy_(values[0])
+        grad[:, 0] = values[0]
     else:
         grad[(0,) * grad.dim()] = values[0].sum()
     return (grad,)

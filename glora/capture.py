@@ -1,0 +1,66 @@
+"""A function of fixed tensors as a CUDA graph: captured once, replayed with other values in the same memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+WARM_UP = 3  # runs before a capture, in which libraries allocate what they keep
+
+
+class CudaGraphs:
+    """What is asked of ``torch.cuda``, in one place: tests put an emulation there."""
+
+    def __init__(self, device: torch.device):
+        self._device = device
+
+    def warm_up(self, function: Callable[[], object]) -> None:
+        """Run ``function`` a few times on a stream of its own."""
+        with torch.cuda.device(self._device):
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for _ in range(WARM_UP):
+                    function()
+            torch.cuda.current_stream().wait_stream(stream)
+
+    def capture(self, function: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+        """What replays ``function``, and its output, which a replay writes anew. Nothing is computed yet."""
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.device(self._device), torch.cuda.graph(graph):
+            output = function()
+        return graph.replay, output
+
+    def capture_pieces(self, pieces: Sequence[nn.Module], inputs: Sequence[Tensor]) -> None:
+        """Make each piece replay graphs of its forward and its backward; they have to run in this order."""
+        with torch.cuda.device(self._device):
+            samples = tuple((given,) for given in inputs)
+            torch.cuda.make_graphed_callables(tuple(pieces), samples, allow_unused_input=True)
+
+
+def graphs_for(device: torch.device) -> CudaGraphs | None:
+    """None where there are no CUDA graphs."""
+    return CudaGraphs(device) if device.type == "cuda" else None
+
+
+class Captured:
+    """``function`` of as many tensors as ``inputs``, as a graph.
+
+    Args:
+        function: runs on the device alone, and the same operations at every call.
+        inputs: examples, whose shapes and dtypes are fixed by this.
+    """
+
+    def __init__(self, function: Callable[..., Tensor], inputs: tuple[Tensor, ...], graphs: CudaGraphs):
+        self._inputs = [value.detach().clone() for value in inputs]
+        graphs.warm_up(lambda: function(*self._inputs))
+        self._replay, self._output = graphs.capture(lambda: function(*self._inputs))
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        """The output for these inputs, in memory of its own."""
+        for own, value in zip(self._inputs, inputs):
+            own.copy_(value, non_blocking=True)
+        self._replay()
+        return self._output.clone()

@@ -1,0 +1,95 @@
+"""CUDA graphs without a GPU: operations are written down below autograd, and repeated in the same memory.
+
+What is written down knows no Python: a replay that took another branch, read a value on the host or used a new tensor
+would compute something else here, too. Reading a value during a capture raises, as on a GPU. Memory pools and streams
+are not emulated.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from glora.capture import WARM_UP, CudaGraphs
+
+_READ_VALUES = {"_local_scalar_dense", "nonzero", "equal", "is_nonzero", "masked_select", "unique_dim", "_unique2"}
+
+
+class Recorder(TorchDispatchMode):
+    """Runs operations and writes them down."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        name = function._schema.name.partition("::")[2]
+        if name in _READ_VALUES:
+            raise RuntimeError(f"{name}: operation not permitted when stream is capturing")
+        outputs = function(*args, **kwargs)
+        self.calls.append((function, args, kwargs, outputs))
+        return outputs
+
+    @torch.no_grad()
+    def replay(self) -> None:
+        for function, args, kwargs, outputs in self.calls:
+            again = function(*args, **kwargs)
+            given = {_memory(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)}
+            for old, new in zip(tree_leaves(outputs), tree_leaves(again)):
+                if isinstance(old, torch.Tensor) and _memory(old) not in given:
+                    old.copy_(new)
+
+
+def _memory(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+class EmulatedGraphs(CudaGraphs):
+    """Attributes: captures, replays: how many there were."""
+
+    def __init__(self):
+        self.captures, self.replays = 0, 0
+
+    def warm_up(self, function):
+        for _ in range(WARM_UP):
+            function()
+
+    def capture(self, function):
+        self.captures += 1
+        with Recorder() as recorder:
+            output = function()
+
+        def replay():
+            self.replays += 1
+            recorder.replay()
+
+        return replay, output
+
+    def capture_pieces(self, pieces, inputs):
+        """As ``torch.cuda.make_graphed_callables`` does: all forward passes, then all backward passes in reverse."""
+        forwards = [(piece, x, *self.capture(lambda: piece.forward(x))) for piece, x in zip(pieces, inputs)]  # noqa: B023
+        for piece, x, replay, y in reversed(forwards):
+            piece.forward = self._graphed(piece, x, replay, y)
+
+    def _graphed(self, piece, x, replay_forward, y):
+        leaves = [leaf for leaf in (x, *piece.parameters()) if leaf.requires_grad]
+        dy = torch.zeros_like(y)
+        replay_backward, grads = self.capture(lambda: torch.autograd.grad(y, leaves, dy, allow_unused=True))
+
+        class Graphed(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx, given, *_):
+                x.data.copy_(given)
+                replay_forward()
+                return y.detach()
+
+            @staticmethod
+            def backward(ctx, given):
+                dy.copy_(given)
+                replay_backward()
+                found = [None if grad is None else grad.detach() for grad in grads]
+                return (*([] if x.requires_grad else [None]), *found)
+
+        return lambda given: Graphed.apply(given, *(p for p in piece.parameters() if p.requires_grad))
