@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import nan
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -82,7 +83,7 @@ def read_search(file: Path | None, layers: Layers) -> Search | None:
     paths, parameters = _read_paths(best, layers)
     return Search(
         paths=paths,
-        best=Evaluated(best.count("generation"), parameters, best.number("score")),
+        best=Evaluated(best.count("generation"), parameters, _score(best.optional("score", Entries.number))),
         limit=entries.optional("limit", Entries.count),
         metric=entries.optional("metric", Entries.text),
         settings=entries.table("settings").content,
@@ -96,9 +97,14 @@ def _evaluated(entries: Entries, item: Any) -> Evaluated:
     """An entry of a history; what later formats may append to it is left out."""
     if not isinstance(item, list) or [type(value) for value in item[:2]] != [int, int] or len(item) < 4:
         entries.fail("history", f"lists [generation, parameters, score, share], not {item!r}")
-    if any(type(value) not in (int, float) for value in item[2:4]):
+    if type(item[2]) not in (int, float, type(None)) or type(item[3]) not in (int, float):
         entries.fail("history", f"numbers as scores and shares, not {item[2]!r} and {item[3]!r}")
-    return Evaluated(item[0], item[1], float(item[2]), float(item[3]))
+    return Evaluated(item[0], item[1], _score(item[2]), float(item[3]))
+
+
+def _score(value: float | None) -> float:
+    """JSON has no word for a score that is not finite."""
+    return nan if value is None else float(value)
 
 
 def read_merged(file: Path | None, layers: Layers) -> Merged | None:

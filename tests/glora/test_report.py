@@ -677,7 +677,7 @@ def test_shares_of_a_path(tmp_path):
 
 def test_search_progress(tmp_path):
     run = write_run(tmp_path / "run", limit=3000)
-    scores = [(0, 900, 0.5), (0, 800, 0.25), (0, 700, 0.75), (1, 600, 0.5), (1, 500, 0.125), (1, 400, float("nan"))]
+    scores = [(0, 900, 0.5), (0, 800, 0.25), (0, 700, 0.75), (1, 600, 0.5), (1, 500, 0.125), (1, 400, None)]
     parts = [[0, 300, 0.9, 0.25], [1, 250, 0.95, 0.5]]  # of halving: good scores, of few samples
     history = [*([*each, 1.0, "appended later"] for each in scores), *parts]
     change(run / "search.json", history=history, evaluations=8)
@@ -694,6 +694,11 @@ def test_search_progress(tmp_path):
     assert "1 without a finite score left out" in title
     assert "2 of them scored on a part of the validation split only" in title
     assert loaded.search.evaluations == 8
+    change(run / "search.json", history=[[*each[:2], None, 1.0] for each in scores])
+    best = json.loads((run / "search.json").read_text())["best"]
+    change(run / "search.json", best={**best, "score": None})
+    assert search_figure(load_runs(run)[0]) is None
+    assert write_report(run, progress=False).text
 
 
 def test_search_by_loss(tmp_path):
