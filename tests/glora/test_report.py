@@ -529,6 +529,13 @@ def test_the_figures_have_room_for_what_differs(tmp_path):
     for seed in (0, 1):
         write_run(tmp_path / f"s{seed}", "cifar", seed, changes=changes if seed else (), features=0)
     write_report(tmp_path, progress=False)  # a layout that does not fit is a warning, which is an error here
+    figure = vtab_figure(VIT_B, settings_of(tmp_path))
+    figure.draw_without_rendering()
+    bars, averages = figure.axes
+    boxes = [label.get_window_extent() for label in averages.get_yticklabels()]
+    assert len(boxes) == 10
+    assert all(upper.y0 > lower.y1 for upper, lower in zip(boxes, boxes[1:]))
+    assert min(box.x0 for box in boxes) > bars.get_window_extent().x1
 
 
 @pytest.mark.parametrize(
