@@ -36,15 +36,11 @@ def vtab_figure(backbone: str, settings: Mapping[Setting, Tasks]) -> Any | None:
         _draw_bars(bars, names, method, tested, index, len(found))
     _label_bars(bars, names)
     if len(found) > 1:
-        bars.legend(
-            fontsize=8,
-            ncols=min(4, len(names) // 4 + 1),
-            loc="upper center",
-            bbox_to_anchor=(0.5, -0.25),
-            frameon=False,
-        )
+        columns = int(figure.get_figwidth() // 3)
+        bars.legend(fontsize=8, ncols=columns, loc="upper center", bbox_to_anchor=(0.5, -0.25), frameon=False)
     part = "" if len(names) == len(VTAB) else f", {len(names)} of {len(VTAB)} data sets"
-    set_title(figure, f"VTAB-1K{part}, {', '.join(found)}, {backbone}")
+    only = "" if len(found) > 1 else f", {next(iter(found))}"
+    set_title(figure, f"VTAB-1K{part}{only}, {backbone}")
     return figure
 
 
@@ -76,27 +72,36 @@ def _label_bars(axes: Any, names: Sequence[str]) -> None:
     axes.set_xticks(range(len(names)), [VTAB[name].title for name in names], rotation=45, ha="right")
     axes.set_xlim(-0.6, len(names) - 0.4)
     axes.set_ylim(0, 107)
-    axes.set_ylabel("test accuracy, %: mean ± standard deviation over seeds")
+    axes.set_ylabel("test accuracy, %:\nmean ± standard deviation over seeds")
     axes.set_axisbelow(True)
     axes.grid(axis="y", alpha=0.3)
 
 
 def _draw_averages(axes: Any, found: Mapping[str, Mapping[str, OverSeeds]], known: Sequence[Published]) -> None:
     """A dot a method: ours filled, where all data sets were run; published ones hollow."""
-    names = []
-    for method, tested in found.items():
+    names: list[str] = []
+    rows: list[float] = []
+    for index, (method, tested) in enumerate(found.items()):
         part = "" if len(tested) == len(VTAB) else f"\n({len(tested)} of {len(VTAB)} run)"
-        names.append(f"{legend_label(method)}{part}")
+        _add_row(names, rows, f"{legend_label(method)}{part}")
         if len(tested) == len(VTAB):
-            _draw_average(axes, mean_entry(method, "", tested, len(VTAB), average), len(names) - 1)
+            mean = mean_entry(method, "", tested, len(VTAB), average)
+            _draw_average(axes, mean, rows[-1], COLOURS[index % len(COLOURS)])
     for each in known:
-        names.append(f"{each.method} (published)")
-        axes.plot(each.accuracy["average"], len(names) - 1, "o", markerfacecolor="none", color="#444444")
-    axes.set_yticks(range(len(names)), names, fontsize=8)
-    axes.set_ylim(len(names) - 0.5, -0.5)
+        _add_row(names, rows, f"{each.method} (published)")
+        axes.plot(each.accuracy["average"], rows[-1], "o", markerfacecolor="none", color="#444444")
+    axes.set_yticks(rows, names, fontsize=8)
+    axes.set_ylim(rows[-1] + 1, rows[0] - 1)
     axes.set_xlabel("average of the groups' means, %")
     axes.grid(alpha=0.3)
 
 
-def _draw_average(axes: Any, entry: Entry, row: int) -> None:
-    axes.errorbar(entry.value, row, xerr=entry.deviation, fmt="o", capsize=3, color=COLOURS[row % len(COLOURS)])
+def _add_row(names: list[str], rows: list[float], name: str) -> None:
+    """``name`` below the others, with room for its lines."""
+    before = rows[-1] + names[-1].count("\n") / 2 + 0.5 if rows else 0.0
+    rows.append(before + name.count("\n") / 2 + 0.5)
+    names.append(name)
+
+
+def _draw_average(axes: Any, entry: Entry, row: float, colour: str) -> None:
+    axes.errorbar(entry.value, row, xerr=entry.deviation, fmt="o", capsize=3, color=colour)

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from dataclasses import replace
+from itertools import pairwise
 from statistics import fmean, stdev
 from xml.etree import ElementTree
 
@@ -529,6 +530,14 @@ def test_the_figures_have_room_for_what_differs(tmp_path):
     for seed in (0, 1):
         write_run(tmp_path / f"s{seed}", "cifar", seed, changes=changes if seed else (), features=0)
     write_report(tmp_path, progress=False)  # a layout that does not fit is a warning, which is an error here
+    figure = vtab_figure(VIT_B, settings_of(tmp_path))
+    figure.draw_without_rendering()
+    bars, averages = figure.axes
+    boxes = [label.get_window_extent() for label in averages.get_yticklabels()]
+    assert len(boxes) == 10
+    assert all(upper.y0 > lower.y1 for upper, lower in pairwise(boxes))
+    assert min(box.x0 for box in boxes) > bars.get_window_extent().x1
+    assert averages.get_position().width > 0.14  # of the figure: labels of one line leave less
 
 
 @pytest.mark.parametrize(
