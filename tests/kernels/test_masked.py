@@ -126,6 +126,23 @@ def test_storages_read():
     assert storages_read(path_masks(config, RANK)).tolist() == [[1, 1, 1, 0, 1, 1, 0, 1], [0] * 8]
 
 
+@pytest.mark.parametrize("leading", [(5,), (2, 3), (0, 2), ()], ids=str)
+@pytest.mark.parametrize("function", [masked_linear, row_scaled])
+def test_any_leading_shape(function, leading):
+    """And after a row scale any successor, such as ReLU(inplace=True)."""
+    _, weight, b0, storages = make()
+    x = torch.randn(*leading, 6, dtype=torch.float64, generator=generator_for("x")).requires_grad_()
+    config = config_of(("vector", "lora_3", "vector", "constant", "vector"))
+    relu = torch.relu_ if function is row_scaled else torch.relu
+    y = relu(function(x, weight, b0, storages, config, "hadamard"))
+    want = torch.relu(glora_linear(x, weight, b0, decode(storages, config, "hadamard")))
+    torch.testing.assert_close(y, want, rtol=1e-10, atol=1e-10)
+    found, expected = named_gradients(y, x, storages), named_gradients(want, x, storages)
+    for name, gradient in expected.items():
+        if gradient is not None:
+            torch.testing.assert_close(found[name], gradient, rtol=1e-10, atol=1e-10, msg=name)
+
+
 # Cost -----------------------------------------------------------------------------------------------------------------
 
 
