@@ -59,7 +59,9 @@ class _RowScaled(torch.autograd.Function):
         tokens = x.reshape(-1, x.shape[-1])
         z = F.linear(tokens, weight)
         ctx.save_for_backward(tokens if "B" in wanted else None, z if "A" in wanted else None, weight, bias, *storages)
-        return _forward(tokens, z, weight, bias, terms).reshape(*x.shape[:-1], weight.shape[0])
+        y = _forward(tokens, z, weight, bias, terms)
+        # in place of a view, which a successor such as ReLU(inplace=True) could not overwrite
+        return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], weight.shape[0]))
 
     @staticmethod
     @once_differentiable

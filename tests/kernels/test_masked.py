@@ -6,7 +6,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from glora_kernels import (
-    encode,
     glora_conv2d,
     glora_linear,
     masked_terms,
@@ -17,29 +16,7 @@ from glora_kernels import (
 )
 from glora_kernels.configuration import STORAGES, decode
 from tests.helpers import ALL_PATHS, assert_contract, generator_for, oracle, results
-
-RANK = 4
-
-
-def config_of(path):
-    kinds = {slot: choice.partition("_") for slot, choice in zip("ABCDE", path)}
-    return encode({slot: (kind, int(rank or 0)) for slot, (kind, _, rank) in kinds.items()})
-
-
-def make(shape=(5, 7, 6), *, product="hadamard", bias=True, dtype=torch.float64, terms_dtype=None, seed=0):
-    """``(x, weight, bias, storages)``, where x and the storages require grad."""
-    tokens, rows, columns = shape
-    gen = generator_for(shape, product, seed)
-    randn = lambda *size: torch.randn(*size, generator=gen, dtype=torch.float64).to(dtype)  # noqa: E731
-    left = rows if product == "hadamard" else columns
-    sizes = [(left, RANK), (RANK, columns), (rows, RANK), (RANK, columns), (columns, RANK), (RANK, 1), (rows,), (rows,)]
-    x, weight, b0 = randn(tokens, columns), randn(rows, columns), randn(rows)
-    storages = [(randn(*size) * 0.5).to(terms_dtype or dtype).requires_grad_() for size in sizes]
-    return x.requires_grad_(), weight, b0 if bias else None, storages
-
-
-def masked_linear(x, weight, bias, storages, config, product):
-    return glora_linear(x, weight, bias, masked_terms(weight, bias, storages, path_masks(config, RANK), product))
+from tests.masked_cases import RANK, config_of, make, masked_linear
 
 
 def row_scaled(x, weight, bias, storages, config, product):
@@ -124,6 +101,23 @@ def test_nan_in_what_is_not_read_does_not_leak(function, product):
 def test_storages_read():
     config = torch.stack([config_of(p) for p in [("lora_1", "vector", "lora_3", "none", "constant"), ("none",) * 5]])
     assert storages_read(path_masks(config, RANK)).tolist() == [[1, 1, 1, 0, 1, 1, 0, 1], [0] * 8]
+
+
+@pytest.mark.parametrize("leading", [(5,), (2, 3), (0, 2), ()], ids=str)
+@pytest.mark.parametrize("function", [masked_linear, row_scaled])
+def test_any_leading_shape(function, leading):
+    """And after a row scale any successor, such as ReLU(inplace=True)."""
+    _, weight, b0, storages = make()
+    x = torch.randn(*leading, 6, dtype=torch.float64, generator=generator_for("x")).requires_grad_()
+    config = config_of(("vector", "lora_3", "vector", "constant", "vector"))
+    relu = torch.relu_ if function is row_scaled else torch.relu
+    y = relu(function(x, weight, b0, storages, config, "hadamard"))
+    want = torch.relu(glora_linear(x, weight, b0, decode(storages, config, "hadamard")))
+    torch.testing.assert_close(y, want, rtol=1e-10, atol=1e-10)
+    found, expected = named_gradients(y, x, storages), named_gradients(want, x, storages)
+    for name, gradient in expected.items():
+        if gradient is not None:
+            torch.testing.assert_close(found[name], gradient, rtol=1e-10, atol=1e-10, msg=name)
 
 
 # Cost -----------------------------------------------------------------------------------------------------------------
