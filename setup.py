@@ -1,5 +1,77 @@
-"""Everything is in pyproject.toml; this file is where the optional CUDA extension will be built."""
+"""The optional CUDA extension ``glora_kernels._C`` of csrc/; everything else is in pyproject.toml.
+
+The environment variable GLORA_BUILD_CUDA decides: ``auto`` (default) builds it where a CUDA build of PyTorch, nvcc and
+its headers are at hand, and otherwise says in one line why it does not; ``0`` never does; ``1`` fails where something
+is missing. No GPU is asked: it is built for TORCH_CUDA_ARCH_LIST, by default those of ARCHITECTURES.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
 
 from setuptools import setup
 
-setup()
+ARCHITECTURES = "8.0;9.0a;10.0+PTX"
+SOURCES = ("autograd.cpp", "bindings.cpp", "cuda.cu", "host.cpp", "launch.cpp", "layer.cpp", "plan.cpp")
+
+
+def cuda_home():
+    """The toolkit's folder, with nvcc and the headers, or None."""
+    nvcc = shutil.which("nvcc")
+    candidates = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), nvcc and Path(nvcc).resolve().parent.parent]
+    for folder in [*candidates, "/usr/local/cuda"]:
+        if folder and (Path(folder) / "bin/nvcc").is_file() and (Path(folder) / "include/cuda_runtime.h").is_file():
+            return Path(folder)
+    return None
+
+
+def missing():
+    """What the extension lacks to be built, or None."""
+    try:
+        import torch
+    except ImportError:
+        return "PyTorch cannot be imported by this build (pip builds apart from it without --no-build-isolation)"
+    if torch.version.cuda is None:
+        return "this PyTorch has no CUDA"
+    home = cuda_home()
+    if home is None:
+        return "no CUDA toolkit with nvcc and headers is on the PATH, in CUDA_HOME or in /usr/local/cuda"
+    told = subprocess.run([home / "bin/nvcc", "--version"], check=False, capture_output=True, text=True).stdout
+    release = re.search(r"release (\d+)\.", told)
+    if release is None or release[1] != torch.version.cuda.split(".")[0]:
+        return f"nvcc of {home} is of CUDA {release[1] if release else '?'}, this PyTorch of {torch.version.cuda}"
+    return None
+
+
+def extension():
+    """The arguments for setup() that build it."""
+    os.environ["CUDA_HOME"] = str(cuda_home())
+    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", ARCHITECTURES)
+    from torch.utils.cpp_extension import BuildExtension, CUDAExtension
+
+    built = CUDAExtension(
+        "glora_kernels._C",
+        [f"csrc/{name}" for name in SOURCES],
+        define_macros=[("GLORA_WITH_CUDA", None)],
+        extra_compile_args={"cxx": ["-O3"], "nvcc": ["-O3"]},
+    )
+    return {"ext_modules": [built], "cmdclass": {"build_ext": BuildExtension}}
+
+
+def chosen():
+    """What GLORA_BUILD_CUDA says."""
+    choice = os.environ.get("GLORA_BUILD_CUDA", "auto")
+    if choice not in ("auto", "0", "1"):
+        raise SystemExit(f"GLORA_BUILD_CUDA: expected auto, 0 or 1, got {choice!r}")
+    reason = None if choice == "0" else missing()
+    if choice == "1" and reason is not None:
+        raise SystemExit(f"GLORA_BUILD_CUDA=1: {reason}")
+    if reason is not None:
+        print(f"glora: the CUDA extension is not built: {reason}")
+    return {} if choice == "0" or reason is not None else extension()
+
+
+if __name__ == "__main__":
+    setup(**chosen())

@@ -67,6 +67,8 @@ def differentiable(
     backend: Backend, recipe: Recipe, x: Tensor, weight: Tensor, bias: Tensor | None, terms: Terms
 ) -> Tensor:
     """The same where grad mode is on, with what :func:`recipe_of` returns for these terms."""
+    if backend.whole_layer is not None:
+        return backend.whole_layer(x, weight, bias, terms)
     # Formed by autograd, so that second derivatives reach x through them.
     token_sums = x.sum(-1) if recipe.reads_sums and backend.takes_token_sums else None
     return _GLoRALinear.apply(backend, recipe, terms, x, token_sums, weight, bias, *terms.storages)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 from torch import Tensor
@@ -26,6 +27,10 @@ class Backend(Protocol):
     @property
     def takes_token_sums(self) -> bool: ...
 
+    @property
+    def whole_layer(self) -> Callable[[Tensor, Tensor, Tensor | None, Terms], Tensor] | None:
+        """Forward and backward as one call, with an autograd node of its own; None: :mod:`.autograd` has the node."""
+
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None, terms: Terms) -> Forward:
         """y for x of any leading shape."""
 
@@ -43,6 +48,10 @@ def backend_for(decision: Decision) -> Backend:
     """The backend that was decided for (not the reference); Triton is loaded at its first use."""
     if decision.backend == "torch":
         return _torch
+    if decision.backend == "cuda":
+        from ._cuda import ExtensionBackend
+
+        return ExtensionBackend()
     from ._triton import TritonBackend
 
     return TritonBackend(decision.strategy)

@@ -48,7 +48,7 @@ def available_backends() -> dict[str, str | None]:
         "reference": None,
         "torch": None,
         "triton": _triton_reason(),
-        "cuda": "this release ships no CUDA kernels",
+        "cuda": _extension_fault(),
     }
 
 
@@ -73,6 +73,12 @@ def _triton_fault() -> str | None:
     except Exception as error:  # whatever it takes the driver to start
         return f"Triton cannot be used: {type(error).__name__}: {error}"
     return None
+
+
+def _extension_fault() -> str | None:
+    from ._cuda import fault
+
+    return fault()
 
 
 def _interpreted() -> bool:
@@ -123,6 +129,8 @@ def decide(weight: Tensor, terms: Terms) -> Decision:
     unfit = tracing if choice.backend != "reference" else None
     if unfit is None and choice.backend == "triton":
         unfit = triton_unfit(weight, terms)
+    if unfit is None and choice.backend == "cuda":
+        unfit = _extension_unfit(weight)
     if unfit is not None:
         raise RuntimeError(f"{source}: backend {choice.backend!r} cannot be used here ({unfit}); use 'auto'")
     return Decision(choice.backend, f"chosen by {source}", choice.strategy)
@@ -174,6 +182,19 @@ def triton_unfit(weight: Tensor, terms: Terms) -> str | None:
     if rank > MAX_TRITON_RANK:
         return f"rank {rank} is above {MAX_TRITON_RANK}"
     return None
+
+
+def _extension_unfit(weight: Tensor) -> str | None:
+    """Why the extension cannot serve this weight, if that is so. On a CPU it has the kernels' arithmetic, for tests."""
+    from ._cuda import load
+
+    if isinstance(weight, FakeTensor):
+        return "fake tensors have no memory to launch on"
+    if weight.device.type == "cpu":
+        return None
+    if weight.device.type != "cuda" or not load().with_cuda:
+        return f"the operands are on {weight.device.type}, for which the extension was not built"
+    return "fp64 on a GPU is served by the torch backend" if weight.dtype == torch.float64 else None
 
 
 def _architecture(device: torch.device) -> str:

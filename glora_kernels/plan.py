@@ -77,6 +77,8 @@ def explain(
         plan = _reference_plan(call)
     elif decision.backend == "triton" and x.numel() and weight.numel():  # it leaves empty ones to the torch backend
         plan = _triton_plan(call, architecture or _architecture(weight.device), decision)
+    elif decision.backend == "cuda":
+        plan = _extension_plan(call)
     else:
         plan = _torch_plan(call)
     return Explanation(decision.backend, decision.reason, plan.pop("strategy"), *call.sizes, **plan)
@@ -178,8 +180,34 @@ def _torch_plan(call: _Call) -> dict[str, Any]:
     }
 
 
+def _extension_plan(call: _Call) -> dict[str, Any]:
+    """``csrc/layer.cpp``: dW wherever a hadamard A wants a gradient, ``dy W0`` beside dx for a diagonal one."""
+    (tokens, outputs, inputs), terms = call.sizes, call.terms
+    third = "A" in call.wanted and (terms.product == "hadamard" or not isinstance(terms.A, LowRank))
+    units = call.x.requires_grad + third
+    through_dw = third and terms.product == "hadamard"
+    flops = units * 2 * tokens * outputs * inputs
+    if call.x.requires_grad:
+        flops += _assembly_flops(call, projected=True)
+    for slot in call.wanted & {"A", "B"}:
+        rank = _rank(getattr(terms, slot))
+        dense, thin = 4 * outputs * inputs * rank, 4 * tokens * (outputs + inputs) * rank
+        flops += dense if through_dw else thin or 2 * tokens * outputs * (slot == "B")
+        flops += 2 * outputs * inputs * rank if slot == "A" and terms.product == "matmul" else 0
+    if "C" in call.wanted:
+        flops += 2 * outputs * inputs + 4 * inputs * _rank(terms.C)
+    return {
+        "strategy": "one call of C++: W_eff in one pass, one GEMM" + ("; backward contracts dW" if through_dw else ""),
+        "forward_units": 1,
+        "backward_units": units,
+        "forward_flops": _forward_flops(call),
+        "backward_flops": flops,
+        **_saved(call._replace(keeps_output=False) if hasattr(call, "_replace") else call, token_sums=False),
+    }
+
+
 def _saved(call: _Call, token_sums: bool) -> dict[str, Any]:
-    """Of both the torch and the Triton backend: x or its sums, V = W0 Ad, and y with the bias that was added to it."""
+    """x or its sums, V = W0 Ad, and y with the bias that was added to it, where they are kept."""
     (tokens, outputs, _), terms, size = call.sizes, call.terms, call.x.element_size()
     projected = isinstance(terms.A, LowRank) and terms.product == "matmul"
     adapts_bias = terms.C is not None or terms.E is not None or (terms.D is not None and call.bias is not None)

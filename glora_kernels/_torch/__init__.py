@@ -6,5 +6,6 @@ from .linear import forward
 
 reads_values = True  # which rows of da have to be formed anew
 takes_token_sums = True  # a vector or constant B reads nothing else of x
+whole_layer = None
 
-__all__ = ["assemble", "backward", "forward", "project", "reads_values", "takes_token_sums"]
+__all__ = ["assemble", "backward", "forward", "project", "reads_values", "takes_token_sums", "whole_layer"]

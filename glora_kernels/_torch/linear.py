@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -14,4 +15,7 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, terms: Terms) -> For
     """y for x of any leading shape."""
     projected = project(weight, terms)
     w_eff, b_eff = assemble(weight, bias, terms, projected)
-    return Forward(F.linear(x, w_eff, b_eff), projected, b_eff)
+    y = F.linear(x, w_eff, b_eff)
+    if x.dim() != 2:  # in place of a view, which a successor such as ReLU(inplace=True) could not overwrite
+        y = torch.ops.aten._unsafe_view(y, y.shape)
+    return Forward(y, projected, b_eff)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -25,6 +26,8 @@ class TritonBackend:
     """
 
     strategy: str | None = None
+
+    whole_layer: ClassVar[None] = None
 
     @property
     def reads_values(self) -> bool:

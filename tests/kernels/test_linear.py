@@ -285,9 +285,13 @@ def test_contract_for_a_gradient_of_few_tokens(dtype):
     check(call, dy)
 
 
-def test_output_changed_in_place_is_noticed():
+@pytest.mark.parametrize("leading", [None, (4, 64), (2, 2, 64)], ids=str)
+def test_output_changed_in_place_is_noticed(leading):
     """nn.ReLU(inplace=True) after the layer works, as after nn.Linear."""
     call = vector_call(torch.float64)
+    if leading is not None:
+        x = torch.randn(*leading, call[0].shape[-1], dtype=torch.float64, requires_grad=True)
+        call = (x, *call[1:])
     leaves = [call[0], *call[3].flatten()[0]]
     y = glora_linear(*call)
     got = torch.autograd.grad(torch.relu_(y).sum(), leaves)

@@ -1,0 +1,6 @@
+"""The optional extension ``glora_kernels._C``, built from ``csrc/``: what loads it, and the backend that calls it."""
+
+from .backend import ExtensionBackend
+from .extension import BUILD, fault, load
+
+__all__ = ["BUILD", "ExtensionBackend", "fault", "load"]
