@@ -123,7 +123,7 @@ def _triton_plan(call: _Call, architecture: str, decision: Decision) -> dict[str
         "backward_units": sum(launch.kind != PASS for launch in backward),
         "forward_flops": sum(launch.flops for launch in forward),
         "backward_flops": sum(launch.flops for launch in backward),
-        **_saved(call, token_sums=False),
+        **_saved(call, token_sums=False, output=call.keeps_output),
         "architecture": architecture,
         "route": route,
         "choice": _choice(whole, decision),
@@ -176,7 +176,7 @@ def _torch_plan(call: _Call) -> dict[str, Any]:
         "backward_units": units,
         "forward_flops": _forward_flops(call),
         "backward_flops": _backward_flops(call, units) + probes,
-        **_saved(call, reads_token_sums(call.terms, call.wanted)),
+        **_saved(call, reads_token_sums(call.terms, call.wanted), call.keeps_output),
     }
 
 
@@ -202,11 +202,11 @@ def _extension_plan(call: _Call) -> dict[str, Any]:
         "backward_units": units,
         "forward_flops": _forward_flops(call),
         "backward_flops": flops,
-        **_saved(call._replace(keeps_output=False) if hasattr(call, "_replace") else call, token_sums=False),
+        **_saved(call, token_sums=False, output=False),
     }
 
 
-def _saved(call: _Call, token_sums: bool) -> dict[str, Any]:
+def _saved(call: _Call, token_sums: bool, output: bool) -> dict[str, Any]:
     """x or its sums, V = W0 Ad, and y with the bias that was added to it, where they are kept."""
     (tokens, outputs, _), terms, size = call.sizes, call.terms, call.x.element_size()
     projected = isinstance(terms.A, LowRank) and terms.product == "matmul"
@@ -215,8 +215,8 @@ def _saved(call: _Call, token_sums: bool) -> dict[str, Any]:
         "x": call.x.numel() * size * bool(call.wanted & {"A", "B"} and not token_sums),
         "token sums": tokens * size * token_sums,
         "V": outputs * _rank(terms.A) * compute_dtype(call.weight.dtype).itemsize * projected,
-        "y": tokens * outputs * size * call.keeps_output,
-        "b_eff": outputs * size * (call.keeps_output and adapts_bias),
+        "y": tokens * outputs * size * output,
+        "b_eff": outputs * size * (output and adapts_bias),
     }
     return {"saved": tuple(name for name in sizes if sizes[name]), "saved_bytes": sum(sizes.values())}
 

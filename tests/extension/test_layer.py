@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 import glora
 from glora_kernels import LowRank, Terms, configured_linear, encode, explain, glora_linear, glora_merge, use_backend
@@ -102,6 +103,23 @@ def test_partial_sums_cover_all_rows_and_stay_small(extension, shape):
     chunk, chunks = extension.plan_contraction(rows, columns)
     assert (chunks - 1) * chunk < rows <= chunks * chunk
     assert chunks * 8 * columns <= max(rows * columns / 16, 8 * columns)
+
+
+@pytest.mark.parametrize("product", PRODUCTS)
+def test_dense_products_are_those_of_the_plan(product):
+    """Counted by PyTorch, which does not see the kernels' own contractions; those are thin."""
+    for a, b in PAIRS:
+        call = make_call((a, b, "none", "none", "none"), (400, 320, 240), product=product)
+        plan = explain(*call)
+        with FlopCounterMode(display=False) as counter:
+            y = glora_linear(*call)
+        forward = counter.get_total_flops()
+        with FlopCounterMode(display=False) as counter:
+            y.sum().backward()
+        unit = 2 * 400 * 320 * 240
+        assert round(forward / unit) == plan.forward_units, (a, b)
+        assert round(counter.get_total_flops() / unit) == plan.backward_units, (a, b)
+        assert counter.get_total_flops() <= plan.backward_flops * 1.01
 
 
 def test_only_what_is_wanted():
