@@ -116,7 +116,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--population", type=int, default=20, help="and as many in each generation (default: 20)")
     parser.add_argument("--generations", type=int, default=4, help="after the first (default: 4)")
     parser.add_argument("--probabilities", type=float, nargs="+", default=[0.2, 0.02], help="of mutation; a run each")
-    parser.add_argument("--out", type=Path, help="folder for results.json and table.md")
+    parser.add_argument("--out", type=Path, help="folder for figures.json and table.md")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     half = options.population // 2
@@ -128,7 +128,7 @@ def main(arguments: list[str] | None = None) -> None:
         print(row(runs[-1]), flush=True)
     if options.out is not None:
         options.out.mkdir(parents=True, exist_ok=True)
-        (options.out / "results.json").write_text(json.dumps({"environment": where, "runs": runs}, indent=1) + "\n")
+        (options.out / "figures.json").write_text(json.dumps({"environment": where, "runs": runs}, indent=1) + "\n")
         (options.out / "table.md").write_text(table(runs, where))
 
 

@@ -207,7 +207,7 @@ def main(arguments: list[str] | None = None) -> None:
         entries += run(trial, options.searches, partial(print, flush=True))
     study = {"environment": where, "seeds": options.seeds, "searches": options.searches, "entries": entries}
     study["summary"] = summarise(entries)
-    (options.out / "results.json").write_text(json.dumps(study, indent=1) + "\n")
+    (options.out / "figures.json").write_text(json.dumps(study, indent=1) + "\n")
     (options.out / "table.md").write_text(tables(study))
 
 
