@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # One command on a machine with an NVIDIA GPU, under 9 minutes, from the source tree and without a network:
 #   bench/gpu.sh OUTDIR
-# runs the GPU tests and the sanitizer, tunes tiles where there are none for this GPU, times kernels against their
+# builds the CUDA extension where nvcc is, runs the GPU tests and the sanitizer, tunes tiles where there are none for this GPU, times kernels against their
 # floors and everyone against everyone; leaves a few files in OUTDIR and prints a short table last.
 # Exits with 1 if anything failed. Exit 124 of a part: its time was up; what it had is kept.
 set -uo pipefail
@@ -14,6 +14,15 @@ logs=$(mktemp -d)
 failed=0
 gpu_tests=("$python" -m pytest -q --maxfail=20 -p no:cacheprovider -o addopts= tests/gpu)
 finished() { [ "$2" -eq 0 ] || [ "$2" -eq 124 ] || failed=1; echo "$1: exit $2"; }
+
+# 0. The extension, if it can be built here; its tests are skipped otherwise.
+if command -v nvcc >/dev/null && "$python" -c 'import setuptools' 2>/dev/null; then
+  GLORA_BUILD_CUDA=auto TORCH_CUDA_ARCH_LIST=$("$python" -c 'import torch; print(".".join(map(str, torch.cuda.get_device_capability())))') \
+    timeout 150 "$python" setup.py -q build_ext --inplace >"$logs/extension.log" 2>&1
+  finished extension $?
+else
+  echo "extension: skipped, nvcc or setuptools is not here"
+fi
 
 # 1. Correctness. Most of the time goes into compiling, one kernel after the other in each process: several share it.
 declare -A pids
