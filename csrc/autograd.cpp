@@ -1,5 +1,6 @@
 #include "autograd.h"
 
+#include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/csrc/autograd/custom_function.h>
 
 namespace glora {
@@ -51,6 +52,8 @@ struct Linear : Function<Linear> {
   static variable_list backward(AutogradContext* ctx, variable_list gradients) {
     TORCH_CHECK_NOT_IMPLEMENTED(!at::GradMode::is_enabled(),
                                 "backend 'cuda' has no second derivatives; use_backend('torch') has");
+    // backward may run inside the block of autocast that forward ran in
+    const c10::impl::ExcludeDispatchKeyGuard without_autocast(c10::autocast_dispatch_keyset);
     const variable_list kept = ctx->get_saved_variables();
     Storages storages;
     std::copy(kept.begin() + 4, kept.end(), storages.begin());

@@ -3,7 +3,6 @@
 #include <c10/core/DeviceGuard.h>
 
 #ifdef GLORA_WITH_CUDA
-#include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 #endif
 

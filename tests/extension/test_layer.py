@@ -146,6 +146,26 @@ def test_without_a_gradient():
     torch.testing.assert_close(y, glora_linear(*make_call(PATH)).detach())
 
 
+@pytest.mark.parametrize("product", PRODUCTS)
+def test_backward_inside_of_autocast(product):
+    """In the types that forward ran in: autocast casts x and W0 once, and nothing of the backward pass."""
+    call = make_call(("lora_3", "lora_1", "lora_3", "vector", "vector"), product=product, dtype=torch.float32)
+    storages = call[3].flatten()[0]
+    found = []
+    for backend in ("cuda", "torch"):
+        with use_backend(backend), torch.autocast("cpu", torch.bfloat16):
+            y = glora_linear(*call)
+            found.append([y, *torch.autograd.grad(y.float().sin().sum(), [call[0], *storages])])
+    for got, want in zip(*found):
+        assert got.dtype == want.dtype
+        torch.testing.assert_close(got, want, rtol=2e-2, atol=2e-2)
+    y = glora_linear(*call)
+    outside = torch.autograd.grad(y.sum(), storages, retain_graph=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = torch.autograd.grad(y.sum(), storages)
+    assert all(torch.equal(a, b) for a, b in zip(inside, outside))
+
+
 def test_second_derivatives_are_refused():
     call = make_call(PATH)
     y = glora_linear(*call)
