@@ -1,6 +1,7 @@
 #include "autograd.h"
 
 #include <c10/core/impl/LocalDispatchKeySet.h>
+#include <c10/util/accumulate.h>
 #include <torch/csrc/autograd/custom_function.h>
 
 namespace glora {
@@ -25,6 +26,12 @@ std::array<bool, kSlots> wanted_slots(const Terms& terms, const at::Tensor& bias
   }
   wanted[D] = wanted[D] && bias.defined();
   return wanted;
+}
+
+// By is_grads_batched, or by vmap around torch.autograd.grad: there is no memory that a kernel could read.
+bool is_batched(const at::Tensor& gradient) {
+  const auto keys = gradient.key_set();
+  return keys.has(c10::DispatchKey::Batched) || keys.has(c10::DispatchKey::FuncTorchBatched);
 }
 
 struct Linear : Function<Linear> {
@@ -52,6 +59,8 @@ struct Linear : Function<Linear> {
   static variable_list backward(AutogradContext* ctx, variable_list gradients) {
     TORCH_CHECK_NOT_IMPLEMENTED(!at::GradMode::is_enabled(),
                                 "backend 'cuda' has no second derivatives; use_backend('torch') has");
+    TORCH_CHECK_NOT_IMPLEMENTED(!is_batched(gradients[0]),
+                                "backend 'cuda' takes no batched gradients; use_backend('torch') does");
     // backward may run inside the block of autocast that forward ran in
     const c10::impl::ExcludeDispatchKeyGuard without_autocast(c10::autocast_dispatch_keyset);
     const variable_list kept = ctx->get_saved_variables();
@@ -63,11 +72,13 @@ struct Linear : Function<Linear> {
     std::array<bool, kSlots> wanted{};
     std::copy(list.begin(), list.end(), wanted.begin());
     const at::Tensor &x = kept[0], &weight = kept[1];
-    Gradients found = glora::backward(gradients[0].reshape({-1, weight.size(0)}),
-                                      x.defined() ? x.reshape({-1, weight.size(1)}) : x, weight, kept[2], terms, kept[3],
-                                      wanted, ctx->saved_data["wants_x"].toBool());
+    const std::vector<int64_t> shape = ctx->saved_data["shape"].toIntVector();
+    const int64_t tokens = c10::multiply_integers(shape.begin(), shape.end() - 1);
+    Gradients found = glora::backward(gradients[0].reshape({tokens, weight.size(0)}),
+                                      x.defined() ? x.reshape({tokens, weight.size(1)}) : x, weight, kept[2], terms,
+                                      kept[3], wanted, ctx->saved_data["wants_x"].toBool());
     variable_list result(kInputs);
-    if (found.x.defined()) result[0] = found.x.reshape(ctx->saved_data["shape"].toIntVector());
+    if (found.x.defined()) result[0] = found.x.reshape(shape);
     for (int i = 0; i < kStorages; ++i)
       if (storages[i].defined() && storages[i].requires_grad()) result[3 + i] = found.storages[i];
     return result;

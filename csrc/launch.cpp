@@ -84,6 +84,7 @@ at::Tensor assemble(const at::Tensor& given, const Terms& terms, const at::Tenso
   const c10::DeviceGuard guard(given.device());
   const at::Tensor weight = with_rows(given);
   at::Tensor result = at::empty({weight.size(0), weight.size(1)}, weight.options());
+  if (result.numel() == 0) return result;  // no launch has an empty grid
   for_type(weight.scalar_type(), [&](auto t, auto c) {
     using T = decltype(t);
     using C = decltype(c);
@@ -113,6 +114,7 @@ std::pair<at::Tensor, at::Tensor> contract(const at::Tensor& given, const at::Te
   const auto options = dw.options().dtype(compute_type(dw.scalar_type()));
   at::Tensor down = at::empty({rows, rank}, options), parts;
   if (low_rank) parts = at::empty({plan.chunks, rank, columns}, options);
+  if (dw.numel() == 0) return {down.zero_(), low_rank ? parts.zero_().select(0, 0) : at::Tensor()};
   for_type(dw.scalar_type(), [&](auto t, auto c) {
     using T = decltype(t);
     using C = decltype(c);

@@ -79,6 +79,20 @@ def test_any_leading_shape(leading, product):
         check(make_call(path, product=product, leading=leading))
 
 
+@pytest.mark.parametrize("shape", [(3, 0, 5), (3, 5, 0), (3, 0, 0)], ids=str)
+@pytest.mark.parametrize("product", PRODUCTS)
+def test_empty_weights(shape, product):
+    """Gradients of what meets nothing are zero, in memory that was written."""
+    for a, b in itertools.product(("lora_3", "vector", "none"), repeat=2):
+        call = make_call((a, b, "lora_3", "vector", "vector"), shape, product=product)
+        dy = upstream(call)
+        with use_backend("torch"):
+            want = results(glora_linear, *call, dy)
+        poison = [torch.full((size,), torch.nan, dtype=torch.float64) for size in (5, 15, 20)]
+        del poison  # what memory that nobody wrote may hold
+        torch.testing.assert_close(results(glora_linear, *call, dy), want)
+
+
 def test_any_strides():
     x, weight, bias, terms = make_call(PATH, (6, 8, 12), dtype=torch.float32)
     wide = torch.randn(8, 24)
@@ -171,6 +185,20 @@ def test_second_derivatives_are_refused():
     y = glora_linear(*call)
     with pytest.raises(NotImplementedError, match=r"'cuda' has no second derivatives; use_backend\('torch'\) has"):
         torch.autograd.grad(y.sum(), call[0], create_graph=True)
+
+
+def test_batched_gradients_are_refused():
+    """Whatever would be computed: with the gradients of constants alone no kernel would have noticed."""
+    for path in (PATH, ("none", "none", "none", "none", "vector")):
+        x, weight, bias, terms = make_call(path)
+        y = glora_linear(x, weight, bias, terms)
+        grad = lambda dy: torch.autograd.grad(y, terms.E.value, dy, retain_graph=True)[0]  # noqa: B023, E731
+        with pytest.raises(
+            NotImplementedError, match=r"'cuda' takes no batched gradients; use_backend\('torch'\) does"
+        ):
+            torch.autograd.grad(y, terms.E.value, torch.ones(3, *y.shape), is_grads_batched=True)
+        with pytest.raises(NotImplementedError, match="takes no batched gradients"):
+            torch.func.vmap(grad)(torch.ones(3, *y.shape))
 
 
 @pytest.mark.parametrize("leading", [(4,), (2, 3)], ids=str)
