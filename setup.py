@@ -1,14 +1,17 @@
 """The optional CUDA extension ``glora_kernels._C`` of csrc/; everything else is in pyproject.toml.
 
 The environment variable GLORA_BUILD_CUDA decides: ``auto`` (default) builds it where a CUDA build of PyTorch, nvcc and
-its headers are at hand, and otherwise says in one line why it does not; ``0`` never does; ``1`` fails where something
-is missing. No GPU is asked: it is built for TORCH_CUDA_ARCH_LIST, by default those of ARCHITECTURES.
+its headers, a C++ compiler and Python's headers are at hand, and otherwise says in one line why it does not; ``0``
+never does; ``1`` fails where something is missing. No GPU is asked: it is built for TORCH_CUDA_ARCH_LIST, by default
+those of ARCHITECTURES.
 """
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
+import sysconfig
 from pathlib import Path
 
 from setuptools import setup
@@ -42,6 +45,11 @@ def missing():
     release = re.search(r"release (\d+)\.", told)
     if release is None or release[1] != torch.version.cuda.split(".")[0]:
         return f"nvcc of {home} is of CUDA {release[1] if release else '?'}, this PyTorch of {torch.version.cuda}"
+    compiler = shlex.split(os.environ.get("CXX", "c++"))[0]
+    if shutil.which(compiler) is None:
+        return f"the C++ compiler {compiler} is not there"
+    if not Path(sysconfig.get_path("include"), "Python.h").is_file():
+        return "the headers of Python are not there"
     return None
 
 

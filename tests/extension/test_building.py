@@ -71,6 +71,42 @@ def test_a_pytorch_without_cuda_is_told(no_toolkit, monkeypatch, capsys):
     assert "this PyTorch has no CUDA" in capsys.readouterr().out
 
 
+@pytest.fixture
+def toolkit(no_toolkit, monkeypatch, tmp_path):
+    """As where there is an nvcc of PyTorch's release."""
+    nvcc = tmp_path / "bin/nvcc"
+    nvcc.parent.mkdir()
+    nvcc.write_text("#!/bin/sh\necho release 13.0,\n")
+    nvcc.chmod(0o755)
+    monkeypatch.setattr(no_toolkit, "cuda_home", lambda: tmp_path)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setenv("CXX", sys.executable)  # any program: it is looked for, not run
+    return no_toolkit
+
+
+def test_a_compiler_that_is_not_there_is_told(toolkit, monkeypatch, capsys):
+    monkeypatch.setenv("CXX", "no-such-compiler -m64")
+    monkeypatch.delenv("GLORA_BUILD_CUDA", raising=False)
+    assert toolkit.chosen() == {}
+    assert capsys.readouterr().out.endswith("the C++ compiler no-such-compiler is not there\n")
+    monkeypatch.setenv("GLORA_BUILD_CUDA", "1")
+    with pytest.raises(SystemExit, match="GLORA_BUILD_CUDA=1: the C\\+\\+ compiler no-such-compiler is not there"):
+        toolkit.chosen()
+
+
+def test_headers_of_python_that_are_not_there_are_told(toolkit, monkeypatch, tmp_path):
+    monkeypatch.setattr(toolkit.sysconfig, "get_path", lambda name: str(tmp_path))
+    assert toolkit.missing() == "the headers of Python are not there"
+    (tmp_path / "Python.h").touch()
+    assert toolkit.missing() is None
+
+
+@pytest.mark.parametrize("said", ["release 12.8, V12.8.93", "nonsense"])
+def test_an_nvcc_of_another_release_is_told(toolkit, said):
+    (toolkit.cuda_home() / "bin/nvcc").write_text(f"#!/bin/sh\necho {said}\n")
+    assert re.fullmatch(r"nvcc of .* is of CUDA (12|\?), this PyTorch of 13\.0", toolkit.missing())
+
+
 def test_an_extension_that_is_not_there_is_said_how_to_build(monkeypatch):
     monkeypatch.setattr(_cuda.extension, "find_spec", lambda name: None)
     _cuda.fault.cache_clear()
