@@ -45,7 +45,7 @@ def missing():
     release = re.search(r"release (\d+)\.", told)
     if release is None or release[1] != torch.version.cuda.split(".")[0]:
         return f"nvcc of {home} is of CUDA {release[1] if release else '?'}, this PyTorch of {torch.version.cuda}"
-    compiler = shlex.split(os.environ.get("CXX", "c++"))[0]
+    compiler = shlex.split(os.environ.get("CXX") or "c++")[0]
     if shutil.which(compiler) is None:
         return f"the C++ compiler {compiler} is not there"
     if not Path(sysconfig.get_path("include"), "Python.h").is_file():
