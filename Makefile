@@ -7,7 +7,7 @@ RUN := $(VENV)/bin/python
 # Both ends of the range of Triton that is supported; `make aot-matrix` compiles the kernels with each.
 TRITONS := 3.6.0 3.9.0
 
-.PHONY: quickstart miniature test check interpreter aot aot-matrix cuda mutants bench clean
+.PHONY: quickstart miniature test exhaustive coverage check interpreter aot aot-matrix cuda mutants bench clean
 
 quickstart: $(VENV)/ready-demo
 	$(RUN) -m glora quickstart
@@ -16,13 +16,19 @@ quickstart: $(VENV)/ready-demo
 miniature: $(VENV)/ready-test
 	$(RUN) -m tests.miniature runs/miniature
 
-test: check
-	$(RUN) -m pytest
-	$(MAKE) interpreter aot
+# All that a change can break, and all there is (docs/testing.md); WORKERS=1 for one process at a time.
+test: $(VENV)/ready-test
+	$(RUN) -m tests.run short $(if $(WORKERS),--workers $(WORKERS))
 
-# Triton decides when it is imported whether kernels are interpreted: a process of its own.
+exhaustive: $(VENV)/ready-test
+	$(RUN) -m tests.run exhaustive $(if $(WORKERS),--workers $(WORKERS))
+
+# Parts of them alone.
+check: $(VENV)/ready-test
+	$(RUN) -m tests.run --only check
+
 interpreter: $(VENV)/ready-test
-	TRITON_INTERPRET=1 $(RUN) -m pytest tests/interpreter
+	$(RUN) -m tests.run --only interpreter
 
 aot: $(VENV)/ready-test
 	$(RUN) -m glora_kernels.aot
@@ -41,11 +47,6 @@ cuda: $(VENV)/ready-test
 
 mutants: $(VENV)/ready-test
 	$(RUN) -m tests.mutants
-
-check: $(VENV)/ready-test
-	$(RUN) -m ruff format --check .
-	$(RUN) -m ruff check .
-	$(RUN) -m mypy
 
 bench: $(VENV)/ready-bench
 	$(RUN) -m glora bench

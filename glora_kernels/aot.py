@@ -12,8 +12,10 @@ that spills is slow. So the code that came out is read, and the gate fails (exit
 - two dots in one loop that add to each other, which some releases of Triton miscompile for Blackwell;
 - an exception or an abort of the compiler.
 
-What is compiled is what ``shipped(target)`` of ``glora_kernels/_triton/builds.py`` lists. Triton's cache
-(``TRITON_CACHE_DIR``) keeps the kernels and what was read in them.
+What is compiled is what ``shipped(target)`` of ``glora_kernels/_triton/builds.py`` lists; for a target named after
+``--cover`` a few of them, in which every kernel has every value of each of its constants, every type of each of its
+arguments, and every number of warps and stages. Triton's cache (``TRITON_CACHE_DIR``) keeps the kernels, under the key
+that a launch looks for, and what was read in them: what has not changed is not compiled again.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from collections.abc import Iterable, Sequence
 from tqdm.auto import tqdm
 from triton import knobs
 
+from ._aot.covering import cover, traits
 from ._aot.reading import Reading
 from ._aot.report import Row, complaints, summary, table, write_json
 from ._aot.targets import SHARED_LIMITS, Target, target_named
@@ -37,18 +40,25 @@ BUILDS = "glora_kernels._triton.builds"
 
 
 def gate(
-    targets: Sequence[str] = TARGETS, *, builds: str = BUILDS, only: str = "", jobs: int | None = None
+    targets: Sequence[str] = TARGETS,
+    *,
+    covered: Sequence[str] = (),
+    builds: str = BUILDS,
+    only: str = "",
+    jobs: int | None = None,
 ) -> list[Row]:
     """One row for every build of every target; a row without failures passed.
 
     Args:
         targets: like ``"cuda:90"`` or ``"hip:gfx942"``.
+        covered: those of the targets of which a cover is enough.
         builds: the name of a module whose ``shipped(target)`` lists the builds, in the same order in every process.
         only: take the builds whose label contains this.
         jobs: how many processes (default: one for each CPU).
 
     Raises:
-        ValueError: an unknown target, no build to compile, fewer than one process, or Triton in interpreter mode.
+        ValueError: an unknown target, one to be covered that is no target, no build to compile, fewer than one
+            process, or Triton in interpreter mode.
     """
     if knobs.runtime.interpret:
         raise ValueError("TRITON_INTERPRET: expected unset, since interpreted kernels cannot be compiled, got set")
@@ -56,21 +66,28 @@ def gate(
     if jobs < 1:
         raise ValueError(f"jobs: expected at least 1, got {jobs}")
     known = {name: target_named(name) for name in targets}
-    todo = _jobs(known, builds, only)
+    if unknown := [name for name in covered if name not in known]:
+        raise ValueError(f"covered: expected some of the targets {', '.join(known)}, got {', '.join(unknown)}")
+    todo = _jobs(known, covered, builds, only)
     results = tqdm(measured(todo, jobs), total=len(todo), desc="aot", unit="build", disable=None)
     return [_row(job, known[job.target], result) for job, result in zip(todo, results)]
 
 
-def _jobs(targets: Iterable[str], module: str, only: str) -> list[Job]:
+def _jobs(targets: Iterable[str], covered: Sequence[str], module: str, only: str) -> list[Job]:
     found = [
-        Job(module, target, place, build.label)
+        Job(module, target, place, builds_of(module, target)[place].label)
         for target in targets
-        for place, build in enumerate(builds_of(module, target))
-        if only in build.label
+        for place in _places(module, target, target in covered)
+        if only in builds_of(module, target)[place].label
     ]
     if not found:
         raise ValueError(f"only: expected a part of some label of {module}, got {only!r}, which leaves no build")
     return found
+
+
+def _places(module: str, target: str, covered: bool) -> Sequence[int]:
+    builds = builds_of(module, target)
+    return cover([traits(build) for build in builds]) if covered else range(len(builds))
 
 
 def _row(job: Job, target: Target, result: Reading | str) -> Row:
@@ -85,7 +102,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _parser()
     arguments = parser.parse_args(argv)
     try:
-        rows = gate(arguments.targets, builds=arguments.builds, only=arguments.only, jobs=arguments.jobs)
+        rows = gate(
+            arguments.targets,
+            covered=arguments.cover,
+            builds=arguments.builds,
+            only=arguments.only,
+            jobs=arguments.jobs,
+        )
     except ValueError as error:
         parser.error(str(error))
     if arguments.json is not None:
@@ -99,6 +122,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m glora_kernels.aot", description="Compile and check all kernels.")
     known = ", ".join(SHARED_LIMITS)
     parser.add_argument("--targets", nargs="+", default=TARGETS, metavar="TARGET", help=f"some of {known}")
+    parser.add_argument(
+        "--cover", nargs="+", default=(), metavar="TARGET", help="of these targets, a few builds that show all traits"
+    )
     parser.add_argument("--only", default="", metavar="TEXT", help="take only builds with this in their label")
     parser.add_argument("--jobs", type=int, metavar="N", help="processes (default: one for each CPU)")
     parser.add_argument("--json", metavar="FILE", help="write the results to this file as well")

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.helpers import TEST_SEED
+pytest_plugins = ["tests.tiers"]
 
 torch.set_num_threads(1)
 
@@ -19,4 +19,4 @@ def seeded():
 
 
 def pytest_report_header():
-    return f"torch {torch.__version__}, generated cases from GLORA_TEST_SEED={TEST_SEED}"
+    return f"torch {torch.__version__}"

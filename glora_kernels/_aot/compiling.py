@@ -1,48 +1,99 @@
-"""A build through Triton's compiler, for a GPU that need not be there, with the options of a real launch."""
+"""A build through Triton's compiler, for a GPU that need not be there, as the launcher would ask for it.
+
+The launcher's own call (``_triton/launch.py``) is made with stand-ins for its arguments. So Triton specialises them as
+it will at a launch, and keeps the kernel under the same key: what the gate has compiled, no launch compiles again.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import triton
-from triton.compiler import ASTSource, CompiledKernel
+import torch
+from triton.compiler import CompiledKernel
+from triton.runtime import driver
 
+from .._triton.launch import ALIGNMENT, compile_for
+from .._triton.settings import Tile
 from .targets import Target
 
 if TYPE_CHECKING:
     from .._triton.builds import Build
 
+_POINTED = {
+    "*fp16": torch.float16,
+    "*bf16": torch.bfloat16,
+    "*fp32": torch.float32,
+    "*i32": torch.int32,
+    "*i64": torch.int64,
+}
+
+
+@dataclass(frozen=True)
+class Pointer:
+    """A tensor as far as Triton specialises one."""
+
+    dtype: torch.dtype
+    address: int
+
+    def data_ptr(self) -> int:
+        return self.address
+
+    def ptr_range(self) -> int:
+        """Asked on AMD GPUs alone, where tensors below 2 GiB are read by shorter instructions: it is one of those."""
+        return 0
+
+
+class AbsentGPU:
+    """A driver for Triton that only says what to compile for."""
+
+    def __init__(self, target: Target) -> None:
+        self.target = target
+
+    def get_current_device(self) -> str:
+        return self.target.name  # Triton keeps kernels by device: each target has one of its own
+
+    def get_current_stream(self, device: str) -> None:
+        return None
+
+    def get_current_target(self) -> Any:
+        return self.target.gpu
+
 
 def compiled(build: Build, target: Target) -> CompiledKernel:
     """The build for the target; what Triton's cache has is not compiled again.
+
+    From then on Triton takes this process for one with such a GPU: nothing can be launched in it any more.
 
     Raises:
         ValueError: the build does not say what each argument is.
         Exception: whatever the compiler raises.
     """
+    values = stand_ins(build)
+    driver.set_active(AbsentGPU(target))  # type: ignore[arg-type]
+    return compile_for(build.kernel, values, Tile(0, 0, 0, build.num_warps, build.num_stages))
+
+
+def stand_ins(build: Build) -> tuple[Any, ...]:
+    """A value for every argument, in the kernel's order, that Triton specialises as the build says."""
     names: list[str] = build.kernel.arg_names
-    source = ASTSource(build.kernel, _signature(build, names), dict(build.constexprs), _divisible(build, names))
-    options: dict[str, Any] = {
-        "num_warps": build.num_warps,
-        "num_stages": build.num_stages,
-        "enable_fp_fusion": True,  # said, since its default differs between releases of Triton
-    }
-    return triton.compile(source, target=target.gpu, options=options)
-
-
-def _signature(build: Build, names: list[str]) -> dict[str, str]:
-    """The type of every argument, in the kernel's order."""
-    types = dict(build.signature) | dict.fromkeys(build.constexprs, "constexpr")
-    if set(types) != set(names) or set(build.signature) & set(build.constexprs):
+    if set(build.signature) | set(build.constexprs) != set(names) or set(build.signature) & set(build.constexprs):
         raise ValueError(
             f"signature and constexprs: expected each of {sorted(names)} once, "
             f"got {sorted(build.signature)} and {sorted(build.constexprs)}"
         )
-    return {name: types[name] for name in names}
-
-
-def _divisible(build: Build, names: list[str]) -> dict[tuple[int], list[list[object]]]:
-    """In the kernel's order, which is part of the cache's key; that of a set differs between processes."""
     if unknown := set(build.divisible) - set(build.signature):
         raise ValueError(f"divisible: expected names in signature, got {sorted(unknown)}")
-    return {(place,): [["tt.divisibility", 16]] for place, name in enumerate(names) if name in build.divisible}
+    return tuple(
+        build.constexprs[name]
+        if name in build.constexprs
+        else _stand_in(build.signature[name], name in build.divisible)
+        for name in names
+    )
+
+
+def _stand_in(kind: str, divisible: bool) -> Any:
+    offset = 0 if divisible else 1
+    if kind in _POINTED:
+        return Pointer(_POINTED[kind], ALIGNMENT + offset)
+    return 0.5 if kind == "fp32" else offset + {"i32": ALIGNMENT, "i64": 2**31}[kind]

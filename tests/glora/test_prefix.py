@@ -111,7 +111,7 @@ def test_the_bits_are_those_of_running_everything(make, capacity):
         (convnext, "stages.0.blocks.1.mlp.fc1", 1),
         (convnext, "stages.3.blocks.0.mlp.fc2", 4),
     ],
-    ids=str,
+    ids=lambda value: getattr(value, "__name__", None),
 )
 def test_children_before_the_first_that_differs_are_passed_over(make, layer, saved):
     model = adapted(make)

@@ -23,6 +23,7 @@ from tests.interpreter.cases import (
     tiles,
     upstream,
 )
+from tests.tiers import at
 
 # Of 17, 19 and 23: two blocks in every dimension, or in one of them.
 BLOCKS = ((16, 16, 16), (32, 16, 32), (16, 32, 32), (32, 32, 16))
@@ -89,7 +90,7 @@ def test_terms_of_several_types(strategy):
 
 
 @seed(TEST_SEED)
-@settings(max_examples=300, deadline=None, database=None)
+@settings(max_examples=at(100, 2_000), deadline=None, database=None)
 @given(
     path=st.tuples(*(st.sampled_from(choices) for choices in (*[WEIGHT_KINDS] * 2, PROMPT_KINDS, *[BIAS_KINDS] * 2))),
     shape=st.tuples(*[st.integers(1, 40)] * 3),

@@ -20,6 +20,7 @@ from tests.helpers import (
     oracle,
     results,
 )
+from tests.tiers import at
 
 PRODUCTS = ("hadamard", "matmul")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -63,7 +64,7 @@ def test_numerical_contract(a, b, product, dtype):
 
 
 @seed(TEST_SEED)
-@settings(max_examples=1000, deadline=None, database=None)
+@settings(max_examples=at(500, 20_000), deadline=None, database=None)
 @given(
     path=st.tuples(
         *(st.sampled_from(choices) for choices in (*[WEIGHT_CHOICES] * 2, PROMPT_CHOICES, *[BIAS_CHOICES] * 2))

@@ -12,14 +12,16 @@ from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
+import torch
 
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
 
 from glora_kernels import aot  # noqa: E402
-from glora_kernels._aot import amd, nvidia, reading, report, work  # noqa: E402
+from glora_kernels._aot import amd, compiling, nvidia, reading, report, work  # noqa: E402
 from glora_kernels._aot.chains import chained_dots  # noqa: E402
 from glora_kernels._aot.compiling import compiled  # noqa: E402
+from glora_kernels._aot.covering import cover  # noqa: E402
 from glora_kernels._aot.targets import SHARED_LIMITS, target_named  # noqa: E402
 from glora_kernels._aot.verdict import failures  # noqa: E402
 
@@ -271,6 +273,7 @@ def test_only_takes_labels_with_the_text(monkeypatch, capsys):
         (["--targets", "cuda:42"], "targets: expected some of cuda:80, "),
         (["--only", "nothing like it"], "which leaves no build"),
         (["--jobs", "0"], "jobs: expected at least 1, got 0"),
+        (["--targets", "cuda:90", "--cover", "cuda:80"], "covered: expected some of the targets cuda:90, got cuda:80"),
     ],
 )
 def test_status_is_2_if_nothing_can_be_tried(monkeypatch, capsys, arguments, message):
@@ -305,24 +308,75 @@ def test_another_order_in_another_process_is_noticed():
         work.measure(work.Job(__name__, "cuda:80", 0, "not its label"))
 
 
-def test_a_build_is_compiled_as_it_says(monkeypatch):
-    monkeypatch.setattr(triton, "compile", lambda source, **how: (source, how))
-    build = dot("any", 64, 32, 16, scale=True, num_stages=4)._replace(num_warps=8)
-    source, how = compiled(build, target_named("hip:gfx942"))
-    types = {"x": "*bf16", "w": "*bf16", "y": "*bf16", "K": "i32"}
-    assert source.signature == types | dict.fromkeys(build.constexprs, "constexpr")
-    assert list(source.signature) == list(dot_kernel.arg_names)
-    assert source.constants == {(4,): 64, (5,): 32, (6,): 16, (7,): True, (8,): False}
-    assert list(source.attrs.items()) == [((place,), [["tt.divisibility", 16]]) for place in range(4)]
-    assert how["options"] == {"num_warps": 8, "num_stages": 4, "enable_fp_fusion": True}
-    assert (how["target"].backend, how["target"].arch, how["target"].warp_size) == ("hip", "gfx942", 64)
+class Asked:
+    """As much of a kernel as the compiler's front end is asked for."""
+
+    arg_names = ("x_ptr", "y_ptr", "rows", "stride", "far", "scale", "absent_ptr", "BLOCK")
+
+    def warmup(self, *values, **options):
+        return values, options
 
 
-def test_divisible_names_are_those_of_arguments():
-    build = SimpleNamespace(**{name: getattr(LOOP, name) for name in ("kernel", "signature", "constexprs")})
-    build.divisible = {"x", "no argument"}
+ASKED = SimpleNamespace(
+    kernel=Asked(),
+    signature={"scale": "fp32", "far": "i64", "x_ptr": "*bf16", "y_ptr": "*fp32", "rows": "i32", "stride": "i32"},
+    divisible={"x_ptr", "stride"},
+    constexprs={"BLOCK": 64, "absent_ptr": None},
+    num_warps=8,
+    num_stages=4,
+)
+
+
+@pytest.fixture
+def no_driver(monkeypatch):
+    """What Triton takes this process for is left as it was."""
+    found = []
+    monkeypatch.setattr(compiling.driver, "set_active", found.append)
+    return found
+
+
+def test_a_build_is_asked_for_as_it_says(no_driver):
+    values, options = compiled(ASKED, target_named("hip:gfx942"))
+    x, y, rows, stride, far, scale, absent, block = values
+    assert (x.dtype, x.data_ptr() % 16, y.dtype, y.data_ptr() % 16) == (torch.bfloat16, 0, torch.float32, 1)
+    assert rows % 16 and rows != 1 and stride % 16 == 0 and stride < 2**31 <= far and far % 16
+    assert (type(scale), absent, block) == (float, None, 64)
+    assert options == {"grid": (1,), "num_warps": 8, "num_stages": 4, "enable_fp_fusion": True}
+    target = no_driver[0].get_current_target()
+    assert (target.backend, target.arch, target.warp_size) == ("hip", "gfx942", 64)
+
+
+def test_every_argument_is_said_once_and_divisible_ones_are_arguments(no_driver):
+    twice = SimpleNamespace(**vars(ASKED) | {"constexprs": {"BLOCK": 64, "absent_ptr": None, "rows": 1}})
+    with pytest.raises(ValueError, match="signature and constexprs: expected each of"):
+        compiled(twice, target_named("cuda:90"))
+    unknown = SimpleNamespace(**vars(ASKED) | {"divisible": {"x_ptr", "no argument"}})
     with pytest.raises(ValueError, match=r"divisible: expected names in signature, got \['no argument'\]"):
-        compiled(build, target_named("cuda:90"))
+        compiled(unknown, target_named("cuda:90"))
+    assert not no_driver
+
+
+# Covers ---------------------------------------------------------------------------------------------------------------
+
+
+def test_a_cover_shows_all_there_is_with_few():
+    shown = [{1, 2}, {2, 3}, {1, 2, 3}, {4}, {1}, {4, 1}]
+    assert cover(shown) == [2, 3]
+    assert cover([]) == cover([set()]) == []
+
+
+def test_covered_targets_keep_every_trait(monkeypatch, capsys):
+    """Of four builds of a kernel two have both blocks, both types and both numbers of warps between them."""
+    many = [copy(f"{block} {warps}", block)._replace(num_warps=warps) for block in (16, 32) for warps in (4, 8)]
+    monkeypatch.setattr(sys.modules[__name__], "shipped", lambda target: [*many, dot("alone", 64, 64, 32)])
+    work.builds_of.cache_clear()
+    assert planted(monkeypatch, "--targets", "cuda:90", "cuda:80", "--cover", "cuda:80") == 0
+    rows = [line.split()[:3] for line in capsys.readouterr().out.splitlines()[1:-1]]
+    work.builds_of.cache_clear()
+    assert [row[0] for row in rows] == ["cuda:90"] * 5 + ["cuda:80"] * 3
+    kept = [tuple(row[1:]) for row in rows[5:]]
+    assert kept[-1][0] == "alone"
+    assert [set(values) for values in zip(*kept[:2])] == [{"16", "32"}, {"4", "8"}]
 
 
 # Rules ----------------------------------------------------------------------------------------------------------------

@@ -1,7 +1,11 @@
 """What is compiled ahead of time is what is launched; and how many launches a layer makes, dense products included."""
 
 import itertools
+import os
+import subprocess
+import sys
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +16,7 @@ from glora_kernels._triton.builds import Case, launches_of, shipped
 from glora_kernels._triton.device import pretended
 from glora_kernels._triton.launch import recorded
 
+ROOT = Path(__file__).resolve().parents[2]
 KINDS = ("lora", "vector", "constant", "none")
 # What only makes or looks at memory.
 NO_LAUNCH = {"empty", "new_empty", "empty_like", "view", "_unsafe_view", "t", "transpose", "slice", "detach", "reshape"}
@@ -73,3 +78,42 @@ def test_numbers_that_vary_are_not_built_in():
         for name in ("M", "rank_a", "rank_b", "rank_c", "slices", "at_db", "at_a", "jobs"):
             assert name not in build.constexprs
             assert name not in build.divisible
+
+
+AS_LAUNCHED = """
+import torch
+from triton.runtime.jit import JITFunction
+from glora_kernels._aot.compiling import compiled
+from glora_kernels._aot.targets import target_named
+from glora_kernels._triton.builds import Case, build_of, launches_of
+from glora_kernels._triton.device import pretended
+from glora_kernels._triton.launch import compile_for
+
+class Source:
+    def __init__(self, *what): self.what = what
+
+JITFunction._do_compile = lambda self, key, *rest: self.device_caches[rest[1]][0].setdefault(key, Source(key, *rest))
+count = 0
+for target, architecture in (("cuda:80", "sm_80"), ("cuda:90", "sm_90"), ("hip:gfx942", "gfx942")):
+    for strategy in ("assemble", "fused"):
+        for a, b in (("lora", "vector"), ("vector", "lora"), ("constant", "none")):
+            case = Case(torch.bfloat16, torch.float32, "hadamard", a, b, "lora", 4096, 8, strategy)
+            with pretended(architecture):
+                forward, backward = launches_of(case)
+            for launch in (*forward, *backward):
+                ahead = compiled(build_of(launch, "label"), target_named(target))
+                launched = compile_for(launch.kernel, tuple(launch.arguments.values()), launch.tile)
+                assert ahead is launched, (target, case, launch.kernel.__name__, ahead.what, launched.what)
+                count += 1
+print(count)
+"""
+
+
+def test_the_gate_compiles_under_the_key_of_a_launch():
+    """Triton finds what the gate has compiled by what a launch asks for; nothing is compiled here."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", AS_LAUNCHED], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert int(done.stdout) > 50

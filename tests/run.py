@@ -1,0 +1,175 @@
+"""``python -m tests.run [short | exhaustive]``: all checks of a tier, one part after the other, and a summary.
+
+``make test`` and ``make exhaustive`` are this. Each part uses all cores, and its output goes to the terminal as it
+comes. The short tier ends with the first part that fails; the exhaustive one goes on to its end. Ctrl-C ends every
+process that was started.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from types import MappingProxyType
+from typing import NamedTuple
+
+import psutil
+
+ROOT = Path(__file__).resolve().parents[1]
+GRACE = 10.0  # seconds that processes have to end by themselves
+PASSED, INTERRUPTED = 0, 130
+PR_SET_CHILD_SUBREAPER = 36  # <linux/prctl.h>: whose parent ends becomes a child of this process
+
+
+class Part(NamedTuple):
+    """Commands of Python modules that run one after the other, and what is set in their environment."""
+
+    name: str
+    commands: Sequence[Sequence[str]]
+    environment: Mapping[str, str] = MappingProxyType({})
+
+
+class Outcome(NamedTuple):
+    part: str
+    seconds: float
+    status: int  # of the command that ended the part
+
+
+def parts_of(tier: str, workers: int) -> list[Part]:
+    """What a tier consists of, for so many processes at a time."""
+    pytest = f"pytest -n {workers if workers > 1 else 0} --durations 10 --dist".split()
+    gate = ["glora_kernels.aot", "--jobs", str(workers)]
+    tests = {"GLORA_TESTS": tier}
+    # Triton decides when it is imported whether kernels are interpreted: a process of its own.
+    interpreted = {**tests, "TRITON_INTERPRET": "1"}
+    parts = [
+        Part("check", [["ruff", "format", "--check", "."], ["ruff", "check", "."], ["mypy"]]),
+        # Whole files, since what one sets up for its tests takes long; the slow ones come first by name.
+        Part("tests", [[*pytest, "loadfile", "--no-loadscope-reorder"]], tests),
+        Part("interpreter", [[*pytest, "worksteal", "tests/interpreter"]], interpreted),
+    ]
+    if tier == "short":
+        return [*parts, Part("gate", [[*gate, "--cover", "cuda:80", "cuda:100", "hip:gfx942"]])]
+    return [
+        *parts,
+        Part("contract", [["tests.contract", "20000"]]),
+        Part("gate", [gate]),
+        # Of the short tier: whether that is enough.
+        Part(
+            "mutants",
+            [["tests.mutants", "--jobs", str(workers), "--json", "build/mutants.json"]],
+            {"GLORA_TESTS": "short"},
+        ),
+    ]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.run", description="Run all checks of a tier.")
+    parser.add_argument("tier", nargs="?", choices=("short", "exhaustive"), default="short")
+    parser.add_argument(
+        "--workers", type=int, default=cores(), metavar="N", help="processes (default: one for each core)"
+    )
+    parser.add_argument("--only", nargs="+", metavar="PART", help="run these parts alone")
+    options = parser.parse_args(arguments)
+    if options.workers < 1:
+        parser.error(f"--workers: expected at least 1, got {options.workers}")
+    parts = parts_of(options.tier, options.workers)
+    names = [part.name for part in parts]
+    if unknown := set(options.only or ()) - set(names):
+        parser.error(f"--only: expected some of {', '.join(names)}, got {', '.join(sorted(unknown))}")
+    (ROOT / "build").mkdir(exist_ok=True)
+    listen()
+    return run([part for part in parts if options.only is None or part.name in options.only], options.tier == "short")
+
+
+def cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def listen() -> None:
+    """Take SIGTERM for Ctrl-C (which a shell may have told this process to ignore), and adopt orphans: see ``end``."""
+
+    def interrupt(*_) -> None:
+        raise KeyboardInterrupt
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, interrupt)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
+
+
+def run(parts: Sequence[Part], stop_at_failure: bool) -> int:
+    """Run the parts, print a summary, and return the exit status."""
+    began, done = time.monotonic(), []
+    status = PASSED
+    try:
+        for number, part in enumerate(parts, 1):
+            print(f"\n== part {number} of {len(parts)}: {part.name} ({_clock(time.monotonic() - began)})", flush=True)
+            done.append(run_part(part))
+            status = status or done[-1].status
+            if status and stop_at_failure:
+                break
+    except KeyboardInterrupt:
+        print("\ninterrupted: every process that was started has ended", flush=True)
+        status = INTERRUPTED
+    print(f"\n{summary(parts, done, time.monotonic() - began)}", flush=True)
+    return status
+
+
+def run_part(part: Part) -> Outcome:
+    """Its commands, up to the first that fails."""
+    began = time.monotonic()
+    for command in part.commands:
+        process = subprocess.Popen(
+            [sys.executable, "-m", *command], cwd=ROOT, env={**os.environ, **part.environment}, stdin=subprocess.DEVNULL
+        )
+        try:
+            status = process.wait()
+        except BaseException:
+            end()
+            raise
+        if status:
+            break
+    return Outcome(part.name, time.monotonic() - began, status)
+
+
+def end() -> None:
+    """Ask what was started to end; after GRACE kill what is left of it, and of what that has started."""
+    own = psutil.Process()
+    for child in own.children():
+        with suppress(psutil.NoSuchProcess):
+            child.send_signal(signal.SIGINT)
+    psutil.wait_procs(own.children(recursive=True), timeout=GRACE)
+    while left := own.children(recursive=True):
+        for process in left:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(left, timeout=GRACE)
+
+
+def summary(parts: Sequence[Part], done: Sequence[Outcome], seconds: float) -> str:
+    """A line for each part, and one for all."""
+    found = {outcome.part: outcome for outcome in done}
+    lines = []
+    for part in parts:
+        outcome = found.get(part.name)
+        verdict = "not run" if outcome is None else f"failed ({outcome.status})" if outcome.status else "passed"
+        lines.append(f"{part.name:12} {_clock(outcome.seconds if outcome else 0.0):>8}  {verdict}")
+    return "\n".join([*lines, f"{'all':12} {_clock(seconds):>8}"])
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes}:{rest:02}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
