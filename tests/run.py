@@ -13,6 +13,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -34,6 +35,18 @@ class Part(NamedTuple):
     name: str
     commands: Sequence[Sequence[str]]
     environment: Mapping[str, str] = MappingProxyType({})
+
+
+def traced(part: Part, folder: Path) -> Part:
+    """The part with the lines written down that its tests run, by all their processes; settings: pyproject.toml."""
+    commands = [["coverage", "run", "-m", *command] if command[0] == "pytest" else command for command in part.commands]
+    return part._replace(commands=commands, environment={**part.environment, "COVERAGE_FILE": str(folder / "lines")})
+
+
+def report_of(folder: Path, file: Path) -> Part:
+    """What was traced, as JSON."""
+    commands = [["coverage", "combine", "--quiet", str(folder)], ["coverage", "json", "-o", str(file)]]
+    return Part("report", commands, {"COVERAGE_FILE": str(folder / "combined")})
 
 
 class Outcome(NamedTuple):
@@ -77,6 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--workers", type=int, default=cores(), metavar="N", help="processes (default: one for each core)"
     )
     parser.add_argument("--only", nargs="+", metavar="PART", help="run these parts alone")
+    parser.add_argument("--coverage", type=Path, metavar="FILE", help="write there, as JSON, which lines the tests ran")
     options = parser.parse_args(arguments)
     if options.workers < 1:
         parser.error(f"--workers: expected at least 1, got {options.workers}")
@@ -84,9 +98,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     names = [part.name for part in parts]
     if unknown := set(options.only or ()) - set(names):
         parser.error(f"--only: expected some of {', '.join(names)}, got {', '.join(sorted(unknown))}")
+    parts = [part for part in parts if options.only is None or part.name in options.only]
     (ROOT / "build").mkdir(exist_ok=True)
     listen()
-    return run([part for part in parts if options.only is None or part.name in options.only], options.tier == "short")
+    if options.coverage is None:
+        return run(parts, options.tier == "short")
+    with tempfile.TemporaryDirectory(prefix="glora-coverage-") as folder:
+        parts = [traced(part, Path(folder)) for part in parts]
+        return run([*parts, report_of(Path(folder), options.coverage.resolve())], options.tier == "short")
 
 
 def cores() -> int:

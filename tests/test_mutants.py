@@ -10,7 +10,7 @@ from tests.mutants.choose import drawn
 from tests.mutants.equivalent import EQUIVALENT, Equivalent
 from tests.mutants.operators import OPERATORS
 from tests.mutants.plugin import kind_of
-from tests.mutants.runner import Journal, Outcome, Suite
+from tests.mutants.runner import COMMON, Journal, Outcome, Suite
 from tests.mutants.sites import KERNEL_FILES, ROOT, mutants, read_sources
 
 KERNEL = '''
@@ -163,8 +163,8 @@ def suite(tmp_path):
     (root / "tests" / "interpreter").mkdir(parents=True)
     for name in KERNEL_FILES:
         (root / "glora_kernels" / "_triton" / name).write_text((ROOT / "glora_kernels" / "_triton" / name).read_text())
-    names = ("tests/conftest.py", "tests/helpers.py", "tests/interpreter/test_a.py", "tests/interpreter/test_b.py")
-    for name in (*names, "pyproject.toml"):
+    names = (*COMMON, "tests/interpreter/test_a.py", "tests/interpreter/test_b.py")
+    for name in names:
         (root / name).write_text("")
     return Suite(tmp_path, root)
 
@@ -199,7 +199,8 @@ def test_tests_that_run_the_function_come_proven_then_quick(suite, found):
 
 
 RESULTS = {
-    "date": "2026-01-01", "versions": {"torch": "2"}, "seed": 0, "sites": 9, "tests": 3, "suite_seconds": 4.0,
+    "date": "2026-01-01", "versions": {"torch": "2"}, "tier": "short", "seed": 0, "sites": 9, "tests": 3,
+    "suite_seconds": 4.0,
     "illegal": 1,
     "mutants": [
         {"id": "a", "file": "tile.py", "function": "span", "operator": "term_dropped", "status": "killed",

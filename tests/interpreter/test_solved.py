@@ -188,3 +188,17 @@ def test_nan_in_the_output_shows_in_its_gradient():
         call[0][3, 5] = torch.nan
     got = run(call, upstream(call), "fused")
     assert got["A0"][:, 0].isnan().all() and (got["A0"][:, 1:] == 0).all()
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_an_output_that_overflowed_is_not_solved_from(strategy):
+    """Where y is infinite in fp16 the row is formed from x and W0, and its gradient is finite."""
+    call = vector_call(torch.float16, shape=REUSED)
+    dy = upstream(call)
+    call[1][4] *= 1e4
+    dy[:, 4] *= 1e-3
+    with watched() as found:
+        got = run(call, dy, strategy)
+    assert got["y"][:, 4].isinf().any() and lost_rows(found)[4]
+    want, scale = oracle(*call, dy)
+    assert_contract({"A0": got["A0"]}, {"A0": want["A0"]}, scale, torch.float16)

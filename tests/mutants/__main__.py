@@ -15,6 +15,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from tests.tiers import TIER
+
 from . import report
 from .choose import drawn, equivalence
 from .equivalent import EQUIVALENT
@@ -134,6 +136,7 @@ def summary(options, suite: Suite, sources: dict[str, str], found, order, done) 
     return {
         "date": datetime.date.today().isoformat(),
         "versions": {name: importlib.metadata.version(name) for name in VERSIONS},
+        "tier": TIER,
         "seed": options.seed,
         "sites": len(found),
         "tests": len(suite.tests),

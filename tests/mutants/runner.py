@@ -23,9 +23,12 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from tests.tiers import TIER
+
 from .sites import ROOT, Mutant
 
 NEEDED = ("glora_kernels", "tests", "pyproject.toml")
+COMMON = ("tests/conftest.py", "tests/helpers.py", "tests/tiers.py", "pyproject.toml")
 SUITE = Path("tests", "interpreter")
 VERSIONS = ("torch", "triton", "numpy", "hypothesis")
 STARTUP = 90.0  # seconds, on a loaded machine
@@ -79,9 +82,9 @@ class Suite:
         """Of everything that a run of these test files depends on."""
         package = (path for path in (self.folder / "glora_kernels").rglob("*") if path.suffix in (".py", ".json"))
         support = (path for path in (self.folder / SUITE).rglob("*.py") if not path.name.startswith("test_"))
-        common = (self.folder / name for name in ("tests/conftest.py", "tests/helpers.py", "pyproject.toml"))
+        common = (self.folder / name for name in COMMON)
         paths = {*package, *support, *common, *(self.folder / file for file in test_files)}
-        found = hashlib.sha1("".join(importlib.metadata.version(name) for name in VERSIONS).encode())
+        found = hashlib.sha1("".join([TIER, *(importlib.metadata.version(name) for name in VERSIONS)]).encode())
         for path in sorted(paths):
             found.update(path.relative_to(self.folder).as_posix().encode() + path.read_bytes())
         return found.hexdigest()[:16]
