@@ -37,16 +37,17 @@ class Part(NamedTuple):
     environment: Mapping[str, str] = MappingProxyType({})
 
 
-def traced(part: Part, folder: Path) -> Part:
-    """The part with the lines written down that its tests run, by all their processes; settings: pyproject.toml."""
-    commands = [["coverage", "run", "-m", *command] if command[0] == "pytest" else command for command in part.commands]
-    return part._replace(commands=commands, environment={**part.environment, "COVERAGE_FILE": str(folder / "lines")})
+def traced(parts: Sequence[Part], folder: str, report: Path) -> list[Part]:
+    """The parts, with the lines that their tests run written down by all of their processes; and a report as JSON."""
+    environment = {"COVERAGE_FILE": f"{folder}/lines"}  # what else is set stands in pyproject.toml
 
+    def started(command: Sequence[str]) -> Sequence[str]:
+        return ["coverage", "run", "-m", *command] if command[0] == "pytest" else command
 
-def report_of(folder: Path, file: Path) -> Part:
-    """What was traced, as JSON."""
-    commands = [["coverage", "combine", "--quiet", str(folder)], ["coverage", "json", "-o", str(file)]]
-    return Part("report", commands, {"COVERAGE_FILE": str(folder / "combined")})
+    return [
+        *(Part(name, [*map(started, commands)], {**others, **environment}) for name, commands, others in parts),
+        Part("report", [["coverage", "combine", "--quiet"], ["coverage", "json", "-o", str(report)]], environment),
+    ]
 
 
 class Outcome(NamedTuple):
@@ -104,8 +105,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.coverage is None:
         return run(parts, options.tier == "short")
     with tempfile.TemporaryDirectory(prefix="glora-coverage-") as folder:
-        parts = [traced(part, Path(folder)) for part in parts]
-        return run([*parts, report_of(Path(folder), options.coverage.resolve())], options.tier == "short")
+        return run(traced(parts, folder, options.coverage.resolve()), stop_at_failure=False)
 
 
 def cores() -> int:
