@@ -126,9 +126,14 @@ def worst_constant(got: dict, want: dict, scale: dict, dtype: torch.dtype) -> di
     return worst
 
 
-def assert_contract(got: dict, want: dict, scale: dict, dtype: torch.dtype) -> float:
+# Of sums over equal tokens in fp32: their errors do not average out (docs/numerics.md, 'What it does not cover').
+EQUAL_TOKENS = 9.0
+
+
+def assert_contract(got: dict, want: dict, scale: dict, dtype: torch.dtype, equal_tokens: bool = False) -> float:
     """Hold every element to ``|err| <= c u S + tiny``; returns the worst constant seen."""
     worst = worst_constant(got, want, scale, dtype)
-    over = {name: value for name, value in worst.items() if not value <= CONTRACT[dtype]}
-    assert not over, f"error over u*S: {over}, allowed {CONTRACT[dtype]}"
+    allowed = EQUAL_TOKENS if equal_tokens and dtype == torch.float32 else CONTRACT[dtype]
+    over = {name: value for name, value in worst.items() if not value <= allowed}
+    assert not over, f"error over u*S: {over}, allowed {allowed}"
     return max(worst.values(), default=0.0)

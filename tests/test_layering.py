@@ -1,6 +1,7 @@
 """Imports point one way: glora_kernels, then glora, then the command line."""
 
 import ast
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -104,16 +105,27 @@ def test_optional_packages_are_imported_lazily_each_in_its_file(file):
         assert not any(within(name, package) for name in found), package
 
 
-@pytest.mark.parametrize("package", ["glora_kernels", "glora", "glora.cli", "glora.peft", "glora.protocols"])
-def test_import_is_light(package):
-    """Beyond what torch itself imports: no Triton, no timm, no plotting; and no CUDA context."""
-    code = (
-        "import sys, torch\n"
-        "before = set(sys.modules)\n"
-        f"import {package}\n"
-        f"loaded = [name for name in {HEAVY} if name in set(sys.modules) - before]\n"
-        "assert not loaded, loaded\n"
-        "assert not torch.cuda.is_initialized()\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+LIGHT = ["glora_kernels", "glora", "glora.cli", "glora.peft", "glora.protocols"]
+IMPORTS = f"""
+import importlib, json, sys, torch
+before, found = set(sys.modules), {{}}
+for package in {LIGHT}:
+    importlib.import_module(package)
+    found[package] = [name for name in {HEAVY} if name in set(sys.modules) - before]
+    assert not torch.cuda.is_initialized(), package
+print(json.dumps(found))
+"""
+
+
+@pytest.fixture(scope="module")
+def loaded_by():
+    """What is there after each import, one after the other in one process."""
+    done = subprocess.run([sys.executable, "-c", IMPORTS], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("package", LIGHT)
+def test_import_is_light(package, loaded_by):
+    """Beyond what torch itself imports: no Triton, no timm, no plotting; and no CUDA context."""
+    assert not loaded_by[package]

@@ -103,10 +103,10 @@ def run(call, dy: Tensor, strategy: str | None = None, overflow: bool = False) -
         return results(glora_linear, *call, dy)
 
 
-def check(call, dy: Tensor | None = None, strategy: str | None = None, overflow: bool = False) -> float:
+def check(call, dy: Tensor | None = None, strategy: str | None = None, equal_tokens: bool = False) -> float:
     """Hold y and every gradient to the contract; returns the worst constant seen."""
     dy = upstream(call) if dy is None else dy
-    return assert_contract(run(call, dy, strategy, overflow), *oracle(*call, dy), call[0].dtype)
+    return assert_contract(run(call, dy, strategy), *oracle(*call, dy), call[0].dtype, equal_tokens)
 
 
 class Call(NamedTuple):

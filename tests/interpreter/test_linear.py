@@ -90,7 +90,7 @@ def test_terms_of_several_types(strategy):
 
 
 @seed(TEST_SEED)
-@settings(max_examples=at(100, 2_000), deadline=None, database=None)
+@settings(max_examples=at(100, 1_000), deadline=None, database=None)
 @given(
     path=st.tuples(*(st.sampled_from(choices) for choices in (*[WEIGHT_KINDS] * 2, PROMPT_KINDS, *[BIAS_KINDS] * 2))),
     shape=st.tuples(*[st.integers(1, 40)] * 3),
@@ -111,7 +111,7 @@ def test_generated_calls_keep_the_contract(path, shape, bias, product, dtype, fp
     dy = laid_out(upstream((x, weight), draw), order)
     x = laid_out(x.detach(), "transposed" if order == "expanded" else order).requires_grad_()
     with tiles(*tile):
-        worst = check((x, weight, b0, terms), dy, strategy)
+        worst = check((x, weight, b0, terms), dy, strategy, equal_tokens=order == "expanded")
     note(f"worst constant {worst:.2f}")
 
 
