@@ -39,7 +39,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.stash[SETTINGS] = _settings(config)
+    config.stash[SETTINGS] = settings_of(config)
     config.stash[SECTIONS] = {}
     config.addinivalue_line("filterwarnings", "default")  # what peers warn of is not ours to mend
     config.addinivalue_line("markers", "benchmark: an entry of pytest-benchmark")
@@ -49,7 +49,7 @@ def pytest_configure(config: pytest.Config) -> None:
         config.option.benchmark_columns = COLUMNS  # read by pytest-benchmark's own hook, which comes last
 
 
-def _settings(config: pytest.Config) -> Settings:
+def settings_of(config: pytest.Config) -> Settings:
     asked = config.getoption("shapes").split(",")
     shapes = tuple(name for name in SHAPE_SETS if name != "tiny") if asked == ["all"] else tuple(asked)
     unknown = [name for name in shapes if name not in SHAPE_SETS]

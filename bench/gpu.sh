@@ -7,7 +7,7 @@
 set -uo pipefail
 mkdir -p "${1:?usage: bench/gpu.sh OUTDIR}" && out=$(realpath "$1") || exit 2
 cd "$(dirname "$0")/.." || exit 2
-export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 GLORA_TESTS=exhaustive
 python=${PYTHON:-python3}
 "$python" -c 'import torch; assert torch.cuda.is_available(), "no GPU here"; print(torch.__version__, torch.cuda.get_device_name())' || exit 2
 logs=$(mktemp -d)

@@ -13,9 +13,9 @@ that spills is slow. So the code that came out is read, and the gate fails (exit
 - an exception or an abort of the compiler.
 
 What is compiled is what ``shipped(target)`` of ``glora_kernels/_triton/builds.py`` lists; for a target named after
-``--cover`` a few of them, in which every kernel has every value of each of its constants, every type of each of its
-arguments, and every number of warps and stages. Triton's cache (``TRITON_CACHE_DIR``) keeps the kernels, under the key
-that a launch looks for, and what was read in them: what has not changed is not compiled again.
+``--cover`` a few of them, in which every kernel has each trait that it has in any (``_aot/covering.py``).
+Triton's cache (``TRITON_CACHE_DIR``) keeps the kernels, under the key that a launch looks for, and what was read in
+them: what has not changed is not compiled again.
 """
 
 from __future__ import annotations

@@ -26,6 +26,7 @@ import psutil
 ROOT = Path(__file__).resolve().parents[1]
 GRACE = 10.0  # seconds that processes have to end by themselves
 PASSED, INTERRUPTED = 0, 130
+INTERRUPTS = (signal.SIGINT, signal.SIGTERM)
 PR_SET_CHILD_SUBREAPER = 36  # <linux/prctl.h>: whose parent ends becomes a child of this process
 
 
@@ -119,7 +120,7 @@ def listen() -> None:
     def interrupt(*_) -> None:
         raise KeyboardInterrupt
 
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in INTERRUPTS:
         signal.signal(number, interrupt)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
@@ -133,10 +134,14 @@ def run(parts: Sequence[Part], stop_at_failure: bool) -> int:
         for number, part in enumerate(parts, 1):
             print(f"\n== part {number} of {len(parts)}: {part.name} ({_clock(time.monotonic() - began)})", flush=True)
             done.append(run_part(part))
+            end()  # what it has left behind
             status = status or done[-1].status
             if status and stop_at_failure:
                 break
     except KeyboardInterrupt:
+        for number in INTERRUPTS:
+            signal.signal(number, signal.SIG_IGN)  # there is nothing left but to end
+        end()
         print("\ninterrupted: every process that was started has ended", flush=True)
         status = INTERRUPTED
     print(f"\n{summary(parts, done, time.monotonic() - began)}", flush=True)
@@ -145,33 +150,28 @@ def run(parts: Sequence[Part], stop_at_failure: bool) -> int:
 
 def run_part(part: Part) -> Outcome:
     """Its commands, up to the first that fails."""
-    began = time.monotonic()
+    began, status = time.monotonic(), PASSED
     for command in part.commands:
-        process = subprocess.Popen(
-            [sys.executable, "-m", *command], cwd=ROOT, env={**os.environ, **part.environment}, stdin=subprocess.DEVNULL
-        )
-        try:
-            status = process.wait()
-        except BaseException:
-            end()
-            raise
+        options = {"cwd": ROOT, "env": {**os.environ, **part.environment}, "stdin": subprocess.DEVNULL}
+        status = subprocess.Popen([sys.executable, "-m", *command], **options).wait()
         if status:
             break
     return Outcome(part.name, time.monotonic() - began, status)
 
 
 def end() -> None:
-    """Ask what was started to end; after GRACE kill what is left of it, and of what that has started."""
+    """Ask what was started and still runs to end; after GRACE kill what is left of it, and of what that has started."""
     own = psutil.Process()
+    family = own.children(recursive=True)  # taken now: where orphans are not adopted they are not found later
     for child in own.children():
         with suppress(psutil.NoSuchProcess):
             child.send_signal(signal.SIGINT)
-    psutil.wait_procs(own.children(recursive=True), timeout=GRACE)
-    while left := own.children(recursive=True):
+    _, left = psutil.wait_procs(family, timeout=GRACE)
+    while left := {*left, *own.children(recursive=True)}:
         for process in left:
             with suppress(psutil.NoSuchProcess):
                 process.kill()
-        psutil.wait_procs(left, timeout=GRACE)
+        _, left = psutil.wait_procs(left, timeout=GRACE)
 
 
 def summary(parts: Sequence[Part], done: Sequence[Outcome], seconds: float) -> str:

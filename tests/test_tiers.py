@@ -22,37 +22,43 @@ def combinations(cases, strength):
     return {pairs for case in cases for pairs in itertools.combinations(enumerate(case), strength)}
 
 
-@pytest.mark.parametrize(("strength", "most"), [(1, 5), (2, 40), (3, 180)])
-def test_a_cover_has_every_combination_with_few_cases(short, strength, most):
-    """At least as many as the two (three) longest parameters have values together; of 900 paths."""
-    taken = tiers.cover(PATHS, strength)
-    assert combinations(taken, strength) == combinations(PATHS, strength)
-    assert len(PATHS) == 900 and len(taken) <= most
-    assert taken == [path for path in PATHS if path in set(taken)], "in their order"
+def pairs_of(cases):
+    return {pair for case in cases for pair in itertools.combinations(enumerate(case), 2)}
 
 
-def test_of_cases_that_are_no_product_what_occurs_is_covered(short):
+def taken(cases):
+    return [cases[place] for place in tiers.pairs(cases)]
+
+
+def test_a_cover_has_every_pair_with_few_cases():
+    """At least as many as the two longest parameters have values together; of 900 paths."""
+    found = taken(PATHS)
+    assert pairs_of(found) == pairs_of(PATHS)
+    assert len(PATHS) == 900 and len(found) <= 40
+    assert found == [path for path in PATHS if path in set(found)], "in their order"
+
+
+def test_of_cases_that_are_no_product_what_occurs_is_covered():
     cases = [("a", 1, "x"), ("a", 2, "x"), ("b", 1, "y"), ("b", 1, "x")]
-    taken = tiers.cover(cases)
-    assert combinations(taken, 2) == combinations(cases, 2)
+    assert pairs_of(taken(cases)) == pairs_of(cases)
 
 
-def test_one_parameter_and_two_lose_no_case(short):
-    assert tiers.cover([("a",), ("b",)]) == [("a",), ("b",)]
-    assert len(tiers.cover(itertools.product(range(3), range(4)))) == 12
-    assert tiers.cover([]) == []
+def test_one_parameter_and_two_lose_no_case():
+    assert tiers.pairs([("a",), ("b",), ("a",)]) == [0, 1, 2]
+    assert len(tiers.pairs([*itertools.product(range(3), range(4))])) == 12
+    assert tiers.pairs([]) == [] and tiers.pairs([()]) == [0]
 
 
-def test_the_exhaustive_tier_takes_all(monkeypatch):
-    monkeypatch.setattr(tiers, "EXHAUSTIVE", True)
-    assert tiers.cover(PATHS) == PATHS
-    assert tiers.at(1, 2) == 2
-
-
-def test_a_cover_depends_on_the_seed_alone(short, monkeypatch):
-    first, again = tiers.cover(PATHS), tiers.cover(PATHS)
+def test_a_cover_depends_on_the_seed_alone(monkeypatch):
+    first, again = taken(PATHS), taken(PATHS)
     monkeypatch.setattr(tiers, "TEST_SEED", tiers.TEST_SEED + 1)
-    assert first == again != tiers.cover(PATHS)
+    assert first == again != taken(PATHS)
+
+
+def test_values_are_those_of_the_tier(short, monkeypatch):
+    assert tiers.at(1, 2) == 1
+    monkeypatch.setattr(tiers, "EXHAUSTIVE", True)
+    assert tiers.at(1, 2) == 2
 
 
 def test_an_unknown_tier_is_refused(monkeypatch):
@@ -70,45 +76,42 @@ def item(function, marks=(), **parameters):
     marks = {mark.name: mark for mark in marks}
     callspec = {"callspec": SimpleNamespace(params=parameters)} if parameters else {}
     return SimpleNamespace(
-        name=f"{function}{parameters}", originalname=function, parent="file", get_closest_marker=marks.get, **callspec
+        nodeid=f"tests/a.py::{function}[{parameters}/]",
+        originalname=function,
+        name=function,
+        parent="file",
+        get_closest_marker=marks.get,
+        **callspec,
     )
 
 
-def product_of(function, *marks):
-    return [item(function, marks, a=a, b=b, c=c) for a, b, c in itertools.product("xyz", (1, True), (None, [2]))]
+def product_of(function):
+    return [item(function, a=a, b=b, c=c) for a, b, c in itertools.product("xyz", (1, True), (0.0, -0.0, [2]))]
 
 
-def kept(items, keyword="", args=("tests",)):
+def kept(items, args=("tests",)):
     """What is left of the items; the others are said to be deselected."""
     dropped = []
 
     def deselected(items):
         dropped.extend(items)
 
-    hook = SimpleNamespace(pytest_deselected=deselected)
     left = list(items)
-    tiers.pytest_collection_modifyitems(
-        SimpleNamespace(option=SimpleNamespace(keyword=keyword), args=args, hook=hook), left
-    )
+    hook = SimpleNamespace(pytest_deselected=deselected)
+    tiers.pytest_collection_modifyitems(SimpleNamespace(args=args, hook=hook), left)
     assert sorted(map(id, [*left, *dropped])) == sorted(map(id, items))
     return left
 
 
 def test_each_test_is_covered_by_itself(short):
-    """1 is not True; values without a hash count too."""
+    """1 is not True, nor 0.0 -0.0; values without a hash count too."""
     one, other, alone = product_of("one"), product_of("other"), item("alone")
     left = kept([*one, alone, *other])
     assert alone in left
     for cases in (one, other):
-        taken = [case for case in left if case in cases]
-        values = [[tiers._hashable(v) for v in case.callspec.params.values()] for case in cases]
-        found = [[tiers._hashable(v) for v in case.callspec.params.values()] for case in taken]
-        assert combinations(found, 2) == combinations(values, 2) and len(taken) < len(cases)
-
-
-def test_a_mark_asks_for_more_or_less(short):
-    assert len(kept(product_of("test", pytest.mark.cover(3).mark))) == 12
-    assert len(kept(product_of("test", pytest.mark.cover(1).mark))) == 3
+        found = [[repr(value) for value in case.callspec.params.values()] for case in cases if case in left]
+        values = [[repr(value) for value in case.callspec.params.values()] for case in cases]
+        assert pairs_of(found) == pairs_of(values) and 9 <= len(found) < len(cases)
 
 
 def test_what_is_marked_exhaustive_is_left_out(short):
@@ -116,9 +119,12 @@ def test_what_is_marked_exhaustive_is_left_out(short):
     assert kept([slow, quick]) == [quick]
 
 
-def test_what_is_asked_for_by_name_runs(short):
-    cases = [*product_of("test"), item("slow", [pytest.mark.exhaustive.mark])]
-    assert kept(cases, keyword="slow") == kept(cases, args=("tests/a.py::slow",)) == cases
+def test_what_is_asked_for_by_name_has_all_its_cases(short):
+    cases, slow = product_of("test"), item("slow", [pytest.mark.exhaustive.mark])
+    assert kept([*cases, slow], args=("/somewhere/tests/a.py::test",)) == cases
+    assert kept([*cases, slow], args=("tests/a.py::slow", "tests"))[-1] is slow
+    assert len(kept([*cases, slow], args=("tests/a.py::slow", "tests"))) < len(cases)
+    assert slow not in kept([*cases, slow], args=("tests/b.py::slow",))
 
 
 def test_the_exhaustive_tier_runs_all(monkeypatch):

@@ -3,14 +3,13 @@
 ``make test`` runs the short tier; ``make exhaustive``, or ``GLORA_TESTS=exhaustive pytest``, all there is. The rule, in
 one place (docs/testing.md says why it is enough):
 
-- Of a test with parameters the short tier takes a cover: each pair of values of two parameters that occurs in some
-  case occurs in a case that is taken. ``@pytest.mark.cover(3)`` asks for triples, ``cover(1)`` for single values.
-- Tests that loop over cases themselves write ``cover(cases)``; the parameters are the entries of each case.
+- Of a test with three or more parameters the short tier takes a cover: each pair of values of two parameters that
+  occurs in some case occurs in a case that is taken.
 - Numbers of repetitions are written ``at(short, exhaustive)``.
 - Tests marked ``@pytest.mark.exhaustive`` are left out.
 
-Which cover it is depends on GLORA_TEST_SEED, as all that is generated. A test that is asked for by name (``::`` or
-``-k``) runs with all its cases in either tier.
+Which cover it is depends on GLORA_TEST_SEED, as all that is generated. A test that is asked for by name
+(``pytest file.py::test``) runs with all its cases in either tier.
 """
 
 from __future__ import annotations
@@ -20,11 +19,12 @@ import os
 import random
 from collections import defaultdict
 from collections.abc import Hashable, Iterable, Sequence
+from pathlib import Path
 from typing import TypeVar
 
 import pytest
 
-from glora_kernels._aot.covering import cover as covering
+from glora_kernels._aot.covering import cover
 from tests.helpers import TEST_SEED
 
 T = TypeVar("T")
@@ -40,37 +40,38 @@ def at(short: T, exhaustive: T) -> T:
     return exhaustive if EXHAUSTIVE else short
 
 
-def cover(cases: Iterable[Sequence[Hashable]], strength: int = 2) -> list:
-    """The cases of this tier: all, or a few with every combination of ``strength`` entries that occurs in them."""
-    cases = list(cases)
-    return cases if EXHAUSTIVE else [cases[place] for place in _places(cases, strength)]
-
-
-def _places(cases: Sequence[Sequence[Hashable]], strength: int) -> list[int]:
+def pairs(cases: Sequence[Sequence[Hashable]]) -> list[int]:
+    """The places of a few of the cases that have every pair of two entries which some case has."""
+    if not cases or len(cases[0]) < 3:
+        return list(range(len(cases)))
     order = list(range(len(cases)))
     random.Random(f"{TEST_SEED} {len(cases)}").shuffle(order)  # or ties would all fall to the first values
-    shown = [
-        frozenset(itertools.combinations(enumerate(cases[place]), min(strength, len(cases[place])))) for place in order
-    ]
-    return sorted(order[place] for place in covering(shown))
+    shown = [frozenset(itertools.combinations(enumerate(cases[place]), 2)) for place in order]
+    return sorted(order[place] for place in cover(shown))
 
 
 # As a pytest plugin, loaded by conftest.py ----------------------------------------------------------------------------
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "cover(strength): combinations of how many parameters the short tier covers")
     config.addinivalue_line("markers", "exhaustive: not in the short tier")
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    by_name = config.option.keyword or any("::" in argument for argument in config.args)
-    if EXHAUSTIVE or by_name:
+    if EXHAUSTIVE:
         return
-    kept = {id(item) for item in _short(items)}
+    names = tuple(_name(argument) for argument in config.args if "::" in argument)
+    kept = {id(item) for item in items if _name(item.nodeid).startswith(names)}
+    kept |= {id(item) for item in _short(item for item in items if id(item) not in kept)}
     config.hook.pytest_deselected(items=[item for item in items if id(item) not in kept])
     items[:] = [item for item in items if id(item) in kept]
+
+
+def _name(test: str) -> str:
+    """``file.py::test[case]`` of an argument or a node, wherever the file is."""
+    file, separator, rest = test.partition("::")
+    return Path(file).name + separator + rest
 
 
 def _short(items: Iterable[pytest.Item]) -> Iterable[pytest.Item]:
@@ -80,23 +81,13 @@ def _short(items: Iterable[pytest.Item]) -> Iterable[pytest.Item]:
         if item.get_closest_marker("exhaustive") is None:
             functions[item.parent, getattr(item, "originalname", item.name)].append(item)
     for cases in functions.values():
-        mark = cases[0].get_closest_marker("cover")
-        strength = mark.args[0] if mark else 2
-        yield from (cases[place] for place in _places([_values(case) for case in cases], strength))
+        yield from (cases[place] for place in pairs([_values(case) for case in cases]))
 
 
 def _values(item: pytest.Item) -> list[Hashable]:
-    """Its parameters, in one order for all cases of a test; what has no hash is told apart by identity."""
+    """Its parameters, in one order for all cases of a test; by type and repr, since True is not 1, nor 0.0 -0.0."""
     parameters = item.callspec.params if hasattr(item, "callspec") else {}
-    return [_hashable(parameters[name]) for name in sorted(parameters)]
-
-
-def _hashable(value: object) -> Hashable:
-    try:
-        hash(value)
-    except TypeError:
-        return id(value)
-    return type(value), value  # True is not 1
+    return [(type(parameters[name]), repr(parameters[name])) for name in sorted(parameters)]
 
 
 def pytest_report_header() -> str:

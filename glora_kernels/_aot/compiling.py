@@ -7,26 +7,18 @@ it will at a launch, and keeps the kernel under the same key: what the gate has 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from triton.compiler import CompiledKernel
 from triton.runtime import driver
 
+from .._triton.builds import POINTERS, Build
 from .._triton.launch import ALIGNMENT, compile_for
 from .._triton.settings import Tile
 from .targets import Target
 
-if TYPE_CHECKING:
-    from .._triton.builds import Build
-
-_POINTED = {
-    "*fp16": torch.float16,
-    "*bf16": torch.bfloat16,
-    "*fp32": torch.float32,
-    "*i32": torch.int32,
-    "*i64": torch.int64,
-}
+_POINTED = {kind: dtype for dtype, kind in POINTERS.items()}
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,12 @@ if TYPE_CHECKING:
 
 
 def traits(build: Build) -> frozenset[Hashable]:
-    """What can differ between two builds of a kernel: each constant's value, each argument's type, warps, stages."""
-    found = {**build.constexprs, **build.signature, "num_warps": build.num_warps, "num_stages": build.num_stages}
+    """What can differ between two builds of a kernel, each by itself.
+
+    The value of each constant, the type of each argument and whether it is a multiple of 16, warps and stages.
+    """
+    arguments = {name: (kind, name in build.divisible) for name, kind in build.signature.items()}
+    found = {**build.constexprs, **arguments, "num_warps": build.num_warps, "num_stages": build.num_stages}
     return frozenset((id(build.kernel), name, str(value)) for name, value in found.items())
 
 

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from bench.conftest import _settings as settings_of
+from bench.conftest import settings_of
 from bench.measurements.layer import ENTRIES, KIND_PAIRS
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -147,7 +147,16 @@ def test_bad_options_are_refused(options, message, monkeypatch):
         settings_of(config)
 
 
-def test_bad_options_end_the_command_before_any_work():
-    done = run_bench("bench", "--shapes", "vit_z")
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--shapes", "vit_z"], BAD_OPTIONS[0][1]),
+        pytest.param(["--rounds", "0"], BAD_OPTIONS[1][1], marks=pytest.mark.exhaustive),
+        pytest.param(["--clock=cpu", "--threads=2"], BAD_OPTIONS[2][1], marks=pytest.mark.exhaustive),
+        pytest.param(["--results", "README.md"], BAD_OPTIONS[4][1], marks=pytest.mark.exhaustive),
+    ],
+)
+def test_bad_options_end_the_command_before_any_work(arguments, message):
+    done = run_bench("bench", *arguments)
     assert done.returncode == 4
-    assert re.search(BAD_OPTIONS[0][1], done.stderr)
+    assert re.search(message, done.stderr)

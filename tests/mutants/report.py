@@ -44,7 +44,7 @@ def _paragraphs(results: dict) -> Iterator[str]:
     versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
     yield f"**{killed} of {len(records)} mutants killed: {score(records):.1%}.** {results['date']}, {versions};"
     yield f"seed {results['seed']}, of {results['sites']} sites in {len(KERNEL_FILES)} files;"
-    yield f"{results['tests']} tests of the {results['tier']} tier, {results['suite_seconds']:.0f} s of them."
+    yield f"{results['tests']} tests of the {results['tier']} tier, which take {results['suite_seconds']:.0f} s."
     yield "Drawn beside them and not counted:"
     yield f"{results['illegal']} that are no legal kernels, {len(results['equivalent'])} that are equivalent.\n"
     yield from table(records, "file", list(KERNEL_FILES))

@@ -23,6 +23,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from tests.helpers import TEST_SEED
 from tests.tiers import TIER
 
 from .sites import ROOT, Mutant
@@ -84,7 +85,8 @@ class Suite:
         support = (path for path in (self.folder / SUITE).rglob("*.py") if not path.name.startswith("test_"))
         common = (self.folder / name for name in COMMON)
         paths = {*package, *support, *common, *(self.folder / file for file in test_files)}
-        found = hashlib.sha1("".join([TIER, *(importlib.metadata.version(name) for name in VERSIONS)]).encode())
+        versions = (importlib.metadata.version(name) for name in VERSIONS)
+        found = hashlib.sha1(" ".join([TIER, str(TEST_SEED), *versions]).encode())
         for path in sorted(paths):
             found.update(path.relative_to(self.folder).as_posix().encode() + path.read_bytes())
         return found.hexdigest()[:16]
