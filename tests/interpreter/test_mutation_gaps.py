@@ -123,6 +123,17 @@ def test_every_address_lies_in_an_operand_where_the_output_is_reused(b, strategy
         check(call, strategy=strategy)
 
 
+@each_strategy
+@pytest.mark.parametrize("product", PRODUCTS)
+def test_every_address_lies_in_an_operand_that_is_read_to_its_end(product, strategy, monkeypatch):
+    """Where the rank is that of the storage, no other row lies beyond the last column of the last one."""
+    bounds = Bounds(monkeypatch)
+    for a, b in (("lora_3", "none"), ("none", "lora_3"), ("lora_3", "lora_3")):
+        call = make((a, b, "lora_3", "vector", "vector"), product=product, storage_rank=3)
+        with launching(bounds.launch):
+            check(call, strategy=strategy)
+
+
 def test_the_bounds_notice(monkeypatch):
     bounds = Bounds(monkeypatch)
 
