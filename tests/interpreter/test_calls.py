@@ -65,6 +65,7 @@ def test_nothing_to_compute(a, shape, product, strategy):
         (("vector", "lora_1", "none", "vector", "none"), "hadamard", (5, 7, 6)),
         (("vector", "lora_1", "none", "none", "constant"), "hadamard", (64, 7, 64)),
         (("constant", "vector", "vector", "constant", "none"), "matmul", (5, 7, 6)),
+        (("vector", "lora_1", "none", "none", "none"), "matmul", (5, 7, 6)),
         (("none", "lora_1", "lora_1", "none", "none"), "hadamard", (5, 7, 6)),
     ],
 )

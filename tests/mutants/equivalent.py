@@ -32,6 +32,22 @@ class Equivalent(NamedTuple):
 
 EQUIVALENT: tuple[Equivalent, ...] = (
     Equivalent(
+        "finish.py",
+        "finish_kernel",
+        "conjunct_dropped",
+        "mask = (o < size) & (c < count) & (j < rank)",
+        "(o < size)",
+        "every job has as many rows as size / inner: o < size says the same",
+    ),
+    Equivalent(
+        "assemble.py",
+        "assemble_kernel",
+        "cast_dropped",
+        "weight = load_tile(w_ptr, rows, columns, stride_wn, stride_wk, row_mask, mask).to(WIDE)",
+        "load_tile(w_ptr, rows, columns, stride_wn, stride_wk, row_mask, mask)",
+        "a, b and c are WIDE: a sum or product with one of them widens the weight just the same",
+    ),
+    Equivalent(
         "weight_pass.py",
         "weight_pass_kernel",
         "cast_dropped",
