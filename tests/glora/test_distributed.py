@@ -690,10 +690,22 @@ def test_shares_are_a_partition(count, ranks, monkeypatch):
 
 
 PROJECT = """
-import torch, glora
+import atexit, contextlib, glob, time, torch, glora
 from tests.glora.toys import adapted_mlp, points
 from tests.glora.test_distributed import QUICK, RECIPE, SPACE
 make_model, train_set, validation_set, recipe, space, settings = adapted_mlp, points(), points(), RECIPE, SPACE, QUICK
+
+def threads():
+    for file in glob.glob("/proc/self/task/*/comm"):
+        with contextlib.suppress(OSError), open(file) as name:
+            yield name.read()
+
+@atexit.register
+def tell_whether_the_group_has_ended():
+    deadline = time.monotonic() + 5
+    while any("gloo" in name for name in threads()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    print("still there:", [name for name in threads() if "gloo" in name])
 """
 
 
@@ -708,6 +720,7 @@ def test_the_script_of_the_guide(tmp_path):
     done = subprocess.run(command, check=False, **options)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("train:   0%") == 1  # rank 0's bar alone
+    assert done.stdout.count("still there: []") == 2, done.stdout  # the threads of gloo, after destroy_process_group
 
     model = adapted_mlp()
     train(model, points(), RECIPE, space=SPACE, progress=False)
