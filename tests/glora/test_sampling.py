@@ -41,12 +41,12 @@ def draws(sampler, count, seed=0):
     ids=str,
 )
 def test_tight_limits_are_quick_and_always_hold(ranks, limit):
-    started = time.perf_counter()
+    started = time.process_time()
     sampler = PathSampler(VIT_B, SearchSpace(ranks), limit)
     counts = [sampler.count(paths) for paths in draws(sampler, 200)]
     assert max(counts) <= limit
     assert sum(counts) / len(counts) >= 0.75 * limit  # the budget is used
-    assert time.perf_counter() - started < 10  # 0.2 s on an idle core; the official code never ends
+    assert time.process_time() - started < 10  # 0.2 s on an idle core; the official code never ends
 
 
 @pytest.mark.parametrize("extra", [0, 1, 5, 50])
@@ -98,10 +98,10 @@ def test_a_first_generation_of_the_papers_budgets_fills_at_once(timm_vit_b, rank
     """The sizes of the paper's tables, and one at which the official code hangs: 50 different legal candidates, near
     to the limit (the mean of random paths is above it, at 500,000 for rank 4) and all over the space."""
     assert len(timm_vit_b) == 48
-    started = time.perf_counter()
+    started = time.process_time()
     sampler = PathSampler(timm_vit_b, SearchSpace(ranks), limit)
     drawn = Offspring(sampler, SearchSettings()).first()
-    assert time.perf_counter() - started < 1  # 0.03 s on a busy core
+    assert time.process_time() - started < 1  # 0.03 s on a busy core
     counts = [sampler.count(dict(zip(timm_vit_b, key))) for key in drawn]
     assert len(set(drawn)) == 50
     assert sampler.mean > limit
