@@ -15,7 +15,7 @@ import torch.distributed as dist
 if dist.is_available() and not dist.is_initialized():
     # Its functions have the process group of the time of its import as a default argument. The first optimiser
     # imports it, as a rule after init_process_group: destroy_process_group then cannot end the threads of gloo, and
-    # one that still waits for the interpreter's lock aborts the process at its exit, once in some hundred runs.
+    # one that still waits for the interpreter's lock may abort the process at its exit.
     import torch.distributed.nn.functional  # noqa: F401
 
 T = TypeVar("T")

@@ -46,7 +46,7 @@ def test_tight_limits_are_quick_and_always_hold(ranks, limit):
     counts = [sampler.count(paths) for paths in draws(sampler, 200)]
     assert max(counts) <= limit
     assert sum(counts) / len(counts) >= 0.75 * limit  # the budget is used
-    assert time.process_time() - started < 10  # 0.2 s on an idle core; the official code never ends
+    assert time.process_time() - started < 10  # it takes 0.2; the official code never ends
 
 
 @pytest.mark.parametrize("extra", [0, 1, 5, 50])
@@ -101,7 +101,7 @@ def test_a_first_generation_of_the_papers_budgets_fills_at_once(timm_vit_b, rank
     started = time.process_time()
     sampler = PathSampler(timm_vit_b, SearchSpace(ranks), limit)
     drawn = Offspring(sampler, SearchSettings()).first()
-    assert time.process_time() - started < 1  # 0.03 s on a busy core
+    assert time.process_time() - started < 1  # it takes 0.03
     counts = [sampler.count(dict(zip(timm_vit_b, key))) for key in drawn]
     assert len(set(drawn)) == 50
     assert sampler.mean > limit
