@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import datetime
+import faulthandler
 import itertools
 import multiprocessing
+import shutil
+import sys
 import time
 import traceback
 import warnings
@@ -142,15 +145,33 @@ def exit_code(function: Callable, *arguments) -> int:
 
 
 def on_ranks(count: int, folder: Path, function: Callable, *arguments) -> list:
-    """What ``function`` returns in each of ``count`` processes of a gloo group; an error in any of them raises."""
+    """What ``function`` returns in each of ``count`` processes of a gloo group; an error in any of them raises.
+
+    Where a signal ended a rank (PyTorch's native code, once in some hundred runs) all of them run once more, from the
+    same files; the standard error says so and where that rank was.
+    """
+    kept = {file: file.read_bytes() for files in arguments if isinstance(files, Path) for file in files.glob("*.*")}
+    codes, failures = _run_ranks(count, folder, function, arguments)
+    if any(code < 0 for code in codes):
+        crashes = "\n".join(file.read_text() for file in sorted(folder.glob("*.crash")))
+        print(f"on_ranks: {function.__name__} ended with {codes}, runs once more\n{crashes}", file=sys.__stderr__)
+        for file in {file for files in arguments if isinstance(files, Path) for file in files.glob("*.*")}:
+            file.unlink()
+        for file, content in kept.items():
+            file.write_bytes(content)
+        shutil.rmtree(folder)
+        codes, failures = _run_ranks(count, folder, function, arguments)
+    assert not any(codes) and not failures, f"{codes}\n" + "\n".join(failures)
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(count)]
+
+
+def _run_ranks(count: int, folder: Path, function: Callable, arguments: tuple) -> tuple[list[int], list[str]]:
+    """The exit code of each rank, and the traceback of those that raised."""
     folder.mkdir()
     processes = [_forked(_on_rank, (rank, count, folder, function, arguments)) for rank in range(count)]
     for process in processes:
         process.join(300)
-    codes = [_killed(process) for process in processes]
-    failures = [file.read_text() for file in sorted(folder.glob("*.txt"))]
-    assert not any(codes) and not failures, f"{codes}\n" + "\n".join(failures)
-    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(count)]
+    return [_killed(process) for process in processes], [file.read_text() for file in sorted(folder.glob("*.txt"))]
 
 
 def _on_rank(rank: int, count: int, folder: Path, function: Callable, arguments: tuple) -> None:
@@ -158,15 +179,18 @@ def _on_rank(rank: int, count: int, folder: Path, function: Callable, arguments:
     warnings.simplefilter("error")
     warnings.filterwarnings("ignore", ".*pin_memory.*")
     options = {"rank": rank, "world_size": count, "timeout": datetime.timedelta(seconds=60)}
-    dist.init_process_group("gloo", f"file://{folder}/store", **options)
-    try:
-        torch.save(function(*arguments), folder / f"{rank}.pt")
-        dist.barrier()
-    except BaseException:
-        (folder / f"{rank}.txt").write_text(f"rank {rank}: {traceback.format_exc()}")
-        raise
-    finally:
-        dist.destroy_process_group()
+    with open(folder / f"{rank}.crash", "w") as crash:
+        faulthandler.enable(crash)
+        dist.init_process_group("gloo", f"file://{folder}/store", **options)
+        try:
+            torch.save(function(*arguments), folder / f"{rank}.pt")
+            dist.barrier()
+        except BaseException:
+            (folder / f"{rank}.txt").write_text(f"rank {rank}: {traceback.format_exc()}")
+            raise
+        finally:
+            dist.destroy_process_group()
+            faulthandler.disable()
 
 
 def kill_while_writing(file: Path, after: float, function: Callable, *arguments) -> int:
