@@ -17,6 +17,7 @@ from .injection import inject
 from .layer import GLoRALayer, GLoRALinear
 from .lycoris import load_lycoris, save_lycoris
 from .merging import MergeReport, merge, unmerge
+from .model_summary import Summary, summary
 from .modules import glora_layers
 from .official import load_official, official_paths, save_official
 from .parameters import count_parameters, drop_unread_gradients, trainable_parameters
@@ -48,6 +49,7 @@ __all__ = [
     "SearchResult",
     "SearchSettings",
     "SearchSpace",
+    "Summary",
     "TrainSummary",
     "__version__",
     "apply_preset",
@@ -74,6 +76,7 @@ __all__ = [
     "save_official",
     "search",
     "set_paths",
+    "summary",
     "sync_gradients",
     "train",
     "trainable_parameters",

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 
 from torch import nn
 
 from .adapters import adapted, adapters
+from .distributed import holds_shards
+from .heads import find_heads
 from .layer import qualified_name
+from .model_summary import describe, unadaptable
 from .modules import glora_layers, matches, replace_modules
-
-DEFAULT_EXCLUDE = ("head",)
+from .packages import is_a
 
 
 def inject(
@@ -18,21 +21,26 @@ def inject(
     rank: int = 8,
     *,
     targets: Iterable[str] | None = None,
-    exclude: Iterable[str] = DEFAULT_EXCLUDE,
+    exclude: Iterable[str] = (),
+    heads: Iterable[str] | None = None,
     product: str = "hadamard",
     convolutions: bool = False,
 ) -> nn.Module:
     """Replace linear layers of ``model`` by :class:`GLoRALinear`, in place; outputs stay the same.
 
-    Then only support tensors require grad, and whatever the excluded modules left trainable (the
-    classifier head). A frozen weight may be tied to other modules: it stays tied, and each adapted
-    layer has support tensors of its own. A name selects a module if its dotted components occur in a row in the
-    module's: ``"qkv"``, ``"mlp.fc1"``, ``"blocks.11"``; never by a part of a component.
+    Then only three things require grad: the support tensors, the heads, and whatever the excluded modules left
+    trainable. :func:`glora.summary` says what became of every weight. A frozen weight may be tied to other modules: it
+    stays tied, and each adapted layer has support tensors of its own. A name selects a module if its dotted components
+    occur in a row in the module's: ``"qkv"``, ``"mlp.fc1"``, ``"blocks.11"``; never by a part of a component.
 
     Args:
         rank: the largest rank a path may ask for.
         targets: names of layers to adapt; None for every ``nn.Linear``, and every ``Conv1D`` of Hugging Face's GPT-2.
-        exclude: names of modules that are left exactly as they are.
+        exclude: names of modules that are left exactly as they are, beside the heads.
+        heads: names of modules that are not adapted and train in full. None for those that are recognised: timm's
+            ``get_classifier()``, what stands beside the base model of a Transformers model (``classifier``, ``score``,
+            ``lm_head``), ``fc``, ``classifier`` and ``head`` of others. Of these, a parameter that is shared with the
+            rest of the model (a tied ``lm_head``) is frozen, and one that was frozen before stays so. ``()`` for none.
         product: ``"hadamard"`` or ``"matmul"``.
         convolutions: adapt every ``nn.Conv2d`` too (:class:`GLoRAConv2d`), or those among the targets.
 
@@ -40,14 +48,27 @@ def inject(
         ``model`` itself.
 
     Raises:
-        ValueError: an empty, repeated or unmatched name; nothing to adapt; a model adapted before;
-            a layer that shares a trainable parameter with an excluded module. The model is unchanged then.
-        TypeError: a target of a subclass of what is adapted, which may compute something else; one with hooks,
-            pruning or weight norm; one that an ``nn.TransformerEncoderLayer`` or ``nn.MultiheadAttention`` reads
+        ValueError: an empty, repeated or unmatched name; a target with nothing that can be adapted; nothing to adapt; a
+            model adapted before; a layer that shares a trainable parameter with a head that was named or with an
+            excluded module. The model is unchanged then.
+        TypeError: a model within ``DistributedDataParallel`` or another wrapper that has seen its parameters, or one
+            that PEFT has adapted; a target of a subclass of what is adapted, which may compute something else; one with
+            hooks, pruning or weight norm; one that an ``nn.TransformerEncoderLayer`` or ``nn.MultiheadAttention`` reads
             directly.
+
+    Warns:
+        UserWarning: linear weights stay frozen because they cannot be adapted (a subclass of ``nn.Linear``, attention
+            of PyTorch's own, several matrices in one parameter); every head that was recognised is frozen.
+
+    Example:
+        >>> model = glora.inject(torchvision.models.resnet18(), rank=4, convolutions=True)
+        >>> model.fc.weight.requires_grad, type(model.conv1).__name__
+        (True, 'GLoRAConv2d')
     """
     targets = None if targets is None else _checked_names("targets", targets)
     excluded = _checked_names("exclude", exclude)
+    named_heads = None if heads is None else _checked_names("heads", heads)
+    require_free(model)
     if glora_layers(model):
         raise ValueError("model: expected a model without GLoRA, it holds adapted layers already")
     kinds = [kind for kind in adapters() if convolutions or kind is not nn.Conv2d]
@@ -57,17 +78,32 @@ def inject(
         )
     # with every name of a shared module: each of them may be a target, or excluded
     named = {name: module for name, module in model.named_modules(remove_duplicate=False) if name}
-    if targets is not None:
-        _check_matched("targets", targets, list(named))
-        _check_convolutions(targets, named, kinds)
-    if excluded != DEFAULT_EXCLUDE:
-        _check_matched("exclude", excluded, list(named))
+    for argument, names in (("targets", targets), ("exclude", excluded), ("heads", named_heads)):
+        _check_matched(argument, names or (), list(named))
 
-    left_alone = {module for name, module in named.items() if any(matches(name, pattern) for pattern in excluded)}
-    kept = {id(p) for module in left_alone for p in module.parameters()}
-    chosen = _choose(named, targets, left_alone, kinds)
+    recognised = find_heads(model) if named_heads is None else {}
+    heads_in_full = _selected(named, named_heads or ())
+    left_alone = _selected(named, excluded)
+    head_modules = {part for head in recognised.values() for part in head.modules()} | heads_in_full
+    spared = left_alone | head_modules
+    if targets is not None:
+        _check_targets(targets, named, left_alone, head_modules, kinds)
+    chosen = _choose(named, targets, spared, kinds, recognised)
+    kept = _own_parameters(left_alone | heads_in_full)
     _check_kept(model, chosen, kept)
+    kept |= _own_parameters(head_modules) - _own_parameters(set(model.modules()) - head_modules)
+    considered = named if targets is None else {n: m for n, m in named.items() if any(matches(n, t) for t in targets)}
+    frozen_before = not any(p.requires_grad for head in recognised.values() for p in head.parameters())
     adapt(model, chosen, rank, product, kept)
+    for parameter in (p for module in heads_in_full for p in module.parameters() if p.is_floating_point()):
+        parameter.requires_grad_(True)
+    if recognised and frozen_before:
+        warnings.warn(
+            f"inject: the heads {list(recognised)} were frozen before and do not train; heads={list(recognised)} "
+            "trains them",
+            stacklevel=2,
+        )
+    _warn_of_unadaptable({name: module for name, module in considered.items() if module not in spared}, kinds)
     return model
 
 
@@ -78,35 +114,71 @@ def adapt(model: nn.Module, modules: Iterable[nn.Module], rank: int, product: st
         TypeError: one of ``modules`` cannot be replaced (see :func:`inject`); the model is unchanged then.
     """
     modules = list(modules)
-    readers = _read_directly(model.modules())
-    for name, module in model.named_modules():
-        if module in readers and module in modules:
-            raise _bypassed(name, readers[module])
+    require_free(model)
+    names = {module: name for name, module in model.named_modules()}
+    readers = _read_directly(names)
+    for module in modules:
+        if module in readers:
+            raise _bypassed(names[module], readers[module])
     replacements: dict[nn.Module, nn.Module] = {}
     requires_grad = {p: p.requires_grad for p in model.parameters()}
     try:
         for module in modules:
             replacements[module] = adapted(module, rank, product)
-    except Exception:
+    except Exception as error:
         for parameter, flag in requires_grad.items():
             parameter.requires_grad_(flag)
-        raise
+        raise type(error)(f"{error} (layer {names[module]!r})") from None
     for parameter in model.parameters():
         if id(parameter) not in kept:
             parameter.requires_grad_(False)
     replace_modules(model, replacements)
 
 
+def require_free(model: nn.Module) -> None:
+    """Raise TypeError for a model that something else has hold of: it would go on with parameters that are replaced."""
+    for name, module in model.named_modules():
+        where = repr(name) if name else "the model"
+        if isinstance(module, (nn.parallel.DistributedDataParallel, nn.DataParallel)) or is_a(
+            module, "torch.distributed.fsdp.fully_sharded_data_parallel", "FullyShardedDataParallel"
+        ):
+            kind = type(module).__name__
+            raise TypeError(
+                f"model: expected one that is not wrapped yet, got {kind} ({where}), which has noted the parameters of "
+                f"before; inject first: {kind}(glora.inject(model))"
+            )
+        if is_a(module, "peft.tuners.tuners_utils", "BaseTunerLayer"):
+            raise TypeError(
+                f"model: expected one that no other library has adapted, got PEFT's {type(module).__name__} ({where}); "
+                "merge it first (merge_and_unload), or give glora.inject the model as it was"
+            )
+    if holds_shards(model):
+        raise TypeError(
+            "model: expected one that is not sharded yet, got the parameters of fully_shard; inject first: "
+            "fully_shard(glora.inject(model))"
+        )
+
+
+def _selected(named: Mapping[str, nn.Module], patterns: Iterable[str]) -> set[nn.Module]:
+    return {module for name, module in named.items() if any(matches(name, pattern) for pattern in patterns)}
+
+
+def _own_parameters(modules: Iterable[nn.Module]) -> set[int]:
+    """The ids of what ``modules`` hold themselves, not through others."""
+    return {id(p) for module in modules for p in module.parameters(recurse=False)}
+
+
 def _choose(
     named: Mapping[str, nn.Module],
     targets: tuple[str, ...] | None,
-    left_alone: set[nn.Module],
+    spared: set[nn.Module],
     kinds: Sequence[type[nn.Module]],
+    heads: Mapping[str, nn.Module],
 ) -> list[nn.Module]:
     chosen: dict[nn.Module, None] = {}
     readers = _read_directly(named.values())
     for name, module in named.items():
-        if module in left_alone or not isinstance(module, tuple(kinds)):
+        if module in spared or not isinstance(module, tuple(kinds)):
             continue
         selected = targets is None or any(matches(name, pattern) for pattern in targets)
         if not selected:
@@ -125,9 +197,31 @@ def _choose(
             )
     if not chosen:
         scope = "" if targets is None else f" among targets {list(targets)}"
-        wanted = "nn.Linear or nn.Conv2d" if nn.Conv2d in kinds else "nn.Linear"
-        raise ValueError(f"model: expected at least one {wanted} to adapt{scope}, found none")
+        raise ValueError(
+            f"model: expected at least one {_wanted(kinds)} to adapt{scope}, found none"
+            + _hints(named, spared, kinds, heads)
+        )
     return list(chosen)
+
+
+def _wanted(kinds: Sequence[type[nn.Module]]) -> str:
+    return "nn.Linear or nn.Conv2d" if nn.Conv2d in kinds else "nn.Linear"
+
+
+def _hints(
+    named: Mapping[str, nn.Module],
+    spared: set[nn.Module],
+    kinds: Sequence[type[nn.Module]],
+    heads: Mapping[str, nn.Module],
+) -> str:
+    """What else the caller might have meant."""
+    hints = []
+    convolutions = sum(type(module) is nn.Conv2d for module in set(named.values()) - spared)
+    if convolutions and nn.Conv2d not in kinds:
+        hints.append(f"convolutions=True adapts its {convolutions} nn.Conv2d")
+    if any(isinstance(part, tuple(kinds)) for head in heads.values() for part in head.modules()):
+        hints.append(f"{list(heads)} is taken for the head, which trains in full; heads=() adapts it too")
+    return "".join(f"; {hint}" for hint in hints)
 
 
 def _read_directly(modules: Iterable[nn.Module]) -> dict[nn.Module, str]:
@@ -154,8 +248,8 @@ def _check_kept(model: nn.Module, chosen: Iterable[nn.Module], kept: set[int]) -
         named = model.named_parameters(remove_duplicate=False)
         names = [name for name, p in named if id(p) in frozen & kept]
         raise ValueError(
-            "exclude: expected modules that share no trainable parameter with an adapted layer, got one named "
-            f"{names}; exclude all of them, or freeze it first"
+            "exclude, heads: expected modules that share no trainable parameter with an adapted layer, got one named "
+            f"{names}; name all of them, or freeze it first"
         )
 
 
@@ -173,15 +267,38 @@ def _checked_names(argument: str, names: Iterable[str]) -> tuple[str, ...]:
     return checked
 
 
-def _check_convolutions(
-    targets: tuple[str, ...], named: Mapping[str, nn.Module], kinds: Sequence[type[nn.Module]]
+def _check_targets(
+    targets: tuple[str, ...],
+    named: Mapping[str, nn.Module],
+    left_alone: set[nn.Module],
+    heads: set[nn.Module],
+    kinds: Sequence[type[nn.Module]],
 ) -> None:
-    """A target that selects convolutions and nothing else is not left out in silence."""
+    """Each target selects something that can be adapted: none is left out without a word."""
     for pattern in targets:
-        selected = [module for name, module in named.items() if matches(name, pattern)]
-        adaptable = any(isinstance(module, tuple(kinds)) for module in selected)
-        if not adaptable and any(isinstance(module, nn.Conv2d) for module in selected):
+        selected = {name: module for name, module in named.items() if matches(name, pattern)}
+        adaptable = {module for module in selected.values() if isinstance(module, tuple(kinds))}
+        if adaptable - left_alone - heads:
+            continue
+        if adaptable:
+            what = "heads, which train in full; heads=() adapts them" if adaptable & heads else "what is excluded"
+            raise ValueError(f"targets: {pattern!r} selects nothing but {what}")
+        if any(isinstance(module, nn.Conv2d) for module in selected.values()):
             raise ValueError(f"targets: {pattern!r} selects convolutions, which are adapted with convolutions=True")
+        raise ValueError(
+            f"targets: {pattern!r} selects no {_wanted(kinds)}, which is what can be adapted, but {describe(selected)}"
+        )
+
+
+def _warn_of_unadaptable(named: Mapping[str, nn.Module], kinds: Sequence[type[nn.Module]]) -> None:
+    """A word on linear weights that stay frozen without the caller having asked for that."""
+    found = unadaptable(named, kinds)
+    if found:
+        warnings.warn(
+            f"inject: {len(found)} modules with linear weights cannot be adapted and stay frozen: "
+            f"{describe({name: named[name] for name in found})}; glora.summary(model) tells why",
+            stacklevel=3,
+        )
 
 
 def _check_matched(argument: str, patterns: tuple[str, ...], names: list[str]) -> None:

@@ -179,7 +179,7 @@ def make_field(backbone: nn.Module, names: Iterable[str], rank: int, entrants: I
 
 
 def _our_model(backbone: nn.Module, names: tuple[str, ...], rank: int, product: str) -> nn.Module:
-    model = glora.inject(sharing(backbone), rank, targets=names, exclude=(), product=product)
+    model = glora.inject(sharing(backbone), rank, targets=names, heads=(), product=product)
     with torch.no_grad():
         for parameter in glora.trainable_parameters(model):
             parameter.normal_(std=ADAPTER_STD)

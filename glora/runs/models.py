@@ -38,16 +38,9 @@ def make_backbone(spec: RunSpec) -> nn.Module:
 def make_model(spec: RunSpec) -> nn.Module:
     """The backbone with GLoRA in it, its path set where the run is of a preset; the classifier stays trainable."""
     model = make_backbone(spec)
-    exclude = dict.fromkeys((*spec.recipe.model.exclude, *_classifiers(model)))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(spec.seed)
-        inject(model, spec.rank, exclude=exclude, product=spec.product)
+        inject(model, spec.rank, exclude=spec.recipe.model.exclude, product=spec.product)
         if spec.preset is not None:
             apply_preset(model, spec.preset, spec.rank)
     return model
-
-
-def _classifiers(model: Any) -> tuple[str, ...]:
-    """The names of timm's classifier: ``head``, ``head.fc``, ``fc``, or two of a distilled model."""
-    named = model.pretrained_cfg["classifier"]
-    return (named,) if isinstance(named, str) else tuple(named)

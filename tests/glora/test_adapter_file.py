@@ -149,7 +149,7 @@ def test_a_bare_linear_layer_cannot_be_replaced(file):
 
 
 def test_exactly_the_layers_of_the_file_are_adapted(file):
-    save_adapter(inject(nested(), 2, exclude=("encoder",)), file)
+    save_adapter(inject(nested(), 2, exclude=("encoder",), heads=()), file)
     assert list(glora_layers(load_adapter(nested(), file))) == ["fc"]
 
 
@@ -296,7 +296,7 @@ def test_refuses_another_format(make, saved, version):
         (lambda: trained_mlp(rank=4), r"differing \['fc1: rank 4 hadamard in the model, 2 hadamard in the file'"),
         (lambda: trained_mlp(product="matmul"), r"fc2: rank 2 matmul in the model, 2 hadamard in the file"),
         (lambda: inject(mlp(), 2, targets=["fc1"]), r"missing \[\], unknown \['fc2'\]"),
-        (lambda: inject(mlp(), 2, exclude=()), r"missing \['head'\], unknown \[\]"),
+        (lambda: inject(mlp(), 2, heads=()), r"missing \['head'\], unknown \[\]"),
         (lambda: inject(tiny_vit(), 2), r"missing \['blocks.0.attn.proj', .*unknown \['fc1', 'fc2'\]"),
     ],
     ids=["rank", "product", "fewer-layers", "more-layers", "vit"],

@@ -29,7 +29,7 @@ def fresh_compiler():
 
 
 def make(product="hadamard"):
-    model = glora.inject(Net(), rank=8, product=product, exclude=())
+    model = glora.inject(Net(), rank=8, product=product, heads=())
     for parameter in glora.trainable_parameters(model):
         nn.init.normal_(parameter, std=0.2)
     return model

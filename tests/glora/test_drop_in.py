@@ -316,7 +316,7 @@ def test_an_output_layer_tied_to_the_embedding():
     """Adapts the output alone; the embedding is frozen and stays tied; merging unties, and says so."""
     model, tokens = LanguageModel(), torch.arange(6).reshape(2, 3)
     embedded = model.embed.weight.detach().clone()
-    inject(model, 2)
+    inject(model, 2, heads=())
     assert model.lm_head.weight is model.embed.weight
     assert not model.embed.weight.requires_grad
     randomize(model)
@@ -357,11 +357,12 @@ def test_a_layer_used_twice_is_not_tied_to_another():
 
 def test_what_is_excluded_may_not_go_on_training_a_frozen_weight():
     model = LanguageModel()
-    message = r"^exclude: expected modules that share no trainable .* named \['embed.weight', 'lm_head.weight'\]"
-    with unchanged(model), pytest.raises(ValueError, match=message):
-        inject(model, 2, exclude=("embed",))
+    message = r"^exclude, heads: expected modules that share no .* named \['embed.weight', 'lm_head.weight'\]"
+    for names in ({"exclude": ("embed",), "heads": ()}, {"heads": ("embed",)}):
+        with unchanged(model), pytest.raises(ValueError, match=message):
+            inject(model, 2, **names)
     model.embed.weight.requires_grad_(False)
-    inject(model, 2, exclude=("embed",))
+    inject(model, 2, exclude=("embed",), heads=())
     assert isinstance(model.lm_head, GLoRALinear)
 
 
@@ -374,18 +375,19 @@ def test_a_tied_weight_that_is_excluded_everywhere_is_left_alone():
 class Attention(nn.Module):
     def __init__(self):
         super().__init__()
-        self.attention, self.fc = nn.MultiheadAttention(4, 2, batch_first=True), nn.Linear(4, 4)
+        self.attention, self.out = nn.MultiheadAttention(4, 2, batch_first=True), nn.Linear(4, 4)
 
     def forward(self, x):
-        return self.fc(self.attention(x, x, x)[0])
+        return self.out(self.attention(x, x, x)[0])
 
 
 def test_multihead_attention_stays_as_it_is():
     """Its projections are a bare parameter and a linear layer that it reads: neither can be adapted."""
     model, x = Attention().eval(), torch.randn(2, 3, 4)
     before = model(x)
-    inject(model, 2)
-    assert list(glora_layers(model)) == ["fc"]
+    with pytest.warns(UserWarning, match=r"cannot be adapted and stay frozen: 1 MultiheadAttention \('attention'\)"):
+        inject(model, 2)
+    assert list(glora_layers(model)) == ["out"]
     torch.testing.assert_close(model(x), before)
     assert not any(p.requires_grad for p in model.attention.parameters())
 
@@ -394,7 +396,7 @@ def test_multihead_attention_as_a_target_is_refused():
     model = Attention()
     message = r"'attention.out_proj' belongs to an nn.MultiheadAttention, which reads its weight .* exclude it"
     with unchanged(model), pytest.raises(TypeError, match=message):
-        inject(model, 2, targets=["out_proj", "fc"])
+        inject(model, 2, targets=["out_proj", "out"])
 
 
 def test_multihead_attention_with_a_plain_output_is_refused():
@@ -402,7 +404,7 @@ def test_multihead_attention_with_a_plain_output_is_refused():
     model.attention.out_proj = nn.Linear(4, 4)
     with unchanged(model), pytest.raises(TypeError, match=r"'attention.out_proj' belongs to an nn.Multihead"):
         inject(model, 2)
-    assert list(glora_layers(inject(model, 2, exclude=("attention",)))) == ["fc"]
+    assert list(glora_layers(inject(model, 2, exclude=("attention",)))) == ["out"]
 
 
 def test_training_warns_of_timm_modules_that_read_their_linear():

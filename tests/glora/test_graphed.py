@@ -289,7 +289,7 @@ def test_autocast(mode, graphs):
 
 def test_products_of_each_mode():
     """Units of 2 M N K a step: 3 whole, whatever the path; in pieces 2, or 3 where A is a low rank."""
-    model = glora.inject(nn.Sequential(nn.GELU(), nn.Linear(256, 256)), rank=2, exclude=())
+    model = glora.inject(nn.Sequential(nn.GELU(), nn.Linear(256, 256)), rank=2, heads=())
     x, target = torch.randn(128, 256, requires_grad=False), torch.randn(128, 256)
     x = nn.Parameter(x)  # so that dx is formed
     net = _Shifted(x, model)
@@ -462,7 +462,7 @@ def test_a_layer_that_runs_twice_has_no_pieces(monkeypatch):
     emulate(monkeypatch)
     net = nn.Sequential(nn.Linear(6, 6), nn.GELU(), nn.Linear(6, CLASSES))
     net = nn.Sequential(net[0], net[1], net[0], net[2]).double()
-    model = glora.inject(net, 2, exclude=())
+    model = glora.inject(net, 2, heads=())
     randomize(model)
     (x, target), *_ = batches(1, model)
     step = glora.GraphedStep(model, optimizer_for(model, "sgd"), F.cross_entropy, SPACE, mode="piecewise")

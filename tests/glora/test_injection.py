@@ -56,14 +56,22 @@ def test_only_support_tensors_and_the_head_stay_trainable():
     assert trainable(model) == support | {"head.weight", "head.bias"}
 
 
-def test_a_frozen_head_stays_frozen():
+def test_a_frozen_head_stays_frozen_and_that_is_said():
     model = mlp()
     model.head.requires_grad_(False)
-    assert not trainable(inject(model, 4)) & {"head.weight", "head.bias"}
+    with pytest.warns(UserWarning, match=r"heads \['head'\] were frozen.* heads=\['head'\] trains them"):
+        inject(model, 4)
+    assert not trainable(model) & {"head.weight", "head.bias"}
 
 
-def test_without_exclude_the_head_is_adapted_too():
-    assert list(glora_layers(inject(mlp(), 4, exclude=()))) == ["fc1", "fc2", "head"]
+def test_a_head_that_is_named_trains():
+    model = mlp()
+    model.requires_grad_(False)
+    assert trainable(inject(model, 4, heads=["head"])) >= {"head.weight", "head.bias"}
+
+
+def test_without_heads_all_is_adapted():
+    assert list(glora_layers(inject(mlp(), 4, heads=()))) == ["fc1", "fc2", "head"]
 
 
 def test_the_base_keeps_its_bits_and_names():
@@ -73,8 +81,8 @@ def test_the_base_keeps_its_bits_and_names():
     assert same_bits({name: after[name] for name in before}, before)
 
 
-def test_a_default_exclude_that_is_not_there_is_fine():
-    assert list(glora_layers(inject(named(fc=linear()), 2))) == ["fc"]
+def test_a_model_without_a_head_is_fine():
+    assert list(glora_layers(inject(named(fc1=linear()), 2))) == ["fc1"]
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
@@ -114,10 +122,11 @@ def test_targets(targets, adapted):
 @pytest.mark.parametrize(
     ("exclude", "left"),
     [
+        ((), ("head.fc",)),
         (("head",), ("head.fc",)),
         (("fc",), ("head.fc",)),
         (("blocks.1", "head"), ("blocks.1", "head.fc")),
-        (("overhead",), ("overhead",)),
+        (("overhead",), ("overhead", "head.fc")),
     ],
     ids=str,
 )
@@ -154,8 +163,8 @@ def test_any_name_of_a_shared_layer_selects_it():
 
 def test_any_name_of_a_shared_layer_excludes_it():
     shared = linear()
-    model = inject(named(one=shared, head=shared, third=linear()), 2)
-    assert model.one is model.head is shared
+    model = inject(named(one=shared, other=shared, third=linear()), 2, exclude=["other"])
+    assert model.one is model.other is shared
     assert trainable(model) >= {"one.weight", "one.bias"}
 
 
@@ -170,7 +179,9 @@ def test_a_weight_tied_to_the_head_stays_in_place():
 def test_attention_is_left_alone_where_it_does_not_call_its_linear():
     model = named(attention=nn.MultiheadAttention(4, 2), fc=linear())
     out_proj = model.attention.out_proj
-    assert list(glora_layers(inject(model, 2))) == ["fc"]
+    with pytest.warns(UserWarning, match=r"1 modules .* cannot be adapted .* 1 MultiheadAttention \('attention'\)"):
+        inject(model, 2, heads=())
+    assert list(glora_layers(model)) == ["fc"]
     assert model.attention.out_proj is out_proj
 
 
@@ -192,9 +203,15 @@ class OwnLinear(nn.Linear):
         ({"targets": "fc1"}, r"^targets: expected a list of names, got the string 'fc1'"),
         ({"targets": [""]}, r"^targets: expected non-empty names, got ''"),
         ({"targets": [1]}, r"^targets: expected non-empty names, got 1"),
-        ({"targets": ["act"]}, r"^model: expected at least one nn.Linear to adapt among targets \['act'\], found none"),
+        (
+            {"targets": ["act"]},
+            r"^targets: 'act' selects no nn.Linear, .* but 1 \w+ \('act'\)",
+        ),
         ({"targets": []}, r"^model: expected at least one nn.Linear to adapt among targets \[\], found none"),
-        ({"targets": ["head"]}, r"^model: expected at least one nn.Linear to adapt among targets \['head'\]"),
+        ({"targets": ["head"]}, r"^targets: 'head' selects nothing but heads, which train in full; heads=\(\) adapts"),
+        ({"targets": ["fc1"], "exclude": ["fc1"]}, r"^targets: 'fc1' selects nothing but what is excluded"),
+        ({"heads": ["classifier"]}, r"^heads: \['classifier'\] match no module"),
+        ({"heads": "head"}, r"^heads: expected a list of names, got the string 'head'"),
         ({"exclude": "head"}, r"^exclude: expected a list of names, got the string 'head'"),
         ({"exclude": ("classifier",)}, r"^exclude: \['classifier'\] match no module"),
         ({"exclude": ("head", "head")}, r"^exclude: expected each name once"),
@@ -210,13 +227,15 @@ def test_refuses_bad_arguments(options, message):
 
 
 def test_refuses_a_subclass_as_target():
-    model = named(fc=linear(), own=OwnLinear(4, 4))
+    model = named(fc1=linear(), own=OwnLinear(4, 4))
     with unchanged(model), pytest.raises(TypeError, match=r"torch.nn.Linear at 'own', got its subclass .*OwnLinear"):
-        inject(model, 2, targets=["fc", "own"])
+        inject(model, 2, targets=["fc1", "own"])
 
 
-def test_passes_over_a_subclass_that_is_no_target():
-    model = inject(named(fc=linear(), own=OwnLinear(4, 4)), 2)
+def test_passes_over_a_subclass_that_is_no_target_and_says_so():
+    model = named(fc1=linear(), own=OwnLinear(4, 4))
+    with pytest.warns(UserWarning, match=r"1 modules .* cannot be adapted and stay frozen: 1 OwnLinear \('own'\)"):
+        inject(model, 2)
     assert type(model.own) is OwnLinear
 
 

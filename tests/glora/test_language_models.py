@@ -84,7 +84,7 @@ def test_as_lora_is_used(config, targets):
     """By name, a step of training, generation before and after merging: the same model again, with the same tokens."""
     model, ids = build(config), prompt()
     base = model(ids).logits
-    glora.inject(model, 2, targets=targets)
+    glora.inject(model, 2, targets=targets, heads=())
     assert all(any(t in name for t in targets) for name in glora.glora_layers(model))
     assert torch.equal(model(ids).logits, base)
     glora.set_paths(model, dict.fromkeys(glora.glora_layers(model), LORA))
@@ -131,7 +131,7 @@ def test_adapter_files_of_a_model_with_transposed_layers(tmp_path):
 
 
 def adapted_llama(path):
-    model = glora.inject(build(llama), 2, targets=("q_proj", "v_proj"))
+    model = glora.inject(build(llama), 2, targets=("q_proj", "v_proj"), heads=())
     randomize(model)
     glora.set_paths(model, {**dict.fromkeys(glora.glora_layers(model), LORA), "model.layers.1.self_attn.v_proj": path})
     return model

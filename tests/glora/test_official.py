@@ -229,7 +229,7 @@ def with_head_inside():
         (lambda: inject(tiny_vit(), 3, product="matmul"), r"expected the hadamard product, .* got matmul in \['blocks"),
         (two_ranks, r"expected one rank, as in the official code, got \[2, 3\]"),
         (lambda: inject(mlp(), 2, targets=["fc1"]), r"otherwise are \['fc2'\]"),
-        (lambda: inject(mlp(), 2, exclude=()), r"otherwise are \['head'\]"),
+        (lambda: inject(mlp(), 2, heads=()), r"otherwise are \['head'\]"),
         (lambda: inject(with_head_inside(), 2), r"otherwise are \['head.fc'\]"),
     ],
     ids=["plain", "product", "ranks", "fewer", "head", "inside-head"],

@@ -192,5 +192,5 @@ def test_another_model_with_glora(folder):
     refuse(matmul, folder, ValueError, r"differing \['fc1: rank 2 matmul', 'fc2: rank 2 matmul'\]")
     fewer = glora.inject(mlp(), 2, targets=["fc1"])
     refuse(fewer, folder, ValueError, r"missing \[\], unknown \['fc2'\]")
-    more = glora.inject(mlp(), 2, exclude=())
+    more = glora.inject(mlp(), 2, heads=())
     refuse(more, folder, ValueError, r"missing \['head'\], unknown \[\]")

@@ -1,0 +1,155 @@
+"""What GLoRA has made of a model: which weights are adapted, which train in full, which are frozen, and why."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from .adapters import adapters
+from .layer import GLoRALayer, qualified_name
+from .modules import glora_layers
+from .parameters import count_parameters
+
+# A parameter of three dimensions is taken for many matrices (the experts of a mixture) from this share of all of them.
+NOTEWORTHY = 0.05
+ONE_DIMENSIONAL = (nn.Conv1d, nn.ConvTranspose1d)
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What :func:`summary` found; ``print`` shows it as a table.
+
+    Attributes:
+        adapted: ``(kind, N, K, rank)`` of every adapted layer, by name.
+        trained: the number of values of every other parameter that trains, by name.
+        frozen: why no adapter stands at every other weight of two or more dimensions, by the name of its parameter.
+        support_values: how many values the support tensors hold.
+        path_values: how many of them the current paths read.
+        coverage: the share of all weights of two or more dimensions, counted in values, that is adapted.
+    """
+
+    adapted: Mapping[str, tuple[str, int, int, int]]
+    trained: Mapping[str, int]
+    frozen: Mapping[str, str]
+    support_values: int
+    path_values: int
+    coverage: float
+
+    def __str__(self) -> str:
+        kinds = Counter((kind, f"rank {rank}") for kind, _, _, rank in self.adapted.values())
+        lines = [
+            f"adapted: {len(self.adapted)} layers, {self.coverage:.1%} of the values of all matrix weights; "
+            f"{self.support_values:,} support values, of which the paths read {self.path_values:,}",
+            *(f"  {count} x {kind}, {rank}" for (kind, rank), count in kinds.items()),
+            f"trained in full: {sum(self.trained.values()):,} values",
+            *(f"  {name}: {count:,}" for name, count in _shortened(self.trained.items())),
+            f"frozen and not adapted: {len(self.frozen)} weights",
+        ]
+        for reason, count in Counter(self.frozen.values()).items():
+            names = [name for name, other in self.frozen.items() if other == reason]
+            lines.append(f"  {count} x {reason}: {_listed(names)}")
+        return "\n".join(lines)
+
+
+def summary(model: nn.Module) -> Summary:
+    """Say what of ``model`` is adapted, trained in full, and frozen without an adapter, and why.
+
+    It reads the model as it is: call it after :func:`glora.inject`, :func:`glora.load_adapter` or any later change.
+
+    Raises:
+        ValueError: ``model`` has no adapted layer.
+
+    Example:
+        >>> print(glora.summary(glora.inject(timm.create_model("resnet18"), rank=2, convolutions=True)))
+        adapted: 20 layers, 95.6% of the values of all matrix weights; 224,968 support values, ...
+          20 x GLoRAConv2d, rank 2
+        trained in full: 513,000 values
+          fc.weight: 512,000
+          fc.bias: 1,000
+        frozen and not adapted: 0 weights
+    """
+    layers = glora_layers(model)
+    read = count_parameters(model)
+    of_layers = {id(p) for layer in layers.values() for p in layer.parameters()}
+    # by the weight, which layers may share; a quantised one is packed
+    covered = sum({id(layer.weight): layer.out_features * layer.in_features for layer in layers.values()}.values())
+    others = sum(p.numel() for p in model.parameters() if p.ndim >= 2 and id(p) not in of_layers)
+    return Summary(
+        {name: (type(layer).__name__, *layer.shape[:2], layer.rank) for name, layer in layers.items()},
+        {name: p.numel() for name, p in model.named_parameters() if p.requires_grad and id(p) not in of_layers},
+        dict(_frozen(model, of_layers)),
+        sum(p.numel() for layer in layers.values() for p in layer.support_parameters()),
+        read,
+        covered / (covered + others),
+    )
+
+
+def unadaptable(named: Mapping[str, nn.Module], kinds: Iterable[type[nn.Module]]) -> list[str]:
+    """The modules of ``named`` with linear weights that look like what ``kinds`` adapt and cannot be adapted."""
+    kinds = tuple(kinds)
+    matrices = sum(p.numel() for module in set(named.values()) for p in module.parameters(False) if p.ndim >= 2)
+    projections = {m.out_proj for m in named.values() if isinstance(m, nn.MultiheadAttention)}
+    found: dict[nn.Module, str] = {}
+    for name, module in named.items():
+        subclass = isinstance(module, kinds) and type(module) not in kinds and module not in projections
+        stacks = [p for p in module.parameters(recurse=False) if _is_stack(module, p)]
+        many = sum(p.numel() for p in stacks) > NOTEWORTHY * matrices
+        if subclass or isinstance(module, nn.MultiheadAttention) or many:
+            found.setdefault(module, name)
+    return list(found.values())
+
+
+def describe(named: Mapping[str, nn.Module]) -> str:
+    """Kinds and first names of modules: ``28 FalconLinear ('h.0.mlp.up', ...)``; of those with parameters, if any."""
+    shown = {n: m for n, m in named.items() if any(True for _ in m.parameters(recurse=False))} or named
+    names: dict[str, list[str]] = {}
+    for name, module in shown.items():
+        names.setdefault(type(module).__name__, []).append(name)
+    return ", ".join(f"{len(each)} {kind} ({_listed(each)})" for kind, each in names.items())
+
+
+def _frozen(model: nn.Module, of_layers: set[int]) -> Iterable[tuple[str, str]]:
+    users = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
+    for prefix, module in model.named_modules():
+        if isinstance(module, GLoRALayer):
+            continue
+        for name, parameter in module.named_parameters(prefix, recurse=False):
+            if parameter.requires_grad or parameter.ndim < 2:
+                continue
+            if users[id(parameter)] > 1:
+                layer = " that is adapted" if id(parameter) in of_layers else ""
+                yield name, f"{qualified_name(type(module))}, tied to another module{layer}"
+            else:
+                yield name, _reason(module, parameter)
+
+
+def _reason(module: nn.Module, parameter: Tensor) -> str:
+    kinds = tuple(adapters())
+    if type(module) is nn.Conv2d:
+        return "torch.nn.Conv2d, not among the targets or without convolutions=True"
+    if type(module) in kinds:
+        return f"{qualified_name(type(module))}, not among the targets"
+    if isinstance(module, nn.MultiheadAttention) or type(module).__name__ == "NonDynamicallyQuantizableLinear":
+        return "torch.nn.MultiheadAttention, which reads its weights without calling a layer"
+    if isinstance(module, kinds):
+        return f"{qualified_name(type(module))}, a subclass, which may compute something else"
+    if _is_stack(module, parameter):
+        return f"{qualified_name(type(module))}, several matrices in one parameter"
+    return f"{qualified_name(type(module))}, which GLoRA does not adapt"
+
+
+def _is_stack(module: nn.Module, parameter: Tensor) -> bool:
+    return parameter.ndim == 3 and min(parameter.shape) > 1 and not isinstance(module, ONE_DIMENSIONAL)
+
+
+def _shortened(items: Iterable[tuple[str, int]], limit: int = 8) -> list[tuple[str, int]]:
+    listed = list(items)
+    rest = listed[limit:]
+    return listed if not rest else [*listed[:limit], (f"and {len(rest)} more", sum(count for _, count in rest))]
+
+
+def _listed(names: list[str], limit: int = 3) -> str:
+    return ", ".join(map(repr, names[:limit])) + (f" and {len(names) - limit} more" if len(names) > limit else "")
