@@ -6,7 +6,7 @@ import json
 import math
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache, cached_property
 from typing import NamedTuple
 
@@ -98,6 +98,10 @@ class PathConfig:
         """Whether a layer without bias gets one by this path: C or E is there."""
         return self.C != "none" or self.E != "none"
 
+    def without_bias(self) -> PathConfig:
+        """This path with C, D and E ``"none"``: what a layer without bias can take and stay without one."""
+        return PathConfig(self.A, self.B)
+
     def count(self, shape: LayerShape) -> int:
         """Parameters this path reads in a layer of ``shape``: what a search's limit counts."""
         return sum(count_choice(slot, getattr(self, slot), shape) for slot in SLOTS)
@@ -144,9 +148,12 @@ class SearchSpace:
     Args:
         ranks: the ranks a low-rank tensor may take, each once.
         A, B, C, D, E: the kinds allowed, out of those the tensor has.
+        bias_free: in layers without a bias, C, D and E are ``"none"`` whatever is allowed elsewhere. Merging then
+            creates no bias, which the model's own file format or class may have no place for (:func:`glora.merge`).
 
     Raises:
         ValueError: no rank, a rank below 1 or given twice, no kind, or one the tensor does not have.
+        TypeError: ``bias_free`` is no bool.
     """
 
     ranks: tuple[int, ...] = (8, 4)
@@ -155,6 +162,7 @@ class SearchSpace:
     C: tuple[str, ...] = field(default=KINDS["C"])
     D: tuple[str, ...] = field(default=KINDS["D"])
     E: tuple[str, ...] = field(default=KINDS["E"])
+    bias_free: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.ranks, Iterable):
@@ -168,35 +176,52 @@ class SearchSpace:
             if not kinds or len(set(kinds)) != len(kinds) or not set(kinds) <= set(KINDS[slot]):
                 raise ValueError(f"{slot}: expected distinct kinds out of {KINDS[slot]}, got {getattr(self, slot)}")
             object.__setattr__(self, slot, kinds)
+        if not isinstance(self.bias_free, bool):
+            raise TypeError(f"bias_free: expected True or False, got {self.bias_free!r}")
+
+    def without_bias(self) -> SearchSpace:
+        """This space with ``bias_free=True``: paths that create no bias."""
+        return replace(self, bias_free=True)
 
     @cached_property
     def options(self) -> dict[str, tuple[str, ...]]:
-        """What each tensor may be, ``"lora"`` spelled out for every rank."""
+        """What each tensor may be, ``"lora"`` spelled out for every rank; of a layer with a bias."""
         return {slot: tuple(self._spelled_out(getattr(self, slot))) for slot in SLOTS}
+
+    def options_for(self, bias: bool) -> dict[str, tuple[str, ...]]:
+        """:attr:`options` of a layer with or without a bias: they differ where the space is ``bias_free``."""
+        return self.options if bias or not self.bias_free else {**self.options, **dict.fromkeys("CDE", ("none",))}
 
     def _spelled_out(self, kinds: tuple[str, ...]) -> list[str]:
         return [text for kind in kinds for text in ([f"lora_{r}" for r in self.ranks] if kind == "lora" else [kind])]
 
-    def count(self, layers: int = 1) -> int:
-        """How many paths a model of so many layers has: 432 a layer for one rank, 900 for two."""
-        return math.prod(len(options) for options in self.options.values()) ** layers
+    def count(self, layers: int = 1, bias: bool = True) -> int:
+        """How many paths a model of so many layers has: 432 a layer for one rank, 900 for two.
 
-    def sample(self, generator: torch.Generator) -> PathConfig:
-        """A path drawn uniformly."""
-        return self.sample_many(1, generator)[0]
+        Args:
+            bias: whether the layers have one; without, a ``bias_free`` space has 16 paths a layer for one rank.
+        """
+        return math.prod(len(options) for options in self.options_for(bias).values()) ** layers
 
-    def sample_many(self, layers: int, generator: torch.Generator) -> list[PathConfig]:
+    def sample(self, generator: torch.Generator, bias: bool = True) -> PathConfig:
+        """A path for a layer with or without a bias, drawn uniformly."""
+        return self.sample_many(1, generator, bias)[0]
+
+    def sample_many(self, layers: int, generator: torch.Generator, bias: bool = True) -> list[PathConfig]:
         """Paths drawn uniformly and independently, one a layer, from one call of the generator."""
         draws = torch.rand(layers, len(SLOTS), generator=generator, dtype=torch.float64).tolist()
-        options = [self.options[slot] for slot in SLOTS]
+        options = self.options_for(bias).values()
         return [make_path(*(o[int(u * len(o))] for o, u in zip(options, row))) for row in draws]
 
     def to_dict(self) -> dict:
-        return {name: list(value) for name, value in asdict(self).items()}
+        """Plain data for JSON; without ``bias_free`` where that is False, as journals and checkpoints always had it."""
+        kinds = {name: list(getattr(self, name)) for name in ("ranks", *SLOTS)}
+        return {**kinds, "bias_free": True} if self.bias_free else kinds
 
     @staticmethod
     def from_dict(data: Mapping) -> SearchSpace:
-        return SearchSpace(**{name: tuple(value) for name, value in data.items()})
+        """The inverse of :meth:`to_dict`."""
+        return SearchSpace(**data)
 
 
 @cache

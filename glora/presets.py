@@ -155,7 +155,7 @@ def preset_path(name: str, rank: int = 8) -> PathConfig:
     return _preset(name).path(rank)
 
 
-def apply_preset(model: nn.Module, name: str, rank: int = 8) -> nn.Module:
+def apply_preset(model: nn.Module, name: str, rank: int = 8, *, bias_free: bool = False) -> nn.Module:
     """Make an injected model train as a preset's method does: paths, and initial values of what they read.
 
     Every adapted layer takes the path. What it reads of the storages starts afresh, so outputs become those of the
@@ -166,19 +166,20 @@ def apply_preset(model: nn.Module, name: str, rank: int = 8) -> nn.Module:
         model: after :func:`glora.inject`, with the preset's product.
         name: one of :data:`PRESETS`.
         rank: of low-rank tensors, up to the storage's.
+        bias_free: leave C, D and E out in layers without a bias, so that merging creates none (:func:`glora.merge`).
 
     Returns:
         ``model`` itself.
 
     Raises:
-        ValueError: an unknown name; no adapted layer, or none with a bias where the method trains biases; another
+        ValueError: an unknown name; no adapted layer, or none with a bias where the method trains biases alone; another
             product than the method's; a rank below 1 or above a layer's storage; sharded parameters. The model is
             unchanged then.
         RuntimeError: during a backward pass.
     """
     preset, layers = _preset(name), require_layers(model)
     require_whole(model)
-    set_paths(model, _fitting_paths(preset, rank, layers))
+    set_paths(model, _fitting_paths(preset, rank, layers, bias_free))
     with torch.no_grad():
         for layer in layers.values():
             _start_afresh(layer, preset)
@@ -191,7 +192,7 @@ def _preset(name: str) -> Preset:
     return PRESETS[name]
 
 
-def _fitting_paths(preset: Preset, rank: int, layers: Mapping[str, GLoRALayer]) -> Paths:
+def _fitting_paths(preset: Preset, rank: int, layers: Mapping[str, GLoRALayer], bias_free: bool) -> Paths:
     """The path of every layer; raises ValueError where a layer does not fit."""
     path = preset.path(rank)
     misfits = [name for name, layer in layers.items() if layer.product != (preset.product or layer.product)]
@@ -203,10 +204,10 @@ def _fitting_paths(preset: Preset, rank: int, layers: Mapping[str, GLoRALayer]) 
     for name, layer in layers.items():
         if path.rank > layer.rank:
             raise ValueError(f"rank: expected at most {layer.rank} (storage of layer {name!r}), got {rank}")
-    if preset.needs_bias and all(layer.bias is None for layer in layers.values()):
+    unbiased = path.without_bias() if preset.needs_bias or bias_free else path
+    if unbiased == PathConfig() != path and all(layer.bias is None for layer in layers.values()):
         raise ValueError(f"model: expected an adapted layer with a bias for {preset.name!r}, found none")
-    untouched = PathConfig()
-    return {name: untouched if preset.needs_bias and layer.bias is None else path for name, layer in layers.items()}
+    return {name: unbiased if layer.bias is None else path for name, layer in layers.items()}
 
 
 def _start_afresh(layer: GLoRALayer, preset: Preset) -> None:

@@ -34,10 +34,11 @@ class PathSampler:
         if limit is not None and type(limit) is not int:
             raise ValueError(f"limit: expected an integer or None, got {limit!r}")
         self.layers, self.space, self.limit = dict(layers), space, limit
-        self._options = [space.options[slot] for slot in SLOTS]
+        shapes = set(self.layers.values())
+        self._options = {shape: list(space.options_for(shape.bias).values()) for shape in shapes}
         self._counts = {
-            shape: [[count_choice(slot, text, shape) for text in space.options[slot]] for slot in SLOTS]
-            for shape in set(self.layers.values())
+            shape: [[count_choice(slot, text, shape) for text in texts] for slot, texts in zip(SLOTS, options)]
+            for shape, options in self._options.items()
         }
         self.smallest = self._total(min)
         self.largest = self._total(max)
@@ -93,7 +94,7 @@ class PathSampler:
         for _ in range(_TRIES):
             draws = torch.rand(len(self.layers), len(SLOTS), generator=generator, dtype=torch.float64).tolist()
             paths = {
-                name: make_path(*map(_pick, self._options, self._cumulative[shape], row))
+                name: make_path(*map(_pick, self._options[shape], self._cumulative[shape], row))
                 for (name, shape), row in zip(self.layers.items(), draws)
             }
             if self.fits(paths):
@@ -103,7 +104,8 @@ class PathSampler:
     def sample_layer(self, name: str, generator: torch.Generator) -> PathConfig:
         """A path for one layer, from the same distribution."""
         draws = torch.rand(len(SLOTS), generator=generator, dtype=torch.float64).tolist()
-        return make_path(*map(_pick, self._options, self._cumulative[self.layers[name]], draws))
+        shape = self.layers[name]
+        return make_path(*map(_pick, self._options[shape], self._cumulative[shape], draws))
 
     def count(self, paths: Mapping[str, PathConfig]) -> int:
         return sum(paths[name].count(shape) for name, shape in self.layers.items())
@@ -120,7 +122,8 @@ class PathSampler:
             for position in torch.randperm(len(places), generator=generator).tolist():
                 name, index = places[position]
                 choices = list(repaired[name].to_dict().values())
-                counts = dict(zip(self._options[index], self._counts[self.layers[name]][index]))
+                shape = self.layers[name]
+                counts = dict(zip(self._options[shape][index], self._counts[shape][index]))
                 cheaper = [text for text in counts if counts[text] < counts[choices[index]]]
                 if excess <= 0 or not cheaper:
                     continue

@@ -37,10 +37,10 @@ def make_backbone(spec: RunSpec) -> nn.Module:
 
 def make_model(spec: RunSpec) -> nn.Module:
     """The backbone with GLoRA in it, its path set where the run is of a preset; the classifier stays trainable."""
-    model = make_backbone(spec)
+    model, settings = make_backbone(spec), spec.recipe.model
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(spec.seed)
-        inject(model, spec.rank, exclude=spec.recipe.model.exclude, product=spec.product)
+        inject(model, spec.rank, exclude=settings.exclude, product=spec.product)
         if spec.preset is not None:
-            apply_preset(model, spec.preset, spec.rank)
+            apply_preset(model, spec.preset, spec.rank, bias_free=settings.bias_free)
     return model

@@ -35,6 +35,8 @@ class ModelSettings:
         product: of A with W0, ``"hadamard"`` or ``"matmul"``.
         exclude: modules that are left as they are, by whole name components, beside timm's classifier, which is
             trained itself.
+        bias_free: no path gives a bias to a layer that has none (:class:`glora.SearchSpace`): the model that
+            ``timm.create_model`` makes takes the merged weights.
         options: further arguments of ``timm.create_model``.
     """
 
@@ -42,12 +44,15 @@ class ModelSettings:
     drop_path: float = 0.0
     product: str = "hadamard"
     exclude: tuple[str, ...] = ()
+    bias_free: bool = False
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         Terms(product=self.product)
         if not isinstance(self.exclude, tuple) or not all(isinstance(name, str) for name in self.exclude):
             raise ValueError(f"exclude: expected a list of module names, got {self.exclude!r}")
+        if not isinstance(self.bias_free, bool):
+            raise ValueError(f"bias_free: expected true or false, got {self.bias_free!r}")
 
 
 @dataclass(frozen=True)

@@ -55,7 +55,9 @@ class RunSpec:
     @property
     def space(self) -> SearchSpace | None:
         """None for a preset."""
-        return None if self.preset else SearchSpace(self.recipe.sizes[self.size].ranks)
+        if self.preset:
+            return None
+        return SearchSpace(self.recipe.sizes[self.size].ranks, bias_free=self.recipe.model.bias_free)
 
     @property
     def limit(self) -> int | None:

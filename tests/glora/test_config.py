@@ -235,6 +235,44 @@ def test_space_survives_json():
     assert SearchSpace.from_dict(json.loads(json.dumps(space.to_dict()))) == space
 
 
+# -- a space whose paths create no bias --------------------------------------------------------------
+
+
+def test_a_bias_free_space_differs_in_layers_without_a_bias_alone():
+    space = SearchSpace((8,)).without_bias()
+    assert space == SearchSpace((8,), bias_free=True)
+    assert space.options_for(bias=True) == SearchSpace((8,)).options
+    assert {slot: space.options_for(bias=False)[slot] for slot in "CDE"} == dict.fromkeys("CDE", ("none",))
+    assert (space.count(2), space.count(2, bias=False), SearchSpace((8,)).count(2, bias=False)) == (432**2, 256, 432**2)
+    assert not any(path.makes_bias for path in space.sample_many(100, generator(), bias=False))
+    assert any(path.makes_bias for path in space.sample_many(100, generator()))
+
+
+def test_a_bias_free_space_draws_its_paths_uniformly():
+    draws = 8_000
+    counts = Counter(SearchSpace((8,), bias_free=True).sample_many(draws, generator(), bias=False))
+    assert len(counts) == 16
+    assert abs(chi_square_in_sigmas(counts.values(), 16, draws)) < 4
+
+
+def test_a_bias_free_space_need_not_allow_none_elsewhere():
+    space = SearchSpace((2,), C=("vector",), E=("vector",), bias_free=True)
+    assert space.sample(generator(), bias=False).without_bias() == space.sample(generator(), bias=False)
+    assert space.sample(generator()).E == "vector"
+
+
+def test_a_bias_free_space_survives_json_and_others_are_written_as_ever():
+    space = SearchSpace((8, 2), bias_free=True)
+    assert SearchSpace.from_dict(json.loads(json.dumps(space.to_dict()))) == space
+    assert list(SearchSpace().to_dict()) == ["ranks", "A", "B", "C", "D", "E"]
+
+
+@pytest.mark.parametrize("value", [1, "yes", None])
+def test_refuses_a_bias_free_that_is_no_bool(value):
+    with pytest.raises(TypeError, match="bias_free: expected True or False, got"):
+        SearchSpace(bias_free=value)
+
+
 # -- drawing ---------------------------------------------------------------------------------------
 
 

@@ -328,6 +328,15 @@ def test_a_model_without_layers_has_no_presets():
         apply_preset(mlp(), "lora")
 
 
+def test_bias_free_leaves_out_what_would_create_a_bias():
+    model = apply_preset(adapted_mlp(bias=False), "ssf", bias_free=True)
+    assert set(glora.get_paths(model).values()) == {PathConfig(A="vector")}
+    assert set(glora.get_paths(apply_preset(adapted_mlp(), "ssf", bias_free=True)).values()) == {preset_path("ssf")}
+    with pytest.raises(ValueError, match="expected an adapted layer with a bias for 'prompt', found none"):
+        apply_preset(model, "prompt", bias_free=True)
+    assert set(glora.get_paths(apply_preset(model, "linear-probe", bias_free=True)).values()) == {PathConfig()}
+
+
 # -- the page ---------------------------------------------------------------------------------------
 
 

@@ -6,8 +6,9 @@ import pytest
 
 from glora import SearchSettings, SearchSpace
 from glora.protocols import protocol
-from glora.runs import change_recipe, known_recipes, load_recipe, recipe_from_dict
+from glora.runs import change_recipe, known_recipes, load_recipe, plan_runs, recipe_from_dict
 from glora.runs.recipes import RunRecipe
+from glora.runs.spec import spec_from_dict
 
 SMALL = """
 protocol = "vtab1k"
@@ -52,6 +53,17 @@ def test_the_papers_settings(name):
     assert recipe.search == SearchSettings()  # whose defaults are the paper's
     assert (recipe.training.epochs, recipe.training.batch_size, recipe.training.warmup_epochs) == (500, 64, 10)
     assert (recipe.training.weight_decay, recipe.model.drop_path, recipe.metric) == (1e-4, 0.1, "accuracy")
+
+
+def test_a_recipe_can_ask_for_paths_that_create_no_bias(file):
+    recipe = load_recipe(str(file), ["model.bias_free=true"])
+    assert recipe_from_dict(recipe.to_dict()) == recipe
+    (run,) = plan_runs(recipe, ".", datasets=["dtd"])
+    assert run.space == SearchSpace((2,), bias_free=True)
+    assert spec_from_dict(run.to_dict()).space == run.space
+    assert plan_runs(load_recipe(str(file)), ".", datasets=["dtd"])[0].space == SearchSpace((2,))
+    with pytest.raises(ValueError, match="bias_free: expected true or false, got 'no'"):
+        load_recipe(str(file), ["model.bias_free=no"])
 
 
 def test_few_shot_runs_and_augmentation():

@@ -228,3 +228,29 @@ def test_mean_path_of_a_model_on_meta(name, ranks, millions):
     mean = sampler_for(model, SearchSpace(ranks)).mean
     assert mean == pytest.approx(exact_mean({n: layer.shape for n, layer in glora_layers(model).items()}, ranks))
     assert mean / 1e6 == pytest.approx(millions, rel=0.005)
+
+
+# -- without creating biases -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("limit", [None, 60])
+def test_a_bias_free_space_stays_so_in_every_draw_and_every_offspring(limit):
+    space = SearchSpace((2,), C=("lora", "vector"), bias_free=True)
+    sampler = PathSampler(SMALL, space, limit)
+    biasless = [name for name, shape in SMALL.items() if not shape.bias]
+    offspring = Offspring(sampler, SearchSettings(population=20, crossover=20, mutation=20, mutation_probability=0.9))
+    first = offspring.first()
+    candidates = [dict(zip(SMALL, key)) for key in first + offspring.next(first[:5])]
+    gen = generator()
+    candidates += draws(sampler, 50) + [sampler.repair(paths, gen) for paths in draws(PathSampler(SMALL, space), 50)]
+    assert len(candidates) > 100
+    for paths in candidates:
+        assert all(paths[name] == paths[name].without_bias() for name in biasless)
+        assert all(path.makes_bias for name, path in paths.items() if name not in biasless)
+    assert not sampler.sample_layer("fc2", gen).makes_bias
+
+
+def test_a_bias_free_space_counts_what_its_paths_can_read():
+    counted = PathSampler({"fc2": SMALL["fc2"]}, SearchSpace((2,), bias_free=True))
+    everything = PathConfig("lora_2", "lora_2", "none", "none", "none")
+    assert (counted.smallest, counted.largest) == (0, everything.count(SMALL["fc2"]))
