@@ -100,6 +100,7 @@ class GLoRAConv2d(GLoRALayer):
         x, padding = self._padded(x)
         return glora_conv2d(x, self.weight, self.bias, terms, self.stride, padding, self.dilation, self.groups)
 
+    @torch.inference_mode(False)
     def merge(self, path: PathConfig | None = None, safe: bool = True) -> nn.Conv2d:
         """A plain convolution, sharing nothing with this one, that computes what this one does.
 
@@ -123,7 +124,8 @@ class GLoRAConv2d(GLoRALayer):
             self.padding_mode,
             device="meta",
         )
-        return self._fill(conv, weight.reshape(self.weight.shape), bias)
+        kernels = torch.empty_like(self.weight)  # in the memory format of the base
+        return self._fill(conv, kernels.copy_(weight.reshape(kernels.shape)), bias)
 
     def probe(self, generator: torch.Generator) -> Tensor:
         """Images for a few output positions, borders included."""

@@ -74,6 +74,7 @@ class GLoRAConv1D(GLoRALayer):
     def matrix(self) -> Tensor:
         return self.weight.t()
 
+    @torch.inference_mode(False)
     def merge(self, path: PathConfig | None = None, safe: bool = True) -> nn.Module:
         """A plain ``Conv1D``, sharing nothing with this one, that computes what this one does.
 

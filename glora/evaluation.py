@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 
 from .config import PathConfig
 from .distributed import require_whole
+from .merging import require_mergeable
 from .modules import evaluating, replaced_modules, require_layers
 from .paths import check_names, using_paths
 
@@ -122,10 +123,11 @@ def merged_under(
         kept: plain layers of the previous call by name. Those of an equal path are used again, the others replaced.
 
     Raises:
-        ValueError: paths of another model, or sharded parameters.
+        ValueError: paths of another model; parameters that are sharded or on meta; hooks on an adapted layer.
     """
     require_whole(model)
     layers = require_layers(model)
+    require_mergeable(layers)
     check_names("paths", paths, layers)
     exact = {name: layer for name, layer in layers.items() if layer.merges_exactly}
     for name, layer in exact.items():

@@ -14,6 +14,7 @@ from .layer import qualified_name
 from .model_summary import describe, unadaptable
 from .modules import glora_layers, matches, replace_modules
 from .packages import is_a
+from .pretrained import guard_saving
 
 
 def inject(
@@ -133,6 +134,7 @@ def adapt(model: nn.Module, modules: Iterable[nn.Module], rank: int, product: st
         if id(parameter) not in kept:
             parameter.requires_grad_(False)
     replace_modules(model, replacements)
+    guard_saving(model)
 
 
 def require_free(model: nn.Module) -> None:

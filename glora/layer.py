@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import Any, ClassVar, TypeVar
@@ -31,6 +32,11 @@ STORAGES = {"A": ("Ad", "Au"), "B": ("Bd", "Bu"), "C": ("Cd", "Cu"), "D": ("D",)
 PROBE_TOKENS = 16
 SUPPORT_NAMES = tuple(name for names in STORAGES.values() for name in names)
 PARAMETER_NAMES = ("weight", "bias", *SUPPORT_NAMES)
+_NO_PATHS = (
+    "load_state_dict: expected the paths of the support tensors too, which a state dict carries in its metadata; got "
+    "none, as from a plain dict, a safetensors file or an older glora. Every layer keeps the path that it has: set the "
+    "right ones by glora.set_paths(model, paths). glora.save_adapter and load_adapter keep paths and tensors together"
+)
 Layer = TypeVar("Layer", bound="GLoRALayer")
 Plain = TypeVar("Plain", bound=nn.Module)
 
@@ -46,6 +52,7 @@ class GLoRALayer(nn.Module):
         rank: the largest rank a path may ask for.
         product: ``"hadamard"`` or ``"matmul"``.
         merges_exactly: whether merging keeps the bits that are multiplied by.
+        compiled_with: the arguments of :meth:`compile`, if that was called.
         plain_type: the type of the module that was adapted, and will be again after merging.
 
     Parameters:
@@ -59,6 +66,7 @@ class GLoRALayer(nn.Module):
     out_features: int
     rank: int
     product: str
+    compiled_with: tuple[tuple, dict[str, Any]] | None = None
     plain_type: type[nn.Module]
     weight: nn.Parameter
     bias: nn.Parameter | None
@@ -94,11 +102,13 @@ class GLoRALayer(nn.Module):
         self.register_parameter("bias", base.bias)  # type: ignore[arg-type]
         dtype = self.weight.dtype if self.weight.is_floating_point() else torch.float32
         wide = torch.promote_types(dtype, torch.float32)
-        for name, shape in support_shapes(features, rank, product).items():
-            self.register_parameter(name, nn.Parameter(torch.empty(shape, device=self.weight.device, dtype=wide)))
+        with torch.inference_mode(False):  # they are trained later
+            for name, shape in support_shapes(features, rank, product).items():
+                self.register_parameter(name, nn.Parameter(torch.empty(shape, device=self.weight.device, dtype=wide)))
         path = PathConfig(f"lora_{rank}", f"lora_{rank}", f"lora_{rank}", "vector", "vector")
         self._history = PathHistory(path)
         self.path = path
+        self.register_state_dict_post_hook(_write_path)
         self.training = base.training
         self.reset_support()
 
@@ -114,6 +124,11 @@ class GLoRALayer(nn.Module):
             return configured_linear(x, self.matrix, self.bias, storages, self._config, self.product)
         return self.compute(x, self._terms_in_force())
 
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """As of ``nn.Module``; merging the model compiles the plain layer alike. Copies are not compiled."""
+        super().compile(*args, **kwargs)
+        self.compiled_with = args, kwargs
+
     def compute(self, x: Tensor, terms: Terms) -> Tensor:
         """What forward does, with ``terms`` in place of those of the path."""
         return glora_linear(x, self.matrix, self.bias, terms)
@@ -128,7 +143,7 @@ class GLoRALayer(nn.Module):
 
     def outputs_merged(self, plain: nn.Module, x: Tensor) -> Tensor:
         """What ``plain``, merged from this layer, makes of x."""
-        return plain(x)
+        return plain.forward(x)
 
     def probe(self, generator: torch.Generator) -> Tensor:
         """A small random input of unit variance, on the layer's device and in its dtype."""
@@ -213,12 +228,41 @@ class GLoRALayer(nn.Module):
         return plain.train(self.training)
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors):
-        """Also takes the state dict of an ``nn.Linear``: the support tensors then stay as they are."""
+        """Also takes the state dict of an ``nn.Linear``: the support tensors and the path then stay as they are."""
         before = len(missing)
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
         support = [prefix + name for name in SUPPORT_NAMES]
-        if prefix + "weight" in state_dict and not any(name in state_dict for name in support):
+        if any(name in state_dict for name in support):
+            self._load_path(local_metadata.get("path"), prefix, errors)
+        elif prefix + "weight" in state_dict:
             missing[before:] = [name for name in missing[before:] if name not in support]
+
+    def _load_path(self, path: dict[str, str] | None, prefix: str, errors: list[str]) -> None:
+        if path is None:
+            warnings.warn(_NO_PATHS, stacklevel=2)
+            return
+        try:
+            self.path = PathConfig.from_dict(path)
+        except ValueError as error:
+            errors.append(f"{prefix}path: {error}")
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As of ``nn.Module``; raises ValueError for a weight that the support tensors do not fit.
+
+        Such as that of a head that is tied to an embedding, and tied again once that was resized.
+        """
+        super().register_parameter(name, param)
+        if name != "weight" or param is None or not param.numel() or not self.merges_exactly or not hasattr(self, "E"):
+            return
+        expected, got = (len(self.E), self.Bu.shape[1]), tuple(self.matrix.shape)
+        if got != expected:
+            raise ValueError(
+                f"weight: expected {expected}, which the layer was adapted for, got {got}; resize the model before "
+                "glora.inject (resize_token_embeddings), or leave this layer out of it (exclude)"
+            )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in super().__getstate__().items() if name != "compiled_with"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Copies, shallow ones too, have a path of their own."""
@@ -325,11 +369,12 @@ class GLoRALinear(GLoRALayer):
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles are prepared anew."""
-        return {**vars(self), "_prepared": None}
+        return {**super().__getstate__(), "_prepared": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__({"_prepared": None, **state})
 
+    @torch.inference_mode(False)
     def merge(self, path: PathConfig | None = None, safe: bool = True) -> nn.Linear:
         """A plain linear layer, sharing nothing with this one, that computes what this one does.
 
@@ -343,6 +388,11 @@ class GLoRALinear(GLoRALayer):
         # on meta: nothing is allocated or drawn at random
         linear = nn.Linear(self.in_features, self.out_features, bias is not None, device="meta", dtype=weight.dtype)
         return self._fill(linear, weight, bias)
+
+
+def _write_path(layer: Any, _state: dict, _prefix: str, local_metadata: dict[str, Any]) -> None:
+    """Have a state dict carry the path beside the tensors, where it has no name that somebody could trip over."""
+    local_metadata["path"] = layer.path.to_dict()
 
 
 def support_shapes(features: tuple[int, int], rank: int, product: str) -> dict[str, tuple[int, ...]]:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import copy
+import warnings
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from .config import PathConfig
 from .distributed import require_whole
-from .layer import GLoRALayer, qualified_name
-from .modules import evaluating, replace_modules, replaced_modules, require_layers
+from .layer import GLoRALayer, is_bare, qualified_name
+from .modules import evaluating, listed, replace_modules, replaced_modules, require_layers
+from .pretrained import Home, guard_saving, homes, release_saving
 from .quantised import GLoRAQuantisedLinear
 
 
@@ -50,11 +54,24 @@ class MergeReport:
         largest_requantisation: over those with a quantised base; None if there is none.
         model_difference: largest absolute difference of the model's output on the sample, if given.
         originals: the layers that :func:`unmerge` puts back, if they were kept.
+        dropped_biases: the created biases that ``from_pretrained`` of the model's class will not load.
+        config_changes: entries of the model's config that were set True, so that it loads all of them.
+        zero_biases: modules that these entries concern too, and that were given a bias of zeros.
     """
 
     layers: tuple[LayerMerge, ...]
     model_difference: float | None = None
     originals: Mapping[str, GLoRALayer] | None = field(default=None, repr=False)
+    dropped_biases: tuple[str, ...] = ()
+    config_changes: tuple[str, ...] = ()
+    zero_biases: tuple[str, ...] = ()
+    _merged: Mapping[str, nn.Module] | None = field(default=None, repr=False)
+    _homes: tuple[Home, ...] = field(default=(), repr=False)
+
+    @property
+    def created_biases(self) -> tuple[str, ...]:
+        """The layers whose base had no bias, and that have one now."""
+        return tuple(layer.name for layer in self.layers if layer.bias_created)
 
     @property
     def largest_difference(self) -> float:
@@ -76,6 +93,10 @@ class MergeReport:
             "largest_error": self.largest_error,
             "largest_requantisation": self.largest_requantisation,
             "model_difference": self.model_difference,
+            "created_biases": self.created_biases,
+            "dropped_biases": self.dropped_biases,
+            "config_changes": self.config_changes,
+            "zero_biases": self.zero_biases,
         }
 
     def __str__(self) -> str:
@@ -88,16 +109,30 @@ class MergeReport:
             f"difference of the model's output {model}"
             + ("" if lost is None else f", largest change of a weight by quantising it anew {lost:.2e}")
             + (f"; no longer tied: {untied}" if untied else "")
+            + self._about_biases()
         )
 
+    def _about_biases(self) -> str:
+        created, dropped = self.created_biases, self.dropped_biases
+        if not created:
+            return ""
+        text = f"; created a bias in {len(created)} layers that had none: {listed(created)}"
+        if dropped:
+            return f"{text}; from_pretrained will drop {'them' if dropped == created else listed(dropped)}"
+        if self.config_changes:
+            zeros = f", {len(self.zero_biases)} other layers have a bias of zeros" if self.zero_biases else ""
+            return f"{text}; set in the model's config, so that they load: {', '.join(self.config_changes)}{zeros}"
+        return f"{text}; a model that is built anew needs a bias there before it loads them"
 
+
+@torch.inference_mode(False)  # the merged weights may be trained on
 def merge(
     model: nn.Module,
     sample: Tensor | None = None,
     *,
     keep: bool = False,
     safe: bool = True,
-    bias: str = "create",
+    bias: str = "auto",
     requantise: bool = False,
 ) -> MergeReport:
     """Replace every adapted layer of ``model`` by a plain one of the type it was made from, in place.
@@ -112,21 +147,30 @@ def merge(
         sample: an input of the model; the difference of its output is reported.
         keep: keep the adapted layers in the report, so that :func:`unmerge` restores them exactly.
         safe: refuse a merged weight, bias or output that is not finite.
-        bias: what happens where the path of a layer without a bias makes one (C or E): ``"create"`` gives the plain
-            layer a bias, ``"forbid"`` refuses, as for a file format or an engine that has no place for it.
+        bias: what happens where the path of a layer without a bias makes one (C or E), as the report says:
+
+            - ``"auto"``: the plain layer gets a bias; refused where the model's ``from_pretrained`` would drop it, as
+              that of Transformers does without an error.
+            - ``"config"``: as ``"auto"``, but what the config of a Transformers model can give a bias it is made to
+              (``attention_bias`` and the like); other layers that the entry concerns get a bias of zeros.
+            - ``"create"``: the plain layer gets a bias all the same; a warning says where it would be dropped.
+            - ``"forbid"``: refused, as for a file format or an engine that has no place for it.
+
+            :meth:`glora.SearchSpace.without_bias` trains and searches without such paths.
         requantise: merge layers with a quantised base (:class:`GLoRAQuantisedLinear`) too, by quantising W_eff anew;
             the report says what that cost.
 
     Raises:
-        ValueError: nothing to merge; sharded parameters; a quantised base without ``requantise``; by layer, a bias that
-            would be created against ``bias="forbid"`` or (with ``safe``) a result that is not finite. The model is
-            unchanged then.
+        ValueError: nothing to merge; sharded parameters, or some on meta or offloaded; hooks on an adapted layer, which
+            would be lost; a quantised base without ``requantise``; a bias against ``bias``; by layer, (with ``safe``) a
+            result that is not finite. The model is unchanged then.
     """
     require_whole(model)
     layers = require_layers(model)
     if "" in layers:
         raise ValueError("model: expected a model that contains adapted layers; call .merge() on a single layer")
-    _check_biases(bias, layers)
+    require_mergeable(layers)
+    places = _check_biases(bias, model, layers)
     _check_quantised(requantise, layers)
     merged: dict[str, nn.Module] = {}
     for name, layer in layers.items():
@@ -142,12 +186,34 @@ def merge(
     difference = None if sample is None else _model_difference(model, replacements, sample)
     if safe and difference is not None and not difference < float("inf"):
         raise ValueError(f"sample: expected finite outputs of the merged model, got a difference of {difference}")
+    for name, layer in layers.items():
+        if layer.compiled_with is not None:
+            args, kwargs = layer.compiled_with
+            merged[name].compile(*args, **kwargs)
     replace_modules(model, replacements)
-    return MergeReport(entries, difference, layers if keep else None)
+    release_saving(model)
+    dropped = [name for home in places if not home.switches for name in home.full(home.dropped)]
+    switched = tuple(home for home in places if home.switches)
+    for home in switched:
+        home.switch(model, True)
+    report = MergeReport(
+        entries,
+        difference,
+        layers if keep else None,
+        tuple(dropped),
+        tuple(entry for home in switched for entry in home.full([f"config.{entry}" for entry in home.switches])),
+        tuple(name for home in switched for name in home.full(home.zeros or ())),
+        merged if keep else None,
+        switched,
+    )
+    _warn_of_lost_biases(model, report)
+    return report
 
 
 def unmerge(model: nn.Module, report: MergeReport) -> None:
     """Undo ``merge(model, keep=True)``: the very layers that were there, with no bit changed.
+
+    A copy of the merged model gets copies of them, so that it shares nothing with the original.
 
     Raises:
         ValueError: the report kept no layers, or ``model`` has something else than a plain layer
@@ -156,14 +222,17 @@ def unmerge(model: nn.Module, report: MergeReport) -> None:
     if report.originals is None:
         raise ValueError("report: expected one of merge(model, keep=True), got one that kept no layers")
     modules = dict(model.named_modules())
-    replacements: dict[nn.Module, nn.Module] = {}
     for name, layer in report.originals.items():
         found = modules.get(name)
         if found is None or not layer.stands_merged(found):
             kind, shape = layer.plain_type, tuple(layer.weight.shape)
             raise ValueError(f"model: expected a merged {qualified_name(kind)} of {shape} at {name!r}, got {found!r}")
-        replacements[found] = layer
-    replace_modules(model, replacements)
+    own = any(modules[name] is plain for name, plain in (report._merged or {}).items())
+    originals = report.originals if own else copy.deepcopy(dict(report.originals))
+    for home in report._homes:
+        home.switch(model, False)
+    replace_modules(model, {modules[name]: layer for name, layer in originals.items()})
+    guard_saving(model)
 
 
 def _merged(layer: GLoRALayer, safe: bool) -> nn.Module:
@@ -172,15 +241,74 @@ def _merged(layer: GLoRALayer, safe: bool) -> nn.Module:
     return layer.merge(safe=safe)
 
 
-def _check_biases(policy: str, layers: Mapping[str, GLoRALayer]) -> None:
-    if policy not in ("create", "forbid"):
-        raise ValueError(f"bias: expected 'create' or 'forbid', got {policy!r}")
+def require_mergeable(layers: Mapping[str, GLoRALayer]) -> None:
+    """Raise ValueError, naming the first, for a layer whose numbers are elsewhere, or with hooks that would be lost."""
+    for name, layer in layers.items():
+        absent = next((own for own, parameter in layer.named_parameters() if parameter.is_meta), None)
+        if absent is not None:
+            raise ValueError(
+                f"model: expected real tensors, got {absent!r} of layer {name!r} on meta; load the weights first, or "
+                "bring offloaded ones back (accelerate.hooks.remove_hook_from_submodules(model))"
+            )
+    hooked = [name for name, layer in layers.items() if not is_bare(layer)]
+    if hooked:
+        raise ValueError(
+            f"model: expected adapted layers without hooks, which would be lost, got some on {listed(hooked)}; remove "
+            "them (handle.remove(), accelerate.hooks.remove_hook_from_submodules) and put them on the merged model"
+        )
+
+
+def _check_biases(policy: str, model: nn.Module, layers: Mapping[str, GLoRALayer]) -> list[Home]:
+    """Where created biases will be saved, with the switches that are to be set; ValueError for what is refused."""
+    if policy not in ("auto", "config", "create", "forbid"):
+        raise ValueError(f"bias: expected 'auto', 'config', 'create' or 'forbid', got {policy!r}")
     made = [name for name, layer in layers.items() if layer.bias is None and layer.path.makes_bias]
     if policy == "forbid" and made:
         raise ValueError(
-            f"bias: expected no bias where the base has none ('forbid'), got C or E in the paths of {made}; set other "
-            "paths, search with C and E 'none', or merge with bias='create'"
+            f"bias: expected no bias where the base has none ('forbid'), got C or E in the paths of {listed(made)}; "
+            "train and search with glora.SearchSpace(..., bias_free=True), set other paths, or merge with bias='create'"
         )
+    places = homes(model, made)
+    for home in places if policy in ("auto", "config") else ():
+        if home.dropped and not (policy == "config" and home.switches):
+            raise ValueError(_refused(home, policy))
+    return places if policy == "config" else [replace(home, switches=(), zeros=None) for home in places]
+
+
+def _refused(home: Home, policy: str) -> str:
+    switches = " and ".join(f"config.{entry}" for entry in home.switches)
+    switch = f"bias='config', which sets {switches}, or with " if switches else ""
+    none = ", which has no entry in its config for it" if policy == "config" else ""
+    return (
+        f"bias: expected no new bias that {home.kind}.from_pretrained would drop{none}; got C or E in the paths of "
+        f"layers that have none: {listed(home.full(home.dropped))}. Train and search with "
+        f"glora.SearchSpace(..., bias_free=True); or merge with {switch}bias='create' to have it all the same"
+    )
+
+
+def _warn_of_lost_biases(model: nn.Module, report: MergeReport) -> None:
+    if report.dropped_biases:
+        warnings.warn(
+            f"merge: created biases that from_pretrained will drop, in {listed(report.dropped_biases)}; keep this "
+            "model's state_dict() instead, and build a model that has them",
+            stacklevel=4,
+        )
+    fused = [name for name in report.created_biases if _is_fused(model, name)]
+    if fused:
+        warnings.warn(
+            f"merge: created biases in front of a batch norm, in {listed(fused)}; a reparameterisation of the model "
+            "(timm's reparameterize_model) may drop them: compare its outputs with this model's",
+            stacklevel=4,
+        )
+
+
+def _is_fused(model: nn.Module, name: str) -> bool:
+    """Whether a module around this layer offers to fuse it with a batch norm beside it."""
+    parents = [".".join(name.split(".")[:depth]) for depth in range(name.count(".") + 1)]
+    if not any(isinstance(child, _BatchNorm) for child in model.get_submodule(parents[-1]).children()):
+        return False
+    offers = ("reparameterize", "fuse", "switch_to_deploy")
+    return any(hasattr(type(model.get_submodule(parent)), offer) for parent in parents for offer in offers)
 
 
 def _check_quantised(requantise: bool, layers: Mapping[str, GLoRALayer]) -> None:
@@ -197,7 +325,8 @@ def _measure(name: str, layer: GLoRALayer, plain: nn.Module, untied: bool) -> La
     """Both layers on random inputs of unit variance, and the formula in fp64."""
     x = layer.probe(torch.Generator().manual_seed(0))
     with torch.autocast(x.device.type, enabled=False):
-        y, unmerged = layer.outputs_merged(plain, x).double(), layer(x).double()
+        # not by calling them, which would run hooks that are on all modules
+        y, unmerged = layer.outputs_merged(plain, x).double(), layer.forward(x).double()
         exact = layer.exact(x)
     created = plain.bias is not None and layer.bias is None
     lost = None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from torch import nn
@@ -37,6 +37,12 @@ def require_real(model: nn.Module) -> None:
     """Raise ValueError if parameters of ``model`` are on meta, where nothing can be loaded to."""
     if any(parameter.is_meta for parameter in model.parameters()):
         raise ValueError("model: expected real tensors, got parameters on meta; load the base weights first")
+
+
+def listed(names: Sequence[str], most: int = 4) -> str:
+    """``names`` for people: the first ones, and how many more there are."""
+    text = ", ".join(map(repr, names[:most]))
+    return text if len(names) <= most else f"{text} and {len(names) - most} more"
 
 
 def matches(name: str, pattern: str) -> bool:

@@ -82,6 +82,7 @@ class GLoRAQuantisedLinear(GLoRALinear):
         y = blocked_linear(tokens, _Blocks(self), bias, terms)
         return y if dtype is None else y.to(x.dtype)
 
+    @torch.inference_mode(False)
     def merge(self, path: PathConfig | None = None, safe: bool = True, requantise: bool = False) -> nn.Linear:
         """A plain quantised layer of the type and settings of the one that was adapted, sharing nothing with this one.
 
@@ -129,7 +130,7 @@ class GLoRAQuantisedLinear(GLoRALinear):
     def outputs_merged(self, plain: nn.Module, x: Tensor) -> Tensor:
         """Of what ``plain`` stands for: its own kernel may quantise x, too, or repack the weight."""
         assert isinstance(plain, nn.Linear)
-        return GLoRAQuantisedLinear.from_linear(plain, 1)(x)
+        return GLoRAQuantisedLinear.from_linear(plain, 1).forward(x)
 
     def probe(self, generator: torch.Generator) -> Tensor:
         x = torch.randn(PROBE_TOKENS, self.in_features, generator=generator)

@@ -68,7 +68,7 @@ def optimizer_for(model, name):
 
 def assert_gradients_of_the_ordinary_layer(model, step, x, target, tolerance=1e-10):
     """Of a step on a random path, which is taken back; zero or None where the ordinary layer has none."""
-    before = state(model)
+    before = copy.deepcopy(model.state_dict())
     loss = step(x, target)
     model.load_state_dict(before)
     found = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
@@ -278,7 +278,7 @@ def test_autocast(mode, graphs):
     model = make(dtype=torch.float32)
     step = glora.GraphedStep(model, optimizer_for(model, "sgd"), F.cross_entropy, SPACE, mode=mode, amp="bfloat16")
     for x, target in batches(5, model):
-        before = state(model)
+        before = copy.deepcopy(model.state_dict())
         loss = step(x, target)
         model.load_state_dict(before)
         with glora.using_paths(model, step.paths), torch.autocast("cpu", torch.bfloat16):

@@ -144,10 +144,13 @@ def test_a_bias_is_created_or_refused_never_dropped(path):
         expected = model(prompt()).logits
         with (
             unchanged(model),
-            pytest.raises(ValueError, match=r"got C or E in .* \['model.layers.1.self_attn.v_proj'\]"),
+            pytest.raises(ValueError, match=r"got C or E in .* 'model.layers.1.self_attn.v_proj'; train and search"),
         ):
             glora.merge(model, bias="forbid")
-        report = glora.merge(model)
+        with unchanged(model), pytest.raises(ValueError, match=r"LlamaForCausalLM.from_pretrained would drop; got C"):
+            glora.merge(model)
+        with pytest.warns(UserWarning, match=r"from_pretrained will drop, in 'model.layers.1.self_attn.v_proj'"):
+            report = glora.merge(model, bias="create")
         torch.testing.assert_close(model(prompt()).logits, expected, rtol=1e-5, atol=1e-6)
     assert [layer.name for layer in report.layers if layer.bias_created] == ["model.layers.1.self_attn.v_proj"]
     assert model.model.layers[1].self_attn.v_proj.bias.any()
@@ -166,7 +169,7 @@ def test_a_layer_with_a_bias_may_have_any_path():
 
 def test_an_unknown_policy_is_refused():
     model = adapted_llama(LORA)
-    with unchanged(model), pytest.raises(ValueError, match="bias: expected 'create' or 'forbid', got 'drop'"):
+    with unchanged(model), pytest.raises(ValueError, match=r"bias: expected 'auto', .* or 'forbid', got 'drop'"):
         glora.merge(model, bias="drop")
 
 
@@ -187,6 +190,12 @@ def make(product="hadamard", path=MIXED, dtype=torch.float32):
     return layer
 
 
+def transposed(layer):
+    state = layer.state_dict()
+    state["weight"] = layer.weight.t()
+    return state
+
+
 def tokens(dtype=torch.float32):
     return torch.randn(2, 4, 5, generator=generator(1)).to(dtype)
 
@@ -197,7 +206,7 @@ def tokens(dtype=torch.float32):
 def test_conv1d_is_the_linear_layer_of_the_transposed_weight(product, dtype):
     layer, x = make(product, dtype=dtype), tokens(dtype)
     twin = GLoRALinear(5, 7, rank=2, product=product, dtype=dtype)
-    twin.load_state_dict({**layer.state_dict(), "weight": layer.weight.t()})
+    twin.load_state_dict(transposed(layer))
     for path in every_path(2)[::5]:
         layer.path = twin.path = path
         scale = copy.deepcopy(twin)
@@ -212,7 +221,7 @@ def test_conv1d_is_the_linear_layer_of_the_transposed_weight(product, dtype):
 def test_conv1d_gradients(product):
     layer, x = make(product, dtype=torch.float64), tokens(torch.float64).requires_grad_()
     twin = GLoRALinear(5, 7, rank=2, product=product, dtype=torch.float64)
-    twin.load_state_dict({**layer.state_dict(), "weight": layer.weight.t()})
+    twin.load_state_dict(transposed(layer))
     twin.path = layer.path
     names = [name for name, p in layer.named_parameters() if p.requires_grad]
 
@@ -228,7 +237,7 @@ def test_conv1d_merges_into_a_conv1d_of_the_same_weights(product):
     layer = make(product)
     merged = layer.merge()
     twin = GLoRALinear(5, 7, rank=2, product=product)
-    twin.load_state_dict({**layer.state_dict(), "weight": layer.weight.t()})
+    twin.load_state_dict(transposed(layer))
     twin.path = layer.path
     assert type(merged) is Conv1D
     assert merged.weight.is_contiguous()

@@ -99,9 +99,10 @@ def adapted(make, product="hadamard", path=MIXED, bias=True):
 def dense_twin(layer):
     """The dense layer on the decoded weight."""
     twin = GLoRALinear(IN, OUT, layer.bias is not None, rank=2, product=layer.product)
-    tensors = {name: p for name, p in layer.named_parameters() if name != "weight"}
-    twin.load_state_dict({**tensors, "weight": layer.matrix})
     twin.path = layer.path
+    tensors = twin.state_dict()
+    tensors.update({**dict(layer.named_parameters()), "weight": layer.matrix})
+    twin.load_state_dict(tensors)
     return twin
 
 
