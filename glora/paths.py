@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import asyncio
+import threading
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 
 from .config import PathConfig, SearchSpace
+from .layer import GLoRALayer
 from .modules import glora_layers, require_layers
 from .sampling import PathSampler
 
 Paths = dict[str, PathConfig]
+_users: WeakKeyDictionary[GLoRALayer, tuple[int, asyncio.Task | None]] = WeakKeyDictionary()  # within using_paths
+_lock = threading.Lock()
 
 
 def get_paths(model: nn.Module) -> Paths:
-    """The path of every adapted layer, by name."""
+    """The path of every adapted layer, by name.
+
+    A copy has paths of its own from then on, and averages of weights (``torch.optim.swa_utils.AveragedModel``, timm's
+    ``ModelEma``) are made in a copy: ``set_paths(ema.module, get_paths(model))`` before it is evaluated.
+    """
     return {name: layer.path for name, layer in glora_layers(model).items()}
 
 
@@ -29,10 +39,11 @@ def set_paths(model: nn.Module, paths: Mapping[str, PathConfig]) -> None:
     Raises:
         ValueError: names missing from or unknown to the model, or a rank above a layer's storage;
             no path is changed then.
-        RuntimeError: during a backward pass.
+        RuntimeError: during a backward pass, or while another thread is within :func:`using_paths` of this model.
     """
     layers = require_layers(model)
     check_names("paths", paths, layers)
+    _require_unused(layers.values())
     before = {name: layer.path for name, layer in layers.items()}
     try:
         for name, layer in layers.items():
@@ -45,14 +56,55 @@ def set_paths(model: nn.Module, paths: Mapping[str, PathConfig]) -> None:
 
 @contextmanager
 def using_paths(model: nn.Module, paths: Mapping[str, PathConfig]) -> Iterator[nn.Module]:
-    """Set paths for a ``with`` block and restore the previous ones at its end, also if it merges the model."""
-    before = {layer: layer.path for layer in glora_layers(model).values()}
-    set_paths(model, paths)
+    """Set paths for a ``with`` block and restore the previous ones at its end, also if it merges the model.
+
+    A layer has one path, for all threads: one thread (or task of asyncio) at a time may be in such a block of a model.
+    To serve several, hold a lock around the block, or give each a ``copy.deepcopy(model)``.
+
+    Raises:
+        ValueError, RuntimeError: as :func:`set_paths`; RuntimeError too if another thread is in such a block.
+    """
+    layers = list(glora_layers(model).values())
+    with _using(layers):
+        before = {layer: layer.path for layer in layers}
+        set_paths(model, paths)
+        try:
+            yield model
+        finally:
+            for layer, path in before.items():
+                layer.path = path
+
+
+def _user() -> tuple[int, asyncio.Task | None]:
+    """Who is running: the thread, and the task where there is an event loop."""
     try:
-        yield model
+        return threading.get_ident(), asyncio.current_task()
+    except RuntimeError:
+        return threading.get_ident(), None
+
+
+@contextmanager
+def _using(layers: Iterable[GLoRALayer]) -> Iterator[None]:
+    """Keep other threads from changing the paths of ``layers``; blocks of one thread may be nested."""
+    with _lock:
+        _require_unused(layers)
+        taken = [layer for layer in layers if layer not in _users]
+        _users.update(dict.fromkeys(taken, _user()))
+    try:
+        yield
     finally:
-        for layer, path in before.items():
-            layer.path = path
+        with _lock:
+            for layer in taken:
+                del _users[layer]
+
+
+def _require_unused(layers: Iterable[GLoRALayer]) -> None:
+    user = _user()
+    if any(_users.get(layer, user) != user for layer in layers):
+        raise RuntimeError(
+            "paths: expected one thread at a time to set the paths of a model, got one while another is within "
+            "glora.using_paths; hold a lock around these blocks, or give each thread a copy.deepcopy(model)"
+        )
 
 
 def sample_paths(model: nn.Module, space: SearchSpace, generator: torch.Generator, limit: int | None = None) -> Paths:

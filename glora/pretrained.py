@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial, reduce
+from traceback import extract_stack
 from typing import Any
 
 import torch
@@ -43,6 +44,8 @@ def release_saving(model: nn.Module) -> None:
 class SavingGuard:
     """Stands as ``module.save_pretrained``; copies and pickles of the model have one of their own.
 
+    It warns once for each place that it is called from: a trainer saves many checkpoints.
+
     Args:
         module: what is saved.
         own: what stood there; None where that is the method of the class.
@@ -50,9 +53,13 @@ class SavingGuard:
 
     def __init__(self, module: Any, own: Callable | None = None):
         self.module, self.own = module, own
+        self._told: set[tuple[str, int | None]] = set()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if glora_layers(self.module):
+        caller = extract_stack(limit=2)[0]
+        place = caller.filename, caller.lineno
+        if place not in self._told and glora_layers(self.module):
+            self._told.add(place)
             kind = type(self.module).__name__
             warnings.warn(
                 f"save_pretrained: the model is not merged, and {kind}.from_pretrained will drop what GLoRA has learnt "
