@@ -1,9 +1,16 @@
 """Reading, setting and drawing the paths of a model."""
 
+import asyncio
+import copy
+from concurrent.futures import ThreadPoolExecutor
+from threading import Lock
+
 import pytest
+import torch
 
 from glora import PathConfig, SearchSpace, count_parameters, get_paths, merge, sample_paths, set_paths, using_paths
-from tests.glora.toys import adapted_mlp, generator, mlp, unchanged
+from tests.glora.toys import IN_FEATURES, adapted_mlp, generator, mlp, trained_mlp, unchanged
+from tests.tiers import at
 
 OLD = {"fc1": PathConfig("lora_2"), "fc2": PathConfig(B="vector")}
 NEW = {"fc1": PathConfig("vector", "lora_1"), "fc2": PathConfig(E="constant")}
@@ -119,3 +126,77 @@ def test_refuses_ranks_above_the_storage(model):
 def test_ranks_that_no_tensor_takes_do_not_matter(model):
     narrow = dict.fromkeys("ABC", ("vector", "none"))
     assert sample_paths(model, SearchSpace((64,), **narrow), generator())
+
+
+# -- several threads -------------------------------------------------------------------------------
+
+
+def inputs():
+    return torch.randn(7, IN_FEATURES, generator=generator(2))
+
+
+def in_thread(function):
+    """What it returns or raises, in another thread."""
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(function).result()
+
+
+def test_a_second_thread_within_using_paths_is_refused():
+    model = trained_mlp()
+    before, empty = get_paths(model), dict.fromkeys(get_paths(model), PathConfig())
+
+    def enter():
+        with using_paths(model, before):
+            return model(inputs())
+
+    with using_paths(model, empty):
+        for change in (enter, lambda: set_paths(model, before), lambda: using_paths(model.fc1, {}).__enter__()):
+            with pytest.raises(RuntimeError, match=r"one thread at a time .* lock .* copy.deepcopy\(model\)"):
+                in_thread(change)
+        assert get_paths(model) == empty
+        with using_paths(model, before):  # the same thread may
+            assert get_paths(model) == before
+        assert get_paths(model) == empty
+        other = copy.deepcopy(model)
+        assert in_thread(lambda: get_paths(other)) == empty
+        in_thread(lambda: set_paths(other, before))
+    assert get_paths(model) == before
+    assert torch.equal(in_thread(enter), enter())
+
+
+def test_threads_that_hold_a_lock_get_what_they_would_alone():
+    model, lock = trained_mlp(), Lock()
+    paths = [sample_paths(model, SearchSpace((2, 1)), generator(seed)) for seed in range(4)]
+
+    def alone(path):
+        with lock, using_paths(model, path):
+            return model(inputs())
+
+    expected = [alone(path) for path in paths]
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(at(5, 50)):
+            assert all(map(torch.equal, pool.map(alone, paths), expected))
+
+
+def test_a_block_that_fails_lets_others_in():
+    model = trained_mlp()
+    with pytest.raises(ValueError, match="paths"), using_paths(model, {}):
+        pass
+    with pytest.raises(KeyError), using_paths(model, get_paths(model)):
+        raise KeyError
+    in_thread(lambda: set_paths(model, get_paths(model)))
+
+
+def test_tasks_of_one_thread_are_told_apart():
+    model = trained_mlp()
+
+    async def enter():
+        with using_paths(model, get_paths(model)):
+            await asyncio.sleep(0)
+
+    async def both():
+        return await asyncio.gather(enter(), enter(), return_exceptions=True)
+
+    first, second = asyncio.run(both())
+    assert first is None
+    assert isinstance(second, RuntimeError)
