@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import nullcontext
+from types import MethodType
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -421,7 +422,8 @@ def require_plain(argument: str, module: nn.Module, kind: type[nn.Module]) -> No
 def is_bare(module: nn.Module) -> bool:
     """Whether calling ``module`` runs the forward of its class and nothing else: no hooks, no wrapper."""
     hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
-    return not any(hooks) and "forward" not in vars(module)
+    plain = module.forward == MethodType(type(module).forward, module)  # accelerate leaves it on the module, unhooked
+    return not any(hooks) and plain
 
 
 def qualified_name(kind: type) -> str:

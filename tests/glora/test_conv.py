@@ -313,3 +313,17 @@ def test_formats_of_linear_layers_refuse_convolutions(tmp_path):
         with pytest.raises(ValueError, match=message):
             save(model, tmp_path / file)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_the_merged_convolution_keeps_the_memory_format(memory_format):
+    net = nn.Sequential(nn.Conv2d(4, 6, 3), nn.ReLU(), nn.Conv2d(6, 4, 3)).to(memory_format=memory_format)
+    glora.inject(net, 2, convolutions=True)
+    randomize(net)
+    x = torch.randn(2, 4, 9, 9, generator=generator()).to(memory_format=memory_format)
+    expected = net(x)
+    strides = [net[index].weight.stride() for index in (0, 2)]
+    glora.merge(net)
+    assert [net[index].weight.stride() for index in (0, 2)] == strides
+    assert net[2].weight.is_contiguous(memory_format=memory_format)
+    assert torch.equal(net(x), expected)

@@ -1,18 +1,23 @@
 """From adapted models to plain ones and back: what is kept, how exact it is, what is refused."""
 
+import copy
 import json
+import pickle
+from functools import partial
 
 import pytest
 import torch
 from torch import nn
+from torch.nn.modules.module import register_module_forward_hook
 
-from glora import GLoRALinear, PathConfig, get_paths, glora_layers, inject, merge, set_paths, unmerge
+from glora import GLoRALinear, PathConfig, evaluate_merged, get_paths, glora_layers, inject, merge, set_paths, unmerge
 from tests.glora.toys import (
     IN_FEATURES,
     adapted_mlp,
     every_path,
     generator,
     mlp,
+    points,
     randomize,
     same_bits,
     state,
@@ -294,3 +299,149 @@ def test_refuses_a_bare_layer():
     layer = GLoRALinear(4, 4)
     with unchanged(layer), pytest.raises(ValueError, match=r"call .merge\(\) on a single layer"):
         merge(layer)
+
+
+# -- hooks, compiled layers, tensors that are elsewhere ------------------------------------------------
+
+
+def nothing(*_):
+    return None
+
+
+def with_forward(layer):
+    layer.forward = partial(type(layer).forward, layer)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda layer: layer.register_forward_hook(nothing),
+        lambda layer: layer.register_forward_pre_hook(nothing),
+        lambda layer: layer.register_full_backward_hook(nothing),
+        with_forward,
+    ],
+    ids=["forward", "pre", "backward", "replaced"],
+)
+def test_hooks_are_refused_by_name_not_lost(change):
+    model = trained_mlp()
+    handle = change(model.fc2)
+    message = r"expected adapted layers without hooks, which would be lost, got some on 'fc2'; remove them"
+    with unchanged(model), pytest.raises(ValueError, match=message):
+        merge(model)
+    with unchanged(model), pytest.raises(ValueError, match=message):
+        evaluate_merged(model, get_paths(model), points())
+    if handle is None:
+        del model.fc2.forward
+    else:
+        handle.remove()
+    merge(model)
+
+
+def test_the_probe_runs_no_hook_that_is_on_all_modules():
+    calls = []
+    handle = register_module_forward_hook(lambda module, *_: calls.append(module))
+    try:
+        merge(trained_mlp())
+    finally:
+        handle.remove()
+    assert calls == []
+
+
+def test_a_compiled_layer_is_compiled_alike_once_merged():
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    model, x = trained_mlp().requires_grad_(False), inputs()
+    expected = model(x)
+    model.fc2.compile(backend=backend, dynamic=False)
+    torch.testing.assert_close(model(x), expected)
+    assert len(graphs) == 1
+    copied = copy.deepcopy(model)
+    assert pickle.loads(pickle.dumps(model)).fc2.compiled_with is copied.fc2.compiled_with is None
+    assert torch.equal(copied(x), expected)
+    merge(model)
+    assert len(graphs) == 1
+    torch.testing.assert_close(model(x), expected)
+    assert len(graphs) == 2
+
+
+def test_tensors_on_meta_are_refused_by_name():
+    model = trained_mlp()
+    model.fc2.Bd = nn.Parameter(model.fc2.Bd.to("meta"))
+    with pytest.raises(ValueError, match=r"expected real tensors, got 'Bd' of layer 'fc2' on meta; load the weights"):
+        merge(model)
+    with torch.device("meta"):
+        model = inject(mlp(), 2)
+    with pytest.raises(ValueError, match="got 'weight' of layer 'fc1' on meta"):
+        merge(model)
+
+
+def test_offloaded_layers_are_refused_until_they_are_brought_back():
+    accelerate = pytest.importorskip("accelerate")
+    model, x = trained_mlp(), inputs()
+    expected = model(x)
+    accelerate.cpu_offload(model, torch.device("cpu"))
+    assert torch.equal(model(x), expected)
+    with pytest.raises(ValueError, match=r"'fc1' on meta; .*\(accelerate.hooks.remove_hook_from_submodules\(model\)"):
+        merge(model)
+    accelerate.hooks.remove_hook_from_submodules(model)
+    merge(model)
+    assert torch.equal(model(x), expected)
+
+
+# -- within torch.inference_mode -----------------------------------------------------------------------
+
+
+def trains(model):
+    model(inputs()).sum().backward()
+    return all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+def test_injected_and_merged_within_inference_mode_can_be_trained():
+    model = mlp()
+    with torch.inference_mode():
+        inject(model, 2)
+    set_paths(model, dict.fromkeys(glora_layers(model), FULL))
+    assert not any(p.is_inference() for p in model.parameters())
+    assert trains(model)
+    randomize(model)
+    expected = model(inputs())
+    with torch.inference_mode():
+        report = merge(model, inputs())
+        alone = GLoRALinear(3, 3).merge()
+    assert report.model_difference == 0
+    assert torch.equal(model(inputs()), expected)
+    assert not any(p.is_inference() for p in (*model.parameters(), *alone.parameters()))
+    assert trains(model.requires_grad_())
+
+
+# -- unmerging a copy ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["copy", "pickle"])
+def test_unmerging_a_copy_shares_nothing_with_the_original(copied):
+    model = trained_mlp()
+    before, modules = state(model), glora_layers(model)
+    report = merge(model, keep=True)
+    other = copied(model)
+    unmerge(other, report)
+    unmerge(model, report)
+    assert all(layer is modules[name] for name, layer in glora_layers(model).items())
+    assert get_paths(other) == get_paths(model)
+    assert same_bits(state(other), before)
+    randomize(other, seed=9)
+    set_paths(other, dict.fromkeys(modules, PathConfig()))
+    assert same_bits(state(model), before)
+    assert set(get_paths(model).values()) != {PathConfig()}
+
+
+def test_a_copy_of_model_and_report_is_unmerged_by_itself():
+    model = trained_mlp()
+    before = state(model)
+    other, report = copy.deepcopy((model, merge(model, keep=True)))
+    unmerge(other, report)
+    assert all(layer is report.originals[name] for name, layer in glora_layers(other).items())
+    assert same_bits(state(other), before)
