@@ -194,6 +194,7 @@ def merge_run(run: RunFolder, device: torch.device) -> tuple[nn.Module, dict[str
         "largest_error": report.largest_error,
         "largest_difference": report.largest_difference,
         "model_difference": report.model_difference,
+        "created_biases": list(report.created_biases),
         "same_modules": _modules(model) == _modules(plain),
         "total_parameters": sum(p.numel() for p in model.parameters()),
         "backbone_parameters": sum(p.numel() for p in plain.parameters()),

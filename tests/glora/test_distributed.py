@@ -592,10 +592,13 @@ def gathered():
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    state = get_model_state_dict(sharded(trained_mlp()), options=options)
-    model = adapted_mlp()
+    whole, model = sharded(trained_mlp()), adapted_mlp()
+    state = get_model_state_dict(whole, options=options)
     if rank() == 0:
-        model.load_state_dict(state)
+        with pytest.warns(UserWarning, match="expected the paths of the support tensors too"):
+            model.load_state_dict(state)
+        glora.set_paths(model, glora.get_paths(whole))
+        assert glora.get_paths(model) == glora.get_paths(trained_mlp())
     return tensors(model)
 
 

@@ -270,7 +270,7 @@ def test_refuses_what_a_transformer_encoder_layer_reads_directly():
     [
         lambda linear: linear.register_forward_hook(lambda *_: None),
         lambda linear: nn.utils.prune.l1_unstructured(linear, "weight", 0.5),
-        lambda linear: setattr(linear, "forward", linear.forward),
+        lambda linear: setattr(linear, "forward", lambda x: x),
     ],
     ids=["hook", "pruned", "patched"],
 )

@@ -116,6 +116,7 @@ def test_the_winner_keeps_the_limit_and_merging_changes_nothing(finished):
         assert searched["best"]["paths"] == merged["paths"]
         assert merged["model_difference"] < 1e-4
         assert merged["same_modules"]
+        assert merged["created_biases"] == []
         assert merged["total_parameters"] == merged["backbone_parameters"]
 
 
