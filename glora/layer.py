@@ -422,8 +422,9 @@ def require_plain(argument: str, module: nn.Module, kind: type[nn.Module]) -> No
 def is_bare(module: nn.Module) -> bool:
     """Whether calling ``module`` runs the forward of its class and nothing else: no hooks, no wrapper."""
     hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
-    plain = module.forward == MethodType(type(module).forward, module)  # accelerate leaves it on the module, unhooked
-    return not any(hooks) and plain
+    if any(hooks) or "forward" not in vars(module):
+        return not any(hooks)
+    return module.forward == MethodType(type(module).forward, module)  # what accelerate leaves behind, unhooked
 
 
 def qualified_name(kind: type) -> str:

@@ -93,10 +93,10 @@ class MergeReport:
             "largest_error": self.largest_error,
             "largest_requantisation": self.largest_requantisation,
             "model_difference": self.model_difference,
-            "created_biases": self.created_biases,
-            "dropped_biases": self.dropped_biases,
-            "config_changes": self.config_changes,
-            "zero_biases": self.zero_biases,
+            "created_biases": list(self.created_biases),
+            "dropped_biases": list(self.dropped_biases),
+            "config_changes": list(self.config_changes),
+            "zero_biases": list(self.zero_biases),
         }
 
     def __str__(self) -> str:
