@@ -41,7 +41,8 @@ def inject(
         heads: names of modules that are not adapted and train in full. None for those that are recognised: timm's
             ``get_classifier()``, what stands beside the base model of a Transformers model (``classifier``, ``score``,
             ``lm_head``), ``fc``, ``classifier`` and ``head`` of others. Of these, a parameter that is shared with the
-            rest of the model (a tied ``lm_head``) is frozen, and one that was frozen before stays so. ``()`` for none.
+            rest of the model (a tied ``lm_head``) is frozen, and one that was frozen before stays so. A head that a
+            target selects by itself is adapted instead. ``()`` for none.
         product: ``"hadamard"`` or ``"matmul"``.
         convolutions: adapt every ``nn.Conv2d`` too (:class:`GLoRAConv2d`), or those among the targets.
 
@@ -82,7 +83,7 @@ def inject(
     for argument, names in (("targets", targets), ("exclude", excluded), ("heads", named_heads)):
         _check_matched(argument, names or (), list(named))
 
-    recognised = find_heads(model) if named_heads is None else {}
+    recognised = {} if named_heads is not None else _not_targeted(find_heads(model), targets, named)
     heads_in_full = _selected(named, named_heads or ())
     left_alone = _selected(named, excluded)
     head_modules = {part for head in recognised.values() for part in head.modules()} | heads_in_full
@@ -163,6 +164,16 @@ def require_free(model: nn.Module) -> None:
 
 def _selected(named: Mapping[str, nn.Module], patterns: Iterable[str]) -> set[nn.Module]:
     return {module for name, module in named.items() if any(matches(name, pattern) for pattern in patterns)}
+
+
+def _not_targeted(
+    heads: Mapping[str, nn.Module], targets: tuple[str, ...] | None, named: Mapping[str, nn.Module]
+) -> dict[str, nn.Module]:
+    """``heads`` without those that a target selects, and nothing beside heads: that is meant."""
+    parts = {part for head in heads.values() for part in head.modules()}
+    selections = [_selected(named, [target]) for target in targets or ()]
+    meant = {module for selection in selections if selection <= parts for module in selection}
+    return {name: head for name, head in heads.items() if not meant & set(head.modules())}
 
 
 def _own_parameters(modules: Iterable[nn.Module]) -> set[int]:
@@ -283,7 +294,7 @@ def _check_targets(
         if adaptable - left_alone - heads:
             continue
         if adaptable:
-            what = "heads, which train in full; heads=() adapts them" if adaptable & heads else "what is excluded"
+            what = "heads, which train in full" if adaptable & heads else "what exclude= leaves alone"
             raise ValueError(f"targets: {pattern!r} selects nothing but {what}")
         if any(isinstance(module, nn.Conv2d) for module in selected.values()):
             raise ValueError(f"targets: {pattern!r} selects convolutions, which are adapted with convolutions=True")

@@ -92,6 +92,15 @@ def test_exclude_adds_to_the_heads():
     assert all(p.requires_grad for name in ("fc2", "head") for p in model.get_submodule(name).parameters())
 
 
+def test_a_head_that_a_target_selects_by_itself_is_adapted():
+    assert list(glora_layers(inject(mlp(), 2, targets=["fc1", "head"]))) == ["fc1", "head"]
+
+
+def test_a_target_that_selects_more_than_heads_leaves_them_alone():
+    model = nn.ModuleDict({"body": nn.ModuleDict({"fc": nn.Linear(4, 4)}), "fc": nn.Linear(4, 4)})
+    assert list(glora_layers(inject(model, 2, targets=["fc"]))) == ["body.fc"]
+
+
 def test_heads_that_are_named_replace_those_that_are_recognised():
     model = inject(mlp(), 2, heads=["fc2"])
     assert list(glora_layers(model)) == ["fc1", "head"]

@@ -47,7 +47,7 @@ def base(name):
 
 
 def adapted(name, *targets, path=MIXED):
-    model = glora.inject(base(name), 2, targets=targets)
+    model = glora.inject(base(name), 2, targets=targets, heads=())
     randomize(model)
     glora.set_paths(model, dict.fromkeys(glora.glora_layers(model), path))
     return model
@@ -317,7 +317,7 @@ def test_a_hub_mixin_warns_too(tmp_path):
     class Net(nn.Module, hub.PyTorchModelHubMixin):
         def __init__(self):
             super().__init__()
-            self.fc = nn.Linear(4, 4)
+            self.body = nn.Linear(4, 4)
 
     with pytest.warns(UserWarning, match=r"Net.from_pretrained will drop"):
         glora.inject(Net(), 2).save_pretrained(tmp_path)
