@@ -1,101 +1,255 @@
-"""Writing files so that a reader sees the old one or the new one, never a part."""
+"""Writing files so that a reader sees the old one or the new one, never a part, however many write at once.
+
+A writer fills a temporary of its own, ``.<name>.<16 hex digits>.tmp`` beside the target, and renames it over. What a
+killed writer leaves is removed by a later one: it is not locked, and has not changed for a minute.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import fcntl
+import hashlib
 import os
+import re
+import secrets
+import shlex
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
+_LONGEST = 200  # bytes of the target's name in a temporary's, which may have 255
+_STALE = 60.0  # seconds by the file system's own clock: where its locks do not reach other machines, they are the guard
 
-def write_atomically(file: str | os.PathLike, write: Callable[[BinaryIO], object]) -> None:
+
+def write_atomically(file: str | os.PathLike, write: Callable[[BinaryIO], object], argument: str = "file") -> None:
     """Call ``write`` with a temporary file beside ``file``, flush it to disk, then rename it over.
 
-    Killed at any moment, or failing, it leaves the previous ``file`` as it was (and perhaps a file
-    ``.<name>.tmp`` that the next call overwrites).
+    Killed at any moment, or failing, it leaves the previous ``file`` as it was. Of several writers at once, in any
+    number of processes, the last to finish stays; each file is whole. A link is written through: it stays, and what
+    it points to is replaced. The permissions of an existing file are kept; a new one has those of ``open``.
+
+    Raises:
+        ValueError: as :func:`require_file`.
     """
-    target = Path(file)
-    temporary = target.with_name(f".{target.name}.tmp")
+    target = require_file(argument, file)
+    temporary = _temporary(target, "tmp")
     try:
-        with open(temporary, "wb") as stream:
+        with open(temporary, "xb") as stream:
+            _lock(stream.fileno())
+            _keep_mode(target, temporary)
             write(stream)
             stream.flush()
             os.fsync(stream.fileno())
-        os.replace(temporary, target)
+            os.replace(temporary, target)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
     _sync_folder(target.parent)
+    _remove_stale(target)
 
 
 def write_folder_atomically(argument: str, folder: str | os.PathLike, files: Mapping[str, bytes]) -> None:
     """Make ``folder`` hold exactly ``files``: all of them or, whenever it is killed, what was there before.
 
-    The new folder is written beside it and renamed. A former one, which may hold nothing but files of these
-    names, is first renamed to ``.<name>.old``; where a run was killed between the two renames it stays there
-    whole, and the next call puts it back before anything else.
+    The new folder is written beside it and renamed. A former one, which may hold nothing but files of these names, is
+    first renamed to ``.<name>.<16 hex digits>.old``, for which moment a reader finds no folder; where a run was killed
+    between the two renames it stays there whole, and the next call puts it back before anything else. Of several
+    writers at once the last to finish stays. (Exchanging both in one call of Linux would close the gap, but not help a
+    reader, who opens one file after the other.)
 
     Raises:
-        ValueError: there is no folder to put it in, or it holds something else, which would be lost.
+        ValueError: as :func:`require_new_folder`.
     """
-    target = Path(folder).resolve()
-    old, new = target.with_name(f".{target.name}.old"), target.with_name(f".{target.name}.tmp")
-    require_folder(argument, target)
-    _put_back(old, target)
-    if target.exists() and not target.is_dir():
-        raise ValueError(f"{argument}: expected a folder, got the file {target}")
-    others = sorted({file.name for file in target.iterdir()} - set(files)) if target.exists() else []
-    if others:
-        raise ValueError(
-            f"{argument}: expected a new folder, or one with nothing but {sorted(files)}; {target} holds {others}"
-        )
+    target = require_new_folder(argument, folder, files)
+    new = _temporary(target, "tmp")
     try:
-        _write_new_folder(new, files)
-        shutil.rmtree(old, ignore_errors=True)
-        if target.exists():
-            os.replace(target, old)
-        os.replace(new, target)
+        with _new_folder(new):
+            for name, content in files.items():
+                write_atomically(new / name, partial(_write, content))
+                _keep_mode(target / name, new / name)
+            _keep_mode(target, new)
+            _swap(new, target)
     except BaseException:
-        _put_back(old, target)
         shutil.rmtree(new, ignore_errors=True)
         raise
     _sync_folder(target.parent)
-    shutil.rmtree(old, ignore_errors=True)
+    _remove_stale(target)
 
 
-def _write_new_folder(folder: Path, files: Mapping[str, bytes]) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
-    for name, content in files.items():
-        write_atomically(folder / name, partial(_write, content))
+def require_file(argument: str, file: str | os.PathLike) -> Path:
+    """Where to write ``file``: the path that it names, or that its links lead to. Call it before any long work.
+
+    Raises:
+        ValueError: naming the argument, if its folder does not exist or cannot be written to, or something stands
+            there that is no regular file (a folder, a device, a pipe).
+    """
+    require_folder(argument, file)
+    target = Path(os.path.realpath(file))
+    if target.is_dir():
+        raise ValueError(f"{argument}: expected a file, got the folder {os.fspath(file)}; add the name of a file")
+    if (os.path.exists(file) and not os.path.isfile(file)) or target.is_symlink():
+        raise ValueError(
+            f"{argument}: expected a regular file or a new name, got {os.fspath(file)}, which is a device, a pipe, a "
+            "socket or a link to itself"
+        )
+    require_folder(argument, target)
+    return target
+
+
+def require_folder(argument: str, file: str | os.PathLike) -> None:
+    """Raise ValueError, naming the argument, if the folder of ``file`` does not exist or cannot be written to."""
+    folder = Path(file).parent
+    if not folder.is_dir():
+        raise ValueError(
+            f"{argument}: expected an existing folder, got {folder}; make it first: mkdir -p {shlex.quote(str(folder))}"
+        )
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise ValueError(f"{argument}: expected a folder that may be written to, got {folder}")
+
+
+def require_new_folder(argument: str, folder: str | os.PathLike, files: Mapping[str, object]) -> Path:
+    """Where to write ``folder``; a former one that a killed writer has put aside is put back.
+
+    Raises:
+        ValueError: there is no folder to put it in, or it holds something else than ``files``, which would be lost.
+    """
+    target = Path(folder).resolve()
+    require_folder(argument, target)
+    _put_back(target)
+    if target.exists() and not target.is_dir():
+        raise ValueError(f"{argument}: expected a folder, got the file {target}")
+    with contextlib.suppress(FileNotFoundError):  # between two renames of another writer
+        others = sorted({file.name for file in target.iterdir()} - set(files))
+        if others:
+            raise ValueError(
+                f"{argument}: expected a new folder, or one with nothing but {sorted(files)}; {target} holds {others}"
+            )
+    return target
 
 
 def _write(content: bytes, stream: BinaryIO) -> None:
     stream.write(content)
 
 
-def _put_back(old: Path, target: Path) -> None:
+def _keep_mode(old: Path, new: Path) -> None:
+    """Permissions of what is replaced; those of ``open`` where nothing is."""
+    with contextlib.suppress(FileNotFoundError):
+        shutil.copymode(old, new)
+
+
+def _temporary(target: Path, ending: str) -> Path:
+    return target.with_name(f".{_stem(target)}.{secrets.token_hex(8)}.{ending}")
+
+
+def _left_over(target: Path, ending: str) -> list[Path]:
+    """Temporaries of ``target``, of writers that live or not, and of versions that had one name for all."""
+    pattern = re.compile(rf"\.{re.escape(_stem(target))}(\.[0-9a-f]{{16}})?\.{ending}")
+    try:
+        return [target.with_name(name) for name in os.listdir(target.parent) if pattern.fullmatch(name)]
+    except OSError:  # a folder that may be written to and not be read
+        return []
+
+
+def _stem(target: Path) -> str:
+    name = os.fsencode(target.name)
+    return target.name if len(name) <= _LONGEST else hashlib.blake2b(name, digest_size=16).hexdigest()
+
+
+@contextlib.contextmanager
+def _new_folder(folder: Path) -> Iterator[None]:
+    """A folder that is locked for the ``with`` block."""
+    folder.mkdir()
+    with _opened(folder) as descriptor:
+        if descriptor is not None:
+            _lock(descriptor)
+        yield
+
+
+def _swap(new: Path, target: Path) -> None:
+    """Put ``new`` in the place of ``target``, which other writers may be doing too."""
+    while True:
+        olds, old = _left_over(target, "old"), _temporary(target, "old")
+        with contextlib.suppress(FileNotFoundError):
+            os.replace(target, old)
+        try:
+            os.replace(new, target)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                _put_back(target)
+                raise
+            # another writer was faster: its folder is the former one now
+        except BaseException:
+            _put_back(target)
+            raise
+        else:
+            for each in [*olds, old]:
+                _discard(each)
+            return
+
+
+def _put_back(target: Path) -> None:
     """Undo the first of the two renames, where the second did not follow."""
-    if old.exists() and not target.exists():
-        os.replace(old, target)
+    if not os.path.lexists(target):
+        olds = _left_over(target, "old")
+        for old in sorted(olds, key=_changed, reverse=True)[:1]:
+            with contextlib.suppress(OSError):  # another writer was faster
+                os.replace(old, target)
 
 
-def require_folder(argument: str, file: str | os.PathLike) -> None:
-    """Raise ValueError, naming the argument, if the folder of ``file`` does not exist."""
-    folder = Path(file).parent
-    if not folder.is_dir():
-        raise ValueError(f"{argument}: expected an existing folder, got {folder}")
+def _discard(old: Path) -> None:
+    """Remove a former folder: under another name first, so that nobody puts back a part of it."""
+    doomed = old.with_name(f"{old.name.removesuffix('.old')}.tmp")
+    with contextlib.suppress(OSError):
+        os.replace(old, doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _remove_stale(target: Path) -> None:
+    """Remove the temporaries of writers of ``target`` that were killed."""
+    for left in _left_over(target, "tmp"):
+        with _opened(left) as descriptor:
+            now = _changed(target)  # by the same clock
+            if descriptor is None or now - _changed(left) < _STALE or not _lock(descriptor):
+                continue
+            with contextlib.suppress(OSError):
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
+
+
+def _changed(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return -1.0
+
+
+def _lock(descriptor: int) -> bool:
+    """Take the lock that says that a temporary's writer lives; False if another has it, or there are no locks."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[int | None]:
+    """A descriptor of a file or folder; None where there is none, or it cannot be opened."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except OSError:
+        descriptor = None
+    try:
+        yield descriptor
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
 
 
 def _sync_folder(folder: Path) -> None:
-    """Make the rename itself durable, where the platform can."""
-    try:
-        descriptor = os.open(folder, os.O_RDONLY)
-    except OSError:  # Windows cannot open a folder
-        return
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    """Make the rename itself durable."""
+    with _opened(folder) as descriptor:
+        if descriptor is not None:
+            os.fsync(descriptor)

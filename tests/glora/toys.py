@@ -144,6 +144,14 @@ def exit_code(function: Callable, *arguments) -> int:
     return _killed(process)
 
 
+def at_once(*calls: tuple) -> None:
+    """Each ``(function, *arguments)`` in a process of its own, all at the same time; none may fail."""
+    processes = [_forked(function, arguments) for function, *arguments in calls]
+    for process in processes:
+        process.join(300)
+    assert [_killed(process) for process in processes] == [0] * len(calls)
+
+
 def on_ranks(count: int, folder: Path, function: Callable, *arguments) -> list:
     """What ``function`` returns in each of ``count`` processes of a gloo group; an error in any of them raises.
 
