@@ -1,14 +1,18 @@
 """Adapters on disk: safetensors, with versioned JSON metadata, written atomically.
 
-The file holds the support tensors of every adapted layer under their names in the model
-(``blocks.0.attn.qkv.Ad``), and every other trainable parameter (the classifier head). The header
-entry ``glora`` holds a JSON object: format (1), product, and for each layer its rank and path.
+The file holds the support tensors of every adapted layer under their names in the model (``blocks.0.attn.qkv.Ad``),
+every other trainable parameter (the classifier head), and every persistent buffer beside the adapted layers, which
+training may have changed although nothing of it is trained (the statistics of batch norm). Names are those of the model
+without wrappers (:mod:`glora.wrappers`). The header entry ``glora`` holds a JSON object: format, product, and for each
+layer its rank and path. Files of format 1 had no buffers.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import warnings
+from collections.abc import Container, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -18,43 +22,74 @@ from glora_kernels.terms import PRODUCTS
 
 from .adapters import adapters
 from .config import PathConfig
+from .contents import Slot, check_written, require_fit, slots, statistics
+from .differences import listed
 from .distributed import require_whole
-from .files import write_atomically
+from .files import require_file, write_atomically
 from .injection import adapt
-from .layer import SUPPORT_NAMES, GLoRALayer, support_shapes
+from .layer import SUPPORT_NAMES, GLoRALayer, support_dtype, support_shapes
 from .modules import glora_layers, require_layers, require_real
 from .parameters import trainable_parameters
 from .paths import Paths, set_paths
+from .wrappers import modules_by_name, name_in, named_buffers, named_parameters, tensors_in, tensors_of
 
-FORMAT = 1
+FORMAT = 2
+READABLE = (1, 2)
 
 
 def save_adapter(model: nn.Module, file: str | os.PathLike) -> None:
-    """Write the support tensors, the paths and every other trainable parameter of ``model``.
+    """Write the support tensors, the paths, every other trainable parameter and the buffers of ``model``.
+
+    Every rank of a job may call it with one ``file``.
 
     Raises:
-        ValueError: ``model`` has no adapted layer, or its parameters are sharded.
+        ValueError: ``model`` has no adapted layer, or layers of both products, or parameters that this process does
+            not hold whole; a ``file`` in no folder, or that is no regular file. Nothing is written then.
+
+    Warns:
+        UserWarning: parameters that are not finite; buffers that safetensors cannot hold, and are left out.
     """
     from safetensors.torch import save
 
+    require_file("file", file)
     require_whole(model)
     layers = require_layers(model)
+    products = sorted({layer.product for layer in layers.values()})
+    if len(products) > 1:
+        raise ValueError(f"model: expected layers of one product, which is all that the file can hold, got {products}")
     support = {id(p) for layer in layers.values() for p in layer.support_parameters()}
     trained = {id(p) for p in trainable_parameters(model)} | support
-    tensors = {name: p.detach().contiguous() for name, p in model.named_parameters() if id(p) in trained}
+    tensors: dict[str, Tensor] = {name: p for name, p in named_parameters(model) if id(p) in trained}
+    check_written(tensors)
+    buffers = _buffers_beside(model, layers)
+    unstorable = [name for name, buffer in buffers.items() if not _storable(buffer)]
+    if unstorable:
+        warnings.warn(f"buffers that safetensors cannot hold are left out: {listed(unstorable)}", stacklevel=2)
+    tensors |= {name: buffer for name, buffer in buffers.items() if name not in unstorable}
     description = {
         "format": FORMAT,
-        "product": next(iter(layers.values())).product,
+        "product": products[0],
         "layers": {name: {"rank": layer.rank, "path": layer.path.to_dict()} for name, layer in layers.items()},
     }
-    content = save(tensors, metadata={"glora": json.dumps(description)})
+    copies = {name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
+    content = save(copies, metadata={"glora": json.dumps(description)})
     write_atomically(file, lambda stream: stream.write(content))
+
+
+def _buffers_beside(model: nn.Module, layers: Mapping[str, GLoRALayer]) -> dict[str, Tensor]:
+    """What is in ``model.state_dict()``, but no parameter and in no adapted layer."""
+    inside = {id(buffer) for layer in layers.values() for buffer in layer.buffers()}
+    return {name: buffer for name, buffer in named_buffers(model, persistent=True) if id(buffer) not in inside}
+
+
+def _storable(buffer: Tensor) -> bool:
+    return buffer.layout == torch.strided and not buffer.is_quantized and buffer.dtype != torch.complex128
 
 
 def load_adapter(model: nn.Module, file: str | os.PathLike) -> nn.Module:
     """Load what :func:`save_adapter` wrote, paths included; a model without GLoRA gets it injected.
 
-    Everything is checked before anything is changed.
+    Either may be within ``torch.compile`` or another wrapper, or not. Everything is checked before anything is changed.
 
     Returns:
         ``model`` itself.
@@ -62,7 +97,11 @@ def load_adapter(model: nn.Module, file: str | os.PathLike) -> nn.Module:
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: not an adapter file, damaged, of a later format, or made for another model; the
-            names and shapes that differ are listed. A model whose parameters are sharded.
+            names and shapes that differ are listed. Values that are not finite, also in the dtype of the model's
+            tensor, or of a dtype that none of its is. A model whose parameters are sharded.
+
+    Warns:
+        UserWarning: the file holds nothing for norm statistics (format 1), or for other persistent buffers.
     """
     description, tensors = _read(file)
     return apply_adapter(model, description, tensors, file)
@@ -78,28 +117,56 @@ def apply_adapter(
     """
     require_real(model)
     require_whole(model)
+    modules = modules_by_name(model)
+    description, tensors = description.named_as_in(modules), tensors_in(modules, tensors, file)
     layers = glora_layers(model)
-    expected = _expected_shapes(model, layers, description, tensors, file)
-    _check_tensors(expected, tensors, file)
+    require_fit(file, tensors, _expected(model, layers, description, tensors, file))
+    _warn_of_buffers(model, description, tensors, file)
     if not layers:
-        modules = [model.get_submodule(name) for name in description.ranks]
-        kept = {id(p) for name, p in model.named_parameters() if name in tensors}
-        adapt(model, modules, next(iter(description.ranks.values())), description.product, kept)
-    parameters = dict(model.named_parameters())
+        chosen = [modules[name] for name in description.ranks]
+        kept = {id(tensor) for name, tensor in tensors_of(model).items() if name in tensors}
+        adapt(model, chosen, next(iter(description.ranks.values())), description.product, kept)
+    targets = tensors_of(model)
     with torch.no_grad():
         for name, tensor in tensors.items():
-            parameters[name].copy_(tensor)
+            targets[name].copy_(tensor)
     if description.paths is not None:
         set_paths(model, description.paths)
     return model
 
 
+def _warn_of_buffers(
+    model: nn.Module, description: Description, tensors: Mapping[str, Tensor], file: str | os.PathLike
+) -> None:
+    """Say which buffers the file should hold and does not; of one without any only those that training changes."""
+    asked = dict(named_buffers(model, persistent=True)) if description.complete else statistics(model)
+    adapted = tuple(f"{name}." for name in description.ranks)
+    absent = [name for name in asked if name not in tensors and not name.startswith(adapted)]
+    if absent:
+        warnings.warn(
+            f"{file} holds nothing for the buffers {listed(absent)}: they stay as they are, and where training changed "
+            "them the outputs are not those of the trained model",
+            stacklevel=4,
+        )
+
+
 class Description(NamedTuple):
-    """What a file says of its layers: their product, and by name their rank and path (None: it says none)."""
+    """What a file says of its layers: their product, and by name their rank and path (None: it says none).
+
+    Attributes:
+        complete: whether it holds all statistics, as files from format 2 on do.
+    """
 
     product: str
     ranks: dict[str, int]
     paths: Paths | None
+    complete: bool = False
+
+    def named_as_in(self, modules: Container[str]) -> Description:
+        """With the layers' names in a model of these ``modules``."""
+        ranks = {name_in(modules, name): rank for name, rank in self.ranks.items()}
+        paths = None if self.paths is None else {name_in(modules, name): path for name, path in self.paths.items()}
+        return self._replace(ranks=ranks, paths=paths)
 
 
 def _read(file: str | os.PathLike) -> tuple[Description, dict[str, Tensor]]:
@@ -117,8 +184,8 @@ def _read(file: str | os.PathLike) -> tuple[Description, dict[str, Tensor]]:
         raise ValueError(f"{file}: expected a safetensors file, it is damaged or something else ({error})") from None
     except (KeyError, TypeError, json.JSONDecodeError):
         raise ValueError(f"{file}: expected a GLoRA adapter, got a safetensors file without its description") from None
-    if version != FORMAT:
-        raise ValueError(f"{file}: expected adapter format {FORMAT}, got {version!r}; a newer glora may read it")
+    if version not in READABLE:
+        raise ValueError(f"{file}: expected adapter format 1 or {FORMAT}, got {version!r}; a newer glora may read it")
     try:
         return _parse(content), tensors
     except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -133,19 +200,19 @@ def _parse(content: dict[str, Any]) -> Description:
     for name, rank in ranks.items():
         if not isinstance(rank, int) or not 1 <= max(rank, paths[name].rank) <= rank:
             raise ValueError(f"layer {name!r} of rank {rank!r} with {paths[name]}")
-    return Description(content["product"], ranks, paths)
+    return Description(content["product"], ranks, paths, complete=content["format"] > 1)
 
 
-def _expected_shapes(
+def _expected(
     model: nn.Module,
     layers: dict[str, GLoRALayer],
     description: Description,
     tensors: dict[str, Tensor],
     file: str | os.PathLike,
-) -> dict[str, tuple[int, ...]]:
-    """Names and shapes that the file must have to fit ``model``; raises if the layers differ."""
+) -> dict[str, Slot]:
+    """What the file must have to fit ``model``; raises if the layers differ."""
     ranks, product = description.ranks, description.product
-    own = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    own = slots(model)
     if layers:
         missing, unknown = sorted(set(layers) - set(ranks)), sorted(set(ranks) - set(layers))
         differing = [
@@ -159,7 +226,7 @@ def _expected_shapes(
                 f"differing {differing}"
             )
     else:
-        modules = dict(model.named_modules())
+        modules = modules_by_name(model)
         kinds = adapters()
         # the model itself cannot be replaced
         unfit = sorted(name for name in ranks if not name or type(modules.get(name)) not in kinds)
@@ -167,32 +234,21 @@ def _expected_shapes(
             raise ValueError(f"{file}: made for another model: expected layers that GLoRA adapts at {unfit}")
         if len(set(ranks.values())) != 1:
             raise ValueError(f"{file}: layers of ranks {sorted(set(ranks.values()))}; inject each rank before loading")
-        own.update(_support_shapes(modules, ranks, product))
+        own.update(_support_slots(modules, ranks, product))
     needed = {f"{name}.{s}" for name in ranks for s in SUPPORT_NAMES}
     if layers:  # a plain model's parameters all require grad: only an adapted one says what is trained
-        needed |= {name for name, p in model.named_parameters() if p.requires_grad}
-    return {name: shape for name, shape in own.items() if name in needed or name in tensors}
+        needed |= {name for name, p in named_parameters(model) if p.requires_grad}
+    if description.complete:
+        needed |= set(statistics(model))
+    return {name: slot for name, slot in own.items() if name in needed or name in tensors}
 
 
-def _support_shapes(modules: dict[str, Any], ranks: dict[str, int], product: str) -> dict[str, tuple[int, ...]]:
+def _support_slots(modules: dict[str, Any], ranks: dict[str, int], product: str) -> dict[str, Slot]:
     """What injecting into these layers would make."""
     kinds = adapters()
-    shapes = {}
+    slots = {}
     for name, rank in ranks.items():
-        features = kinds[type(modules[name])].features(modules[name])
-        shapes.update({f"{name}.{part}": shape for part, shape in support_shapes(features, rank, product).items()})
-    return shapes
-
-
-def _check_tensors(expected: dict[str, tuple[int, ...]], tensors: dict[str, Tensor], file: str | os.PathLike) -> None:
-    missing, unknown = sorted(set(expected) - set(tensors)), sorted(set(tensors) - set(expected))
-    differing = [
-        f"{name}: {shape} in the model, {tuple(tensors[name].shape)} in the file"
-        for name, shape in expected.items()
-        if name in tensors and tuple(tensors[name].shape) != shape
-    ]
-    if missing or unknown or differing:
-        raise ValueError(
-            f"{file}: made for another model: missing tensors {missing}, unknown tensors {unknown}, "
-            f"shapes that differ {differing}"
-        )
+        features, dtype = kinds[type(modules[name])].features(modules[name]), support_dtype(modules[name].weight)
+        shapes = support_shapes(features, rank, product)
+        slots.update({f"{name}.{part}": Slot(shape, dtype) for part, shape in shapes.items()})
+    return slots

@@ -1,21 +1,39 @@
-"""Saying in what two descriptions differ, for errors that people read."""
+"""Saying in what two descriptions differ, and which names are meant, for errors that people read."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-
-def differences(found: Mapping[str, Any], expected: Mapping[str, Any]) -> str:
-    """The innermost entries that differ, such as ``"limit 9000, expected 3; settings seed 0, expected 1"``."""
-    names = [name for name in {**found, **expected} if found.get(name) != expected.get(name)]
-    return "; ".join(f"{name} {_differing(found.get(name), expected.get(name))}" for name in names)
+MOST = 8  # of what a message lists
 
 
-def _differing(found: Any, expected: Any) -> str:
+def differences(found: Mapping[str, Any], expected: Mapping[str, Any], form: str = "{}, expected {}") -> str:
+    """The innermost entries that differ, such as ``"limit 9000, expected 3; settings seed 0, expected 1"``.
+
+    Args:
+        form: of two values that differ.
+    """
+    entries = list(_differing(found, expected, form))
+    return "; ".join(entries[:MOST]) + _rest(entries)
+
+
+def listed(names: Iterable[str]) -> str:
+    """As a list, of which a message holds the first few."""
+    names = list(names)
+    return f"{names[:MOST]}{_rest(names)}"
+
+
+def _differing(found: Any, expected: Any, form: str, name: str = "") -> Iterator[str]:
     if isinstance(found, Mapping) and isinstance(expected, Mapping):
-        return differences(found, expected)
-    return f"{_short(found)}, expected {_short(expected)}"
+        for key in {**found, **expected}:
+            yield from _differing(found.get(key), expected.get(key), form, f"{name} {key}".lstrip())
+    elif found != expected:
+        yield f"{name} {form.format(_short(found), _short(expected))}"
+
+
+def _rest(entries: list[str]) -> str:
+    return f" and {len(entries) - MOST} more" if len(entries) > MOST else ""
 
 
 def _short(value: Any) -> str:

@@ -17,10 +17,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from .contents import require_held
+from .layer import support_shapes
 from .modules import glora_layers
 from .parameters import trainable_parameters
 from .paths import get_paths
 from .ranks import has_group, rank, require_agreement, world_size
+from .wrappers import holds_fsdp1, named_parameters
 
 
 def sync_gradients(model: nn.Module) -> None:
@@ -119,6 +122,8 @@ def averages_itself(model: nn.Module) -> bool:
 
 def require_trainable(model: nn.Module, random_paths: bool) -> None:
     """Raise ValueError for a model that several processes would train wrongly without a word."""
+    _require_no_fsdp1(model)
+    _require_held(model)
     inner = unwrapped(model)
     if holds_replica(inner):
         raise ValueError("model: expected DistributedDataParallel around the whole model or none, got it around a part")
@@ -188,11 +193,30 @@ def copy_from_first(model: nn.Module) -> None:
 
 def require_whole(model: nn.Module) -> None:
     """Raise ValueError for a model of which this rank holds a part only."""
+    _require_no_fsdp1(model)
     if holds_shards(model):
         raise ValueError(
             "model: expected whole parameters, got those of fully_shard; gather them with "
             "torch.distributed.checkpoint.state_dict.get_model_state_dict and load them into a model without it"
         )
+    _require_held(model)
+
+
+def _require_no_fsdp1(model: nn.Module) -> None:
+    if holds_fsdp1(model):
+        raise ValueError(
+            "model: expected one without FullyShardedDataParallel, which puts frozen and trained parameters into one; "
+            "train within torch.distributed.fsdp.fully_shard, and save a plain model that has loaded its whole state"
+        )
+
+
+def _require_held(model: nn.Module) -> None:
+    """Support tensors have the shapes that they were made in; other trained ones are not emptied."""
+    absent = {name for name, p in named_parameters(model) if p.requires_grad and tuple(p.shape) == (0,)}
+    for name, layer in glora_layers(model).items():
+        shapes = support_shapes((layer.out_features, layer.in_features), layer.rank, layer.product)
+        absent |= {f"{name}.{own}" for own, shape in shapes.items() if tuple(getattr(layer, own).shape) != shape}
+    require_held(sorted(absent))
 
 
 def is_sharded(tensor: Tensor) -> bool:

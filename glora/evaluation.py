@@ -128,7 +128,7 @@ def merged_under(
     require_whole(model)
     layers = require_layers(model)
     require_mergeable(layers)
-    check_names("paths", paths, layers)
+    paths = check_names("paths", paths, layers)
     exact = {name: layer for name, layer in layers.items() if layer.merges_exactly}
     for name, layer in exact.items():
         if name not in kept or kept[name].path != paths[name]:

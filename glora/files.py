@@ -15,7 +15,7 @@ import re
 import secrets
 import shlex
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import BinaryIO
@@ -110,7 +110,7 @@ def require_folder(argument: str, file: str | os.PathLike) -> None:
         raise ValueError(f"{argument}: expected a folder that may be written to, got {folder}")
 
 
-def require_new_folder(argument: str, folder: str | os.PathLike, files: Mapping[str, object]) -> Path:
+def require_new_folder(argument: str, folder: str | os.PathLike, files: Iterable[str]) -> Path:
     """Where to write ``folder``; a former one that a killed writer has put aside is put back.
 
     Raises:

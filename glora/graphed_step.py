@@ -112,9 +112,8 @@ class GraphedStep:
         """
         self._check_batch(x, target)
         self._check_current()
-        if paths is not None:
-            self._task.data.check(paths)
-        self.paths = self._sampler.sample(self._generator) if paths is None else dict(paths)
+        given = None if paths is None else self._task.data.checked(paths)
+        self.paths = self._sampler.sample(self._generator) if given is None else given
         loss = self._step(x, target, self.paths)
         self._batch = _form(x), _form(target)
         return loss

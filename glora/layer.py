@@ -101,8 +101,7 @@ class GLoRALayer(nn.Module):
         base.requires_grad_(False)
         self.weight = base.weight  # type: ignore[assignment]
         self.register_parameter("bias", base.bias)  # type: ignore[arg-type]
-        dtype = self.weight.dtype if self.weight.is_floating_point() else torch.float32
-        wide = torch.promote_types(dtype, torch.float32)
+        wide = support_dtype(self.weight)
         with torch.inference_mode(False):  # they are trained later
             for name, shape in support_shapes(features, rank, product).items():
                 self.register_parameter(name, nn.Parameter(torch.empty(shape, device=self.weight.device, dtype=wide)))
@@ -409,6 +408,11 @@ def support_shapes(features: tuple[int, int], rank: int, product: str) -> dict[s
         "D": (rows,),
         "E": (rows,),
     }
+
+
+def support_dtype(weight: Tensor) -> torch.dtype:
+    """That of the support tensors around ``weight``: no half type, whose resolution would swallow their updates."""
+    return torch.promote_types(weight.dtype if weight.is_floating_point() else torch.float32, torch.float32)
 
 
 def require_plain(argument: str, module: nn.Module, kind: type[nn.Module]) -> None:

@@ -22,13 +22,15 @@ import torch
 from torch import Tensor, nn
 
 from .config import PathConfig
+from .contents import check_written, require_floating, warn_of_statistics
 from .distributed import require_whole
-from .files import write_atomically
+from .files import require_file, write_atomically
 from .injection import adapt
 from .layer import GLoRALayer, GLoRALinear
 from .modules import glora_layers, require_linear_layers, require_real
 from .parameters import trainable_parameters
 from .paths import set_paths
+from .wrappers import key_in, modules_by_name, named_modules, named_parameters
 
 # Which of the file's factors are Ad, Au, Bd and Bu.
 LAYOUTS = {"new": ("a1", "a2", "b1", "b2"), "old": ("a2", "a1", "b2", "b1")}
@@ -66,6 +68,7 @@ def save_lycoris(
     _check_options(prefix, layout)
     if not os.fspath(file).endswith(".safetensors"):
         raise ValueError(f"file: expected a name in .safetensors, by which LyCORIS knows it, got {os.fspath(file)!r}")
+    require_file("file", file)
     require_whole(model)
     layers = require_linear_layers(model)
     unfit = [f"{name} ({what})" for name, layer in layers.items() if (what := _inexpressible(layer))]
@@ -79,6 +82,8 @@ def save_lycoris(
     tensors = {}
     for name, key in _keys(layers, prefix).items():
         tensors.update({f"{key}.{entry}": tensor for entry, tensor in _entries(layers[name], layout).items()})
+    check_written(tensors)
+    warn_of_statistics(model)
     content = save(tensors)
     write_atomically(file, lambda stream: stream.write(content))
 
@@ -119,7 +124,8 @@ def load_lycoris(
     _check_fit(model, layers, adapters, file)
     if not layers:
         rank = max(adapter.Ad.shape[1] for adapter in adapters.values())
-        linears: list[Any] = [model.get_submodule(name) for name in adapters]
+        modules = modules_by_name(model)
+        linears: list[Any] = [modules[name] for name in adapters]
         adapt(model, linears, rank, "matmul", kept=set())
         layers = glora_layers(model)
     for name, layer in layers.items():
@@ -170,7 +176,7 @@ def _inexpressible(layer: GLoRALinear) -> str:
 def _refuse_other_trained(model: nn.Module, layers: dict[str, GLoRALinear]) -> None:
     support = {id(p) for layer in layers.values() for p in layer.support_parameters()}
     trained = {id(p) for p in trainable_parameters(model)} - support
-    others = [name for name, p in model.named_parameters() if id(p) in trained]
+    others = [name for name, p in named_parameters(model) if id(p) in trained]
     if others:
         raise ValueError(
             f"model: expected nothing trained beside the adapters, got {others}, which the format cannot hold; "
@@ -244,11 +250,14 @@ def _resolve(
         if not found:
             raise ValueError(f"prefix: expected one that {file} has, got {prefix!r}")
     _check_entries(found, file)
+    factors = {f"{key}.{entry}": t for key, entries in found.items() for entry, t in entries.items()}
+    require_floating(file, {name: t for name, t in factors.items() if not name.endswith("alpha")})
     names: dict[str, list[str]] = {}
-    for name, module in model.named_modules():
+    for name, module in named_modules(model):
         # the model itself cannot be replaced
         if isinstance(module, GLoRALinear) or (name and isinstance(module, nn.Linear)):
             names.setdefault(_key(prefix, name), []).append(name)
+    found = {key_in(names, prefix, key): entries for key, entries in found.items()}
     unknown = sorted(key for key in found if key not in names)
     if unknown:
         raise ValueError(f"{file}: made for another model: no linear layer is called {unknown} (prefix {prefix!r})")
@@ -279,7 +288,8 @@ def _check_entries(found: dict[str, dict[str, Tensor]], file: str | os.PathLike)
 
 def _layout(model: nn.Module, found: dict[str, dict[str, Tensor]], asked: str | None, file: str | os.PathLike) -> str:
     """The one layout that the shapes of every layer fit."""
-    linears = {name: cast(nn.Linear, model.get_submodule(name)) for name in found}
+    modules = modules_by_name(model)
+    linears = {name: cast(nn.Linear, modules[name]) for name in found}
     sizes = {name: (linear.out_features, linear.in_features) for name, linear in linears.items()}
     fits = {name: _fitting(sizes[name], entries) for name, entries in found.items()}
     unfit = [
@@ -345,8 +355,9 @@ def _check_fit(
                 f"differing {differing}"
             )
     infinite = []
+    modules: dict[str, Any] = modules_by_name(model)
     for name, adapter in adapters.items():
-        module: Any = model.get_submodule(name)
+        module = modules[name]
         dtype = module.Ad.dtype if layers else torch.promote_types(module.weight.dtype, torch.float32)
         if not all(factor.to(dtype).isfinite().all() for factor in adapter[:4]):
             infinite.append(name)

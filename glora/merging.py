@@ -18,6 +18,7 @@ from .layer import GLoRALayer, is_bare, qualified_name
 from .modules import evaluating, listed, replace_modules, replaced_modules, require_layers
 from .pretrained import Home, guard_saving, homes, release_saving
 from .quantised import GLoRAQuantisedLinear
+from .wrappers import modules_by_name
 
 
 @dataclass(frozen=True)
@@ -221,7 +222,7 @@ def unmerge(model: nn.Module, report: MergeReport) -> None:
     """
     if report.originals is None:
         raise ValueError("report: expected one of merge(model, keep=True), got one that kept no layers")
-    modules = dict(model.named_modules())
+    modules = modules_by_name(model)
     for name, layer in report.originals.items():
         found = modules.get(name)
         if found is None or not layer.stands_merged(found):

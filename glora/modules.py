@@ -8,11 +8,15 @@ from contextlib import contextmanager
 from torch import nn
 
 from .layer import GLoRALayer, GLoRALinear
+from .wrappers import named_modules
 
 
 def glora_layers(model: nn.Module) -> dict[str, GLoRALayer]:
-    """The adapted layers of ``model`` by name, in the model's own order, each once."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, GLoRALayer)}
+    """The adapted layers of ``model`` by name, in the model's own order, each once.
+
+    Names are those without ``torch.compile``, data parallelism and other wrappers (:mod:`glora.wrappers`).
+    """
+    return {name: module for name, module in named_modules(model) if isinstance(module, GLoRALayer)}
 
 
 def require_layers(model: nn.Module) -> dict[str, GLoRALayer]:

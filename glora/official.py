@@ -16,12 +16,14 @@ from torch import Tensor, nn
 
 from .adapter_file import Description, apply_adapter
 from .config import PathConfig
+from .contents import check_written, warn_of_statistics
 from .distributed import require_whole
-from .files import write_atomically
+from .files import require_file, write_atomically
 from .layer import SUPPORT_NAMES, GLoRALinear
 from .modules import require_layers, require_linear_layers
 from .parameters import trainable_parameters
 from .paths import Paths
+from .wrappers import modules_by_name, named_modules, named_parameters, tensors_in
 
 # The official code saves and loads each parameter whose name contains one of these.
 _OFFICIAL_MARKS = ("A", "B", "C", "D", "E", "head")
@@ -44,15 +46,16 @@ def load_official(
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: no official file, damaged, or made for another model (the names and shapes that differ are
-            listed); configurations that do not fit.
+            listed), or with values that are not finite, or not floating; configurations that do not fit.
         TypeError: configurations that are no sequence of dicts; a layer that cannot be replaced, see
             :func:`glora.inject`.
     """
-    tensors = _read(file)
+    modules = modules_by_name(model)
+    tensors = tensors_in(modules, _read(file), file)
     ranks = _ranks(tensors, file)
     paths = None
     if configurations is not None:
-        order = {name: i for i, (name, _) in enumerate(model.named_modules())}
+        order = {name: i for i, name in enumerate(modules)}
         paths = _in_order(sorted(ranks, key=lambda name: order.get(name, len(order))), configurations)
         for i, (name, path) in enumerate(paths.items()):
             if path.rank > ranks[name]:
@@ -67,8 +70,13 @@ def save_official(model: nn.Module, file: str | os.PathLike) -> None:
 
     Raises:
         ValueError: no adapted layer, one that is not linear, another product than hadamard, several ranks, or other
-            layers adapted than the official code adapts. Nothing is written then.
+            layers adapted than the official code adapts; parameters that this process does not hold whole; a ``file``
+            in no folder, or that is no regular file. Nothing is written then.
+
+    Warns:
+        UserWarning: norm layers with statistics, which the format has no place for; parameters that are not finite.
     """
+    require_file("file", file)
     require_whole(model)
     layers = require_linear_layers(model)
     unfit = [name for name, layer in layers.items() if layer.product != "hadamard"]
@@ -79,7 +87,7 @@ def save_official(model: nn.Module, file: str | os.PathLike) -> None:
         raise ValueError(f"model: expected one rank, as in the official code, got {ranks}")
     differing = [
         name
-        for name, module in model.named_modules()
+        for name, module in named_modules(model)
         if isinstance(module, nn.Linear | GLoRALinear) and isinstance(module, GLoRALinear) != _officially_adapted(name)
     ]
     if differing:
@@ -89,11 +97,14 @@ def save_official(model: nn.Module, file: str | os.PathLike) -> None:
         )
     written = {id(p) for layer in layers.values() for p in layer.support_parameters()}
     written |= {id(p) for p in trainable_parameters(model)}
-    tensors = {
-        name: p.detach().cpu().clone()
-        for name, p in model.named_parameters()
+    chosen = {
+        name: p
+        for name, p in named_parameters(model)
         if id(p) in written or any(mark in name for mark in _OFFICIAL_MARKS)
     }
+    check_written(chosen)
+    warn_of_statistics(model)
+    tensors = {name: p.detach().cpu().clone() for name, p in chosen.items()}
     write_atomically(file, lambda stream: torch.save(tensors, stream))
 
 

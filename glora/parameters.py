@@ -23,7 +23,7 @@ def trainable_parameters(model: nn.Module, paths: Mapping[str, PathConfig] | Non
     layers = glora_layers(model)
     left_out: set[int] = set()
     if paths is not None:
-        check_names("paths", paths, layers)
+        paths = check_names("paths", paths, layers)
         for name, layer in layers.items():
             left_out |= {id(p) for p in layer.support_parameters()}
             left_out -= {id(p) for p in layer.support_parameters(paths[name])}
@@ -37,8 +37,7 @@ def count_parameters(model: nn.Module, paths: Mapping[str, PathConfig] | None = 
     does not count.
     """
     layers = require_layers(model)
-    paths = get_paths(model) if paths is None else paths
-    check_names("paths", paths, layers)
+    paths = check_names("paths", get_paths(model) if paths is None else paths, layers)
     return sum(paths[name].count(layer.shape) for name, layer in layers.items())
 
 
@@ -49,9 +48,10 @@ def drop_unread_gradients(model: nn.Module, paths: Mapping[str, PathConfig] | No
     optimiser would move the tensors by their moments and weight decay. Call it between ``backward`` and ``step``, with
     one backward pass a step: gradients that earlier passes left under other paths would go too.
     """
-    for name, layer in glora_layers(model).items():
-        path = layer.path if paths is None else paths[name]
-        read = {id(parameter) for parameter in layer.support_parameters(path)}
+    layers = glora_layers(model)
+    paths = get_paths(model) if paths is None else check_names("paths", paths, layers)
+    for name, layer in layers.items():
+        read = {id(parameter) for parameter in layer.support_parameters(paths[name])}
         for parameter in layer.support_parameters():
             if id(parameter) not in read:
                 parameter.grad = None

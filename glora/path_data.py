@@ -13,7 +13,7 @@ from glora_kernels import encode, masked_terms, path_masks, row_scaled_linear, r
 
 from .config import PathConfig
 from .layer import SUPPORT_NAMES, GLoRALayer
-from .paths import check_names
+from .paths import Paths, check_names
 
 
 class PathData:
@@ -38,14 +38,19 @@ class PathData:
     def device(self) -> torch.device:
         return self.masks.device
 
-    def check(self, paths: Mapping[str, PathConfig]) -> None:
-        """Raise ValueError or TypeError for paths of another model, or a rank above a layer's storage."""
-        check_names("paths", paths, self.layers)
+    def checked(self, paths: Mapping[str, PathConfig]) -> Paths:
+        """The paths by the layers' names.
+
+        Raises:
+            ValueError, TypeError: paths of another model, or a rank above a layer's storage.
+        """
+        paths = check_names("paths", paths, self.layers)
         for name, layer in self.layers.items():
             if paths[name].rank > layer.rank:
                 raise ValueError(
                     f"paths: expected ranks up to {layer.rank} (storage of layer {name!r}), got {paths[name]}"
                 )
+        return paths
 
     def set(self, paths: Mapping[str, PathConfig]) -> None:
         """Write checked paths into :attr:`masks`, without waiting for the device."""

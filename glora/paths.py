@@ -15,6 +15,7 @@ from .config import PathConfig, SearchSpace
 from .layer import GLoRALayer
 from .modules import glora_layers, require_layers
 from .sampling import PathSampler
+from .wrappers import name_in
 
 Paths = dict[str, PathConfig]
 _users: WeakKeyDictionary[GLoRALayer, tuple[int, asyncio.Task | None]] = WeakKeyDictionary()  # within using_paths
@@ -31,7 +32,7 @@ def get_paths(model: nn.Module) -> Paths:
 
 
 def set_paths(model: nn.Module, paths: Mapping[str, PathConfig]) -> None:
-    """Set the path of every adapted layer.
+    """Set the path of every adapted layer, by its name without or with those of wrappers (:func:`glora_layers`).
 
     Paths may change between a forward pass and its backward, under activation checkpointing too: what
     is run again takes the path of its first run (:mod:`glora.history`).
@@ -42,7 +43,7 @@ def set_paths(model: nn.Module, paths: Mapping[str, PathConfig]) -> None:
         RuntimeError: during a backward pass, or while another thread is within :func:`using_paths` of this model.
     """
     layers = require_layers(model)
-    check_names("paths", paths, layers)
+    paths = check_names("paths", paths, layers)
     _require_unused(layers.values())
     before = {name: layer.path for name, layer in layers.items()}
     try:
@@ -128,14 +129,21 @@ def sampler_for(model: nn.Module, space: SearchSpace, limit: int | None = None) 
     return PathSampler({name: layer.shape for name, layer in layers.items()}, space, limit)
 
 
-def check_names(argument: str, got: Mapping[str, PathConfig], expected: Mapping) -> None:
-    """Raise ValueError, listing them, if the two mappings differ in their keys; TypeError for no path."""
-    missing, unknown = [n for n in expected if n not in got], [n for n in got if n not in expected]
-    if missing or unknown:
+def check_names(argument: str, got: Mapping[str, PathConfig], expected: Mapping) -> Paths:
+    """The paths by the ``expected`` names, of layers, in their order; ``got`` may have them with wrappers' names.
+
+    Raises:
+        ValueError: names that are missing, unknown or given twice.
+        TypeError: no path.
+    """
+    named = {name_in(expected, name): path for name, path in got.items()}
+    missing, unknown = [n for n in expected if n not in named], [n for n in named if n not in expected]
+    if missing or unknown or len(named) != len(got):
         raise ValueError(
-            f"{argument}: expected exactly the {len(expected)} adapted layers of the model; "
+            f"{argument}: expected exactly the {len(expected)} adapted layers of the model, each once; "
             f"missing {missing}, unknown {unknown}"
         )
-    for name, path in got.items():
+    for name, path in named.items():
         if not isinstance(path, PathConfig):
             raise TypeError(f"{argument}: expected glora.PathConfig for {name!r}, got {type(path).__name__}")
+    return {name: named[name] for name in expected}

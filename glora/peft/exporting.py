@@ -12,20 +12,24 @@ import torch
 from torch import Tensor, nn
 
 from ..config import PathConfig, parse_choice
+from ..contents import check_written, statistics, warn_of_statistics
 from ..distributed import require_whole
-from ..files import write_folder_atomically
+from ..files import require_new_folder, write_folder_atomically
 from ..layer import GLoRALinear
 from ..modules import require_linear_layers
 from ..parameters import trainable_parameters
+from ..wrappers import modules_by_name, named_modules, named_parameters, tensors_of
 from .form import CONFIG, FIELDS, PREFIX, TENSORS, Form, read_parts
+
+FILES = (TENSORS, CONFIG)
 
 
 def export_peft(model: nn.Module, folder: str | os.PathLike) -> None:
     """Write the adapter for ``peft.PeftModel.from_pretrained(base, folder)``, which then computes the same.
 
     Base weights are not written. Every other trained module (the classifier head) is, whole, as one of PEFT's
-    ``modules_to_save``. Tensors of a kind *none* are written as zeros of their full size, as PEFT does: it
-    warns where they are missing.
+    ``modules_to_save``, and so are norm layers with statistics, which training changes. Tensors of a kind *none* are
+    written as zeros of their full size, as PEFT does: it warns where they are missing.
 
     Args:
         model: with GLoRA layers, all of one path that PEFT has too.
@@ -34,22 +38,29 @@ def export_peft(model: nn.Module, folder: str | os.PathLike) -> None:
     Raises:
         ValueError: no GLoRA layer, or one that is not linear; what PEFT cannot express, with the layers and reasons
             (the matmul product, A and B or D and E of different kinds, ranks or paths that differ, C or E without a
-            bias, which PEFT drops); trained tensors that PEFT could not save, or sharded ones; a folder that holds
-            other files.
+            bias, which PEFT drops); trained tensors that PEFT could not save, or that this process does not hold
+            whole; a folder that holds other files. Nothing is written then.
+
+    Warns:
+        UserWarning: norm layers whose statistics PEFT cannot save, by name; tensors that are not finite.
     """
     from safetensors.torch import save
 
-    layers = require_linear_layers(model)
+    require_new_folder("folder", folder, FILES)
     require_whole(model)
+    layers = require_linear_layers(model)
     if "" in layers:
         raise ValueError("model: expected a model that contains GLoRALinear layers, got a single one; PEFT needs names")
     form = _common_form(layers)
     saved = _modules_to_save(model, layers)
-    tensors = {
-        f"{name}.{key}": tensor for name in saved for key, tensor in model.get_submodule(name).state_dict().items()
-    }
+    norms = _norms_to_save(model, saved)
+    saved = sorted([*saved, *norms])
+    inside = tuple(f"{name}." for name in saved)
+    tensors = {name: t for name, t in tensors_of(model, persistent=True).items() if name.startswith(inside)}
     for name, layer in layers.items():
         tensors |= {f"{name}.{key}": tensor for key, tensor in _exported(layer, form).items()}
+    check_written(tensors)
+    warn_of_statistics(model, [name for name in statistics(model).values() if f"{name}.".startswith(inside)])
     config = {
         "peft_type": "GLORA",
         "task_type": None,
@@ -125,14 +136,14 @@ def _modules_to_save(model: nn.Module, layers: Mapping[str, GLoRALinear]) -> lis
     """The modules of all that is trained beside the adapters, none within another."""
     support = {id(p) for layer in layers.values() for p in layer.support_parameters()}
     trained = {id(p) for p in trainable_parameters(model)} - support
-    named = list(model.named_parameters(remove_duplicate=False))
+    named = list(named_parameters(model, remove_duplicate=False))
     count = Counter(id(p) for _, p in named)
     shared = [name for name, p in named if id(p) in trained | support and count[id(p)] > 1]
     if shared:
         raise ValueError(f"model: expected trained tensors of one module each, PEFT would part the shared {shared}")
     owners = {name.rpartition(".")[0] for name, p in named if id(p) in trained}
     outermost = sorted(owner for owner in owners if not any(_within(owner, other) for other in owners))
-    theirs = ["base_model", "base_model.model", *(PREFIX + name for name, _ in model.named_modules() if name)]
+    theirs = _names_of_theirs(model)
     for owner in outermost:
         held = [name for name in layers if not owner or _within(name, owner)]
         alike = [name for name in theirs if name != PREFIX + owner and name.endswith(owner)]
@@ -140,6 +151,28 @@ def _modules_to_save(model: nn.Module, layers: Mapping[str, GLoRALinear]) -> lis
             reason = f"it holds the adapted {held}" if held else f"PEFT would take {alike} for it"
             raise ValueError(f"model: PEFT cannot save the trained module {owner!r}: {reason}; freeze it first")
     return outermost
+
+
+def _norms_to_save(model: nn.Module, saved: Iterable[str]) -> set[str]:
+    """The norm layers with statistics that PEFT can save whole too: each is in one place, and its name ends no other's.
+
+    The others are warned of.
+    """
+    places = Counter(module for _, module in named_modules(model, remove_duplicate=False))
+    modules, theirs = modules_by_name(model), _names_of_theirs(model)
+    within = tuple(f"{name}." for name in saved)
+    norms = {n for n in statistics(model).values() if places[modules[n]] == 1 and not f"{n}.".startswith(within)}
+    while True:
+        known = {PREFIX + name for name in (*saved, *norms)}
+        taken = {norm for norm in norms if any(name.endswith(norm) and name not in known for name in theirs)}
+        if not taken:
+            return norms
+        norms -= taken
+
+
+def _names_of_theirs(model: nn.Module) -> list[str]:
+    """Those of every module, in PEFT's model."""
+    return ["base_model", "base_model.model", *(PREFIX + name for name, _ in named_modules(model) if name)]
 
 
 def _within(name: str, module: str) -> bool:
@@ -150,5 +183,5 @@ def _target_modules(model: nn.Module, layers: Iterable[str]) -> list[str] | str:
     """A list, which PEFT compares with the ends of names; a regular expression where that takes in others."""
     names = sorted(layers)
     ends = tuple("." + name for name in names)
-    others = [name for name, _ in model.named_modules() if name.endswith(ends) and name not in names]
+    others = [name for name, _ in named_modules(model) if name.endswith(ends) and name not in names]
     return "|".join(re.escape(name) for name in names) if others else names

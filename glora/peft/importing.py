@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from glora_kernels.checks import FLOATING
-
 from ..config import KINDS
+from ..contents import Slot, require_fit, slots
 from ..distributed import require_whole
 from ..injection import adapt
-from ..layer import GLoRALayer
-from ..modules import glora_layers
+from ..layer import GLoRALayer, support_dtype
+from ..modules import glora_layers, require_real
 from ..paths import set_paths
+from ..wrappers import modules_by_name, tensors_in, tensors_of
 from .form import CONFIG, FIELDS, PREFIX, TENSORS, Form, read_parts
 
 
@@ -40,20 +40,20 @@ def import_peft(model: nn.Module, folder: str | os.PathLike) -> nn.Module:
     Raises:
         FileNotFoundError: one of the two files is missing.
         ValueError: not a GLoRA adapter, damaged, with trained biases, or made for another model; what differs is
-            listed. A model whose parameters are sharded.
+            listed. Values that are not finite, or not floating. A model whose parameters are sharded.
         TypeError: a layer that cannot be adapted (see :func:`glora.inject`).
     """
     require_whole(model)
     form, tensors = _read(Path(folder))
-    if any(parameter.is_meta for parameter in model.parameters()):
-        raise ValueError("model: expected real tensors, got parameters on meta; load the base weights first")
+    require_real(model)
+    tensors = tensors_in(modules_by_name(model), tensors, Path(folder) / TENSORS)
     pattern = re.compile(r"(.+)\.glora_[A-E]\.(?:Xd|Xu|X|zeros)")
     found = (pattern.fullmatch(name) for name in tensors)
     names = list(dict.fromkeys(match[1] for match in found if match is not None))
     linears = _matching_layers(model, names, form, folder)
     _check_tensors(model, linears, tensors, form, folder)
     if not glora_layers(model):
-        saved = {id(p) for name, p in model.named_parameters() if name in tensors}
+        saved = {id(tensor) for name, tensor in tensors_of(model).items() if name in tensors}
         adapt(model, linears.values(), form.rank, "hadamard", saved)
     _load(model, glora_layers(model), tensors, form)
     return model
@@ -93,13 +93,13 @@ def _read_form(file: Path) -> Form:
     return Form(kinds, rank)
 
 
-def _matching_layers(model: nn.Module, names: list[str], form: Form, folder: object) -> dict[str, Any]:
+def _matching_layers(model: nn.Module, names: list[str], form: Form, folder: str | os.PathLike) -> dict[str, Any]:
     """The layers of the adapter, in the model. Raises ValueError if they are not there or do not fit."""
     layers = glora_layers(model)
     if not names:
         raise ValueError(f"{folder}: expected the tensors of a GLoRA adapter, got none")
     if not layers:
-        modules = dict(model.named_modules())
+        modules = modules_by_name(model)
         unfit = [name for name in names if type(modules.get(name)) is not nn.Linear]
         if unfit:
             raise ValueError(f"{folder}: made for another model: expected an nn.Linear at {unfit}")
@@ -123,30 +123,22 @@ def _check_tensors(
     linears: Mapping[str, nn.Linear | GLoRALayer],
     tensors: Mapping[str, Tensor],
     form: Form,
-    folder: object,
+    folder: str | os.PathLike,
 ) -> None:
-    own = model.state_dict()
+    own = slots(model)
     expected = {
-        f"{name}.{key}": shape for name, linear in linears.items() for key, shape in form.shapes(linear).items()
+        f"{name}.{key}": Slot(
+            shape, linear.Ad.dtype if isinstance(linear, GLoRALayer) else support_dtype(linear.weight)
+        )
+        for name, linear in linears.items()
+        for key, shape in form.shapes(linear).items()
     }
     adapted = tuple(name + "." for name in linears)
-    whole = {name: tuple(own[name].shape) for name in tensors if name in own and not name.startswith(adapted)}
-    expected |= whole
-    missing, unknown = sorted(set(expected) - set(tensors)), sorted(set(tensors) - set(expected))
-    differing = [
-        f"{name}: expected {shape}, got {tuple(tensors[name].shape)}"
-        for name, shape in expected.items()
-        if name in tensors and tuple(tensors[name].shape) != shape
-    ]
-    if missing or unknown or differing:
-        raise ValueError(
-            f"{folder}: made for another model or form: missing tensors {missing}, unknown tensors {unknown}, "
-            f"shapes that differ {differing}"
-        )
-    odd = [name for name in expected if name not in whole and tensors[name].dtype not in FLOATING]
-    odd += [name for name in expected if name.endswith(".zeros") and bool(tensors[name].any())]
+    expected |= {name: own[name] for name in tensors if name in own and not name.startswith(adapted)}
+    require_fit(folder, tensors, expected)
+    odd = [name for name in expected if name.endswith(".zeros") and bool(tensors[name].any())]
     if odd:
-        raise ValueError(f"{folder}: expected floating tensors, and zeros for the kind none; not so: {odd}")
+        raise ValueError(f"{folder}: expected zeros for the kind none; not so: {odd}")
 
 
 @torch.no_grad()
@@ -155,7 +147,7 @@ def _load(model: nn.Module, layers: Mapping[str, GLoRALayer], tensors: Mapping[s
     for name, layer in layers.items():
         for key, part in read_parts(layer, paths[name]).items():
             part.copy_(tensors[f"{name}.{key}"].reshape(part.shape))
-    own = model.state_dict()
+    own = tensors_of(model)
     for name, tensor in tensors.items():
         if name in own:
             own[name].copy_(tensor)

@@ -168,7 +168,7 @@ def test_description_is_versioned_json(saved):
         description = json.loads(opened.metadata()["glora"])
     paths = get_paths(trained_mlp())
     assert description == {
-        "format": 1,
+        "format": 2,
         "product": "hadamard",
         "layers": {name: {"rank": 2, "path": path.to_dict()} for name, path in paths.items()},
     }
@@ -284,10 +284,10 @@ def edited(file, change):
 
 
 @both_models
-@pytest.mark.parametrize("version", [2, 0, "1", None])
+@pytest.mark.parametrize("version", [3, 0, "1", None])
 def test_refuses_another_format(make, saved, version):
     edited(saved, lambda description: description.update(format=version))
-    assert_refused(make(), saved, f"expected adapter format 1, got {version!r}; a newer glora may read it")
+    assert_refused(make(), saved, f"expected adapter format 1 or 2, got {version!r}; a newer glora may read it")
 
 
 @pytest.mark.parametrize(
