@@ -51,8 +51,8 @@ def save_adapter(model: nn.Module, file: str | os.PathLike) -> None:
     """
     from safetensors.torch import save
 
-    require_file("file", file)
     require_whole(model)
+    require_file("file", file)
     layers = require_layers(model)
     products = sorted({layer.product for layer in layers.values()})
     if len(products) > 1:

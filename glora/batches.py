@@ -7,7 +7,7 @@ processes and of ranks, as if it had not been cut.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import count
 from typing import Any
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, TensorDataset
 
+from .checksum import checksum
 from .distributed import share
 from .ranks import rank, world_size
 from .recipe import Recipe
@@ -73,12 +74,12 @@ class _Repeatable(Dataset):
 
     def __getitem__(self, numbered: tuple[int, int]) -> Any:
         index, number = numbered
-        with _drawing_from(mix(mix(self.seed, -2), number)):
+        with drawing_from(mix(mix(self.seed, -2), number)):
             return self.dataset[index]
 
 
 @contextmanager
-def _drawing_from(seed: int) -> Iterator[None]:
+def drawing_from(seed: int) -> Iterator[None]:
     """Python's, numpy's and torch's global generators (on the CPU) start from ``seed`` in the block, and go on after
     it as if it had not been there."""
     before = random.getstate(), np.random.get_state(), torch.get_rng_state()
@@ -124,6 +125,47 @@ def _reseeded(steps: Iterator[tuple[Tensor, Tensor]], seed: int, start: int) -> 
     for step in count(start):
         torch.manual_seed(mix(mix(seed, step), rank()))
         yield next(steps)
+
+
+def fingerprint(dataset: Dataset) -> int | None:
+    """Tells ``dataset`` from others of its length: of its first, middle and last sample, read with a fixed seed.
+
+    None where nothing can be told: two readings of them differ, or hold something else than tensors, arrays, numbers
+    and texts.
+    """
+    size: int = len(dataset)  # type: ignore[arg-type]
+    try:
+        first, second = (_checksum_of_samples(dataset, sorted({0, size // 2, size - 1})) for _ in range(2))
+    except Exception:  # reading it for a step will tell
+        return None
+    return first if first == second else None
+
+
+def _checksum_of_samples(dataset: Dataset, indices: Iterable[int]) -> int:
+    with drawing_from(0):
+        return checksum(part for index in indices for part in _parts(dataset[index]))
+
+
+def _parts(sample: Any) -> Iterator[Tensor]:
+    """The tensors of a sample, and its numbers and texts as tensors."""
+    if isinstance(sample, Tensor | np.ndarray | np.generic):
+        tensor = torch.as_tensor(sample)
+        yield from (_text(f"{tensor.dtype} {tuple(tensor.shape)}"), tensor)
+    elif isinstance(sample, Mapping):
+        for key, value in sample.items():
+            yield from (*_parts(key), *_parts(value))
+    elif isinstance(sample, list | tuple):
+        yield _text(f"{len(sample)} parts")
+        for part in sample:
+            yield from _parts(part)
+    elif isinstance(sample, str | bytes | int | float | complex | None):
+        yield _text(repr(sample))
+    else:
+        raise TypeError(f"cannot tell {type(sample).__name__} from another")
+
+
+def _text(text: str) -> Tensor:
+    return torch.tensor(list(text.encode()), dtype=torch.uint8)
 
 
 def mix(seed: int, index: int) -> int:

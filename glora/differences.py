@@ -8,11 +8,11 @@ from typing import Any
 MOST = 8  # of what a message lists
 
 
-def differences(found: Mapping[str, Any], expected: Mapping[str, Any], form: str = "{}, expected {}") -> str:
+def differences(found: Mapping[str, Any], expected: Mapping[str, Any], form: str = " {}, expected {}") -> str:
     """The innermost entries that differ, such as ``"limit 9000, expected 3; settings seed 0, expected 1"``.
 
     Args:
-        form: of two values that differ.
+        form: what follows a name: of the two values.
     """
     entries = list(_differing(found, expected, form))
     return "; ".join(entries[:MOST]) + _rest(entries)
@@ -29,7 +29,7 @@ def _differing(found: Any, expected: Any, form: str, name: str = "") -> Iterator
         for key in {**found, **expected}:
             yield from _differing(found.get(key), expected.get(key), form, f"{name} {key}".lstrip())
     elif found != expected:
-        yield f"{name} {form.format(_short(found), _short(expected))}"
+        yield f"{name}{form.format(_short(found), _short(expected))}"
 
 
 def _rest(entries: list[str]) -> str:

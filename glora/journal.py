@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from .differences import differences
-from .files import require_folder, write_atomically
+from .files import require_file, write_atomically
 from .ranks import from_first, gather, rank, world_size
 
 JOURNAL_FORMAT = 2
@@ -112,13 +112,11 @@ class Journal:
         Raises:
             ValueError: the folder does not exist, the file is a folder or another search's, with what differs.
         """
-        require_folder("journal", self.file)
-        if self.file.is_dir():
-            raise ValueError(f"journal: expected a file, got the folder {self.file}")
+        require_file("journal", self.file)
         content = self.file.read_bytes() if self.file.exists() else b""
         first = json.dumps(self.header).encode() + b"\n"
         if len(content) < len(first) and first.startswith(content):
-            write_atomically(self.file, lambda stream: stream.write(first))
+            write_atomically(self.file, lambda stream: stream.write(first), "journal")
             return {}
         complete = content[: content.rfind(b"\n") + 1]
         header, scores = self._parse(complete.splitlines())

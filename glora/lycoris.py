@@ -68,8 +68,8 @@ def save_lycoris(
     _check_options(prefix, layout)
     if not os.fspath(file).endswith(".safetensors"):
         raise ValueError(f"file: expected a name in .safetensors, by which LyCORIS knows it, got {os.fspath(file)!r}")
-    require_file("file", file)
     require_whole(model)
+    require_file("file", file)
     layers = require_linear_layers(model)
     unfit = [f"{name} ({what})" for name, layer in layers.items() if (what := _inexpressible(layer))]
     if unfit:

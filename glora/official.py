@@ -76,8 +76,8 @@ def save_official(model: nn.Module, file: str | os.PathLike) -> None:
     Warns:
         UserWarning: norm layers with statistics, which the format has no place for; parameters that are not finite.
     """
-    require_file("file", file)
     require_whole(model)
+    require_file("file", file)
     layers = require_linear_layers(model)
     unfit = [name for name, layer in layers.items() if layer.product != "hadamard"]
     if unfit:

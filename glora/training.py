@@ -12,6 +12,7 @@ batch, and torch's generator starts anew each step, from the seed, the step and 
 from __future__ import annotations
 
 import os
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -25,14 +26,14 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
-from .batches import batches
+from .batches import batches, fingerprint
 from .config import SearchSpace
 from .distributed import copy_from_first, require_trainable, unwrapped
-from .files import require_folder
+from .files import require_file
 from .modules import glora_layers
 from .parameters import trainable_parameters
 from .paths import get_paths, sampler_for, set_paths
-from .ranks import is_first, require_agreement, require_group, together, world_size
+from .ranks import from_first, is_first, require_agreement, require_group, together, world_size
 from .recipe import Recipe
 from .sampling import PathSampler
 from .training_log import Meter, save_log
@@ -92,7 +93,9 @@ def train(
         recipe: how to train.
         space: draw paths from it; None trains the model as it is.
         loss_fn: ``(output, target) -> scalar``; for several processes, a mean over samples.
-        checkpoint: a file to resume from, if it exists, and to save to; written atomically.
+        checkpoint: a file to resume from, if it exists, and to save to; written atomically. One of another run is
+            refused: of other settings, products, frozen weights or data (a first, a middle and a last sample are
+            compared, where reading them twice gives the same).
         log: a CSV file (step, epoch, lr, loss, accuracy), written anew with every checkpoint and at the end.
         workers: processes that read samples; 0 reads them in this one.
         progress: show a bar with loss, accuracy (for class targets) and images per second.
@@ -109,8 +112,12 @@ def train(
     run, sampler = together(lambda: _prepare(model, dataset, recipe, space, loss_fn, log, workers))
     if world_size() > 1:
         _start_alike(run, checkpoint is not None)
+    if checkpoint is not None:
+        run.data = from_first(lambda: fingerprint(dataset))
     if checkpoint is None or not run.load(checkpoint):
         torch.manual_seed(recipe.seed)
+    elif progress and is_first():
+        tqdm.write(f"train: goes on from {os.fspath(checkpoint)}, step {run.step} of {recipe.steps}", file=sys.stderr)
     if recipe.label_smoothing:
         loss_fn = partial(F.cross_entropy, label_smoothing=recipe.label_smoothing)
     paths_before = get_paths(run.inner)
@@ -166,7 +173,7 @@ def _prepare(
     if type(workers) is not int or workers < 0:
         raise ValueError(f"workers: expected an integer from 0, got {workers!r}")
     if log is not None:
-        require_folder("log", log)
+        require_file("log", log)
     require_trainable(model, space is not None)
     sampler = None if space is None else sampler_for(unwrapped(model), space)
     return TrainingRun(model, parameters, recipe, space, len(dataset)), sampler  # type: ignore[arg-type]

@@ -30,7 +30,7 @@ def save_log(run: TrainingRun, file: str | os.PathLike) -> None:
         accuracy = "" if math.isnan(record.accuracy) else f"{record.accuracy:.6g}"
         writer.writerow((step, f"{epoch:.4f}", f"{record.lr:.6g}", f"{record.loss:.6g}", accuracy))
     content = text.getvalue().encode()
-    from_first(lambda: write_atomically(file, lambda stream: stream.write(content)))
+    from_first(lambda: write_atomically(file, lambda stream: stream.write(content), "log"))
 
 
 class Meter:

@@ -46,8 +46,8 @@ def export_peft(model: nn.Module, folder: str | os.PathLike) -> None:
     """
     from safetensors.torch import save
 
-    require_new_folder("folder", folder, FILES)
     require_whole(model)
+    require_new_folder("folder", folder, FILES)
     layers = require_linear_layers(model)
     if "" in layers:
         raise ValueError("model: expected a model that contains GLoRALinear layers, got a single one; PEFT needs names")
