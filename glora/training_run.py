@@ -126,7 +126,7 @@ class TrainingRun:
             then, now = ({_NAMES.get(key, key): value for key, value in each.items()} for each in (found, own))
             differing = differences(then, now, ": {} in the checkpoint, {} now")
             raise ValueError(
-                f"{file}: checkpoint of another run: {differing}; go on as it was begun, or give another file to begin anew"
+                f"{file}: checkpoint of another run: {differing}; go on as it was, or give another file to begin anew"
             )
 
     def _trained(self) -> dict[str, Tensor]:
