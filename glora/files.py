@@ -110,6 +110,16 @@ def require_folder(argument: str, file: str | os.PathLike) -> None:
         raise ValueError(f"{argument}: expected a folder that may be written to, got {folder}")
 
 
+def make_folder(argument: str, folder: Path) -> None:
+    """Make a folder, and those that it is in. Raises ValueError, naming the argument, if one of them is a file."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise ValueError(
+            f"{argument}: expected a folder, or none there yet, got {folder}, which is a file or in one"
+        ) from None
+
+
 def require_new_folder(argument: str, folder: str | os.PathLike, files: Iterable[str]) -> Path:
     """Where to write ``folder``; a former one that a killed writer has put aside is put back.
 

@@ -34,13 +34,14 @@ def _report(options: argparse.Namespace) -> int:
 
 
 def _report_quickstart(options: argparse.Namespace) -> int:
+    from ..files import make_folder
     from ..quickstart.figures import save_figures
     from ..quickstart.study import load_study
     from ..quickstart.table import format_study
 
     study = load_study(options.folder)
     out = options.out or options.folder.parent
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder("out", out)
     figures = save_figures(study, out)
     if options.json:
         print(json.dumps(study["summary"]))

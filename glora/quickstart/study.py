@@ -19,7 +19,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..evaluation import evaluate
-from ..files import write_atomically
+from ..files import make_folder, write_atomically
 from ..recipe import Recipe
 from ..training import train
 from .digits import CLASSES, TASKS, draw_few_shot, load_source
@@ -94,7 +94,7 @@ def run_study(settings: StudySettings, folder: str | os.PathLike, progress: bool
             draw_few_shot(task, shots, settings.seed)
     started = time.perf_counter()
     file = Path(folder) / f"backbone-seed{settings.seed}.pt"
-    file.parent.mkdir(parents=True, exist_ok=True)
+    make_folder("folder", file.parent)
     with _threads(1):
         backbone, pretraining = pretrain(settings, file, progress)
     seeds = range(settings.seed, settings.seed + settings.seeds)

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from tqdm.auto import tqdm
 
+from ..files import make_folder
 from .distribution_figure import distribution_figure
 from .drawing import NotDrawn, distinct, file_stem, save_figure, write_text
 from .features_figure import features_figure
@@ -72,7 +73,7 @@ def write_report(folder: str | os.PathLike, out: str | os.PathLike | None = None
     """
     runs = load_runs(folder)
     target = Path(folder) / "report" if out is None else Path(out)
-    _make_folder(target)
+    make_folder("out", target)
     groups = _by_protocol_and_backbone(by_setting(runs))
     tables = [table for (protocol, backbone), each in groups.items() for table in _tables(protocol, backbone, each)]
     tables = [replace(table, stem=stem) for table, stem in zip(tables, distinct(table.stem for table in tables))]
@@ -86,15 +87,6 @@ def write_report(folder: str | os.PathLike, out: str | os.PathLike | None = None
     pictures = [file for figure in figures.values() if not isinstance(figure, NotDrawn) for file in figure]
     files = (page, *written, *pictures)
     return ReportFiles(files, f"{overview_text(runs)}\n\nWritten: {page} and {len(files) - 1} more files beside it")
-
-
-def _make_folder(target: Path) -> None:
-    try:
-        target.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError):
-        raise ValueError(
-            f"out: expected a folder, or none there yet, got {target}, which is a file or in one"
-        ) from None
 
 
 def _by_protocol_and_backbone(settings: Settings) -> dict[tuple[str, str], dict[Setting, Tasks]]:

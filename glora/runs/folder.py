@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..differences import differences
-from ..files import write_atomically
+from ..files import make_folder, write_atomically
 from .spec import RunSpec, spec_from_dict
 
 DESCRIPTION = "run.json"
@@ -94,7 +94,7 @@ def create_run(study: Path, spec: RunSpec, facts: Mapping[str, Any]) -> RunFolde
         if differing:
             raise ValueError(f"{path}: holds another run: {differing}; choose another folder")
         return folder
-    path.mkdir(parents=True, exist_ok=True)
+    make_folder("study", path)
     write_json(path / DESCRIPTION, {**description, **facts})
     return RunFolder(path)
 

@@ -48,13 +48,39 @@ def fixed_model() -> nn.Sequential:
     return model
 
 
+def normed_model() -> nn.Sequential:
+    """:func:`fixed_model` with a batch norm before the head, in eval mode."""
+    layers = OrderedDict(fixed_model().named_children())
+    head = layers.pop("head")
+    return nn.Sequential(OrderedDict(**layers, norm=nn.BatchNorm1d(5), head=head)).eval()
+
+
+def base_model(name: str) -> nn.Sequential:
+    """What the frozen file of this name was made for."""
+    return normed_model() if name == "own_2" else fixed_model()
+
+
 def fixed_input() -> Tensor:
     return values(4, 6, seed=100) * 4
 
 
 def make_own(folder: Path, product: str) -> None:
-    """glora's format 1."""
-    model = glora.inject(fixed_model(), RANK, product=product)
+    """glora's format 1, of which the frozen files are; what is made now is format 2 without buffers."""
+    _make_own(folder, fixed_model(), product, {})
+
+
+def make_own_2(folder: Path) -> None:
+    """glora's format 2, with statistics of a norm layer that is not trained."""
+    model = normed_model()
+    model.norm.running_mean.copy_(values(5, seed=40))
+    model.norm.running_var.copy_(values(5, seed=41).abs() + 0.5)
+    model.norm.num_batches_tracked.fill_(7)
+    scale = (model.norm.running_var.double() + model.norm.eps).rsqrt()
+    _make_own(folder, model, "hadamard", {"norm": (scale.diag(), -scale * model.norm.running_mean.double())})
+
+
+def _make_own(folder: Path, base: nn.Sequential, product: str, more: Weights) -> None:
+    model = glora.inject(base, RANK, product=product)
     weights = _weights()
     with torch.no_grad():
         for seed, parameter in enumerate(p for p in model.parameters() if p.requires_grad):
@@ -63,7 +89,8 @@ def make_own(folder: Path, product: str) -> None:
         bias = None if layer.bias is None else layer.bias.double()
         layer.path = PATHS[name]
         weights[name] = reference.glora_merge(layer.weight.double(), bias, layer.terms())
-    weights["head"] = (model.head.weight.double(), model.head.bias.double())
+    del weights["head"]  # it comes last
+    weights |= {**more, "head": (model.head.weight.double(), model.head.bias.double())}
     glora.save_adapter(model, folder / "adapter.safetensors")
     _expect(folder, weights, PATHS, {"glora": glora.__version__})
 
@@ -198,6 +225,7 @@ def _expect(folder: Path, weights: Weights, paths: dict[str, PathConfig], versio
 MAKERS: dict[str, Callable[[Path], None]] = {
     "own": lambda folder: make_own(folder, "hadamard"),
     "own_matmul": lambda folder: make_own(folder, "matmul"),
+    "own_2": make_own_2,
     "lycoris_new": make_lycoris_new,
     "lycoris_old": make_lycoris_old,
     "official": make_official,

@@ -16,6 +16,7 @@ FROZEN = Path(__file__).parent.parent / "data" / "adapters"
 LOADERS = {
     "own": lambda model, folder, expected: glora.load_adapter(model, folder / "adapter.safetensors"),
     "own_matmul": lambda model, folder, expected: glora.load_adapter(model, folder / "adapter.safetensors"),
+    "own_2": lambda model, folder, expected: glora.load_adapter(model, folder / "adapter.safetensors"),
     "lycoris_new": lambda model, folder, expected: glora.load_lycoris(model, folder / "adapter.safetensors"),
     "lycoris_old": lambda model, folder, expected: glora.load_lycoris(model, folder / "adapter.safetensors"),
     "official": lambda model, folder, expected: glora.load_official(
@@ -36,12 +37,12 @@ def test_every_frozen_file_has_a_loader_and_a_maker():
 @pytest.mark.parametrize("name", LOADERS)
 def test_old_files_keep_loading(name):
     expected = read(FROZEN / name)
-    model = LOADERS[name](make_adapters.fixed_model(), FROZEN / name, expected)
+    model = LOADERS[name](make_adapters.base_model(name), FROZEN / name, expected)
     assert {layer: path.to_dict() for layer, path in glora.get_paths(model).items()} == expected["paths"]
     with torch.no_grad():
         got, want = model(torch.tensor(expected["input"])), torch.tensor(expected["output"])
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
-        assert (make_adapters.fixed_model()(torch.tensor(expected["input"])) - want).abs().max() > 0.1
+        assert (make_adapters.base_model(name)(torch.tensor(expected["input"])) - want).abs().max() > 0.1
 
 
 @pytest.mark.parametrize("name", make_adapters.MAKERS)
