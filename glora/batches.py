@@ -147,8 +147,8 @@ def _checksum_of_samples(dataset: Dataset, indices: Iterable[int]) -> int:
 
 
 def _parts(sample: Any) -> Iterator[Tensor]:
-    """The tensors of a sample, and its numbers and texts as tensors."""
-    if isinstance(sample, Tensor | np.ndarray | np.generic):
+    """The tensors of a sample, numbers as the tensors that a loader or a ``TensorDataset`` has for them, and texts."""
+    if isinstance(sample, Tensor | np.ndarray | np.generic | int | float):
         tensor = torch.as_tensor(sample)
         yield from (_text(f"{tensor.dtype} {tuple(tensor.shape)}"), tensor)
     elif isinstance(sample, Mapping):
@@ -158,7 +158,7 @@ def _parts(sample: Any) -> Iterator[Tensor]:
         yield _text(f"{len(sample)} parts")
         for part in sample:
             yield from _parts(part)
-    elif isinstance(sample, str | bytes | int | float | complex | None):
+    elif isinstance(sample, str | bytes | None):
         yield _text(repr(sample))
     else:
         raise TypeError(f"cannot tell {type(sample).__name__} from another")

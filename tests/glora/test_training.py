@@ -638,6 +638,13 @@ def test_what_tells_data_from_others():
     assert len({base, *found}) == len(samples) + 1
 
 
+def test_data_in_memory_is_the_same_data():
+    """Whether images fit into memory depends on the machine."""
+    x, targets = points().tensors
+    assert fingerprint(Reader(lambda i: (x[i], int(targets[i])))) == fingerprint(points())
+    assert fingerprint(Reader(lambda i: [x[i].numpy(), np.int64(targets[i])])) == fingerprint(points())
+
+
 own = itertools.count()
 
 
