@@ -27,7 +27,8 @@ def import_peft(model: nn.Module, folder: str | os.PathLike) -> nn.Module:
     """Load a GLoRA adapter that PEFT (or :func:`export_peft`) wrote; a model without GLoRA gets it injected.
 
     Everything is checked before anything is changed. Modules that PEFT saved whole (``modules_to_save``) are
-    loaded too, statistics and all, and in a plain model their parameters stay trainable, as PEFT means them. PEFT's storages hold only what is read; the rest of ours stays as it is.
+    loaded too, statistics and all, and in a plain model their parameters stay trainable, as PEFT means them. PEFT's
+    storages hold only what is read; the rest of ours stays as it is.
 
     Args:
         model: the base model, as it was given to PEFT; or that model with GLoRA in exactly the adapter's layers,
