@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from torch import nn
 
@@ -15,6 +16,7 @@ from .model_summary import describe, unadaptable
 from .modules import glora_layers, matches, replace_modules
 from .packages import is_a
 from .pretrained import guard_saving
+from .wrappers import modules_by_name, named_modules
 
 
 def inject(
@@ -79,7 +81,7 @@ def inject(
             "model: expected a model that contains linear layers; use GLoRALinear.from_linear for one layer"
         )
     # with every name of a shared module: each of them may be a target, or excluded
-    named = {name: module for name, module in model.named_modules(remove_duplicate=False) if name}
+    named = {name: module for name, module in modules_by_name(model).items() if name}
     for argument, names in (("targets", targets), ("exclude", excluded), ("heads", named_heads)):
         _check_matched(argument, names or (), list(named))
 
@@ -117,11 +119,15 @@ def adapt(model: nn.Module, modules: Iterable[nn.Module], rank: int, product: st
     """
     modules = list(modules)
     require_free(model)
-    names = {module: name for name, module in model.named_modules()}
+    names = {module: name for name, module in named_modules(model)}
     readers = _read_directly(names)
     for module in modules:
         if module in readers:
             raise _bypassed(names[module], readers[module])
+    for wrapper in model.modules():
+        compiled: Any = getattr(wrapper, "_orig_mod", None)  # of torch.compile(layer), which goes on calling it
+        if compiled in modules:
+            raise TypeError(f"model: expected {names[compiled]!r} not compiled by itself; compile it afterwards")
     replacements: dict[nn.Module, nn.Module] = {}
     requires_grad = {p: p.requires_grad for p in model.parameters()}
     try:

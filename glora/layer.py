@@ -421,6 +421,10 @@ def require_plain(argument: str, module: nn.Module, kind: type[nn.Module]) -> No
         raise TypeError(f"{argument}: expected exactly {qualified_name(kind)}, got {qualified_name(type(module))}")
     if not is_bare(module) or "weight" not in module._parameters:
         raise TypeError(f"{argument}: expected one without hooks, pruning or weight norm; they would be lost")
+    if getattr(module, "_compiled_call_impl", None) is not None:
+        raise TypeError(
+            f"{argument}: expected one that is not compiled yet, which would be lost; compile it afterwards"
+        )
 
 
 def is_bare(module: nn.Module) -> bool:

@@ -179,6 +179,24 @@ def test_a_compiled_model_is_compiled_anew():
     torch.testing.assert_close(compiled(x), model(x))
 
 
+@pytest.mark.parametrize("by", ["torch.compile", "Module.compile"])
+def test_a_layer_that_is_compiled_by_itself_is_refused(by):
+    """It would go on calling what it was compiled from."""
+    model = mlp()
+    if by == "torch.compile":
+        model.fc2 = torch.compile(model.fc2, backend="eager")
+    else:
+        model.fc2.compile(backend="eager")
+    with unchanged(model), pytest.raises(TypeError, match=r"'?fc2'?.*compile it afterwards|compile.*\(layer 'fc2'\)"):
+        inject(model, 2)
+    assert list(glora_layers(inject(model, 2, exclude=["fc2"]))) == ["fc1"]
+
+
+def test_names_are_those_without_wrappers():
+    model = nn.ModuleDict({"net": torch.compile(mlp(), backend="eager"), "head": nn.Linear(3, 3)})
+    assert list(glora_layers(inject(model, 2, targets=["net.fc1"]))) == ["net.fc1"]
+
+
 # -- what cannot be adapted ---------------------------------------------------------------------------
 
 
