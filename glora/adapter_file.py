@@ -123,9 +123,9 @@ def apply_adapter(
     require_fit(file, tensors, _expected(model, layers, description, tensors, file))
     _warn_of_buffers(model, description, tensors, file)
     if not layers:
-        chosen = [modules[name] for name in description.ranks]
+        chosen = {modules[name]: rank for name, rank in description.ranks.items()}
         kept = {id(tensor) for name, tensor in tensors_of(model).items() if name in tensors}
-        adapt(model, chosen, next(iter(description.ranks.values())), description.product, kept)
+        adapt(model, chosen, description.product, kept)
     targets = tensors_of(model)
     with torch.no_grad():
         for name, tensor in tensors.items():
@@ -232,8 +232,6 @@ def _expected(
         unfit = sorted(name for name in ranks if not name or type(modules.get(name)) not in kinds)
         if unfit:
             raise ValueError(f"{file}: made for another model: expected layers that GLoRA adapts at {unfit}")
-        if len(set(ranks.values())) != 1:
-            raise ValueError(f"{file}: layers of ranks {sorted(set(ranks.values()))}; inject each rank before loading")
         own.update(_support_slots(modules, ranks, product))
     needed = {f"{name}.{s}" for name in ranks for s in SUPPORT_NAMES}
     if layers:  # a plain model's parameters all require grad: only an adapted one says what is trained

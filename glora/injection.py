@@ -98,7 +98,7 @@ def inject(
     kept |= _own_parameters(head_modules) - _own_parameters(set(model.modules()) - head_modules)
     considered = named if targets is None else {n: m for n, m in named.items() if any(matches(n, t) for t in targets)}
     frozen_before = not any(p.requires_grad for head in recognised.values() for p in head.parameters())
-    adapt(model, chosen, rank, product, kept)
+    adapt(model, dict.fromkeys(chosen, rank), product, kept)
     for parameter in (p for module in heads_in_full for p in module.parameters() if p.is_floating_point()):
         parameter.requires_grad_(True)
     if recognised and frozen_before:
@@ -111,27 +111,26 @@ def inject(
     return model
 
 
-def adapt(model: nn.Module, modules: Iterable[nn.Module], rank: int, product: str, kept: set[int]) -> None:
-    """Replace exactly ``modules``, and freeze every parameter of ``model`` whose id is not ``kept``.
+def adapt(model: nn.Module, ranks: Mapping[nn.Module, int], product: str, kept: set[int]) -> None:
+    """Replace exactly the modules of ``ranks``, and freeze every parameter of ``model`` whose id is not ``kept``.
 
     Raises:
-        TypeError: one of ``modules`` cannot be replaced (see :func:`inject`); the model is unchanged then.
+        TypeError: one of the modules cannot be replaced (see :func:`inject`); the model is unchanged then.
     """
-    modules = list(modules)
     require_free(model)
     names = {module: name for name, module in named_modules(model)}
     readers = _read_directly(names)
-    for module in modules:
+    for module in ranks:
         if module in readers:
             raise _bypassed(names[module], readers[module])
     for wrapper in model.modules():
         compiled: Any = getattr(wrapper, "_orig_mod", None)  # of torch.compile(layer), which goes on calling it
-        if compiled in modules:
+        if compiled in ranks:
             raise TypeError(f"model: expected {names[compiled]!r} not compiled by itself; compile it afterwards")
     replacements: dict[nn.Module, nn.Module] = {}
     requires_grad = {p: p.requires_grad for p in model.parameters()}
     try:
-        for module in modules:
+        for module, rank in ranks.items():
             replacements[module] = adapted(module, rank, product)
     except Exception as error:
         for parameter, flag in requires_grad.items():

@@ -7,8 +7,18 @@ Layer ``blocks.0.fc1`` is ``<prefix>_blocks_0_fc1`` in the file. With s = alpha 
 
 ComfyUI reads both (its issue 4755) and tells them apart by these shapes, as is done here.
 
+A convolution of I channels and a kernel of P = kh kw positions has K = I P columns. The file's B is ours, as kernels:
+``b1 (N, R, 1, 1)``, ``b2 (R, I, kh, kw)``. Its A is not: ``a1 (I, R, 1, 1)`` and ``a2 (R, I, 1, 1)`` mix channels, at
+every position p alike,
+
+    (W0 a1 a2)[n, j, p] = sum_i W0[n, i, p] (a1 a2)[i, j],    in our form A = (a1 x 1) (a2 x 1),
+
+x the Kronecker product with the identity of size P. So a file's A of rank R is ours of rank R P, exactly; ours of
+P > 1 can be written if it has this form, which training (of P > 1) does not keep. The old layout has P = 1 alone. With
+groups there is no common form: a1, a2 and b2 span the channels of all groups, where our W_eff has those of one.
+
 Sources: ``lycoris/modules/glora.py`` of LyCORIS 2.2 and 4.1, ``comfy/weight_adapter/glora.py`` of ComfyUI,
-``network_glora.py`` of A1111's web interface.
+``network_glora.py`` of A1111's web interface (linear layers only).
 """
 
 from __future__ import annotations
@@ -16,18 +26,19 @@ from __future__ import annotations
 import math
 import os
 from collections import Counter
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from .config import PathConfig
 from .contents import check_written, require_floating, warn_of_statistics
+from .conv import GLoRAConv2d
 from .distributed import require_whole
 from .files import require_file, write_atomically
 from .injection import adapt
-from .layer import GLoRALayer, GLoRALinear
-from .modules import glora_layers, require_linear_layers, require_real
+from .layer import GLoRALayer, GLoRALinear, qualified_name
+from .modules import glora_layers, require_layers, require_real
 from .parameters import trainable_parameters
 from .paths import set_paths
 from .wrappers import key_in, modules_by_name, named_modules, named_parameters
@@ -50,7 +61,9 @@ def save_lycoris(
     """Write what the current paths read of A and B, at alpha = R.
 
     R is the larger rank of a layer's A and B (1 if both are ``none``); what is missing to it is written as zero.
-    A square layer whose rank is its full width has the same shapes in both layouts: ComfyUI takes it for old.
+    A square layer whose rank is its full width has the same shapes in both layouts: ComfyUI takes it for old. Of a
+    convolution the file says what its weights become (LyCORIS' own layers pad the adapter's part with zeros, whatever
+    the ``padding_mode``, until they are merged).
 
     Args:
         prefix: ``"lycoris"`` for LyCORIS' own wrapper, ``"lora_unet"`` and the like for image generators.
@@ -58,10 +71,12 @@ def save_lycoris(
         adapters_only: leave out other trained parameters, such as a classifier head, which the format cannot hold.
 
     Raises:
-        ValueError: no adapted layer, or one that is not linear; paths that LyCORIS cannot express, by layer: A and B
-            low rank (A in the matmul product) or ``none``, no C, D or E; two layers of one name in the file; other
-            trained parameters, without ``adapters_only``; a file name that does not end in ``.safetensors``. Nothing
-            is written then.
+        ValueError: no adapted layer; layers that LyCORIS cannot express, with the reason of each: other than linear
+            ones and convolutions without groups; a path other than A and B low rank (A in the matmul product) or
+            ``none``, no C, D or E; an A of a kernel above 1 x 1 that is not the same at every position, as in what
+            was trained here (:mod:`glora.lycoris` has the equation), or any path of such a kernel in the old layout;
+            two layers of one name in the file; other trained parameters, without ``adapters_only``; a file name that
+            does not end in ``.safetensors``. Nothing is written then.
     """
     from safetensors.torch import save
 
@@ -70,12 +85,12 @@ def save_lycoris(
         raise ValueError(f"file: expected a name in .safetensors, by which LyCORIS knows it, got {os.fspath(file)!r}")
     require_whole(model)
     require_file("file", file)
-    layers = require_linear_layers(model)
-    unfit = [f"{name} ({what})" for name, layer in layers.items() if (what := _inexpressible(layer))]
+    layers = require_layers(model)
+    unfit = [f"{name} ({what})" for name, layer in layers.items() if (what := _inexpressible(layer, layout))]
     if unfit:
         raise ValueError(
-            "model: expected A of low rank in the matmul product or none, B of low rank or none, and C, D and E none, "
-            f"which is what LyCORIS can express; got {unfit}"
+            "model: expected linear layers and convolutions, A of low rank in the matmul product or none, B of low "
+            f"rank or none, and C, D and E none, which is what LyCORIS can express; got {unfit}"
         )
     if not adapters_only:
         _refuse_other_trained(model, layers)
@@ -93,6 +108,9 @@ def load_lycoris(
 ) -> nn.Module:
     """Load a GLoRA of LyCORIS or :func:`save_lycoris`; a model without GLoRA gets it injected into the file's layers.
 
+    These are linear layers and ``nn.Conv2d`` without groups. A of rank R in a convolution of P = kh kw positions is
+    read as one of rank R P (:mod:`glora.lycoris`); a layer is injected with the rank that it needs.
+
     s = alpha / R is folded into Ad and Bd: exactly if it is a power of two, else with one rounding of each value. A
     file without alpha has s = 1, as in ComfyUI; one of rank-stabilised training does not say so and is read with
     alpha / R, as LyCORIS and ComfyUI do. The path of A or B is as long as its last component that is not zero in both
@@ -109,24 +127,28 @@ def load_lycoris(
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: no LyCORIS GLoRA of linear layers, damaged, or made for another model; names that fit several
-            layers, several prefixes, or shapes that fit both layouts; an alpha of 0, which LyCORIS reads as s = 1 and
-            ComfyUI as s = 0; factors that are not finite or cease to be when s is folded in.
-        TypeError: a layer that is an ``nn.Linear`` subclass, or that cannot be replaced; see :func:`glora.inject`.
+        ValueError: no LyCORIS GLoRA of linear layers and 2-D convolutions, damaged, or made for another model; names
+            that fit several layers, several prefixes, or shapes that fit both layouts; convolutions with groups, by
+            name; an alpha of 0, which LyCORIS reads as s = 1 and ComfyUI as s = 0; factors that are not finite or
+            cease to be when s is folded in.
+        TypeError: a layer of a subclass of ``nn.Linear`` or ``nn.Conv2d``, or that cannot be replaced; see
+            :func:`glora.inject`.
     """
     _check_options("lycoris" if prefix is None else prefix, "new" if layout is None else layout)
     require_real(model)
     require_whole(model)
     found = _resolve(model, _read(file), prefix, file)
     used = _layout(model, found, layout, file)
-    adapters = {name: _folded(name, entries, used, file) for name, entries in found.items()}
+    adapters = {
+        name: _folded(name, entries, used, _form(model.get_submodule(name)).positions, file)
+        for name, entries in found.items()
+    }
     layers = glora_layers(model)
     _check_fit(model, layers, adapters, file)
     if not layers:
-        rank = max(adapter.Ad.shape[1] for adapter in adapters.values())
         modules = modules_by_name(model)
-        linears: list[Any] = [modules[name] for name in adapters]
-        adapt(model, linears, rank, "matmul", kept=set())
+        ranks = {modules[name]: adapter.storage_rank for name, adapter in adapters.items()}
+        adapt(model, ranks, "matmul", kept=set())
         layers = glora_layers(model)
     for name, layer in layers.items():
         adapters[name].copy_into(layer)
@@ -134,22 +156,57 @@ def load_lycoris(
     return model
 
 
+class _Form(NamedTuple):
+    """What the shapes of a layer's factors depend on; the kernel of a linear layer is ``()``."""
+
+    outputs: int
+    channels: int
+    kernel: tuple[int, ...]
+
+    @property
+    def positions(self) -> int:
+        return math.prod(self.kernel)
+
+    def shapes(self, rank: int) -> list[tuple[int, ...]]:
+        """Of Ad, Au, Bd and Bu in a file."""
+        point = (1,) * len(self.kernel)
+        sides = [(self.channels, rank), (rank, self.channels), (self.outputs, rank)]
+        return [*((*side, *point) for side in sides), (rank, self.channels, *self.kernel)]
+
+
+def _form(module: Any) -> _Form:
+    if isinstance(module, (nn.Conv2d, GLoRAConv2d)):
+        return _Form(module.out_channels, module.in_channels, tuple(module.kernel_size))
+    return _Form(module.out_features, module.in_features, ())
+
+
 class _Adapter(NamedTuple):
     """A layer's factors in fp64, s folded in, and the path that reads them."""
 
-    Ad: Tensor  # (K, R)
-    Au: Tensor  # (R, K)
+    Ad: Tensor  # (I, R): K / positions rows
+    Au: Tensor  # (R, I)
     Bd: Tensor  # (N, R)
     Bu: Tensor  # (R, K)
+    positions: int
     path: PathConfig
+
+    @property
+    def storage_rank(self) -> int:
+        return max(self.Ad.shape[1], self.path.rank)
 
     @torch.no_grad()
     def copy_into(self, layer: GLoRALayer) -> None:
         layer.reset_support()
-        for slot in "AB":
+        factors = (_everywhere(self.Ad, self.positions), _everywhere(self.Au, self.positions), self.Bd, self.Bu)
+        for slot, down, up in zip("AB", factors[::2], factors[1::2]):
             rank = self.path.choices[slot].rank
-            getattr(layer, f"{slot}d")[:, :rank] = getattr(self, f"{slot}d")[:, :rank]
-            getattr(layer, f"{slot}u")[:rank] = getattr(self, f"{slot}u")[:rank]
+            getattr(layer, f"{slot}d")[:, :rank] = down[:, :rank]
+            getattr(layer, f"{slot}u")[:rank] = up[:rank]
+
+
+def _everywhere(factor: Tensor, positions: int) -> Tensor:
+    """What mixes channels does so at every position of a kernel, each by itself."""
+    return torch.kron(factor, torch.eye(positions, dtype=factor.dtype, device=factor.device))
 
 
 def _live_rank(down: Tensor, up: Tensor) -> int:
@@ -161,19 +218,37 @@ def _live_rank(down: Tensor, up: Tensor) -> int:
 # -- writing -----------------------------------------------------------------------------------------
 
 
-def _inexpressible(layer: GLoRALinear) -> str:
-    """The tensors of a layer's path that LyCORIS has no place for; empty if it has one for all."""
-    path = layer.path
+def _inexpressible(layer: GLoRALayer, layout: str) -> str:
+    """What of a layer LyCORIS has no place for; empty if it has one for all."""
+    if not isinstance(layer, (GLoRALinear, GLoRAConv2d)):
+        return type(layer).__name__
+    path, positions = layer.path, _form(layer).positions
     lost = [slot for slot in "AB" if path.choices[slot].kind not in ("lora", "none")]
     # D scales a bias: without one it is nothing
     lost += [slot for slot in "CDE" if path.choices[slot].kind != "none" and (slot != "D" or layer.bias is not None)]
     reasons = [f"{slot}={getattr(path, slot)}" for slot in lost]
-    if path.choices["A"].kind == "lora" and layer.product != "matmul":
-        reasons.append(f"A={path.A} in the {layer.product} product")
+    if path.choices["A"].kind == "lora":
+        if layer.product != "matmul":
+            reasons.append(f"A={path.A} in the {layer.product} product")
+        elif positions > 1 and not _alike_everywhere(layer, positions):
+            reasons.append(f"A={path.A} that is not the same at each of the {positions} positions of the kernel")
+    if isinstance(layer, GLoRAConv2d) and layer.groups > 1:
+        reasons.append(f"groups={layer.groups}")
+    if layout == "old" and positions > 1:
+        reasons.append(f"a kernel of {positions} positions in the old layout")
     return ", ".join(reasons)
 
 
-def _refuse_other_trained(model: nn.Module, layers: dict[str, GLoRALinear]) -> None:
+def _alike_everywhere(layer: GLoRALayer, positions: int) -> bool:
+    """Whether A mixes channels, at every position alike, and so comes from factors without positions."""
+    rank = layer.path.choices["A"].rank
+    factors = layer.Ad.detach()[:, :rank], layer.Au.detach()[:rank]
+    return rank % positions == 0 and all(
+        torch.equal(factor, _everywhere(factor[::positions, ::positions], positions)) for factor in factors
+    )
+
+
+def _refuse_other_trained(model: nn.Module, layers: dict[str, GLoRALayer]) -> None:
     support = {id(p) for layer in layers.values() for p in layer.support_parameters()}
     trained = {id(p) for p in trainable_parameters(model)} - support
     others = [name for name, p in named_parameters(model) if id(p) in trained]
@@ -184,7 +259,7 @@ def _refuse_other_trained(model: nn.Module, layers: dict[str, GLoRALinear]) -> N
         )
 
 
-def _keys(layers: dict[str, GLoRALinear], prefix: str) -> dict[str, str]:
+def _keys(layers: dict[str, GLoRALayer], prefix: str) -> dict[str, str]:
     keys = {name: _key(prefix, name) for name in layers}
     counts = Counter(keys.values())
     repeated = sorted(name for name, key in keys.items() if counts[key] > 1)
@@ -197,18 +272,17 @@ def _key(prefix: str, name: str) -> str:
     return f"{prefix}_{name}".replace(".", "_")
 
 
-def _entries(layer: GLoRALinear, layout: str) -> dict[str, Tensor]:
-    choices = layer.path.choices
-    rank = max(choices["A"].rank, choices["B"].rank, 1)
-    factors = []
-    for slot, rows in (("A", layer.in_features), ("B", layer.out_features)):
-        down, up, read = getattr(layer, f"{slot}d"), getattr(layer, f"{slot}u"), choices[slot].rank
-        factors += [down.new_zeros(rows, rank), up.new_zeros(rank, layer.in_features)]
-        if read:
-            factors[-2][:, :read] = down.detach()[:, :read]
-            factors[-1][:read] = up.detach()[:read]
-    entries = {f"{name}.weight": factor for name, factor in zip(LAYOUTS[layout], factors)}
-    return {**entries, "alpha": torch.tensor(float(rank))}
+def _entries(layer: GLoRALayer, layout: str) -> dict[str, Tensor]:
+    form, choices = _form(layer), layer.path.choices
+    step, read_A, read_B = form.positions, choices["A"].rank, choices["B"].rank
+    read = [layer.Ad[::step, :read_A:step], layer.Au[:read_A:step, ::step], layer.Bd[:, :read_B], layer.Bu[:read_B]]
+    rank = max(read_A // step, read_B, 1)
+    entries = {"alpha": torch.tensor(float(rank))}
+    for name, part, shape in zip(LAYOUTS[layout], read, form.shapes(rank)):
+        entries[f"{name}.weight"] = factor = part.detach().new_zeros(shape)
+        if part.numel():
+            factor.flatten(1)[: part.shape[0], : part.shape[1]] = part.detach()
+    return entries
 
 
 # -- reading -----------------------------------------------------------------------------------------
@@ -253,18 +327,31 @@ def _resolve(
     factors = {f"{key}.{entry}": t for key, entries in found.items() for entry, t in entries.items()}
     require_floating(file, {name: t for name, t in factors.items() if not name.endswith("alpha")})
     names: dict[str, list[str]] = {}
+    others: dict[str, str] = {}
     for name, module in named_modules(model):
         # the model itself cannot be replaced
-        if isinstance(module, GLoRALinear) or (name and isinstance(module, nn.Linear)):
+        if isinstance(module, (GLoRALinear, GLoRAConv2d)) or (name and isinstance(module, (nn.Linear, nn.Conv2d))):
             names.setdefault(_key(prefix, name), []).append(name)
+        else:
+            others[_key(prefix, name)] = f" (a {qualified_name(type(module))})"
     found = {key_in(names, prefix, key): entries for key, entries in found.items()}
     unknown = sorted(key for key in found if key not in names)
     if unknown:
-        raise ValueError(f"{file}: made for another model: no linear layer is called {unknown} (prefix {prefix!r})")
+        called = [f"{key}{others.get(key, '')}" for key in unknown]
+        raise ValueError(
+            f"{file}: made for another model: no linear layer or nn.Conv2d is called {called} (prefix {prefix!r})"
+        )
     ambiguous = [names[key] for key in found if len(names[key]) > 1]
     if ambiguous:
         raise ValueError(f"{file}: expected names that fit one layer, these layers share theirs: {ambiguous}")
-    return {names[key][0]: entries for key, entries in found.items()}
+    resolved = {names[key][0]: entries for key, entries in found.items()}
+    grouped = [name for name in resolved if getattr(model.get_submodule(name), "groups", 1) > 1]
+    if grouped:
+        raise ValueError(
+            f"{file}: expected convolutions without groups, since a1, a2 and b2 of LyCORIS span the channels of all "
+            f"groups; got {grouped}"
+        )
+    return resolved
 
 
 def _only_prefix(found: dict[str, dict[str, Tensor]], file: str | os.PathLike) -> str:
@@ -281,22 +368,20 @@ def _check_entries(found: dict[str, dict[str, Tensor]], file: str | os.PathLike)
     )
     if unknown or missing:
         raise ValueError(
-            f"{file}: expected the GLoRA of linear layers, with {list(ENTRIES)} each; missing {missing}, "
-            f"unknown {unknown}"
+            f"{file}: expected the GLoRA of layers with {list(ENTRIES)} each; missing {missing}, unknown {unknown}"
         )
 
 
 def _layout(model: nn.Module, found: dict[str, dict[str, Tensor]], asked: str | None, file: str | os.PathLike) -> str:
     """The one layout that the shapes of every layer fit."""
     modules = modules_by_name(model)
-    linears = {name: cast(nn.Linear, modules[name]) for name in found}
-    sizes = {name: (linear.out_features, linear.in_features) for name, linear in linears.items()}
-    fits = {name: _fitting(sizes[name], entries) for name, entries in found.items()}
+    forms = {name: _form(modules[name]) for name in found}
+    fits = {name: _fitting(forms[name], entries) for name, entries in found.items()}
     unfit = [
-        f"{name}: weight {sizes[name]}, "
+        f"{name}: weight {(form.outputs, form.channels, *form.kernel)}, "
         + ", ".join(f"{entry} {tuple(found[name][entry].shape)}" for entry in ENTRIES[:4])
-        for name, layouts in fits.items()
-        if not layouts or (asked is not None and asked not in layouts)
+        for name, form in forms.items()
+        if not fits[name] or (asked is not None and asked not in fits[name])
     ]
     if unfit:
         wanted = "a layout" if asked is None else f"the {asked} layout"
@@ -310,23 +395,22 @@ def _layout(model: nn.Module, found: dict[str, dict[str, Tensor]], asked: str | 
     return common[0]
 
 
-def _fitting(size: tuple[int, int], entries: dict[str, Tensor]) -> list[str]:
-    rows, columns = size
+def _fitting(form: _Form, entries: dict[str, Tensor]) -> list[str]:
     fitting = []
     for layout, factors in LAYOUTS.items():
         shapes = [tuple(entries[f"{factor}.weight"].shape) for factor in factors]
-        rank = shapes[0][-1] if shapes[0] else 0
-        if rank and shapes == [(columns, rank), (rank, columns), (rows, rank), (rank, columns)]:
+        rank = shapes[0][1] if len(shapes[0]) > 1 else 0
+        if rank and shapes == form.shapes(rank) and (layout == "new" or form.positions == 1):
             fitting.append(layout)
     return fitting
 
 
-def _folded(name: str, entries: dict[str, Tensor], layout: str, file: str | os.PathLike) -> _Adapter:
-    Ad, Au, Bd, Bu = (entries[f"{factor}.weight"].double() for factor in LAYOUTS[layout])
+def _folded(name: str, entries: dict[str, Tensor], layout: str, positions: int, file: str | os.PathLike) -> _Adapter:
+    Ad, Au, Bd, Bu = (entries[f"{factor}.weight"].double().flatten(1) for factor in LAYOUTS[layout])
     scale = _scale(name, entries.get("alpha"), Ad.shape[1], file)
-    ranks = [_live_rank(Ad, Au), _live_rank(Bd, Bu)]
+    ranks = [_live_rank(Ad, Au) * positions, _live_rank(Bd, Bu)]
     path = PathConfig(*(f"lora_{rank}" if rank else "none" for rank in ranks))
-    return _Adapter(Ad * scale, Au, Bd * scale, Bu, path)
+    return _Adapter(Ad * scale, Au, Bd * scale, Bu, positions, path)
 
 
 def _scale(name: str, alpha: Tensor | None, rank: int, file: str | os.PathLike) -> float:

@@ -55,7 +55,7 @@ def import_peft(model: nn.Module, folder: str | os.PathLike) -> nn.Module:
     _check_tensors(model, linears, tensors, form, folder)
     if not glora_layers(model):
         saved = {id(tensor) for name, tensor in tensors_of(model).items() if name in tensors}
-        adapt(model, linears.values(), form.rank, "hadamard", saved)
+        adapt(model, dict.fromkeys(linears.values(), form.rank), "hadamard", saved)
     _load(model, glora_layers(model), tensors, form)
     return model
 

@@ -1,5 +1,6 @@
 """Files of LyCORIS: against the package itself, against the formulas of both layouts, and what must be refused."""
 
+import re
 from collections import OrderedDict
 
 import pytest
@@ -188,6 +189,240 @@ def test_a_component_that_is_zero_in_one_factor_counts(file):
     tensors["lycoris_square.a2.weight"].zero_()
     save_file(tensors, file)
     assert get_paths(load_lycoris(plain(), file))["square"] == PathConfig("lora_2", "lora_2")
+
+
+# -- convolutions ------------------------------------------------------------------------------------
+
+CONVOLUTIONS = ("point", "block.strided", "block.wide", "out")
+
+
+def convolutional(dtype=torch.float64):
+    """Kernels of 1 x 1, 3 x 3 (strided, padded) and 3 x 2 (dilated), and a linear layer after them."""
+    with seeded():
+        block = OrderedDict(
+            strided=nn.Conv2d(3, 5, 3, stride=2, padding=1),
+            act=nn.GELU(),
+            wide=nn.Conv2d(5, 4, (3, 2), dilation=(1, 2), bias=False),
+        )
+        layers = OrderedDict(
+            point=nn.Conv2d(3, 3, 1), block=nn.Sequential(block), flat=nn.Flatten(), out=nn.Linear(4 * 3 * 3, 2)
+        )
+        return nn.Sequential(layers).to(dtype)
+
+
+def images(dtype=torch.float64):
+    return torch.randn(2, 3, 9, 9, generator=generator(3)).to(dtype)
+
+
+def conv_file(file, rank=2, alpha=1.0, layout="new", model=None):
+    """As LyCORIS writes it; returns the tensors."""
+    gen, tensors = generator(5), {}
+    for name, module in (model or convolutional()).named_modules():
+        if isinstance(module, nn.Conv2d):
+            inner, outer, kernel = module.in_channels, module.out_channels, module.kernel_size
+            shapes = [(inner, rank, 1, 1), (rank, inner, 1, 1), (outer, rank, 1, 1), (rank, inner, *kernel)]
+        elif isinstance(module, nn.Linear):
+            inner, outer = module.in_features, module.out_features
+            shapes = [(inner, rank), (rank, inner), (outer, rank), (rank, inner)]
+        else:
+            continue
+        order = FACTORS if layout == "new" else ("a2", "a1", "b2", "b1")
+        key = f"lycoris_{name}".replace(".", "_")
+        for factor, shape in zip(order, shapes):
+            tensors[f"{key}.{factor}.weight"] = torch.randn(shape, generator=gen) * 0.3
+        tensors[f"{key}.alpha"] = torch.tensor(alpha)
+    save_file(tensors, file)
+    return tensors
+
+
+def as_lycoris_computes(tensors, layout="new"):
+    """The model in fp64 with the weights of LyCORIS' and ComfyUI's formula, channel by channel and position."""
+    model = convolutional()
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
+            key, weight = f"lycoris_{name}".replace(".", "_"), module.weight.detach()
+            a1, a2, b1, b2 = (tensors[f"{key}.{factor}.weight"].double().flatten(1) for factor in FACTORS)
+            if layout == "old":
+                a1, a2, b1, b2 = a2, a1, b2, b1
+            delta = torch.einsum("oi...,ij->oj...", weight, a1 @ a2) + (b1 @ b2).reshape(weight.shape)
+            module.weight.data += float(tensors[f"{key}.alpha"]) / a1.shape[1] * delta
+    return model
+
+
+def assert_equal_images(one, other, dtype=torch.float64):
+    x = images(dtype)
+    tolerance = 1e-12 if dtype == torch.float64 else 2e-6
+    with torch.no_grad():
+        torch.testing.assert_close(one(x), other(x).to(dtype), rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize(("rank", "conv_rank"), [(2, 2), (3, 1)])
+@pytest.mark.parametrize("bypass", [False, True])
+def test_reads_convolutions_that_lycoris_writes(wrapper, file, rank, conv_rank, dtype, bypass):
+    theirs = convolutional(dtype)
+    options = {"conv_lora_dim": conv_rank, "alpha": 1.0, "conv_alpha": 0.75, "network_module": "glora"}
+    network = wrapper.LycorisNetwork(theirs, 1.0, lora_dim=rank, **options)
+    network.apply_to()
+    randomize(network, seed=rank)
+    network.to(dtype).save_weights(str(file), None, {})
+    for lora in network.loras:
+        # its bypass knows no dilation
+        lora.bypass_mode = bypass and lora.lora_name != "lycoris_block_wide"
+    exact = as_lycoris_computes(load_file(file))
+    ours = load_lycoris(convolutional(dtype), file)
+    assert sorted(glora_layers(ours)) == sorted(CONVOLUTIONS)
+    assert {name: layer.rank for name, layer in glora_layers(ours).items()} == {
+        "point": rank,
+        "block.strided": 9 * conv_rank,
+        "block.wide": 6 * conv_rank,
+        "out": rank,
+    }
+    assert not torch.allclose(ours(images(dtype)), convolutional(dtype)(images(dtype)))
+    for one in (theirs, ours):
+        assert_equal_images(one, lambda x: exact(x.double()), dtype)
+    glora.merge(ours)
+    assert_equal_images(ours, lambda x: exact(x.double()), dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_lycoris_reads_convolutions_that_we_write(wrapper, file, dtype):
+    """A as a file brought it, trained on where a kernel has one position; B of any kernel trained."""
+    conv_file(file, rank=2)
+    ours = load_lycoris(convolutional(dtype), file)
+    for name, layer in glora_layers(ours).items():
+        layer.requires_grad_(False)
+        for trained in ("Ad", "Au", "Bd", "Bu")[2 if "block" in name else 0 :]:
+            getattr(layer, trained).requires_grad_()
+    randomize(ours, seed=7)
+    save_lycoris(ours, file)
+    theirs = convolutional(dtype)
+    network, _ = wrapper.create_lycoris_from_weights(1.0, str(file), theirs)
+    assert len(network.loras) == 4
+    network.apply_to()
+    network.to(dtype)
+    assert_equal_images(ours, theirs, dtype)
+    exact = as_lycoris_computes(load_file(file))
+    assert_equal_images(ours, lambda x: exact(x.double()), dtype)
+
+
+@pytest.mark.parametrize("make", [convolutional, None], ids=["plain", "adapted"])
+def test_round_trip_of_convolutions_keeps_paths_and_bits(file, make):
+    """Of different ranks of A and B, and of A alone and B alone."""
+    tensors = conv_file(file, rank=2)
+    tensors["lycoris_block_strided.a1.weight"][:, 1] = tensors["lycoris_block_strided.a2.weight"][1] = 0
+    for factor in ("a1", "a2"):
+        tensors[f"lycoris_block_wide.{factor}.weight"].zero_()
+    for factor in ("b1", "b2"):
+        tensors[f"lycoris_point.{factor}.weight"].zero_()
+    save_file(tensors, file)
+    original = load_lycoris(convolutional(torch.float32), file)
+    assert get_paths(original) == {
+        "point": PathConfig("lora_2"),
+        "block.strided": PathConfig("lora_9", "lora_2"),
+        "block.wide": PathConfig(B="lora_2"),
+        "out": PathConfig("lora_2", "lora_2"),
+    }
+    save_lycoris(original, file)
+    copy = inject(convolutional(torch.float32), 20, product="matmul", convolutions=True) if make is None else make()
+    model = load_lycoris(copy.float(), file)
+    assert get_paths(model) == get_paths(original)
+    assert torch.equal(model(images(torch.float32)), original(images(torch.float32)))
+    written = load_file(file)
+    save_lycoris(model, file)
+    assert same_bits(load_file(file), written)
+
+
+def test_an_adapter_file_holds_layers_of_different_ranks(file):
+    conv_file(file, rank=2)
+    original = load_lycoris(convolutional(), file)
+    glora.save_adapter(original, file)
+    assert_equal_images(glora.load_adapter(convolutional(), file), original)
+
+
+def test_names_and_shapes_of_convolutions(file):
+    conv_file(file, rank=2)
+    save_lycoris(load_lycoris(convolutional(), file), file)
+    assert {name: tuple(tensor.shape) for name, tensor in load_file(file).items() if "wide" in name} == {
+        "lycoris_block_wide.a1.weight": (5, 2, 1, 1),
+        "lycoris_block_wide.a2.weight": (2, 5, 1, 1),
+        "lycoris_block_wide.b1.weight": (4, 2, 1, 1),
+        "lycoris_block_wide.b2.weight": (2, 5, 3, 2),
+        "lycoris_block_wide.alpha": (),
+    }
+
+
+def without_kernels(tensors):
+    return {name: tensor for name, tensor in tensors.items() if "block" not in name}
+
+
+def test_the_old_layout_has_convolutions_of_one_position(file):
+    tensors = without_kernels(conv_file(file, rank=2, layout="old"))
+    save_file(tensors, file)
+    ours = load_lycoris(convolutional(), file)
+    zeros = {name: torch.zeros_like(t) for name, t in conv_file(file, rank=2).items() if "block" in name}
+    old = {f"{name[:-9]}{PARTNER[name[-9:]]}" if "weight" in name else name: t for name, t in zeros.items()}
+    assert_equal_images(ours, as_lycoris_computes({**tensors, **old}, "old"))
+    save_lycoris(ours, file, layout="old")
+    assert load_file(file)["lycoris_point.b1.weight"].shape == (2, 3, 1, 1)
+    assert_equal_images(load_lycoris(convolutional(), file), ours)
+
+    save_file(conv_file(file, rank=2, layout="old"), file)
+    assert_refused(convolutional(), file, r"'block.strided: weight \(5, 3, 3, 3\), a1.weight \(2, 3, 1, 1\)")
+    model = inject(convolutional(), 2, targets=["strided"], product="matmul", convolutions=True)
+    set_paths(model, {"block.strided": PathConfig(B="lora_2")})
+    with pytest.raises(ValueError, match=r"'block.strided \(a kernel of 9 positions in the old layout\)'"):
+        save_lycoris(model, file, layout="old")
+
+
+PARTNER = {"a1.weight": "a2.weight", "a2.weight": "a1.weight", "b1.weight": "b2.weight", "b2.weight": "b1.weight"}
+
+
+def test_a_of_a_kernel_that_was_trained_cannot_be_written(file):
+    """What is the same at every position can, and so can a kernel of one; all that cannot are named."""
+    conv_file(file, rank=2)
+    model = load_lycoris(convolutional(), file)
+    with torch.no_grad():
+        model.block.strided.Ad[1, 0] += 1e-3
+        model.block.wide.Au[3, 3] *= 2
+    before = file.read_bytes()
+    reason = "A=lora_{} that is not the same at each of the {} positions of the kernel"
+    message = f"'block.strided ({reason.format(18, 9)})', 'block.wide ({reason.format(12, 6)})'"
+    with unchanged(model), pytest.raises(ValueError, match=re.escape(f"got [{message}]")):
+        save_lycoris(model, file)
+    assert file.read_bytes() == before
+    set_paths(model, {**get_paths(model), "block.strided": PathConfig(B="lora_2"), "block.wide": PathConfig()})
+    save_lycoris(model, file)
+    assert_equal_images(load_lycoris(convolutional(), file), model)
+
+
+def grouped():
+    with seeded():
+        return nn.Sequential(OrderedDict(deep=nn.Conv2d(4, 4, 3, groups=4), fc=nn.Conv2d(4, 2, 1)))
+
+
+def test_groups_are_refused_by_name(file):
+    conv_file(file, model=grouped())
+    assert_refused(grouped(), file, r"expected convolutions without groups, .* got \['deep'\]")
+    model = inject(grouped(), 2, product="matmul", convolutions=True)
+    set_paths(model, dict.fromkeys(("deep", "fc"), PathConfig(B="lora_2")))
+    with pytest.raises(ValueError, match=r"got \['deep \(groups=4\)'\]"):
+        save_lycoris(model, file)
+
+
+def test_a_storage_too_small_for_every_position_is_refused(file):
+    conv_file(file, rank=2)
+    model = inject(convolutional(), 16, product="matmul", convolutions=True)
+    assert_refused(model, file, r"differing \['block.strided: rank 16 matmul in the model, 18 matmul in the file'\]")
+
+
+def test_other_layers_than_linear_ones_and_convolutions_are_refused(file):
+    pytest.importorskip("transformers")
+    from transformers.pytorch_utils import Conv1D
+
+    model = inject(nn.Sequential(OrderedDict(c_attn=Conv1D(4, 3))), 2, product="matmul")
+    with pytest.raises(ValueError, match=r"got \['c_attn \(GLoRAConv1D\)'\]"):
+        save_lycoris(model, file)
 
 
 # -- alpha -------------------------------------------------------------------------------------------
@@ -460,12 +695,12 @@ def replaced(name, module):
     [
         (
             lambda: nn.Sequential(nn.Linear(6, 6)),
-            r"no linear layer is called \['lycoris_block_narrow', 'lycoris_block_wide'",
+            r"no linear layer or nn.Conv2d is called \['lycoris_block_narrow', 'lycoris_block_wide'",
         ),
-        (lambda: replaced("wide", nn.Conv1d(6, 9, 1)), r"no linear layer is called \['lycoris_block_wide'\]"),
+        (lambda: replaced("wide", nn.Conv1d(6, 9, 1)), r"called \['lycoris_block_wide \(a torch.nn.Conv1d\)'\]"),
         (lambda: replaced("wide", nn.Linear(6, 8)), r"got \['block.wide: weight \(8, 6\), a1.weight \(6, 2\), .*"),
         (lambda: replaced("wide", nn.Linear(7, 9)), r"got \['block.wide: weight \(9, 7\), .*, b2.weight \(2, 6\)'\]"),
-        (lambda: nn.Linear(6, 6), r"no linear layer is called"),
+        (lambda: nn.Linear(6, 6), r"no linear layer or nn.Conv2d is called"),
     ],
     ids=["other-names", "convolution", "other-outputs", "other-inputs", "bare"],
 )
@@ -477,7 +712,7 @@ def test_refuses_a_file_of_another_model(file, model, message):
 def test_a_bare_linear_layer_cannot_be_replaced(file):
     tensors = random_file(file, model=nn.Linear(6, 6))
     assert "lycoris_.alpha" in tensors
-    assert_refused(nn.Linear(6, 6), file, r"no linear layer is called \['lycoris_'\]")
+    assert_refused(nn.Linear(6, 6), file, r"is called \['lycoris_ \(a torch.nn.Linear\)'\]")
     layer = glora.GLoRALinear(6, 6, rank=2, product="matmul")
     assert load_lycoris(layer, file).path == PathConfig("lora_2", "lora_2")
 
