@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .contents import require_held
 from .layer import support_shapes
-from .modules import glora_layers
+from .modules import glora_layers, require_model
 from .parameters import trainable_parameters
 from .paths import get_paths
 from .ranks import has_group, rank, require_agreement, world_size
@@ -193,6 +193,7 @@ def copy_from_first(model: nn.Module) -> None:
 
 def require_whole(model: nn.Module) -> None:
     """Raise ValueError for a model of which this rank holds a part only."""
+    require_model(model)
     _require_no_fsdp1(model)
     if holds_shards(model):
         raise ValueError(

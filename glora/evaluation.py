@@ -9,14 +9,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 from tqdm.auto import tqdm
 
+from .arguments import require_integer
 from .config import PathConfig
 from .distributed import require_whole
 from .merging import require_mergeable
-from .modules import evaluating, replaced_modules, require_layers
-from .paths import check_names, using_paths
+from .modules import evaluating, replaced_modules, require_layers, require_model
+from .paths import paths_of, using_paths
+from .samples import require_data, require_output, require_pair
 
 
 class Metrics(NamedTuple):
@@ -50,7 +52,14 @@ def evaluate(
 
     Raises:
         ValueError: an empty data set.
+        TypeError: anything but a data set of ``(input, class)``, such as a ``DataLoader`` or samples that are
+            dictionaries; a model that returns anything but a tensor of logits.
     """
+    require_model(model)
+    if not isinstance(dataset, IterableDataset):
+        require_data("dataset", dataset)
+    require_integer("batch_size", batch_size, 1)
+    require_integer("workers", workers, 0)
     loader = _loader(dataset, batch_size, workers)
     return _count(model, tqdm(loader, desc="test", unit="batch", disable=not progress)).means
 
@@ -74,15 +83,17 @@ def _loader(dataset: Dataset, batch_size: int, workers: int = 0) -> DataLoader:
 @torch.no_grad()
 def _count(
     model: nn.Module,
-    batches: Iterable[tuple[Tensor, Tensor]],
+    batches: Iterable[list[Tensor]],
     call: Callable[[int, Tensor], Tensor] | None = None,
 ) -> Totals:
     device = next(model.parameters()).device
     loss, right, samples = 0.0, 0, 0
     with evaluating(model):
-        for number, (x, target) in enumerate(batches):
-            x, target = x.to(device), target.to(device)
+        for number, batch in enumerate(batches):
+            require_pair("dataset", batch)
+            x, target = (part.to(device) for part in batch)
             logits = model(x) if call is None else call(number, x)
+            require_output(logits)
             loss += float(F.cross_entropy(logits.float(), target, reduction="sum"))
             right += int((logits.argmax(-1) == target).sum())
             samples += len(target)
@@ -92,7 +103,7 @@ def _count(
 
 
 def evaluate_merged(
-    model: nn.Module, paths: Mapping[str, PathConfig], dataset: Dataset, batch_size: int = 256
+    model: nn.Module, paths: Mapping[str, PathConfig] | PathConfig, dataset: Dataset, batch_size: int = 256
 ) -> Metrics:
     """As :func:`evaluate`, with every layer merged under ``paths`` for the time of the call.
 
@@ -115,7 +126,7 @@ class MergedLayer(NamedTuple):
 
 @contextmanager
 def merged_under(
-    model: nn.Module, paths: Mapping[str, PathConfig], kept: dict[str, MergedLayer]
+    model: nn.Module, paths: Mapping[str, PathConfig] | PathConfig, kept: dict[str, MergedLayer]
 ) -> Iterator[nn.Module]:
     """The model that computes what ``model`` does under ``paths``, with plain layers, for a ``with`` block.
 
@@ -128,7 +139,7 @@ def merged_under(
     require_whole(model)
     layers = require_layers(model)
     require_mergeable(layers)
-    paths = check_names("paths", paths, layers)
+    paths = paths_of(layers, paths)
     exact = {name: layer for name, layer in layers.items() if layer.merges_exactly}
     for name, layer in exact.items():
         if name not in kept or kept[name].path != paths[name]:

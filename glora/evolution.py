@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Mapping, Sized
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 from tqdm.auto import tqdm
 
+from .arguments import FILE, require_function, require_integer, require_type
 from .checksum import checksum
 from .config import LayerShape, SearchSpace
 from .distributed import holds_replica, require_whole
@@ -31,6 +32,7 @@ from .offspring import Offspring
 from .paths import Paths, sampler_for
 from .race import Race
 from .ranks import gather, is_first, require_agreement, require_group, together, world_size
+from .samples import require_data
 from .sampling import PathSampler
 from .scoring import METRICS, CandidateScorer
 from .search_result import SearchResult
@@ -81,12 +83,14 @@ def search(
             metric, or a journal of another search (of other weights, images or metric; of a data set that is no
             ``TensorDataset``, 64 samples are compared); processes that have
             no group or differ in their arguments or weights, or a wrapped model.
+        TypeError: an argument of another type, such as a ``DataLoader``, or samples that are dictionaries; a model that
+            returns anything but a tensor.
         RuntimeError: another process failed.
     """
     require_group()
     samples = together(lambda: _checked_samples(validation, metric, batch_size, reuse_bytes, workers))
     layers = together(lambda: _checked_layers(model, space, limit))
-    order = together(lambda: search_order(validation, settings.seed)) if settings.halving else None
+    order = together(lambda: _order(validation, settings))
     scorer = CandidateScorer(model, validation, metric, batch_size, order, reuse_bytes, workers)
     identified = journal is not None or world_size() > 1
     result = evolve(
@@ -127,13 +131,17 @@ def _checked_samples(
     if metric not in METRICS:
         raise ValueError(f"metric: expected 'accuracy' or 'loss', got {metric!r}")
     for name, value, least in (("batch_size", batch_size, 1), ("reuse_bytes", reuse_bytes, 0), ("workers", workers, 0)):
-        if type(value) is not int or value < least:
-            raise ValueError(f"{name}: expected an integer from {least}, got {value!r}")
-    if not isinstance(validation, Sized):
-        raise TypeError(f"validation: expected a data set with a length, got {type(validation).__name__}")
-    if not len(validation):
-        raise ValueError("validation: expected at least one sample, got none")
-    return len(validation)
+        require_integer(name, value, least)
+    return require_data("validation", validation)
+
+
+def _order(validation: Dataset, settings: SearchSettings) -> list[int] | None:
+    _require_settings(settings)
+    return search_order(validation, settings.seed) if settings.halving else None
+
+
+def _require_settings(settings: SearchSettings) -> None:
+    require_type("settings", settings, SearchSettings, "glora.SearchSettings")
 
 
 def _checked_layers(model: nn.Module, space: SearchSpace, limit: int | None) -> dict[str, LayerShape]:
@@ -195,6 +203,7 @@ def evolve(
         ValueError: a limit that no path meets; halving without enough ``samples``; a journal of another search.
     """
     require_group()
+    together(lambda: _check_types(evaluate, journal))
     sampler = together(lambda: PathSampler(layers, space, limit))
     ends = together(lambda: _rung_ends(settings, samples))
     description = {
@@ -223,11 +232,17 @@ def evolve(
 
 
 def _rung_ends(settings: SearchSettings, samples: int | None) -> list[int]:
+    _require_settings(settings)
     if samples is not None and (type(samples) is not int or samples < 1):
         raise ValueError(f"samples: expected an integer from 1 or None, got {samples!r}")
     if samples is None and settings.halving:
         raise ValueError("halving: expected samples, of which evaluate scores a part at a time; got samples=None")
     return rung_ends(settings.shares, 1 if samples is None else samples)
+
+
+def _check_types(evaluate: Evaluate, journal: str | os.PathLike | None) -> None:
+    require_function("evaluate", evaluate, "a function of paths")
+    require_type("journal", journal, FILE, "the path of a file or None")
 
 
 def _whole(evaluate: Evaluate, paths: Paths, start: int, stop: int) -> float:

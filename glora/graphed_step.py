@@ -99,12 +99,12 @@ class GraphedStep:
         self._state = optimizer.state  # loading another puts another one in its place
         self.paths: Paths | None = None
 
-    def __call__(self, x: Tensor, target: Tensor, paths: Mapping[str, PathConfig] | None = None) -> Tensor:
+    def __call__(self, x: Tensor, target: Tensor, paths: Mapping[str, PathConfig] | PathConfig | None = None) -> Tensor:
         """Take a step; the loss, detached, ``()``. The first call captures.
 
         Args:
             x, target: on the model's device, of the shapes and dtypes of the first call.
-            paths: of every adapted layer by name; None draws them.
+            paths: of every adapted layer by name, or one for all of them; None draws them.
 
         Raises:
             TypeError, ValueError: another batch shape or dtype, paths of another model, or a changed hyperparameter.

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from .arguments import require_type
 from .config import PathConfig
 from .distributed import require_whole
 from .layer import GLoRALayer, is_bare, qualified_name
@@ -220,6 +221,7 @@ def unmerge(model: nn.Module, report: MergeReport) -> None:
         ValueError: the report kept no layers, or ``model`` has something else than a plain layer
             of the right type and shape in one of their places; the model is unchanged then.
     """
+    require_type("report", report, MergeReport, "what merge(model, keep=True) returned")
     if report.originals is None:
         raise ValueError("report: expected one of merge(model, keep=True), got one that kept no layers")
     modules = modules_by_name(model)

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 from torch import nn
 
+from .arguments import require_type
 from .layer import GLoRALayer, GLoRALinear
 from .wrappers import named_modules
 
@@ -16,7 +17,13 @@ def glora_layers(model: nn.Module) -> dict[str, GLoRALayer]:
 
     Names are those without ``torch.compile``, data parallelism and other wrappers (:mod:`glora.wrappers`).
     """
+    require_model(model)
     return {name: module for name, module in named_modules(model) if isinstance(module, GLoRALayer)}
+
+
+def require_model(model: nn.Module) -> None:
+    """Raise TypeError for anything but a module."""
+    require_type("model", model, nn.Module, "a torch.nn.Module")
 
 
 def require_layers(model: nn.Module) -> dict[str, GLoRALayer]:
@@ -39,6 +46,7 @@ def require_linear_layers(model: nn.Module) -> dict[str, GLoRALinear]:
 
 def require_real(model: nn.Module) -> None:
     """Raise ValueError if parameters of ``model`` are on meta, where nothing can be loaded to."""
+    require_model(model)
     if any(parameter.is_meta for parameter in model.parameters()):
         raise ValueError("model: expected real tensors, got parameters on meta; load the base weights first")
 

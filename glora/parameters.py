@@ -8,10 +8,12 @@ from torch import nn
 
 from .config import PathConfig
 from .modules import glora_layers, require_layers
-from .paths import check_names, get_paths
+from .paths import get_paths, paths_of
 
 
-def trainable_parameters(model: nn.Module, paths: Mapping[str, PathConfig] | None = None) -> list[nn.Parameter]:
+def trainable_parameters(
+    model: nn.Module, paths: Mapping[str, PathConfig] | PathConfig | None = None
+) -> list[nn.Parameter]:
     """Every parameter that requires grad: support tensors, and whatever else was left trainable.
 
     Args:
@@ -23,25 +25,25 @@ def trainable_parameters(model: nn.Module, paths: Mapping[str, PathConfig] | Non
     layers = glora_layers(model)
     left_out: set[int] = set()
     if paths is not None:
-        paths = check_names("paths", paths, layers)
+        paths = paths_of(layers, paths)
         for name, layer in layers.items():
             left_out |= {id(p) for p in layer.support_parameters()}
             left_out -= {id(p) for p in layer.support_parameters(paths[name])}
     return [p for p in model.parameters() if p.requires_grad and id(p) not in left_out]
 
 
-def count_parameters(model: nn.Module, paths: Mapping[str, PathConfig] | None = None) -> int:
+def count_parameters(model: nn.Module, paths: Mapping[str, PathConfig] | PathConfig | None = None) -> int:
     """How many support values the paths read (default: the current ones): the budget a search obeys.
 
     A sliced rank counts its slice only. The classifier head and anything else trained beside GLoRA
     does not count.
     """
     layers = require_layers(model)
-    paths = check_names("paths", get_paths(model) if paths is None else paths, layers)
+    paths = get_paths(model) if paths is None else paths_of(layers, paths)
     return sum(paths[name].count(layer.shape) for name, layer in layers.items())
 
 
-def drop_unread_gradients(model: nn.Module, paths: Mapping[str, PathConfig] | None = None) -> None:
+def drop_unread_gradients(model: nn.Module, paths: Mapping[str, PathConfig] | PathConfig | None = None) -> None:
     """Set to None the gradients of support tensors that ``paths`` (default: the current ones) do not read.
 
     Eagerly they are None already. A compiled graph serves every path and cannot know: there they are zero, and an
@@ -49,7 +51,7 @@ def drop_unread_gradients(model: nn.Module, paths: Mapping[str, PathConfig] | No
     one backward pass a step: gradients that earlier passes left under other paths would go too.
     """
     layers = glora_layers(model)
-    paths = get_paths(model) if paths is None else check_names("paths", paths, layers)
+    paths = get_paths(model) if paths is None else paths_of(layers, paths)
     for name, layer in layers.items():
         read = {id(parameter) for parameter in layer.support_parameters(paths[name])}
         for parameter in layer.support_parameters():

@@ -13,7 +13,7 @@ from glora_kernels import encode, masked_terms, path_masks, row_scaled_linear, r
 
 from .config import PathConfig
 from .layer import SUPPORT_NAMES, GLoRALayer
-from .paths import Paths, check_names
+from .paths import Paths, paths_of
 
 
 class PathData:
@@ -38,13 +38,9 @@ class PathData:
     def device(self) -> torch.device:
         return self.masks.device
 
-    def checked(self, paths: Mapping[str, PathConfig]) -> Paths:
-        """The paths by the layers' names.
-
-        Raises:
-            ValueError, TypeError: paths of another model, or a rank above a layer's storage.
-        """
-        paths = check_names("paths", paths, self.layers)
+    def checked(self, paths: Mapping[str, PathConfig] | PathConfig) -> Paths:
+        """By name. Raises ValueError or TypeError for paths of another model, or a rank above a layer's storage."""
+        paths = paths_of(self.layers, paths)
         for name, layer in self.layers.items():
             if paths[name].rank > layer.rank:
                 raise ValueError(

@@ -11,6 +11,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
+from .arguments import require_type
 from .config import PathConfig, SearchSpace
 from .layer import GLoRALayer
 from .modules import glora_layers, require_layers
@@ -31,39 +32,47 @@ def get_paths(model: nn.Module) -> Paths:
     return {name: layer.path for name, layer in glora_layers(model).items()}
 
 
-def set_paths(model: nn.Module, paths: Mapping[str, PathConfig]) -> None:
+def set_paths(model: nn.Module, paths: Mapping[str, PathConfig] | PathConfig) -> None:
     """Set the path of every adapted layer, by its name without or with those of wrappers (:func:`glora_layers`).
+
+    One path is that of every layer.
 
     Paths may change between a forward pass and its backward, under activation checkpointing too: what
     is run again takes the path of its first run (:mod:`glora.history`).
 
+    Args:
+        paths: of every layer by name, or one path for all of them. To change some:
+            ``p = glora.get_paths(model); p["blocks.0.fc1"] = ...; glora.set_paths(model, p)``.
+
     Raises:
         ValueError: names missing from or unknown to the model, or a rank above a layer's storage;
             no path is changed then.
+        TypeError: neither a path nor a mapping of them.
         RuntimeError: during a backward pass, or while another thread is within :func:`using_paths` of this model.
     """
     layers = require_layers(model)
-    paths = check_names("paths", paths, layers)
+    paths = paths_of(layers, paths)
     _require_unused(layers.values())
     before = {name: layer.path for name, layer in layers.items()}
     try:
         for name, layer in layers.items():
             layer.path = paths[name]
     except (TypeError, ValueError) as error:
-        for name, path in before.items():
-            layers[name].path = path
+        for other, path in before.items():
+            layers[other].path = path
         raise type(error)(f"{error} (layer {name!r})") from None
 
 
 @contextmanager
-def using_paths(model: nn.Module, paths: Mapping[str, PathConfig]) -> Iterator[nn.Module]:
-    """Set paths for a ``with`` block and restore the previous ones at its end, also if it merges the model.
+def using_paths(model: nn.Module, paths: Mapping[str, PathConfig] | PathConfig) -> Iterator[nn.Module]:
+    """Set paths for a ``with`` block, as :func:`set_paths` does, and restore the previous ones at its end.
 
-    A layer has one path, for all threads: one thread (or task of asyncio) at a time may be in such a block of a model.
-    To serve several, hold a lock around the block, or give each a ``copy.deepcopy(model)``.
+    Also where the block merges the model. A layer has one path, for all threads: one thread (or task of asyncio) at a
+    time may be in such a block of a model. To serve several, hold a lock around the block, or give each a
+    ``copy.deepcopy(model)``.
 
     Raises:
-        ValueError, RuntimeError: as :func:`set_paths`; RuntimeError too if another thread is in such a block.
+        ValueError, TypeError, RuntimeError: as :func:`set_paths`; RuntimeError too if another thread is in such a block.
     """
     layers = list(glora_layers(model).values())
     with _using(layers):
@@ -117,33 +126,40 @@ def sample_paths(model: nn.Module, space: SearchSpace, generator: torch.Generato
     Raises:
         ValueError: a rank of ``space`` above a layer's storage, or a limit no path meets.
     """
+    require_type("generator", generator, (torch.Generator, type(None)), "a torch.Generator")
     return sampler_for(model, space, limit).sample(generator)
 
 
 def sampler_for(model: nn.Module, space: SearchSpace, limit: int | None = None) -> PathSampler:
     """The sampler of :func:`sample_paths`, to be kept where many paths are drawn."""
     layers = require_layers(model)
+    require_type("space", space, SearchSpace, "a glora.SearchSpace")
     for name, layer in layers.items():
         if max(space.ranks) > layer.rank and any("lora" in getattr(space, slot) for slot in "ABC"):
             raise ValueError(f"space: expected ranks up to {layer.rank} (storage of layer {name!r}), got {space.ranks}")
     return PathSampler({name: layer.shape for name, layer in layers.items()}, space, limit)
 
 
-def check_names(argument: str, got: Mapping[str, PathConfig], expected: Mapping) -> Paths:
-    """The paths by the ``expected`` names, of layers, in their order; ``got`` may have them with wrappers' names.
+def paths_of(layers: Mapping[str, object], paths: Mapping[str, PathConfig] | PathConfig) -> Paths:
+    """``paths`` of exactly ``layers``, by their names and in their order; one path is that of every layer.
 
     Raises:
-        ValueError: names that are missing, unknown or given twice.
-        TypeError: no path.
+        ValueError: names missing from or unknown to the model, which are listed, or one given twice, without and with
+            the names of wrappers.
+        TypeError: neither a path nor a mapping of them.
     """
-    named = {name_in(expected, name): path for name, path in got.items()}
-    missing, unknown = [n for n in expected if n not in named], [n for n in named if n not in expected]
-    if missing or unknown or len(named) != len(got):
+    if isinstance(paths, PathConfig):
+        return dict.fromkeys(layers, paths)
+    expected = "a mapping of layer names to glora.PathConfig, or one for every layer"
+    require_type("paths", paths, Mapping, expected)
+    named = {name_in(layers, name): path for name, path in paths.items()}
+    missing, unknown = [n for n in layers if n not in named], [n for n in named if n not in layers]
+    if missing or unknown or len(named) != len(paths):
         raise ValueError(
-            f"{argument}: expected exactly the {len(expected)} adapted layers of the model, each once; "
-            f"missing {missing}, unknown {unknown}"
+            f"paths: expected exactly the {len(layers)} adapted layers of the model, each once; missing {missing}, "
+            f"unknown {unknown}; to change some: p = glora.get_paths(model); p[name] = ...; glora.set_paths(model, p)"
         )
     for name, path in named.items():
         if not isinstance(path, PathConfig):
-            raise TypeError(f"{argument}: expected glora.PathConfig for {name!r}, got {type(path).__name__}")
-    return {name: named[name] for name in expected}
+            raise TypeError(f"paths: expected glora.PathConfig for {name!r}, got {type(path).__name__}")
+    return {name: named[name] for name in layers}

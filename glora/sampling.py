@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 import torch
 
+from .arguments import require_type
 from .config import SLOTS, LayerShape, PathConfig, SearchSpace, count_choice, make_path
 
 _TRIES = 16
@@ -31,6 +32,8 @@ class PathSampler:
     """
 
     def __init__(self, layers: Mapping[str, LayerShape], space: SearchSpace, limit: int | None = None):
+        require_type("layers", layers, Mapping, "a mapping of names to glora.LayerShape")
+        require_type("space", space, SearchSpace, "a glora.SearchSpace")
         if limit is not None and type(limit) is not int:
             raise ValueError(f"limit: expected an integer or None, got {limit!r}")
         self.layers, self.space, self.limit = dict(layers), space, limit

@@ -26,6 +26,7 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
+from .arguments import FILE, require_function, require_integer, require_type
 from .batches import batches, fingerprint
 from .config import SearchSpace
 from .distributed import copy_from_first, require_trainable, unwrapped
@@ -35,6 +36,7 @@ from .parameters import trainable_parameters
 from .paths import get_paths, sampler_for, set_paths
 from .ranks import from_first, is_first, require_agreement, require_group, together, world_size
 from .recipe import Recipe
+from .samples import require_data
 from .sampling import PathSampler
 from .training_log import Meter, save_log
 from .training_run import TrainingRun
@@ -102,13 +104,16 @@ def train(
         on_step: called with the step and its loss after each step and its checkpoint, on every rank.
 
     Raises:
-        ValueError: nothing to train, an empty data set, a space that does not fit the model, a
-            checkpoint of another run or in no folder, or a loss or parameters that are not finite; processes
+        ValueError: nothing to train, or nothing that the paths read; an empty data set, a space that does not fit the
+            model, a checkpoint of another run or in no folder, or a loss or parameters that are not finite; processes
             that have no group or differ in their arguments, or a wrapper or batch norm that would train wrongly;
             ``amp="float16"`` on a CPU, or ``label_smoothing`` with a loss of your own.
+        TypeError: an argument of another type, such as a ``DataLoader``, or samples that are dictionaries; without a
+            ``loss_fn``, a model that returns anything but a tensor.
         RuntimeError: another process failed.
     """
     require_group()
+    together(lambda: _check_types(recipe, space, loss_fn, checkpoint, log, on_step))
     run, sampler = together(lambda: _prepare(model, dataset, recipe, space, loss_fn, log, workers))
     if world_size() > 1:
         _start_alike(run, checkpoint is not None)
@@ -149,6 +154,23 @@ def train(
     return TrainSummary(run.step, losses, seconds, speed, resumed_from, run.seconds)
 
 
+def _check_types(
+    recipe: Recipe,
+    space: SearchSpace | None,
+    loss_fn: Loss,
+    checkpoint: str | os.PathLike | None,
+    log: str | os.PathLike | None,
+    on_step: Callable[[int, float], object] | None,
+) -> None:
+    require_type("recipe", recipe, Recipe, "a glora.Recipe")
+    require_type("space", space, (SearchSpace, type(None)), "a glora.SearchSpace or None")
+    require_function("loss_fn", loss_fn, "a function of output and target")
+    require_type("checkpoint", checkpoint, FILE, "the path of a file or None")
+    require_type("log", log, FILE, "the path of a file or None")
+    if on_step is not None:
+        require_function("on_step", on_step, "a function of the step and its loss")
+
+
 def _prepare(
     model: nn.Module,
     dataset: Dataset,
@@ -162,21 +184,24 @@ def _prepare(
     parameters = trainable_parameters(model)
     if not parameters:
         raise ValueError("model: expected parameters that require grad, found none")
-    if not len(dataset):  # type: ignore[arg-type]
-        raise ValueError("dataset: expected at least one sample, got none")
+    if space is None and not trainable_parameters(model, get_paths(model)):
+        raise ValueError(
+            "model: expected paths that read a support tensor, or something else to train, got neither; call "
+            "glora.set_paths(model, glora.PathConfig(B='lora_8')), say, or train over a space"
+        )
+    samples = require_data("dataset", dataset)
     if recipe.label_smoothing and loss_fn is not F.cross_entropy:
         raise ValueError(
             f"loss_fn: expected the default with label_smoothing={recipe.label_smoothing}, which it does not get"
         )
     if recipe.amp == "float16" and parameters[0].device.type == "cpu":
         raise ValueError("amp: expected 'bfloat16' or None on a CPU, got 'float16'")
-    if type(workers) is not int or workers < 0:
-        raise ValueError(f"workers: expected an integer from 0, got {workers!r}")
+    require_integer("workers", workers, 0)
     if log is not None:
         require_file("log", log)
     require_trainable(model, space is not None)
     sampler = None if space is None else sampler_for(unwrapped(model), space)
-    return TrainingRun(model, parameters, recipe, space, len(dataset)), sampler  # type: ignore[arg-type]
+    return TrainingRun(model, parameters, recipe, space, samples), sampler
 
 
 def _start_alike(run: TrainingRun, saves: bool) -> None:

@@ -469,7 +469,7 @@ def test_refuses_before_anything_is_evaluated(model, options, message, journal):
 
 
 def test_refuses_a_data_set_without_a_length():
-    with pytest.raises(TypeError, match=r"^validation: expected a data set with a length, got Endless"):
+    with pytest.raises(TypeError, match=r"^validation: expected .*, with a length and an index, got Endless"):
         search_model(trained_mlp(), Endless())
 
 
