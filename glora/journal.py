@@ -146,5 +146,10 @@ class Journal:
             os.fsync(stream.fileno())
 
 
+def count_scores(file: Path) -> int:
+    """How many scores a journal holds; 0 if there is none."""
+    return max(file.read_bytes().count(b"\n") - 1, 0) if file.is_file() else 0
+
+
 def _differing(header: Any, expected: Mapping[str, Any]) -> str:
     return differences(header, expected) if isinstance(header, dict) else f"{header!r} for a description"

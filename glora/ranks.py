@@ -37,6 +37,11 @@ def is_first() -> bool:
     return rank() == 0
 
 
+def is_launched_first() -> bool:
+    """As :func:`is_first`, without a group: the process that speaks where ``torchrun`` has started several."""
+    return not (dist.is_available() and dist.is_torchelastic_launched()) or os.environ.get("RANK", "0") == "0"
+
+
 def require_group() -> None:
     """Raise ValueError in one of several processes of ``torchrun`` that have not met: each would do the whole work."""
     launched = dist.is_available() and dist.is_torchelastic_launched()

@@ -6,7 +6,7 @@ from collections.abc import Sized
 from typing import Any
 
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset, default_collate
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset, default_collate
 
 from .arguments import type_of
 from .batches import drawing_from
@@ -33,6 +33,14 @@ def require_data(argument: str, dataset: Any) -> int:
         raise TypeError(f"{wanted}, with a length and an index, got {type_of(dataset)}")
     if not len(dataset):
         raise ValueError(f"{argument}: expected at least one sample, got none")
+    if type(dataset) is TensorDataset:
+        require_pair(argument, dataset.tensors)
+    elif not isinstance(dataset, TensorDataset):  # of which a subclass may know whole batches alone, as train reads it
+        _require_first_pair(argument, dataset)
+    return len(dataset)
+
+
+def _require_first_pair(argument: str, dataset: Any) -> None:
     with drawing_from(0):
         sample = dataset[0]
     try:
@@ -40,7 +48,6 @@ def require_data(argument: str, dataset: Any) -> int:
     except TypeError:
         batch = sample
     require_pair(argument, batch, sample)
-    return len(dataset)
 
 
 def require_pair(argument: str, batch: Any, sample: Any = None) -> None:

@@ -199,6 +199,16 @@ class TrainingRun:
         return sharded_like(moment, parameter)
 
 
+def checkpoint_steps(file: str | os.PathLike) -> tuple[int, int] | None:
+    """How many steps a checkpoint has behind it, and of how many; None if there is no such file.
+
+    Raises:
+        ValueError: no training checkpoint.
+    """
+    state = _read_checkpoint(file, mmap=True) if Path(file).exists() else None
+    return None if state is None else (state["step"], state["identity"]["recipe"]["steps"])
+
+
 def _each_moment(optimizer: dict[str, Any], change: Callable[[int, Tensor], Tensor]) -> dict[str, Any]:
     """An optimiser's state dict with ``change(index of the parameter, tensor)`` for each tensor of its state."""
     state = {
@@ -208,12 +218,12 @@ def _each_moment(optimizer: dict[str, Any], change: Callable[[int, Tensor], Tens
     return {**optimizer, "state": state}
 
 
-def _read_checkpoint(file: str | os.PathLike) -> dict[str, Any] | None:
-    """None if there is no such file."""
+def _read_checkpoint(file: str | os.PathLike, mmap: bool = False) -> dict[str, Any] | None:
+    """None if there is no such file; ``mmap`` leaves the tensors on disk."""
     if not require_file("checkpoint", file).exists():
         return None
     try:
-        state = torch.load(file, map_location="cpu", weights_only=True)
+        state = torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
         version = state["format"]
     except Exception as error:
         raise ValueError(f"{file}: expected a training checkpoint, it is damaged or something else ({error})") from None

@@ -14,7 +14,7 @@ from .arguments import type_of
 from .distributed import share, sync_gradients
 from .parameters import drop_unread_gradients
 from .ranks import gather, world_size
-from .samples import require_output
+from .samples import require_output, require_pair
 from .training_run import StepRecord, TrainingRun
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -32,7 +32,9 @@ def take_step(run: TrainingRun, batches: Iterator[tuple[Tensor, Tensor]], loss_f
     own: list[Tensor] = []
 
     def forward() -> tuple[float, float, int]:
-        x, target = next(batches)
+        batch = next(batches)
+        require_pair("dataset", batch)
+        x, target = batch
         x, target = x.to(run.device, non_blocking=True), target.to(run.device, non_blocking=True)
         with _precision(run):
             output = run.model(x)

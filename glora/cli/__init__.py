@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from ..version import __version__
 from .bench import add_bench
 from .doctor import add_doctor
+from .interrupts import raising_on_signals, stopped
 from .merge import add_merge
 from .quickstart import add_quickstart
 from .report import add_report
@@ -17,18 +18,24 @@ from .train import add_train
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run ``glora``; returns the exit status: 0, 1 for a failed check, 2 for bad arguments."""
-    parser = _parser()
-    options = parser.parse_args(arguments)
-    try:
-        return options.run(options)
-    except (ValueError, TypeError, OSError) as error:
-        print(f"glora {options.command}: error: {error}", file=sys.stderr)
-        return 2
-    except ModuleNotFoundError as error:
-        extra = getattr(options, "extra", "demo")
-        print(f"glora {options.command}: error: {error}; pip install 'glora[{extra}]'", file=sys.stderr)
-        return 2
+    """Run ``glora``; returns the exit status.
+
+    It is 0, 1 for a failed check, 2 for bad arguments, 130 after Ctrl-C or 143 after SIGTERM.
+    """
+    options = _parser().parse_args(arguments)
+    with raising_on_signals() as received:
+        try:
+            return options.run(options)
+        except BaseException as error:
+            # what a signal interrupts may answer with an error of its own
+            if received or isinstance(error, KeyboardInterrupt):
+                return stopped(options, received)
+            if not isinstance(error, (ValueError, TypeError, OSError, ModuleNotFoundError)):
+                raise
+            extra = f"; pip install 'glora[{getattr(options, 'extra', 'demo')}]'"
+            hint = extra if isinstance(error, ModuleNotFoundError) else ""
+            print(f"glora {options.command}: error: {error}{hint}", file=sys.stderr)
+            return 2
 
 
 def _parser() -> argparse.ArgumentParser:

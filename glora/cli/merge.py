@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 
 def add_merge(commands) -> None:
@@ -32,7 +33,8 @@ def _merge(options: argparse.Namespace) -> int:
     for run in runs:
         require_winner(run)
     device = choose_device(options.device)
-    merged = []
+    merged: list[dict[str, Any]] = []
+    options.saved = lambda: f"done: {len(merged)} of {len(runs)} runs; the same command line continues"
     for run in runs:
         model, summary = merge_run(run, device)
         if options.test:

@@ -6,6 +6,8 @@ import argparse
 import json
 from pathlib import Path
 
+from .interrupts import announce, said
+
 
 def add_quickstart(commands) -> None:
     command = commands.add_parser(
@@ -33,8 +35,9 @@ def add_quickstart(commands) -> None:
 
 def _quickstart(options: argparse.Namespace) -> int:
     from ..quickstart.figures import save_figures
-    from ..quickstart.study import FEW_SHOT_CURVE, StudySettings, run_study, save_study
+    from ..quickstart.study import FEW_SHOT_CURVE, StudySettings, backbone_file, run_study, save_study
     from ..quickstart.table import format_study
+    from ..runs.saved import saved_checkpoint
 
     tasks, shots, seeds = tuple(options.tasks), tuple(options.shots), options.seeds
     if options.full:
@@ -42,12 +45,21 @@ def _quickstart(options: argparse.Namespace) -> int:
     settings = StudySettings(
         tasks, shots, seeds, options.seed, options.steps, options.pretraining_steps, options.workers
     )
+    file = backbone_file(options.out, settings)
+    options.saved = lambda: _saved(saved_checkpoint(file))
+    if not options.json:
+        announce("pre-training", saved_checkpoint(file))
     study = run_study(settings, options.out, progress=not options.json)
-    file = save_study(study, options.out)
+    written = save_study(study, options.out)
     figures = save_figures(study, options.out)
     if options.json:
         print(json.dumps(study))
     else:
-        print(f"\n{format_study(study)}\n\nWritten: {file}")
+        print(f"\n{format_study(study)}\n\nWritten: {written}")
         print("\n".join(f"         {figure}" for figure in figures))
     return 0 if all(summary["merge"]["agreement"] == 1.0 for summary in study["summary"]) else 1
+
+
+def _saved(pretraining: str | None) -> str:
+    """Of the adaptations after it nothing is kept before all are done."""
+    return said(pretraining and f"the pre-training, {pretraining}")

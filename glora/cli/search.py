@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
+
+from .interrupts import announce, said
 
 
 def add_search(commands) -> None:
@@ -34,6 +37,7 @@ def add_search(commands) -> None:
 
 def _search(options: argparse.Namespace) -> int:
     from ..runs import find_runs, process_group, search_run, search_settings
+    from ..runs.saved import saved_searches, unfinished_search
     from ..runs.texts import describe_searches
 
     runs = find_runs(options.folder)
@@ -42,13 +46,36 @@ def _search(options: argparse.Namespace) -> int:
     if options.halving:
         options.changes.append("search.halving=[0.25, 0.5, 1]")
     settings = [search_settings(run, options.changes, options.limit) for run in runs]
+    folders = [run.path for run in runs]
+    options.saved = _saved_again(folders) if options.again else lambda: said(saved_searches(folders))
     with process_group(options.device) as process:
         tell = process.first and not options.json
         found = []
         for run, how in zip(runs, settings):
             if tell:
-                print(run.spec.name, flush=True)
+                announce(run.spec.name, None if options.again else unfinished_search(run.path))
             found.append(search_run(run, how, process.device, again=options.again, progress=tell))
     if process.first:
         print(json.dumps(found) if options.json else describe_searches(found))
     return 0
+
+
+def _saved_again(folders: Sequence[Path]) -> Callable[[], str]:
+    """What to say of searches with --again, which would put what it has just begun aside too."""
+    from ..runs.folder import JOURNAL
+    from ..runs.saved import saved_searches
+
+    def journal(folder: Path) -> int | None:
+        return (folder / JOURNAL).stat().st_ino if (folder / JOURNAL).is_file() else None
+
+    before = {folder: journal(folder) for folder in folders}
+
+    def saved() -> str:
+        begun = [folder for folder in folders if journal(folder) != before[folder]]
+        if not begun:
+            return "earlier searches are where they were; the same command line starts again"
+        rest = [str(folder) for folder in folders if folder not in begun]
+        then = f"; then --again for {', '.join(rest)}" if rest else ""
+        return said(saved_searches(begun), "without --again, the same command line") + then
+
+    return saved

@@ -6,6 +6,8 @@ import argparse
 import json
 from pathlib import Path
 
+from .interrupts import announce, said
+
 
 def add_train(commands) -> None:
     command = commands.add_parser(
@@ -43,6 +45,7 @@ def add_train(commands) -> None:
 
 def _train(options: argparse.Namespace) -> int:
     from ..runs import check_runs, load_recipe, plan_runs, process_group, train_run
+    from ..runs.saved import saved_trainings, unfinished_training
     from ..runs.texts import describe_plan, describe_training
 
     recipe = load_recipe(options.recipe, options.changes)
@@ -64,12 +67,13 @@ def _train(options: argparse.Namespace) -> int:
         return 1 if problems else 0
     if problems:
         raise ValueError("data: expected everything that the runs read\n" + "\n".join(problems))
+    options.saved = lambda: said(saved_trainings([out / spec.name for spec in specs]))
     with process_group(options.device) as process:
         tell = process.first and not options.json
         summaries = []
         for spec in specs:
             if tell:
-                print(spec.name, flush=True)
+                announce(spec.name, unfinished_training(out / spec.name))
             summaries.append(train_run(out, spec, process.device, progress=tell))
     if process.first:
         print(json.dumps(summaries) if options.json else describe_training(summaries, out))

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -28,6 +29,7 @@ from .methods import SEARCHED, Task, run_methods, units_of_work
 FEW_SHOT_CURVE = (1, 2, 4, 8, 16)
 _TICK = 20
 STUDY_FORMAT = 1
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,7 @@ def run_study(settings: StudySettings, folder: str | os.PathLike, progress: bool
         for shots in settings.shots:
             draw_few_shot(task, shots, settings.seed)
     started = time.perf_counter()
-    file = Path(folder) / f"backbone-seed{settings.seed}.pt"
+    file = backbone_file(folder, settings)
     make_folder("folder", file.parent)
     with _threads(1):
         backbone, pretraining = pretrain(settings, file, progress)
@@ -110,6 +112,11 @@ def run_study(settings: StudySettings, folder: str | os.PathLike, progress: bool
         "summary": [_summarise(task, shots, jobs, runs) for task in settings.tasks for shots in settings.shots],
         "seconds": time.perf_counter() - started,
     }
+
+
+def backbone_file(folder: str | os.PathLike, settings: StudySettings) -> Path:
+    """Where the pre-trained backbone is kept."""
+    return Path(folder) / f"backbone-seed{settings.seed}.pt"
 
 
 def save_study(study: dict[str, Any], folder: str | os.PathLike) -> Path:
@@ -152,12 +159,12 @@ def _run_jobs(jobs: Sequence[_Job], backbone: nn.Module, workers: int, progress:
     context = get_context("spawn")
     runs: dict[_Job, list[dict]] = {}
     with (
-        context.Manager() as manager,
-        ProcessPoolExecutor(min(workers, len(jobs)), mp_context=context) as pool,
+        _deaf_to_interrupts(context.Manager) as manager,
+        _stopped_at_once(ProcessPoolExecutor(min(workers, len(jobs)), mp_context=context)) as pool,
         tqdm(total=units_of_work(jobs[0].steps) * len(jobs), desc="adapt", unit="step", disable=not progress) as bar,
     ):
         ticks = manager.Queue()
-        futures = {pool.submit(_run_job, job, state, ticks): job for job in jobs}
+        futures = _deaf_to_interrupts(lambda: {pool.submit(_run_job, job, state, ticks): job for job in jobs})
         pending = set(futures)
         while pending:
             done = {future for future in pending if future.done()}
@@ -167,6 +174,30 @@ def _run_jobs(jobs: Sequence[_Job], backbone: nn.Module, workers: int, progress:
             _drain(ticks, bar)
         bar.update(bar.total - bar.n)
     return runs
+
+
+@contextmanager
+def _stopped_at_once(pool: ProcessPoolExecutor) -> Iterator[ProcessPoolExecutor]:
+    """The pool for a ``with`` block; where that raises, its workers do not finish what they are at."""
+    others = active_children()
+    with pool:
+        try:
+            yield pool
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in set(active_children()).difference(others):
+                process.terminate()
+            raise
+
+
+def _deaf_to_interrupts(start: Callable[[], T]) -> T:
+    """What ``start`` returns. Processes that it starts never get SIGINT, which a terminal sends to all of them: this
+    one, which gets it afterwards, stops them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        return start()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _drain(ticks: Any, bar: tqdm) -> None:

@@ -1,0 +1,44 @@
+"""How far runs on disk have come, in words: for the line that says what is continued, and the one after Ctrl-C."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from ..journal import count_scores
+from ..training_run import checkpoint_steps
+from .folder import CHECKPOINT, JOURNAL, SEARCHED, TRAINED
+
+
+def saved_checkpoint(file: Path) -> str | None:
+    """``"<file>, step 300 of 1000"``; None if there is no such file."""
+    steps = checkpoint_steps(file)
+    return None if steps is None else f"{file}, step {steps[0]} of {steps[1]}"
+
+
+def unfinished_training(folder: Path) -> str | None:
+    """``"<folder>/checkpoint.pt, step 300 of 1000"``; None for a run that has none yet, or is trained."""
+    return None if (folder / TRAINED).is_file() else saved_checkpoint(folder / CHECKPOINT)
+
+
+def unfinished_search(folder: Path) -> str | None:
+    """``"<folder>/search.jsonl, 57 evaluations"``; None for a run that has none yet, or is searched."""
+    scores = 0 if (folder / SEARCHED).is_file() else count_scores(folder / JOURNAL)
+    return f"{folder / JOURNAL}, {scores} evaluations" if scores else None
+
+
+def saved_trainings(folders: Sequence[Path]) -> str | None:
+    """``"2 of 5 runs; <folder>/checkpoint.pt, step 300 of 1000"``: finished runs and others; None if there are none."""
+    return _saved(folders, TRAINED, unfinished_training)
+
+
+def saved_searches(folders: Sequence[Path]) -> str | None:
+    """As :func:`saved_trainings`, of searches."""
+    return _saved(folders, SEARCHED, unfinished_search)
+
+
+def _saved(folders: Sequence[Path], last: str, unfinished: Callable[[Path], str | None]) -> str | None:
+    finished = sum((folder / last).is_file() for folder in folders)
+    begun = [text for folder in folders if (text := unfinished(folder)) is not None]
+    parts = [f"{finished} of {len(folders)} runs", *begun] if finished else begun
+    return "; ".join(parts) or None
