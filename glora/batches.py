@@ -21,6 +21,7 @@ from .checksum import checksum
 from .distributed import share
 from .ranks import rank, world_size
 from .recipe import Recipe
+from .samples import collate
 
 
 class StepSampler(Sampler[list[int]]):
@@ -74,12 +75,12 @@ class _Repeatable(Dataset):
 
     def __getitem__(self, numbered: tuple[int, int]) -> Any:
         index, number = numbered
-        with drawing_from(mix(mix(self.seed, -2), number)):
+        with _drawing_from(mix(mix(self.seed, -2), number)):
             return self.dataset[index]
 
 
 @contextmanager
-def drawing_from(seed: int) -> Iterator[None]:
+def _drawing_from(seed: int) -> Iterator[None]:
     """Python's, numpy's and torch's global generators (on the CPU) start from ``seed`` in the block, and go on after
     it as if it had not been there."""
     before = random.getstate(), np.random.get_state(), torch.get_rng_state()
@@ -115,6 +116,7 @@ def batches(
             batch_sampler=_Numbered(sampler),
             num_workers=workers,
             pin_memory=pin_memory,
+            collate_fn=collate,
             generator=generator,
         )
     return iter(loader) if world_size() == 1 else _reseeded(iter(loader), recipe.seed, start)

@@ -18,7 +18,7 @@ from .distributed import require_whole
 from .merging import require_mergeable
 from .modules import evaluating, replaced_modules, require_layers, require_model
 from .paths import paths_of, using_paths
-from .samples import require_data, require_output, require_pair
+from .samples import collate, require_data, require_output, require_pair
 
 
 class Metrics(NamedTuple):
@@ -71,13 +71,17 @@ def count(
     call: Callable[[int, Tensor], Tensor] | None = None,
     workers: int = 0,
 ) -> Totals:
-    """As :func:`evaluate`, added up; ``call(batch number, x)``, if given, stands in for ``model(x)``."""
-    return _count(model, _loader(dataset, batch_size, workers), call)
+    """As :func:`evaluate`, added up, of what a search calls ``validation``.
+
+    Args:
+        call: stands in for ``model(x)``, as ``call(batch number, x)``.
+    """
+    return _count(model, _loader(dataset, batch_size, workers), call, "validation")
 
 
 def _loader(dataset: Dataset, batch_size: int, workers: int = 0) -> DataLoader:
     # a generator of its own: without it the loader draws from torch's, which dropout uses
-    return DataLoader(dataset, batch_size, num_workers=workers, generator=torch.Generator())
+    return DataLoader(dataset, batch_size, num_workers=workers, collate_fn=collate, generator=torch.Generator())
 
 
 @torch.no_grad()
@@ -85,12 +89,13 @@ def _count(
     model: nn.Module,
     batches: Iterable[list[Tensor]],
     call: Callable[[int, Tensor], Tensor] | None = None,
+    argument: str = "dataset",
 ) -> Totals:
     device = next(model.parameters()).device
     loss, right, samples = 0.0, 0, 0
     with evaluating(model):
         for number, batch in enumerate(batches):
-            require_pair("dataset", batch)
+            require_pair(argument, batch)
             x, target = (part.to(device) for part in batch)
             logits = model(x) if call is None else call(number, x)
             require_output(logits)

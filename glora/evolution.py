@@ -32,7 +32,7 @@ from .offspring import Offspring
 from .paths import Paths, sampler_for
 from .race import Race
 from .ranks import gather, is_first, require_agreement, require_group, together, world_size
-from .samples import require_data
+from .samples import pair_at, require_data
 from .sampling import PathSampler
 from .scoring import METRICS, CandidateScorer
 from .search_result import SearchResult
@@ -169,7 +169,7 @@ def _samples_of(validation: Any) -> list[Tensor]:
         return list(validation.tensors)
     size = len(validation)
     chosen = [size * index // _IDENTIFYING for index in range(_IDENTIFYING)] if size > _IDENTIFYING else range(size)
-    return [torch.as_tensor(part) for index in chosen for part in validation[index]]
+    return [torch.as_tensor(part) for index in chosen for part in pair_at("validation", validation, index)]
 
 
 def evolve(

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset, Subset, TensorDataset
 
+from .samples import pair_at
+
 
 def rung_ends(shares: Sequence[float], samples: int) -> list[int]:
     """Where each rung ends: the first ``ends[i]`` samples are what a candidate has been scored on after rung ``i``.
@@ -45,7 +47,7 @@ def classes_of(dataset: Any) -> list[int]:
         return dataset.tensors[1].tolist()
     if hasattr(dataset, "targets"):
         return [int(target) for target in dataset.targets]
-    return [int(dataset[index][1]) for index in range(len(dataset))]
+    return [int(pair_at("validation", dataset, index)[1]) for index in range(len(dataset))]
 
 
 def search_order(dataset: Dataset, seed: int) -> list[int]:

@@ -1,4 +1,7 @@
-"""What a data set has to hold: checked before any work, with messages that say what to pass instead."""
+"""What a data set has to hold, with messages that say what to pass instead.
+
+The data set itself is looked at before any work; its samples where they are read, in the processes that read them.
+"""
 
 from __future__ import annotations
 
@@ -9,14 +12,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset, default_collate
 
 from .arguments import type_of
-from .batches import drawing_from
 
 
 def require_data(argument: str, dataset: Any) -> int:
-    """How many samples a map-style data set of ``(input, target)`` has; its first one is read.
+    """How many samples a map-style data set has.
 
     Raises:
-        TypeError: anything else, such as a ``DataLoader`` or samples that are dictionaries.
+        TypeError: anything else, such as a ``DataLoader``.
         ValueError: no sample.
     """
     wanted = f"{argument}: expected a map-style data set of (input, target)"
@@ -35,30 +37,36 @@ def require_data(argument: str, dataset: Any) -> int:
         raise ValueError(f"{argument}: expected at least one sample, got none")
     if type(dataset) is TensorDataset:
         require_pair(argument, dataset.tensors)
-    elif not isinstance(dataset, TensorDataset):  # of which a subclass may know whole batches alone, as train reads it
-        _require_first_pair(argument, dataset)
     return len(dataset)
 
 
-def _require_first_pair(argument: str, dataset: Any) -> None:
-    with drawing_from(0):
-        sample = dataset[0]
+def collate(samples: list[Any]) -> Any:
+    """The batch of ``samples``: a pair of tensors, or, where they make none, the first one as it is."""
     try:
-        batch = default_collate([sample])
+        batch = default_collate(samples)
     except TypeError:
-        batch = sample
-    require_pair(argument, batch, sample)
+        return samples[0]
+    return batch if _is_pair(batch) else samples[0]
 
 
-def require_pair(argument: str, batch: Any, sample: Any = None) -> None:
-    """Raise TypeError unless a collated batch is a pair of tensors; the message shows ``sample``, if given."""
-    pair = isinstance(batch, (tuple, list)) and len(batch) == 2
-    if not pair or not all(isinstance(part, Tensor) for part in batch):
-        shown = batch if sample is None else sample
+def require_pair(argument: str, batch: Any) -> None:
+    """Raise TypeError unless ``batch``, as :func:`collate` returns it, is a pair of tensors."""
+    if not _is_pair(batch):
         raise TypeError(
-            f"{argument}: expected samples (input, target) of tensors, arrays or numbers, got {_form(shown)}; wrap it "
+            f"{argument}: expected samples (input, target) of tensors, arrays or numbers, got {_form(batch)}; wrap it "
             "in a data set whose __getitem__ returns such a pair"
         )
+
+
+def pair_at(argument: str, dataset: Any, index: int) -> Any:
+    """The sample at ``index``. Raises TypeError unless it is a pair of what makes tensors."""
+    sample = dataset[index]
+    require_pair(argument, collate([sample]))
+    return sample
+
+
+def _is_pair(batch: Any) -> bool:
+    return isinstance(batch, (tuple, list)) and len(batch) == 2 and all(isinstance(part, Tensor) for part in batch)
 
 
 def require_output(output: Any, remedy: str = "") -> None:

@@ -11,7 +11,6 @@ import glora
 from glora import PathConfig, Recipe, SearchSettings, SearchSpace
 from glora.evolution import check_search
 from tests.glora.toys import (
-    CLASSES,
     IN_FEATURES,
     adapted_mlp,
     generator,
@@ -65,16 +64,18 @@ TAKE_DATA = {
     "evaluate": ("dataset", glora.evaluate),
     "evaluate_merged": ("dataset", lambda model, data: glora.evaluate_merged(model, glora.get_paths(model), data)),
     "search": ("validation", search),
-    "check_search": ("validation", lambda model, data: check_search(model, SPACE, data)),
 }
 x = torch.zeros(IN_FEATURES)
-DATA = {
+NO_DATA = {
     "loader": (DataLoader(points()), r"got a DataLoader; pass its \.dataset, and the batch size by its own argument"),
     "unsized": (Unsized(), "with a length and an index, got Unsized"),
     "none": (None, "got NoneType"),
     "tensors": (points().tensors, r"got tensors; pass torch.utils.data.TensorDataset\(inputs, targets\)"),
     "tensor": (torch.zeros(4, IN_FEATURES), "got tensors; pass"),
     "dictionary": ({"train": points()}, r"got a dictionary with the keys \['train'\]; pass one of its values"),
+    "one-tensor": (TensorDataset(torch.zeros(4, IN_FEATURES)), r"got \(Tensor\)"),
+}
+DATA = {
     "dictionaries": (
         Samples({"pixels": x, "labels": 0}),
         r"got a dictionary with the keys \['pixels', 'labels'\]; wrap",
@@ -83,17 +84,23 @@ DATA = {
     "triples": (Samples((x, 0, 1)), r"got \(Tensor, int, int\); wrap it in a data set whose __getitem__ returns such"),
     "texts": (Samples(("text", 0)), r"got \(str, int\)"),
     "objects": (Samples((object(), 0)), r"got \(object, int\)"),
-    "one-tensor": (TensorDataset(torch.zeros(4, IN_FEATURES)), r"got \(Tensor\)"),
 }
 
 
-@pytest.mark.parametrize("data", DATA)
+@pytest.mark.parametrize("data", [*NO_DATA, *DATA])
 @pytest.mark.parametrize("function", TAKE_DATA)
 def test_other_data(function, data):
     argument, call = TAKE_DATA[function]
-    dataset, message = DATA[data]
+    dataset, message = {**NO_DATA, **DATA}[data]
     with unchanged(model := adapted_mlp()), pytest.raises(TypeError, match=rf"^{argument}: expected .*{message}"):
         call(model, dataset)
+
+
+@pytest.mark.parametrize("data", NO_DATA)
+def test_other_data_for_a_search_that_is_to_put_another_aside(data):
+    dataset, message = NO_DATA[data]
+    with pytest.raises(TypeError, match=f"^validation: expected .*{message}"):
+        check_search(adapted_mlp(), SPACE, dataset)
 
 
 def test_an_iterable_data_set_is_evaluated_but_not_trained_on():
@@ -110,14 +117,19 @@ def test_data_that_collate_to_pairs(function, data):
     TAKE_DATA[function][1](trained_mlp(), data)
 
 
-def test_looking_at_a_sample_draws_from_no_generator():
-    class Random(Samples):
-        def __getitem__(self, index):
-            return torch.randn(IN_FEATURES), int(np.random.randint(CLASSES))
+@pytest.mark.parametrize("data", ["dictionaries", "triples", "objects"])
+def test_samples_that_a_search_knows_its_data_by(tmp_path, data):
+    dataset, message = DATA[data]
+    for options in ({"journal": tmp_path / "journal"}, {"settings": SearchSettings(halving=(0.5, 1))}):
+        with pytest.raises(TypeError, match=f"^validation: expected .*{message}"):
+            search(adapted_mlp(), dataset, **options)
+    assert not list(tmp_path.iterdir())
 
-    before = torch.get_rng_state(), np.random.get_state()[1].copy()
-    check_search(adapted_mlp(), SPACE, Random(None))
-    assert torch.equal(torch.get_rng_state(), before[0]) and (np.random.get_state()[1] == before[1]).all()
+
+def test_samples_that_other_processes_read():
+    dataset, message = DATA["objects"]
+    with pytest.raises(TypeError, match=f"^dataset: expected .*{message}"):
+        train(adapted_mlp(), dataset, workers=1)
 
 
 def using(model, paths):

@@ -309,7 +309,7 @@ def test_formats_of_linear_layers_refuse_convolutions(tmp_path):
     model = glora.inject(tiny_vit(), 2, product="matmul", convolutions=True)
     glora.set_paths(model, dict.fromkeys(glora.glora_layers(model), PathConfig(B="lora_2")))
     message = r"model: expected adapted linear layers, .* got \['patch_embed.proj \(GLoRAConv2d\)'\]"
-    for save, file in ((glora.save_lycoris, "a.safetensors"), (glora.save_official, "a.pt"), (export_peft, "peft")):
+    for save, file in ((glora.save_official, "a.pt"), (export_peft, "peft")):
         with pytest.raises(ValueError, match=message):
             save(model, tmp_path / file)
     assert not list(tmp_path.iterdir())
