@@ -144,7 +144,7 @@ def fingerprint(dataset: Dataset) -> int | None:
 
 
 def _checksum_of_samples(dataset: Dataset, indices: Iterable[int]) -> int:
-    with drawing_from(0):
+    with _drawing_from(0):
         return checksum(part for index in indices for part in _parts(dataset[index]))
 
 

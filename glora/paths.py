@@ -72,7 +72,7 @@ def using_paths(model: nn.Module, paths: Mapping[str, PathConfig] | PathConfig) 
     ``copy.deepcopy(model)``.
 
     Raises:
-        ValueError, TypeError, RuntimeError: as :func:`set_paths`; RuntimeError too if another thread is in such a block.
+        ValueError, TypeError, RuntimeError: as :func:`set_paths`; RuntimeError also while another thread is in one.
     """
     layers = list(glora_layers(model).values())
     with _using(layers):

@@ -122,7 +122,7 @@ def train(
     if checkpoint is None or not run.load(checkpoint):
         torch.manual_seed(recipe.seed)
     elif progress and is_first():
-        tqdm.write(f"train: goes on from {os.fspath(checkpoint)}, step {run.step} of {recipe.steps}", file=sys.stderr)
+        tqdm.write(f"train: continues from {os.fspath(checkpoint)}, step {run.step} of {recipe.steps}", file=sys.stderr)
     if recipe.label_smoothing:
         loss_fn = partial(F.cross_entropy, label_smoothing=recipe.label_smoothing)
     paths_before = get_paths(run.inner)

@@ -205,7 +205,7 @@ def checkpoint_steps(file: str | os.PathLike) -> tuple[int, int] | None:
     Raises:
         ValueError: no training checkpoint.
     """
-    state = _read_checkpoint(file, mmap=True) if Path(file).exists() else None
+    state = _read_checkpoint(file, mmap=True) if os.path.exists(file) else None
     return None if state is None else (state["step"], state["identity"]["recipe"]["steps"])
 
 

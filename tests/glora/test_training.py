@@ -679,7 +679,7 @@ def test_one_line_says_from_where(file, capfd):
     assert "goes on" not in capfd.readouterr().err
     model, arguments = RUNS["supernet"](checkpoint=file)
     train(model, points(), RECIPE, **{**arguments, "progress": True})
-    assert f"train: goes on from {file}, step 4 of 12\n" in capfd.readouterr().err
+    assert f"train: continues from {file}, step 4 of 12\n" in capfd.readouterr().err
 
 
 def test_a_checkpoint_of_format_2_goes_on(file):
