@@ -1,0 +1,157 @@
+"""What a round trip comes to: the same outputs, a refusal, a warning by name, or a difference without a word."""
+
+from __future__ import annotations
+
+import re
+import traceback
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+SAME, REFUSED, LATE, WARNED, SILENT, ERROR = "same", "refused", "late", "warned", "SILENT", "ERROR"
+FAILURES = (SILENT, ERROR)
+PACKAGES = [Path(__file__).resolve().parents[1] / name for name in ("glora", "glora_kernels")]
+# How the strict readers of others say what they miss: they list names, or say which tensors are one.
+OTHERS_REFUSE = re.compile(
+    r"Error\(s\) in loading state_dict|ignore_mismatched_sizes|Some tensors share memory|"
+    r"Target module .* is not supported|Target modules .* not found|You can only use"
+)
+# What a message of ours starts with: an argument, a file, a layer.
+OPENING = re.compile(r"^(layer '[^']*'|[^\s:]+): \S")
+
+
+class Verdict(NamedTuple):
+    """One of the kinds above, and what was said or how large the difference is (relative to the largest output)."""
+
+    kind: str
+    detail: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.kind} {self.detail}" if self.kind in FAILURES else self.kind
+
+
+class Way(NamedTuple):
+    """A way to save and to load.
+
+    ``write(model, folder)`` puts files there; ``read(fresh, folder)`` gives a model, into the base that ``fresh()`` is
+    or without it. Outputs that come back may differ by ``tolerance``, relative to the largest of them.
+    """
+
+    write: Callable[[nn.Module, Path], object]
+    read: Callable[[Callable[[], nn.Module], Path], nn.Module]
+    tolerance: float = 0.0
+
+
+Look = Callable[[nn.Module], list[Tensor]]
+
+
+def judge(
+    way: Way,
+    model: nn.Module,
+    fresh: Callable[[], nn.Module],
+    folder: Path,
+    look: Look,
+    warned: str = "",
+) -> Verdict:
+    """Send ``model`` by ``way``, and compare what ``look`` sees of it before and of what comes back.
+
+    A refusal to write must leave no file; one to read (kind *late*) is loud, but comes after writing. Writing must not
+    change the model. ``warned`` is a warning that came before.
+    """
+    folder.mkdir()
+    expected, names = look(model), names_of(model)
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        try:
+            way.write(model, folder)
+        except Exception as error:
+            left = [file.name for file in folder.iterdir()]
+            refused = refusal(error)
+            if refused.kind == REFUSED and left:
+                return Verdict(ERROR, f"refused to write, and left {left}")
+            return refused
+        try:
+            again = way.read(fresh, folder)
+        except Exception as error:
+            late = refusal(error)
+            return Verdict(LATE, late.detail) if late.kind == REFUSED else late
+    if difference(expected, look(model)):
+        return Verdict(ERROR, "writing changed the model")
+    return compare(again, look, expected, way.tolerance, warned or said(heard, names))
+
+
+def compare(again: nn.Module, look: Look, expected: list[Tensor], tolerance: float, warning: str) -> Verdict:
+    """The verdict on a model that came back, with the warning that came with it, if one did."""
+    try:
+        amount = difference(expected, look(again))
+    except Exception as error:
+        return Verdict(ERROR, f"forward of the loaded model: {first_line(error)}")
+    if amount <= tolerance:
+        return Verdict(SAME)
+    return Verdict(WARNED, warning) if warning else Verdict(SILENT, f"{amount:.1e}")
+
+
+def refusal(error: Exception) -> Verdict:
+    """*refused* for an error that says what is wrong: ours opens with an argument, a strict reader's lists names."""
+    text = str(error)
+    raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve()
+    ours = any(package in raised_in.parents for package in PACKAGES)
+    if ours and isinstance(error, (ValueError, TypeError)) and OPENING.match(text):
+        return Verdict(REFUSED, first_line(error))
+    if not ours and OTHERS_REFUSE.search(text):
+        return Verdict(REFUSED, first_line(error))
+    return Verdict(ERROR, f"{type(error).__name__}: {first_line(error)} ({raised_in.name})")
+
+
+def first_line(error: object) -> str:
+    return " ".join(str(error).split())[:300]
+
+
+def names_of(model: nn.Module) -> set[str]:
+    """Of its modules, parameters and buffers."""
+    modules = {name for name, _ in model.named_modules(remove_duplicate=False)}
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    return {*modules, *parameters, *(name for name, _ in model.named_buffers(remove_duplicate=False))} - {""}
+
+
+def said(heard: Iterable[warnings.WarningMessage], names: set[str]) -> str:
+    """The first UserWarning that names something of the model, or the paths."""
+    for warning in heard:
+        text = str(warning.message)
+        words = set(re.findall(r"[\w.]*\w", text))
+        if issubclass(warning.category, UserWarning) and (words & names or "paths" in words):
+            return first_line(text)
+    return ""
+
+
+@torch.no_grad()
+def outputs(model: nn.Module, inputs: Mapping[str, Any]) -> list[Tensor]:
+    """Every floating tensor that ``model`` returns in eval mode."""
+    torch.manual_seed(0)  # some models hash with random planes
+    return list(tensors_in(model.eval()(**inputs)))
+
+
+def tensors_in(value: object) -> Iterable[Tensor]:
+    if isinstance(value, Tensor):
+        if value.is_floating_point():
+            yield value
+    elif isinstance(value, (Mapping, list, tuple)):
+        for part in value.values() if isinstance(value, Mapping) else value:
+            yield from tensors_in(part)
+
+
+def difference(expected: list[Tensor], got: list[Tensor]) -> float:
+    """The largest over all outputs, each relative to its own largest value; infinite where they cannot be compared."""
+    if [(t.shape, t.dtype) for t in expected] != [(t.shape, t.dtype) for t in got]:
+        return float("inf")
+    largest = 0.0
+    for want, have in zip(expected, got):
+        if torch.equal(want, have) or not want.numel():
+            continue
+        amount = float((want.double() - have.double()).abs().max() / want.double().abs().max())
+        largest = max(largest, amount if amount == amount else float("inf"))
+    return largest
