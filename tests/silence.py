@@ -18,7 +18,7 @@ PACKAGES = [Path(__file__).resolve().parents[1] / name for name in ("glora", "gl
 # How the strict readers of others say what they miss: they list names, or say which tensors are one.
 OTHERS_REFUSE = re.compile(
     r"Error\(s\) in loading state_dict|ignore_mismatched_sizes|Some tensors share memory|"
-    r"Target module .* is not supported|Target modules .* not found|You can only use"
+    r"Serialization of parametrized modules"
 )
 # What a message of ours starts with: an argument, a file, a layer.
 OPENING = re.compile(r"^(layer '[^']*'|[^\s:]+): \S")
@@ -69,11 +69,7 @@ def judge(
         try:
             way.write(model, folder)
         except Exception as error:
-            left = [file.name for file in folder.iterdir()]
-            refused = refusal(error)
-            if refused.kind == REFUSED and left:
-                return Verdict(ERROR, f"refused to write, and left {left}")
-            return refused
+            return refused_to_write(error, folder)
         try:
             again = way.read(fresh, folder)
         except Exception as error:
@@ -84,6 +80,14 @@ def judge(
     return compare(again, look, expected, way.tolerance, warned or said(heard, names))
 
 
+def refused_to_write(error: Exception, folder: Path) -> Verdict:
+    """As :func:`refusal`; what we refuse to write leaves no file."""
+    refused, left = refusal(error), [file.name for file in folder.iterdir()]
+    if left and refused.kind == REFUSED and raised_by_us(error):
+        return Verdict(ERROR, f"refused to write, and left {left}")
+    return refused
+
+
 def compare(again: nn.Module, look: Look, expected: list[Tensor], tolerance: float, warning: str) -> Verdict:
     """The verdict on a model that came back, with the warning that came with it, if one did."""
     try:
@@ -91,20 +95,26 @@ def compare(again: nn.Module, look: Look, expected: list[Tensor], tolerance: flo
     except Exception as error:
         return Verdict(ERROR, f"forward of the loaded model: {first_line(error)}")
     if amount <= tolerance:
-        return Verdict(SAME)
+        return Verdict(SAME, f"{amount:.1e}" if amount else "")
     return Verdict(WARNED, warning) if warning else Verdict(SILENT, f"{amount:.1e}")
 
 
 def refusal(error: Exception) -> Verdict:
     """*refused* for an error that says what is wrong: ours opens with an argument, a strict reader's lists names."""
-    text = str(error)
-    raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve()
-    ours = any(package in raised_in.parents for package in PACKAGES)
+    text, ours = str(error), raised_by_us(error)
     if ours and isinstance(error, (ValueError, TypeError)) and OPENING.match(text):
         return Verdict(REFUSED, first_line(error))
     if not ours and OTHERS_REFUSE.search(text):
         return Verdict(REFUSED, first_line(error))
-    return Verdict(ERROR, f"{type(error).__name__}: {first_line(error)} ({raised_in.name})")
+    return Verdict(ERROR, f"{type(error).__name__}: {first_line(error)} ({_raised_in(error).name})")
+
+
+def raised_by_us(error: Exception) -> bool:
+    return any(package in _raised_in(error).parents for package in PACKAGES)
+
+
+def _raised_in(error: Exception) -> Path:
+    return Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve()
 
 
 def first_line(error: object) -> str:
@@ -130,9 +140,18 @@ def said(heard: Iterable[warnings.WarningMessage], names: set[str]) -> str:
 
 @torch.no_grad()
 def outputs(model: nn.Module, inputs: Mapping[str, Any]) -> list[Tensor]:
-    """Every floating tensor that ``model`` returns in eval mode."""
+    """Every floating tensor that ``model`` returns in eval mode.
+
+    All parameters are frozen meanwhile: torch multiplies batches in another order where a weight requires grad.
+    """
+    flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    model.eval().requires_grad_(False)
     torch.manual_seed(0)  # some models hash with random planes
-    return list(tensors_in(model.eval()(**inputs)))
+    try:
+        return list(tensors_in(model(**inputs)))
+    finally:
+        for parameter, flag in flags.items():
+            parameter.requires_grad_(flag)
 
 
 def tensors_in(value: object) -> Iterable[Tensor]:
