@@ -1,4 +1,15 @@
-"""What a round trip comes to: the same outputs, a refusal, a warning by name, or a difference without a word."""
+"""What a round trip comes to: the same outputs, a refusal, a warning by name, or a difference without a word.
+
+==========  =======================================================================================
+same        the same outputs
+refused     before anything was written, with a message that names the argument
+late        when others read it, by an error that lists names: loud, but after writing
+warned      a difference, and a UserWarning that names what is lost, or the paths
+SILENT      a difference, and none
+UNREADABLE  we wrote a file that we ourselves refuse to read for the same model
+ERROR       any other exception; files left by a refusal; a model changed by writing
+==========  =======================================================================================
+"""
 
 from __future__ import annotations
 
@@ -12,8 +23,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-SAME, REFUSED, LATE, WARNED, SILENT, ERROR = "same", "refused", "late", "warned", "SILENT", "ERROR"
-FAILURES = (SILENT, ERROR)
+SAME, REFUSED, LATE, WARNED = "same", "refused", "late", "warned"
+SILENT, UNREADABLE, ERROR = "SILENT", "UNREADABLE", "ERROR"
+FAILURES = (SILENT, UNREADABLE, ERROR)
 PACKAGES = [Path(__file__).resolve().parents[1] / name for name in ("glora", "glora_kernels")]
 # How the strict readers of others say what they miss: they list names, or say which tensors are one.
 OTHERS_REFUSE = re.compile(
@@ -34,11 +46,23 @@ class Verdict(NamedTuple):
         return f"{self.kind} {self.detail}" if self.kind in FAILURES else self.kind
 
 
+class Looking(NamedTuple):
+    """Called with a model: every floating tensor that it returns for ``inputs``, whatever it warns of."""
+
+    inputs: Mapping[str, Any]
+
+    def __call__(self, model: nn.Module) -> list[Tensor]:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return outputs(model, self.inputs)
+
+
 class Way(NamedTuple):
     """A way to save and to load.
 
-    ``write(model, folder)`` puts files there; ``read(fresh, folder)`` gives a model, into the base that ``fresh()`` is
-    or without it. Outputs that come back may differ by ``tolerance``, relative to the largest of them.
+    ``write(model, folder)`` puts files there, and returns the model that must come back if that is another one;
+    ``read(fresh, folder)`` gives a model, into the base that ``fresh()`` is or without it. Outputs that come back may
+    differ by ``tolerance``, relative to the largest of them.
     """
 
     write: Callable[[nn.Module, Path], object]
@@ -46,37 +70,36 @@ class Way(NamedTuple):
     tolerance: float = 0.0
 
 
-Look = Callable[[nn.Module], list[Tensor]]
-
-
 def judge(
     way: Way,
     model: nn.Module,
     fresh: Callable[[], nn.Module],
     folder: Path,
-    look: Look,
+    look: Looking,
     warned: str = "",
 ) -> Verdict:
     """Send ``model`` by ``way``, and compare what ``look`` sees of it before and of what comes back.
 
-    A refusal to write must leave no file; one to read (kind *late*) is loud, but comes after writing. Writing must not
-    change the model. ``warned`` is a warning that came before.
+    ``warned`` is a warning that came before.
     """
     folder.mkdir()
     expected, names = look(model), names_of(model)
     with warnings.catch_warnings(record=True) as heard:
         warnings.simplefilter("always")
         try:
-            way.write(model, folder)
+            sent = way.write(model, folder)
         except Exception as error:
             return refused_to_write(error, folder)
         try:
             again = way.read(fresh, folder)
         except Exception as error:
             late = refusal(error)
-            return Verdict(LATE, late.detail) if late.kind == REFUSED else late
+            kind = UNREADABLE if raised_by_us(error) else LATE
+            return Verdict(kind, late.detail) if late.kind == REFUSED else late
     if difference(expected, look(model)):
         return Verdict(ERROR, "writing changed the model")
+    if isinstance(sent, nn.Module):
+        expected = look(sent)
     return compare(again, look, expected, way.tolerance, warned or said(heard, names))
 
 
@@ -88,7 +111,7 @@ def refused_to_write(error: Exception, folder: Path) -> Verdict:
     return refused
 
 
-def compare(again: nn.Module, look: Look, expected: list[Tensor], tolerance: float, warning: str) -> Verdict:
+def compare(again: nn.Module, look: Looking, expected: list[Tensor], tolerance: float, warning: str) -> Verdict:
     """The verdict on a model that came back, with the warning that came with it, if one did."""
     try:
         amount = difference(expected, look(again))
