@@ -16,7 +16,7 @@ COVER = (
     "timm/deit",  # two heads
     "timm/fastvit",  # reparameterize_model
     "timm/levit",  # linear layers followed by batch norm, folded into them; two heads
-    "timm/mobilenetv3",  # a Linear of its own for the classifier
+    "timm/mobilenetv3, lcnet",  # a Linear of its own for the classifier
     "timm/nfnet",  # standardised convolutions
     "timm/swin_transformer_v2",  # reads the weight of qkv without calling it
     "timm/vision_transformer",
