@@ -28,7 +28,7 @@ import glora
 from tests.glora.toys import generator
 from tests.helpers import TEST_SEED
 from tests.silence import FAILURES, Looking, Verdict, Way, difference, judge, refusal
-from tests.sweep import WHOLE, quiet, randomize, read_state, train_step, write_state
+from tests.sweep import WHOLE, from_pretrained, quiet, randomize, read_state, train_step, write_state
 from tests.toy_models import CLASSES, SAMPLES, Tiny, Toy, draw, draw_tiny
 
 # Of merged models and of PEFT's, relative to the largest output: what rounding comes to in the type of the model.
@@ -163,7 +163,7 @@ def _whole(toy: Toy, model: nn.Module) -> Way:
 def _pretrained(toy: Tiny, model: nn.Module) -> Way:
     return Way(
         lambda model, folder: model.save_pretrained(folder / "model"),  # type: ignore[operator]
-        lambda fresh, folder: type(fresh()).from_pretrained(folder / "model"),  # type: ignore[attr-defined]
+        lambda fresh, folder: from_pretrained(fresh(), folder / "model"),
     )
 
 

@@ -272,8 +272,13 @@ def native(family: Family) -> Way:
         return Way(write_state, lambda fresh, folder: family.reload(folder / "state.pt"))
     return Way(
         lambda model, folder: model.save_pretrained(folder),  # type: ignore[operator]
-        lambda fresh, folder: type(fresh()).from_pretrained(folder),  # type: ignore[attr-defined]
+        lambda fresh, folder: from_pretrained(fresh(), folder),
     )
+
+
+def from_pretrained(base: nn.Module, folder: Path) -> nn.Module:
+    """A copy, since tensors mapped from a file lie at odd addresses, where the CPU sums in another order."""
+    return copy.deepcopy(type(base).from_pretrained(folder))  # type: ignore[attr-defined]
 
 
 def write_state(model: nn.Module, folder: Path) -> None:
