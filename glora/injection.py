@@ -16,6 +16,7 @@ from .model_summary import describe, unadaptable
 from .modules import glora_layers, matches, replace_modules
 from .packages import is_a
 from .pretrained import guard_saving
+from .readers import read_by_others, read_by_torch, warn_of_readers
 from .wrappers import modules_by_name, named_modules
 
 
@@ -119,7 +120,7 @@ def adapt(model: nn.Module, ranks: Mapping[nn.Module, int], product: str, kept: 
     """
     require_free(model)
     names = {module: name for name, module in named_modules(model)}
-    readers = _read_directly(names)
+    readers = read_by_torch(names)
     for module in ranks:
         if module in readers:
             raise _bypassed(names[module], readers[module])
@@ -141,6 +142,7 @@ def adapt(model: nn.Module, ranks: Mapping[nn.Module, int], product: str, kept: 
             parameter.requires_grad_(False)
     replace_modules(model, replacements)
     guard_saving(model)
+    warn_of_readers("inject", model, {new: names[old] for old, new in replacements.items()})
 
 
 def require_free(model: nn.Module) -> None:
@@ -194,7 +196,7 @@ def _choose(
     heads: Mapping[str, nn.Module],
 ) -> list[nn.Module]:
     chosen: dict[nn.Module, None] = {}
-    readers = _read_directly(named.values())
+    readers, others = read_by_torch(named.values()), read_by_others(named.values(), always=True)
     for name, module in named.items():
         if module in spared or not isinstance(module, tuple(kinds)):
             continue
@@ -204,7 +206,10 @@ def _choose(
         exact = type(module) in kinds
         if module in readers and (exact or targets is not None):
             raise _bypassed(name, readers[module])
-        if exact:
+        if module in others:
+            if targets is not None:
+                raise _bypassed(name, others[module])
+        elif exact:
             chosen[module] = None
         elif targets is not None:
             base = next(qualified_name(kind) for kind in kinds if isinstance(module, kind))
@@ -242,21 +247,8 @@ def _hints(
     return "".join(f"; {hint}" for hint in hints)
 
 
-def _read_directly(modules: Iterable[nn.Module]) -> dict[nn.Module, str]:
-    """The linear layers whose weights a module of PyTorch's own reads without calling them, and which module does."""
-    read: dict[nn.Module, str] = {}
-    for module in modules:
-        if isinstance(module, nn.TransformerEncoderLayer):
-            read |= {module.linear1: "TransformerEncoderLayer", module.linear2: "TransformerEncoderLayer"}
-        elif isinstance(module, nn.MultiheadAttention):
-            read[module.out_proj] = "MultiheadAttention"
-    return read
-
-
 def _bypassed(name: str, reader: str) -> TypeError:
-    return TypeError(
-        f"model: {name!r} belongs to an nn.{reader}, which reads its weight without calling it; exclude it"
-    )
+    return TypeError(f"model: {name!r} belongs to {reader}, which reads its weight without calling it; exclude it")
 
 
 def _check_kept(model: nn.Module, chosen: Iterable[nn.Module], kept: set[int]) -> None:

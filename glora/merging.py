@@ -19,6 +19,7 @@ from .layer import GLoRALayer, is_bare, qualified_name
 from .modules import evaluating, listed, replace_modules, replaced_modules, require_layers
 from .pretrained import Home, guard_saving, homes, release_saving
 from .quantised import GLoRAQuantisedLinear
+from .readers import warn_of_readers
 from .wrappers import modules_by_name
 
 
@@ -140,8 +141,8 @@ def merge(
     """Replace every adapted layer of ``model`` by a plain one of the type it was made from, in place.
 
     The merged model has the names, shapes and module types that it had before ``inject``, and so its
-    cost; only a weight that was tied to another module is a parameter of its own afterwards, as the
-    report says. Tying it again undoes the merge: transformers' ``tie_weights()`` does, unless the model's
+    cost; only a weight that was tied to another module is a parameter of its own afterwards, as a warning and the
+    report say. Tying it again undoes the merge: transformers' ``tie_weights()`` does, unless the model's
     ``config.tie_word_embeddings`` is set to False.
     Effective weights are formed in fp32 (fp64 for fp64) and rounded once.
 
@@ -192,6 +193,7 @@ def merge(
         if layer.compiled_with is not None:
             args, kwargs = layer.compiled_with
             merged[name].compile(*args, **kwargs)
+    warn_of_readers("merge", model, {layer: name for name, layer in layers.items()})
     replace_modules(model, replacements)
     release_saving(model)
     dropped = [name for home in places if not home.switches for name in home.full(home.dropped)]
@@ -209,6 +211,12 @@ def merge(
         switched,
     )
     _warn_of_lost_biases(model, report)
+    if untied := [layer.name for layer in entries if layer.untied]:
+        warnings.warn(
+            f"merge: {listed(untied)} had the weight of another module; now they have their own, which is "
+            "lost in a model that ties them (Transformers: set config.tie_word_embeddings to False before saving)",
+            stacklevel=2,
+        )
     return report
 
 

@@ -12,6 +12,7 @@ from .adapters import adapters
 from .layer import GLoRALayer, qualified_name
 from .modules import glora_layers
 from .parameters import count_parameters
+from .readers import read_by_others
 
 # A parameter of three dimensions is taken for many matrices (the experts of a mixture) from this share of all of them.
 NOTEWORTHY = 0.05
@@ -92,12 +93,14 @@ def unadaptable(named: Mapping[str, nn.Module], kinds: Iterable[type[nn.Module]]
     kinds = tuple(kinds)
     matrices = sum(p.numel() for module in set(named.values()) for p in module.parameters(False) if p.ndim >= 2)
     projections = {m.out_proj for m in named.values() if isinstance(m, nn.MultiheadAttention)}
+    read = read_by_others(named.values(), always=True)
     found: dict[nn.Module, str] = {}
     for name, module in named.items():
+        bypassed = isinstance(module, kinds) and module in read
         subclass = isinstance(module, kinds) and type(module) not in kinds and module not in projections
         stacks = [p for p in module.parameters(recurse=False) if _is_stack(module, p)]
         many = sum(p.numel() for p in stacks) > NOTEWORTHY * matrices
-        if subclass or isinstance(module, nn.MultiheadAttention) or many:
+        if bypassed or subclass or isinstance(module, nn.MultiheadAttention) or many:
             found.setdefault(module, name)
     return list(found.values())
 
@@ -112,6 +115,7 @@ def describe(named: Mapping[str, nn.Module]) -> str:
 
 
 def _frozen(model: nn.Module, of_layers: set[int]) -> Iterable[tuple[str, str]]:
+    read = read_by_others(model.modules(), always=True)
     users = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
     for prefix, module in model.named_modules():
         if isinstance(module, GLoRALayer):
@@ -122,6 +126,8 @@ def _frozen(model: nn.Module, of_layers: set[int]) -> Iterable[tuple[str, str]]:
             if users[id(parameter)] > 1:
                 layer = " that is adapted" if id(parameter) in of_layers else ""
                 yield name, f"{qualified_name(type(module))}, tied to another module{layer}"
+            elif module in read:
+                yield name, f"{qualified_name(type(module))}, which {read[module]} reads without calling it"
             else:
                 yield name, _reason(module, parameter)
 

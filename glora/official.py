@@ -9,6 +9,7 @@ file: the search has it, a dict such as ``{"A": "LoRA_4", "B": "vector", ...}`` 
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -20,7 +21,7 @@ from .contents import check_written, warn_of_statistics
 from .distributed import require_whole
 from .files import require_file, write_atomically
 from .layer import SUPPORT_NAMES, GLoRALinear
-from .modules import require_layers, require_linear_layers
+from .modules import glora_layers, require_layers, require_linear_layers
 from .parameters import trainable_parameters
 from .paths import Paths
 from .wrappers import modules_by_name, named_modules, named_parameters, tensors_in
@@ -38,7 +39,7 @@ def load_official(
 
     Args:
         configurations: as for :func:`official_paths`; None leaves the paths of an adapted model as they are, and those
-            of a plain one as :func:`glora.inject` sets them, every tensor at its largest.
+            of a plain one as :func:`glora.inject` sets them, every tensor at its largest, with a warning.
 
     Returns:
         ``model`` itself.
@@ -60,7 +61,15 @@ def load_official(
         for i, (name, path) in enumerate(paths.items()):
             if path.rank > ranks[name]:
                 raise ValueError(f"configurations[{i}]: expected ranks up to {ranks[name]} (of {file}), got {path}")
-    return apply_adapter(model, Description("hadamard", ranks, paths), tensors, file)
+    plain = not glora_layers(model)
+    apply_adapter(model, Description("hadamard", ranks, paths), tensors, file)
+    if plain and paths is None:
+        warnings.warn(
+            f"load_official: {file} holds no paths, every tensor is read at its largest; give configurations of the "
+            "search, or call glora.set_paths",
+            stacklevel=2,
+        )
+    return model
 
 
 def save_official(model: nn.Module, file: str | os.PathLike) -> None:

@@ -1,0 +1,68 @@
+"""Layers whose weight another module reads without a call are named, or left alone where they are never called."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import glora
+from glora import glora_layers, inject
+from glora.readers import read_by_others
+
+
+class Reads(nn.Module):
+    """Never calls ``read``; reads no more than the form of ``called``."""
+
+    def __init__(self):
+        super().__init__()
+        self.read, self.called = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.read.weight.data.normal_()
+
+    def forward(self, x):
+        x = x.to(self.called.weight.dtype)  # self.called.weight
+        return self.called(self._project(x))
+
+    def _project(self, x):
+        return F.linear(x, self.read.weight) if isinstance(self.called.weight, torch.Tensor) else x
+
+
+class ReadsAtTimes(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc1, self.sure = nn.Linear(4, 4), False
+
+    def forward(self, x):
+        return self.fc1(x) if self.sure else F.linear(x, self.fc1.weight)
+
+
+def test_what_is_read_by_its_source():
+    model = Reads()
+    assert read_by_others([model], always=True) == {model.read: "Reads"}
+    assert read_by_others([model], always=False) == {}
+    at_times = ReadsAtTimes()
+    assert read_by_others([at_times], always=False) == {at_times.fc1: "ReadsAtTimes"}
+
+
+def test_a_layer_that_is_never_called_is_not_adapted():
+    with pytest.warns(UserWarning, match=r"1 modules .* cannot be adapted and stay frozen: 1 Linear \('read'\)"):
+        model = inject(Reads(), 2)
+    assert list(glora_layers(model)) == ["called"]
+    assert "which Reads reads without calling it" in glora.summary(model).frozen["read.weight"]
+    with pytest.raises(TypeError, match=r"'read' belongs to Reads, which reads its weight without calling it"):
+        inject(Reads(), 2, targets=["read"])
+
+
+def test_a_layer_that_is_read_at_times_is_named():
+    said = r"ReadsAtTimes reads the weight of 'fc1' without a call, in some branch at least"
+    with pytest.warns(UserWarning, match=f"inject: {said}"):
+        model = inject(ReadsAtTimes(), 2)
+    with pytest.warns(UserWarning, match=f"merge: {said}"):
+        glora.merge(model)
+
+
+def test_a_class_without_source_is_passed_over():
+    scope = {"nn": nn}
+    exec("class Typed(nn.Module):\n def forward(self, x):\n  return x @ self.fc1.weight", scope)
+    model = scope["Typed"]()
+    model.fc1 = nn.Linear(4, 4)
+    assert read_by_others([model], always=True) == {}
