@@ -13,7 +13,7 @@ from .distributed import holds_shards
 from .heads import find_heads
 from .layer import qualified_name
 from .model_summary import describe, unadaptable
-from .modules import glora_layers, matches, replace_modules
+from .modules import glora_layers, matches, replace_modules, require_model
 from .packages import is_a
 from .pretrained import guard_saving
 from .readers import read_by_others, read_by_torch, warn_of_readers
@@ -70,6 +70,7 @@ def inject(
         >>> model.fc.weight.requires_grad, type(model.conv1).__name__
         (True, 'GLoRAConv2d')
     """
+    require_model(model)
     targets = None if targets is None else _checked_names("targets", targets)
     excluded = _checked_names("exclude", exclude)
     named_heads = None if heads is None else _checked_names("heads", heads)
@@ -93,7 +94,8 @@ def inject(
     spared = left_alone | head_modules
     if targets is not None:
         _check_targets(targets, named, left_alone, head_modules, kinds)
-    chosen = _choose(named, targets, spared, kinds, recognised)
+    read = read_by_others(model.modules(), always=True)
+    chosen = _choose(named, targets, spared, kinds, recognised, read)
     kept = _own_parameters(left_alone | heads_in_full)
     _check_kept(model, chosen, kept)
     kept |= _own_parameters(head_modules) - _own_parameters(set(model.modules()) - head_modules)
@@ -108,7 +110,7 @@ def inject(
             "trains them",
             stacklevel=2,
         )
-    _warn_of_unadaptable({name: module for name, module in considered.items() if module not in spared}, kinds)
+    _warn_of_unadaptable({name: module for name, module in considered.items() if module not in spared}, kinds, read)
     return model
 
 
@@ -194,9 +196,10 @@ def _choose(
     spared: set[nn.Module],
     kinds: Sequence[type[nn.Module]],
     heads: Mapping[str, nn.Module],
+    read: Mapping[nn.Module, str],
 ) -> list[nn.Module]:
     chosen: dict[nn.Module, None] = {}
-    readers, others = read_by_torch(named.values()), read_by_others(named.values(), always=True)
+    readers = read_by_torch(named.values())
     for name, module in named.items():
         if module in spared or not isinstance(module, tuple(kinds)):
             continue
@@ -206,9 +209,9 @@ def _choose(
         exact = type(module) in kinds
         if module in readers and (exact or targets is not None):
             raise _bypassed(name, readers[module])
-        if module in others:
+        if module in read:
             if targets is not None:
-                raise _bypassed(name, others[module])
+                raise _bypassed(name, read[module])
         elif exact:
             chosen[module] = None
         elif targets is not None:
@@ -300,9 +303,11 @@ def _check_targets(
         )
 
 
-def _warn_of_unadaptable(named: Mapping[str, nn.Module], kinds: Sequence[type[nn.Module]]) -> None:
+def _warn_of_unadaptable(
+    named: Mapping[str, nn.Module], kinds: Sequence[type[nn.Module]], read: Mapping[nn.Module, str]
+) -> None:
     """A word on linear weights that stay frozen without the caller having asked for that."""
-    found = unadaptable(named, kinds)
+    found = unadaptable(named, kinds, read)
     if found:
         warnings.warn(
             f"inject: {len(found)} modules with linear weights cannot be adapted and stay frozen: "

@@ -139,14 +139,13 @@ def load_lycoris(
     require_whole(model)
     found = _resolve(model, _read(file), prefix, file)
     used = _layout(model, found, layout, file)
+    modules = modules_by_name(model)
     adapters = {
-        name: _folded(name, entries, used, _form(model.get_submodule(name)).positions, file)
-        for name, entries in found.items()
+        name: _folded(name, entries, used, _form(modules[name]).positions, file) for name, entries in found.items()
     }
     layers = glora_layers(model)
     _check_fit(model, layers, adapters, file)
     if not layers:
-        modules = modules_by_name(model)
         ranks = {modules[name]: adapter.storage_rank for name, adapter in adapters.items()}
         adapt(model, ranks, "matmul", kept=set())
         layers = glora_layers(model)
@@ -345,7 +344,8 @@ def _resolve(
     if ambiguous:
         raise ValueError(f"{file}: expected names that fit one layer, these layers share theirs: {ambiguous}")
     resolved = {names[key][0]: entries for key, entries in found.items()}
-    grouped = [name for name in resolved if getattr(model.get_submodule(name), "groups", 1) > 1]
+    modules = modules_by_name(model)
+    grouped = [name for name in resolved if getattr(modules[name], "groups", 1) > 1]
     if grouped:
         raise ValueError(
             f"{file}: expected convolutions without groups, since a1, a2 and b2 of LyCORIS span the channels of all "

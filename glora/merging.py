@@ -316,10 +316,11 @@ def _warn_of_lost_biases(model: nn.Module, report: MergeReport) -> None:
 def _is_fused(model: nn.Module, name: str) -> bool:
     """Whether a module around this layer offers to fuse it with a batch norm beside it."""
     parents = [".".join(name.split(".")[:depth]) for depth in range(name.count(".") + 1)]
-    if not any(isinstance(child, _BatchNorm) for child in model.get_submodule(parents[-1]).children()):
+    modules = modules_by_name(model)
+    if not any(isinstance(child, _BatchNorm) for child in modules[parents[-1]].children()):
         return False
     offers = ("reparameterize", "fuse", "switch_to_deploy")
-    return any(hasattr(type(model.get_submodule(parent)), offer) for parent in parents for offer in offers)
+    return any(hasattr(type(modules[parent]), offer) for parent in parents for offer in offers)
 
 
 def _check_quantised(requantise: bool, layers: Mapping[str, GLoRALayer]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -88,12 +88,13 @@ def summary(model: nn.Module) -> Summary:
     )
 
 
-def unadaptable(named: Mapping[str, nn.Module], kinds: Iterable[type[nn.Module]]) -> list[str]:
-    """The modules of ``named`` with linear weights that look like what ``kinds`` adapt and cannot be adapted."""
+def unadaptable(
+    named: Mapping[str, nn.Module], kinds: Iterable[type[nn.Module]], read: Container[nn.Module]
+) -> list[str]:
+    """Those of ``named`` with linear weights that look like ``kinds`` and cannot be adapted, or are ``read``."""
     kinds = tuple(kinds)
     matrices = sum(p.numel() for module in set(named.values()) for p in module.parameters(False) if p.ndim >= 2)
     projections = {m.out_proj for m in named.values() if isinstance(m, nn.MultiheadAttention)}
-    read = read_by_others(named.values(), always=True)
     found: dict[nn.Module, str] = {}
     for name, module in named.items():
         bypassed = isinstance(module, kinds) and module in read

@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .modules import glora_layers
+from .modules import glora_layers, listed
 from .packages import is_a
+from .wrappers import modules_by_name, named_modules
 
 _Shapes = dict[str, torch.Size]
 
@@ -58,12 +59,13 @@ class SavingGuard:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         caller = extract_stack(limit=2)[0]
         place = caller.filename, caller.lineno
-        if place not in self._told and glora_layers(self.module):
+        layers = list(glora_layers(self.module))
+        if place not in self._told and layers:
             self._told.add(place)
             kind = type(self.module).__name__
             warnings.warn(
                 f"save_pretrained: the model is not merged, and {kind}.from_pretrained will drop what GLoRA has learnt "
-                "(it loads the bare base). Call glora.merge(model) first; or keep the adapter by "
+                f"in {listed(layers)} (it loads the bare base). Call glora.merge(model) first; or keep the adapter by "
                 "glora.save_adapter(model, file), and put it into the base by glora.load_adapter",
                 stacklevel=2,
             )
@@ -72,7 +74,7 @@ class SavingGuard:
 
 
 def _savers(model: nn.Module) -> dict[str, Any]:
-    return {name: module for name, module in model.named_modules() if hasattr(type(module), "save_pretrained")}
+    return {name: module for name, module in named_modules(model) if hasattr(type(module), "save_pretrained")}
 
 
 # -- created biases ----------------------------------------------------------------------------------------------------
@@ -103,12 +105,12 @@ class Home:
 
     def switch(self, model: nn.Module, on: bool) -> None:
         """Set or reset the entries of the config, and the biases of zeros."""
-        part: Any = model.get_submodule(self.name)
+        part: Any = modules_by_name(model)[self.name]
         for entry in self.switches:
             parents, last = _split(entry)
             setattr(reduce(getattr, parents, part.config), last, on)
         for name, shape in (self.zeros or {}).items():
-            module: Any = part.get_submodule(name)
+            module: Any = modules_by_name(part)[name]
             module.register_parameter("bias", _zeros(shape, module.weight, part) if on else None)
 
 
@@ -155,7 +157,7 @@ def _places(part: nn.Module, config: Any, entries: Sequence[str], without: _Shap
     built = _shapes_built(part, changed)
     if built is None or any(built.get(name) != shape for name, shape in without.items()):
         return {}
-    modules = dict(part.named_modules())
+    modules = modules_by_name(part)
     added = {name: shape for name, shape in built.items() if name not in without}
     layers = {name.removesuffix(".bias"): shape for name, shape in added.items()}
     fit = all(layer in modules and _takes_bias(modules[layer]) for layer in layers)

@@ -163,7 +163,9 @@ def adapt(base: nn.Module) -> tuple[nn.Module, dict[str, Any]]:
     model, options = copy.deepcopy(base), {}
     while True:
         try:
-            return glora.inject(model, RANK, **options), options
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # what stays frozen is no difference
+                return glora.inject(model, RANK, **options), options
         except (TypeError, ValueError) as error:
             text = str(error)
             if "convolutions" not in options and ("found none" in text or "convolutions=True" in text):
@@ -320,15 +322,15 @@ def _merged(
                 verdict = Verdict(ERROR, f"merge refused and changed the model: {verdict.detail}")
             return {"merge": verdict}
     warned = said(heard, names_of(model))
-    verdicts = {"merge": compare(merged, look, expected, ROUNDING, "")}
+    verdicts = {"merge": compare(merged, look, expected, ROUNDING, warned)}
     for step, way in merged_ways(family).items():
         verdicts[step] = _sent(way, merged, fresh, folder.with_name(f"{folder.name}-{step}"), look, warned)
-    if family.package == "timm" and (fused := _fused(merged, fresh(), look)):
+    if family.package == "timm" and (fused := _fused(merged, fresh(), look, warned)):
         verdicts["fused"] = fused
     return verdicts
 
 
-def _fused(merged: nn.Module, base: nn.Module, look: Looking) -> Verdict | None:
+def _fused(merged: nn.Module, base: nn.Module, look: Looking, warned: str) -> Verdict | None:
     """timm's ``reparameterize_model`` of the merged model; None where it does nothing, or is not exact for the base."""
     from timm.utils.model import reparameterize_model
 
@@ -342,7 +344,7 @@ def _fused(merged: nn.Module, base: nn.Module, look: Looking) -> Verdict | None:
             fused = reparameterize_model(merged)
         except Exception as error:  # timm's, such as an assertion that a convolution has no bias: loud, but late
             return Verdict(LATE, f"{type(error).__name__}: {first_line(error)}")
-    return compare(fused, look, look(merged), FOLDING, said(heard, names_of(merged)))
+    return compare(fused, look, look(merged), FOLDING, warned or said(heard, names_of(merged)))
 
 
 # -- the command -----------------------------------------------------------------------------------

@@ -238,8 +238,8 @@ def test_some_paths_say_what_to_type():
     with unchanged(model := adapted_mlp()), pytest.raises(ValueError) as refused:
         glora.set_paths(model, {"fc2": PathConfig(B="vector")})
     assert str(refused.value) == (
-        "paths: expected exactly the 2 adapted layers of the model; missing ['fc1'], unknown []; to change some: "
-        "p = glora.get_paths(model); p[name] = ...; glora.set_paths(model, p)"
+        "paths: expected exactly the 2 adapted layers of the model, each once; missing ['fc1'], unknown []; to change "
+        "some: p = glora.get_paths(model); p[name] = ...; glora.set_paths(model, p)"
     )
     p = glora.get_paths(model)
     p["fc2"] = PathConfig(B="vector")

@@ -404,7 +404,7 @@ def grouped():
 def test_groups_are_refused_by_name(file):
     conv_file(file, model=grouped())
     assert_refused(grouped(), file, r"expected convolutions without groups, .* got \['deep'\]")
-    model = inject(grouped(), 2, product="matmul", convolutions=True)
+    model = inject(grouped(), 2, product="matmul", convolutions=True, heads=())
     set_paths(model, dict.fromkeys(("deep", "fc"), PathConfig(B="lora_2")))
     with pytest.raises(ValueError, match=r"got \['deep \(groups=4\)'\]"):
         save_lycoris(model, file)

@@ -88,6 +88,12 @@ def trained(rank=3):
     return model
 
 
+def loaded_without_paths(file):
+    """Into a plain model, which says that it was not told them."""
+    with pytest.warns(UserWarning, match=r"holds no paths.*glora.set_paths"):
+        return load_official(tiny_vit(), file)
+
+
 models = pytest.mark.parametrize("make", [tiny_vit, trained], ids=["plain", "adapted"])
 
 
@@ -95,12 +101,6 @@ models = pytest.mark.parametrize("make", [tiny_vit, trained], ids=["plain", "ada
 
 
 @models
-def loaded_without_paths(file):
-    """Into a plain model, which says that it was not told them."""
-    with pytest.warns(UserWarning, match=r"holds no paths.*glora.set_paths"):
-        return load_official(tiny_vit(), file)
-
-
 @pytest.mark.parametrize("rank", [1, 3])
 def test_computes_what_the_official_code_does(file, make, rank):
     tensors = saved(file, rank)
