@@ -22,7 +22,7 @@ from glora_kernels.terms import PRODUCTS
 
 from .adapters import adapters
 from .config import PathConfig
-from .contents import Slot, check_written, require_fit, slots, statistics
+from .contents import Slot, buffers_beside, check_written, require_fit, slots, statistics
 from .differences import listed
 from .distributed import require_whole
 from .files import require_file, write_atomically
@@ -61,7 +61,7 @@ def save_adapter(model: nn.Module, file: str | os.PathLike) -> None:
     trained = {id(p) for p in trainable_parameters(model)} | support
     tensors: dict[str, Tensor] = {name: p for name, p in named_parameters(model) if id(p) in trained}
     check_written(tensors)
-    buffers = _buffers_beside(model, layers)
+    buffers = buffers_beside(model, layers.values())
     unstorable = [name for name, buffer in buffers.items() if not _storable(buffer)]
     if unstorable:
         warnings.warn(f"buffers that safetensors cannot hold are left out: {listed(unstorable)}", stacklevel=2)
@@ -74,12 +74,6 @@ def save_adapter(model: nn.Module, file: str | os.PathLike) -> None:
     copies = {name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
     content = save(copies, metadata={"glora": json.dumps(description)})
     write_atomically(file, lambda stream: stream.write(content))
-
-
-def _buffers_beside(model: nn.Module, layers: Mapping[str, GLoRALayer]) -> dict[str, Tensor]:
-    """What is in ``model.state_dict()``, but no parameter and in no adapted layer."""
-    inside = {id(buffer) for layer in layers.values() for buffer in layer.buffers()}
-    return {name: buffer for name, buffer in named_buffers(model, persistent=True) if id(buffer) not in inside}
 
 
 def _storable(buffer: Tensor) -> bool:

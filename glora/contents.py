@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -135,12 +135,24 @@ def require_held(absent: Iterable[str]) -> None:
         )
 
 
-def warn_of_statistics(model: nn.Module, carried: Container[str] = ()) -> None:
-    """Warn, by name, of norm layers whose statistics a format of others has no place for, but those ``carried``."""
-    lost = [name for name in dict.fromkeys(statistics(model).values()) if name not in carried]
-    if lost:
+def buffers_beside(model: nn.Module, layers: Iterable[nn.Module]) -> dict[str, Tensor]:
+    """What is in ``model.state_dict()``, but no parameter and in none of ``layers``."""
+    inside = {id(buffer) for layer in layers for buffer in layer.buffers()}
+    return {name: buffer for name, buffer in named_buffers(model, persistent=True) if id(buffer) not in inside}
+
+
+def warn_of_buffers(model: nn.Module, layers: Iterable[nn.Module], carried: tuple[str, ...] = ()) -> None:
+    """Warn, by name, of what training may change and a format of others has no place for.
+
+    These are the statistics of norm layers and every other floating buffer of the state dict, but those of ``layers``
+    and of the modules ``carried``.
+    """
+    norms = statistics(model)
+    names = [norms.get(name, name) for name, b in buffers_beside(model, layers).items() if b.is_floating_point()]
+    within = tuple(f"{name}." for name in carried)
+    if lost := [name for name in dict.fromkeys(names) if not f"{name}.".startswith(within)]:
         warnings.warn(
-            f"the file cannot hold the statistics of the norm layers {listed(lost)}: if training changed them, whoever "
-            "loads it computes something else; glora.save_adapter keeps them",
+            f"the file cannot hold the statistics of norm layers and other buffers, as in {listed(lost)}: if training "
+            "changed them, whoever loads it computes something else; glora.save_adapter keeps them",
             stacklevel=3,
         )

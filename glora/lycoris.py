@@ -32,7 +32,7 @@ import torch
 from torch import Tensor, nn
 
 from .config import PathConfig
-from .contents import check_written, require_floating, warn_of_statistics
+from .contents import check_written, require_floating, warn_of_buffers
 from .conv import GLoRAConv2d
 from .distributed import require_whole
 from .files import require_file, write_atomically
@@ -77,6 +77,10 @@ def save_lycoris(
             was trained here (:mod:`glora.lycoris` has the equation), or any path of such a kernel in the old layout;
             two layers of one name in the file; other trained parameters, without ``adapters_only``; a file name that
             does not end in ``.safetensors``. Nothing is written then.
+
+    Warns:
+        UserWarning: statistics of norm layers and other buffers, which the format has no place for; parameters that
+            are not finite.
     """
     from safetensors.torch import save
 
@@ -98,7 +102,7 @@ def save_lycoris(
     for name, key in _keys(layers, prefix).items():
         tensors.update({f"{key}.{entry}": tensor for entry, tensor in _entries(layers[name], layout).items()})
     check_written(tensors)
-    warn_of_statistics(model)
+    warn_of_buffers(model, layers.values())
     content = save(tensors)
     write_atomically(file, lambda stream: stream.write(content))
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .adapter_file import Description, apply_adapter
 from .config import PathConfig
-from .contents import check_written, warn_of_statistics
+from .contents import check_written, warn_of_buffers
 from .distributed import require_whole
 from .files import require_file, write_atomically
 from .layer import SUPPORT_NAMES, GLoRALinear
@@ -83,7 +83,8 @@ def save_official(model: nn.Module, file: str | os.PathLike) -> None:
             in no folder, or that is no regular file. Nothing is written then.
 
     Warns:
-        UserWarning: norm layers with statistics, which the format has no place for; parameters that are not finite.
+        UserWarning: statistics of norm layers and other buffers, which the format has no place for; parameters that
+            are not finite.
     """
     require_whole(model)
     require_file("file", file)
@@ -112,7 +113,7 @@ def save_official(model: nn.Module, file: str | os.PathLike) -> None:
         if id(p) in written or any(mark in name for mark in _OFFICIAL_MARKS)
     }
     check_written(chosen)
-    warn_of_statistics(model)
+    warn_of_buffers(model, layers.values())
     tensors = {name: p.detach().cpu().clone() for name, p in chosen.items()}
     write_atomically(file, lambda stream: torch.save(tensors, stream))
 

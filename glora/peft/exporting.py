@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import PathConfig, parse_choice
-from ..contents import check_written, statistics, warn_of_statistics
+from ..contents import check_written, statistics, warn_of_buffers
 from ..distributed import require_whole
 from ..files import require_new_folder, write_folder_atomically
 from ..layer import GLoRALinear
@@ -42,7 +42,7 @@ def export_peft(model: nn.Module, folder: str | os.PathLike) -> None:
             whole; a folder that holds other files. Nothing is written then.
 
     Warns:
-        UserWarning: norm layers whose statistics PEFT cannot save, by name; tensors that are not finite.
+        UserWarning: statistics of norm layers and other buffers that PEFT cannot save; tensors that are not finite.
     """
     from safetensors.torch import save
 
@@ -60,7 +60,7 @@ def export_peft(model: nn.Module, folder: str | os.PathLike) -> None:
     for name, layer in layers.items():
         tensors |= {f"{name}.{key}": tensor for key, tensor in _exported(layer, form).items()}
     check_written(tensors)
-    warn_of_statistics(model, [name for name in statistics(model).values() if f"{name}.".startswith(inside)])
+    warn_of_buffers(model, layers.values(), tuple(saved))
     config = {
         "peft_type": "GLORA",
         "task_type": None,

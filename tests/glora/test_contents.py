@@ -396,10 +396,10 @@ def test_formats_without_a_place_for_statistics_say_so(tmp_path):
     model = gathered()
     model.fc2.requires_grad_(False)
     model = glora.inject(nn.Sequential(OrderedDict(body=normed(), head=nn.Linear(3, 3))), 2, product="hadamard")
-    with pytest.warns(UserWarning, match=r"cannot hold the statistics of the norm layers \['body.norm'\]"):
+    with pytest.warns(UserWarning, match=r"cannot hold the statistics of norm layers .* as in \['body.norm'\]"):
         glora.save_official(model, tmp_path / "a.pt")
     glora.set_paths(model, {name: PathConfig() for name in glora.get_paths(model)})
-    with pytest.warns(UserWarning, match=r"cannot hold the statistics of the norm layers \['body.norm'\]"):
+    with pytest.warns(UserWarning, match=r"cannot hold the statistics of norm layers .* as in \['body.norm'\]"):
         save_lycoris(model, tmp_path / "a.safetensors")
 
 
