@@ -225,7 +225,7 @@ def _choose(
         scope = "" if targets is None else f" among targets {list(targets)}"
         raise ValueError(
             f"model: expected at least one {_wanted(kinds)} to adapt{scope}, found none"
-            + _hints(named, spared, kinds, heads)
+            + _hints(named, spared, kinds, heads, read)
         )
     return list(chosen)
 
@@ -239,9 +239,13 @@ def _hints(
     spared: set[nn.Module],
     kinds: Sequence[type[nn.Module]],
     heads: Mapping[str, nn.Module],
+    read: Mapping[nn.Module, str],
 ) -> str:
-    """What else the caller might have meant."""
+    """What else the caller might have meant, and what there is that cannot be adapted."""
     hints = []
+    left = {name: module for name, module in named.items() if module not in spared}
+    if others := unadaptable(left, kinds, read):
+        hints.append(f"it cannot adapt {describe({name: named[name] for name in others})}")
     convolutions = sum(type(module) is nn.Conv2d for module in set(named.values()) - spared)
     if convolutions and nn.Conv2d not in kinds:
         hints.append(f"convolutions=True adapts its {convolutions} nn.Conv2d")

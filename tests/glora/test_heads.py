@@ -235,6 +235,8 @@ def test_subclasses_are_not_passed_over_in_silence():
     with pytest.warns(UserWarning, match=r"8 modules .*: 8 FalconLinear \('net.transformer.h.0.self_attention.*"):
         model = inject(within(falcon), 2)
     assert list(glora_layers(model)) == ["neck"]
+    with pytest.raises(ValueError, match=r"found none; it cannot adapt 8 FalconLinear \('transformer.h.0.*heads"):
+        inject(hf("FalconForCausalLM", "FalconConfig", **TEXT), 2)
     with pytest.raises(TypeError, match=r"'net.transformer.h.0.mlp.dense_h_to_4h', got its subclass .*FalconLinear"):
         inject(within(hf("FalconForCausalLM", "FalconConfig", **TEXT)), 2, targets=("mlp",))
 
