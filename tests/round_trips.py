@@ -192,8 +192,9 @@ ROUTES: Mapping[str, Route] = {
     ),
     "official": Route(partial(_official, with_paths=True), linear=True),
     "official, paths forgotten": Route(partial(_official, with_paths=False), linear=True),
-    "lycoris new": Route(partial(_lycoris, layout="new"), "lycoris", linear=True),
-    "lycoris old": Route(partial(_lycoris, layout="old"), "lycoris", linear=True),
+    # as long as what the file reads, its storage lies otherwise in memory, and is summed in another order
+    "lycoris new": Route(partial(_lycoris, layout="new"), "lycoris", linear=True, rounds=True),
+    "lycoris old": Route(partial(_lycoris, layout="old"), "lycoris", linear=True, rounds=True),
     "peft folder": Route(_peft_folder, "peft", linear=True),
     "peft": Route(_peft, "peft", linear=True, rounds=True),
     "state_dict": Route(_state_dict, tiny=0.1),
