@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from .packages import loaded
+from .wrappers import named_modules
 
 # Names of heads: anywhere in a model; among the direct children of a whole one; of a whole one of Transformers, some of
 # which call a pooling layer "head".
@@ -17,7 +18,7 @@ IN_A_WHOLE_MODEL = (*ANYWHERE, *IN_TRANSFORMERS, "heads")
 
 
 def find_heads(model: nn.Module) -> dict[str, nn.Module]:
-    """The heads of ``model`` by name, none within another, and none without parameters.
+    """The heads of ``model`` by name without wrappers, none within another, and none without parameters.
 
     A head is
 
@@ -31,7 +32,7 @@ def find_heads(model: nn.Module) -> dict[str, nn.Module]:
     pretrained = loaded("transformers.modeling_utils", "PreTrainedModel")
     found: dict[nn.Module, None] = {}
     within: set[nn.Module] = set()  # Transformers models
-    for name, module in model.named_modules():
+    for name, module in named_modules(model):
         if pretrained is not None and isinstance(module, pretrained):
             found |= dict.fromkeys([*_of_transformers(module), *_children(module, IN_TRANSFORMERS)])
             within |= set(module.modules())
@@ -41,12 +42,13 @@ def find_heads(model: nn.Module) -> dict[str, nn.Module]:
             found |= dict.fromkeys(_of_whole(module))
         elif module not in within:
             found |= dict.fromkeys(_children(module, ANYWHERE))
-    # a model is no head of its own
-    inner = {part for head in found for part in head.modules() if part is not head} | {model}
+    heads = {next(named_modules(head))[1] for head in found}  # within their wrappers
+    inner = {part for head in heads for part in head.modules() if part is not head}
     return {
         name: module
-        for name, module in model.named_modules()
-        if module in found and module not in inner and any(True for _ in module.parameters())
+        for name, module in named_modules(model)
+        # a model is no head of its own
+        if name and module in heads and module not in inner and any(True for _ in module.parameters())
     }
 
 

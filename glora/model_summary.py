@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from .adapters import adapters
 from .layer import GLoRALayer, qualified_name
-from .modules import glora_layers
+from .modules import listed, require_layers
 from .parameters import count_parameters
 from .readers import read_by_others
+from .wrappers import named_modules, named_parameters
 
 # A parameter of three dimensions is taken for many matrices (the experts of a mixture) from this share of all of them.
 NOTEWORTHY = 0.05
@@ -21,7 +22,7 @@ ONE_DIMENSIONAL = (nn.Conv1d, nn.ConvTranspose1d)
 
 @dataclass(frozen=True)
 class Summary:
-    """What :func:`summary` found; ``print`` shows it as a table.
+    """What :func:`summary` found, by names without wrappers; ``print`` shows it as a table.
 
     Attributes:
         adapted: ``(kind, N, K, rank)`` of every adapted layer, by name.
@@ -51,7 +52,7 @@ class Summary:
         ]
         for reason, count in Counter(self.frozen.values()).items():
             names = [name for name, other in self.frozen.items() if other == reason]
-            lines.append(f"  {count} x {reason}: {_listed(names)}")
+            lines.append(f"  {count} x {reason}: {listed(names, 3)}")
         return "\n".join(lines)
 
 
@@ -72,19 +73,18 @@ def summary(model: nn.Module) -> Summary:
           fc.bias: 1,000
         frozen and not adapted: 0 weights
     """
-    layers = glora_layers(model)
-    read = count_parameters(model)
+    layers = require_layers(model)
     of_layers = {id(p) for layer in layers.values() for p in layer.parameters()}
     # by the weight, which layers may share; a quantised one is packed
     covered = sum({id(layer.weight): layer.out_features * layer.in_features for layer in layers.values()}.values())
     others = sum(p.numel() for p in model.parameters() if p.ndim >= 2 and id(p) not in of_layers)
     return Summary(
-        {name: (type(layer).__name__, *layer.shape[:2], layer.rank) for name, layer in layers.items()},
-        {name: p.numel() for name, p in model.named_parameters() if p.requires_grad and id(p) not in of_layers},
-        dict(_frozen(model, of_layers)),
-        sum(p.numel() for layer in layers.values() for p in layer.support_parameters()),
-        read,
-        covered / (covered + others),
+        adapted={name: (type(layer).__name__, *layer.shape[:2], layer.rank) for name, layer in layers.items()},
+        trained={name: p.numel() for name, p in named_parameters(model) if p.requires_grad and id(p) not in of_layers},
+        frozen=dict(_frozen(model, of_layers)),
+        support_values=sum(p.numel() for layer in layers.values() for p in layer.support_parameters()),
+        path_values=count_parameters(model),
+        coverage=covered / (covered + others),
     )
 
 
@@ -112,13 +112,13 @@ def describe(named: Mapping[str, nn.Module]) -> str:
     names: dict[str, list[str]] = {}
     for name, module in shown.items():
         names.setdefault(type(module).__name__, []).append(name)
-    return ", ".join(f"{len(each)} {kind} ({_listed(each)})" for kind, each in names.items())
+    return ", ".join(f"{len(each)} {kind} ({listed(each, 3)})" for kind, each in names.items())
 
 
 def _frozen(model: nn.Module, of_layers: set[int]) -> Iterable[tuple[str, str]]:
     read = read_by_others(model.modules(), always=True)
     users = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
-    for prefix, module in model.named_modules():
+    for prefix, module in named_modules(model):
         if isinstance(module, GLoRALayer):
             continue
         for name, parameter in module.named_parameters(prefix, recurse=False):
@@ -156,7 +156,3 @@ def _shortened(items: Iterable[tuple[str, int]], limit: int = 8) -> list[tuple[s
     listed = list(items)
     rest = listed[limit:]
     return listed if not rest else [*listed[:limit], (f"and {len(rest)} more", sum(count for _, count in rest))]
-
-
-def _listed(names: list[str], limit: int = 3) -> str:
-    return ", ".join(map(repr, names[:limit])) + (f" and {len(names) - limit} more" if len(names) > limit else "")

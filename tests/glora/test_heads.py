@@ -197,6 +197,27 @@ def test_names_are_those_without_wrappers():
     assert list(glora_layers(inject(model, 2, targets=["net.fc1"]))) == ["net.fc1"]
 
 
+class Classifier(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body, self.frozen, self.fc = nn.Linear(4, 4), nn.Embedding(4, 4), nn.Linear(4, 3)
+
+
+def compiled_head(model):
+    model.fc = torch.compile(model.fc, backend="eager")
+    return model
+
+
+@pytest.mark.parametrize(
+    "wrap", [lambda model: torch.compile(model, backend="eager"), compiled_head], ids=["model", "head"]
+)
+def test_heads_and_summary_of_a_compiled_model(wrap):
+    summary = glora.summary(inject(wrap(Classifier()), 2))
+    assert list(summary.adapted) == ["body"]
+    assert list(summary.trained) == ["fc.weight", "fc.bias"]
+    assert list(summary.frozen) == ["frozen.weight"]
+
+
 # -- what cannot be adapted ---------------------------------------------------------------------------
 
 
