@@ -167,6 +167,10 @@ def merge(
         ValueError: nothing to merge; sharded parameters, or some on meta or offloaded; hooks on an adapted layer, which
             would be lost; a quantised base without ``requantise``; a bias against ``bias``; by layer, (with ``safe``) a
             result that is not finite. The model is unchanged then.
+
+    Warns:
+        UserWarning: weights that are no longer tied; created biases that ``from_pretrained`` will drop, or that stand
+            in front of a batch norm; layers whose weight another module reads without calling them.
     """
     require_whole(model)
     layers = require_layers(model)
@@ -181,7 +185,7 @@ def merge(
             merged[name] = _merged(layer, safe)
         except ValueError as error:
             raise ValueError(f"layer {name!r}: {error}") from None
-    users = Counter(id(p) for module in model.modules() for p in module._parameters.values())
+    users = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
     entries = tuple(
         _measure(name, layers[name], plain, untied=users[id(layers[name].weight)] > 1) for name, plain in merged.items()
     )
@@ -201,21 +205,23 @@ def merge(
     for home in switched:
         home.switch(model, True)
     report = MergeReport(
-        entries,
-        difference,
-        layers if keep else None,
-        tuple(dropped),
-        tuple(entry for home in switched for entry in home.full([f"config.{entry}" for entry in home.switches])),
-        tuple(name for home in switched for name in home.full(home.zeros or ())),
-        merged if keep else None,
-        switched,
+        layers=entries,
+        model_difference=difference,
+        originals=layers if keep else None,
+        dropped_biases=tuple(dropped),
+        config_changes=tuple(
+            entry for home in switched for entry in home.full([f"config.{entry}" for entry in home.switches])
+        ),
+        zero_biases=tuple(name for home in switched for name in home.full(home.zeros or ())),
+        _merged=merged if keep else None,
+        _homes=switched,
     )
     _warn_of_lost_biases(model, report)
     if untied := [layer.name for layer in entries if layer.untied]:
         warnings.warn(
             f"merge: {listed(untied)} had the weight of another module; now they have their own, which is "
             "lost in a model that ties them (Transformers: set config.tie_word_embeddings to False before saving)",
-            stacklevel=2,
+            stacklevel=3,  # past the decorator
         )
     return report
 

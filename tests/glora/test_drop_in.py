@@ -320,8 +320,9 @@ def test_an_output_layer_tied_to_the_embedding():
     before = model(tokens)
     before.square().sum().backward()
     assert model.lm_head.Au.grad.abs().sum() > 0
-    with pytest.warns(UserWarning, match="merge: 'lm_head' had the weight of another module"):
+    with pytest.warns(UserWarning, match="merge: 'lm_head' had the weight of another module") as caught:
         report = glora.merge(model, keep=True)
+    assert {warning.filename for warning in caught} == {__file__}  # the line that merges
     assert [layer.untied for layer in report.layers] == [False, True]
     assert "no longer tied: ['lm_head']" in str(report)
     assert torch.equal(model(tokens), before)
