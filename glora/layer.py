@@ -430,9 +430,10 @@ def require_plain(argument: str, module: nn.Module, kind: type[nn.Module]) -> No
 def is_bare(module: nn.Module) -> bool:
     """Whether calling ``module`` runs the forward of its class and nothing else: no hooks, no wrapper."""
     hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
-    if any(hooks) or "forward" not in vars(module):
-        return not any(hooks)
-    return module.forward == MethodType(type(module).forward, module)  # what accelerate leaves behind, unhooked
+    if any(hooks):
+        return False
+    # accelerate leaves behind the class's own forward when it takes its hooks away
+    return "forward" not in vars(module) or module.forward == MethodType(type(module).forward, module)
 
 
 def qualified_name(kind: type) -> str:

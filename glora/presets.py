@@ -205,7 +205,8 @@ def _fitting_paths(preset: Preset, rank: int, layers: Mapping[str, GLoRALayer], 
         if path.rank > layer.rank:
             raise ValueError(f"rank: expected at most {layer.rank} (storage of layer {name!r}), got {rank}")
     unbiased = path.without_bias() if preset.needs_bias or bias_free else path
-    if unbiased == PathConfig() != path and all(layer.bias is None for layer in layers.values()):
+    left_nothing = path != PathConfig() and unbiased == PathConfig()
+    if left_nothing and all(layer.bias is None for layer in layers.values()):
         raise ValueError(f"model: expected an adapted layer with a bias for {preset.name!r}, found none")
     return {name: unbiased if layer.bias is None else path for name, layer in layers.items()}
 
