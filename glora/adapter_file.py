@@ -91,8 +91,10 @@ def load_adapter(model: nn.Module, file: str | os.PathLike) -> nn.Module:
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: not an adapter file, damaged, of a later format, or made for another model; the
-            names and shapes that differ are listed. Values that are not finite, also in the dtype of the model's
-            tensor, or of a dtype that none of its is. A model whose parameters are sharded.
+            names and shapes that differ are listed. Values that are not finite, or would not be in the dtype of the
+            model's tensor; integers where that is floating, and the like. A model whose parameters are sharded.
+        TypeError: a plain ``model`` within data parallelism or of PEFT, or a layer that cannot be replaced; see
+            :func:`glora.inject`.
 
     Warns:
         UserWarning: the file holds nothing for norm statistics (format 1), or for other persistent buffers.
@@ -107,7 +109,7 @@ def apply_adapter(
     """Put ``tensors``, of every adapted layer and of whatever else was trained, into ``model``; check all of it first.
 
     Raises:
-        ValueError: as :func:`load_adapter`, for a description that is right in itself.
+        ValueError, TypeError: as :func:`load_adapter`, for a description that is right in itself.
     """
     require_real(model)
     require_whole(model)

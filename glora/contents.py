@@ -47,7 +47,7 @@ def slots(model: nn.Module) -> dict[str, Slot]:
 
 
 def statistics(model: nn.Module) -> dict[str, str]:
-    """The buffers of norm layers that gather statistics, by name without wrappers, and whose each is."""
+    """The buffers of norm layers that gather statistics, and the layer of each; all by names without wrappers."""
     norms = [
         (name, module)
         for name, module in named_modules(model)

@@ -39,7 +39,7 @@ def read_by_others(modules: Iterable[nn.Module], always: bool) -> dict[nn.Module
     """The modules whose weight another module reads by its source, and the type of that one.
 
     Args:
-        always: those that it never calls; else those that it also calls, in another branch.
+        always: True for those that it only reads; False for those that it calls as well, in another branch.
     """
     read: dict[nn.Module, str] = {}
     for module in modules:

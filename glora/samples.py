@@ -41,7 +41,7 @@ def require_data(argument: str, dataset: Any) -> int:
 
 
 def collate(samples: list[Any]) -> Any:
-    """The batch of ``samples``: a pair of tensors, or, where they make none, the first one as it is."""
+    """The batch of ``samples``, if that is a pair of tensors; else the first one, for :func:`require_pair` to name."""
     try:
         batch = default_collate(samples)
     except TypeError:

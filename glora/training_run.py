@@ -205,6 +205,7 @@ def checkpoint_steps(file: str | os.PathLike) -> tuple[int, int] | None:
     Raises:
         ValueError: no training checkpoint.
     """
+    # where there is not even a folder, _read_checkpoint would refuse it
     state = _read_checkpoint(file, mmap=True) if os.path.exists(file) else None
     return None if state is None else (state["step"], state["identity"]["recipe"]["steps"])
 

@@ -90,7 +90,8 @@ def tensors_of(model: nn.Module, persistent: bool = False) -> dict[str, Tensor]:
 def name_in(known: Container[str], name: str) -> str:
     """The one of the ``known`` names, all without wrappers, that ``name`` is with or without them.
 
-    Files of earlier versions have the wrappers' names in them. Where none is meant, ``name`` without what is certain.
+    Files of earlier versions have the wrappers' names in them. Where no known name fits, ``name`` without the parts
+    that only a wrapper has; ``module`` stays, which may be a model's own.
     """
     parts = [part for part in name.split(".") if part not in _MARKS]
     certain = ".".join(parts)
