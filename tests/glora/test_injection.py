@@ -248,7 +248,7 @@ def test_refuses_a_model_without_linear_layers():
 def test_refuses_a_second_injection():
     model = inject(mlp(), 2)
     with unchanged(model), pytest.raises(ValueError, match="holds adapted layers already"):
-        inject(model, 2, targets=["head"], exclude=())
+        inject(model, 2, targets=["head"])
 
 
 def test_refuses_a_bare_linear():

@@ -262,9 +262,13 @@ def interrupted_once_begun(launch, number=signal.SIGINT):
         process = subprocess.Popen(launch, start_new_session=True, **pipes)
     finally:
         signal.signal(signal.SIGINT, before)
-    assert process.stdout.readline() == "svhn-seed0\n"
-    os.killpg(process.pid, number)
-    _, err = process.communicate(timeout=300)
+    try:
+        assert process.stdout.readline() == "svhn-seed0\n"
+        os.killpg(process.pid, number)
+        _, err = process.communicate(timeout=300)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
     return process.returncode, err
 
 

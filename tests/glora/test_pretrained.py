@@ -165,7 +165,7 @@ def test_a_model_within_another_is_found():
     assert report.config_changes == ("backbone.config.attention_bias",)
     assert model.backbone.config.attention_bias
 
-    beside = glora.inject(Wrapped(), 2, targets=("head",), exclude=())
+    beside = glora.inject(Wrapped(), 2, targets=("head",))
     assert glora.merge(beside).created_biases == ("head",)
 
 
