@@ -869,13 +869,16 @@ def test_a_refused_checkpoint_does_not_reseed_torch(file):
 
 
 def test_layers_that_are_read_and_not_called_are_named():
+    """Where the source does not tell: what it does tell of, inject leaves alone."""
+
     class Reader(torch.nn.Module):
         def __init__(self):
             super().__init__()
             self.called, self.read = torch.nn.Linear(2, 4), torch.nn.Linear(4, 3)
 
         def forward(self, x):
-            return torch.nn.functional.linear(self.called(x), self.read.weight)
+            read = self.read
+            return torch.nn.functional.linear(self.called(x), read.weight)
 
     model = inject(Reader(), 2)
     data = TensorDataset(torch.randn(8, 2), torch.zeros(8, dtype=torch.long))
