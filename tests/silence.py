@@ -152,11 +152,15 @@ def names_of(model: nn.Module) -> set[str]:
 
 
 def said(heard: Iterable[warnings.WarningMessage], names: set[str]) -> str:
-    """The first UserWarning that names something of the model, or the paths."""
+    """The first UserWarning that names something of the model, or the paths.
+
+    A name without a dot (``model``, ``norm``) may be a word of any sentence: it counts in quotes.
+    """
     for warning in heard:
         text = str(warning.message)
-        words = set(re.findall(r"[\w.]*\w", text))
-        if issubclass(warning.category, UserWarning) and (words & names or "paths" in words):
+        words = re.findall(r"[\w.]*\w", text)
+        named = {word for word in words if "." in word or f"'{word}" in text}
+        if issubclass(warning.category, UserWarning) and (named & names or "paths" in words):
             return first_line(text)
     return ""
 

@@ -64,6 +64,7 @@ def test_one_bit_is_a_difference(tmp_path):
         ("the paths are not in it", UserWarning, WARNED),
         ("something is left out", UserWarning, SILENT),
         ("ahead of it", UserWarning, SILENT),
+        ("the head of something is left out", UserWarning, SILENT),
         ("head.weight", DeprecationWarning, SILENT),
     ],
 )
