@@ -23,7 +23,7 @@ from .modules import glora_layers, require_model
 from .parameters import trainable_parameters
 from .paths import get_paths
 from .ranks import has_group, rank, require_agreement, world_size
-from .wrappers import holds_fsdp1, named_parameters
+from .wrappers import is_fsdp1, named_parameters
 
 
 def sync_gradients(model: nn.Module) -> None:
@@ -204,7 +204,7 @@ def require_whole(model: nn.Module) -> None:
 
 
 def _require_no_fsdp1(model: nn.Module) -> None:
-    if holds_fsdp1(model):
+    if any(is_fsdp1(module) for module in model.modules()):
         raise ValueError(
             "model: expected one without FullyShardedDataParallel, which puts frozen and trained parameters into one; "
             "train within torch.distributed.fsdp.fully_shard, and save a plain model that has loaded its whole state"

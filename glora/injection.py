@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
 from torch import nn
 
@@ -17,7 +16,7 @@ from .modules import glora_layers, matches, replace_modules, require_model
 from .packages import is_a
 from .pretrained import guard_saving
 from .readers import read_by_others, read_by_torch, warn_of_readers
-from .wrappers import modules_by_name, named_modules
+from .wrappers import compiled_modules, is_fsdp1, modules_by_name, named_modules
 
 
 def inject(
@@ -57,13 +56,14 @@ def inject(
             model adapted before; a layer that shares a trainable parameter with a head that was named or with an
             excluded module. The model is unchanged then.
         TypeError: a model within ``DistributedDataParallel`` or another wrapper that has seen its parameters, or one
-            that PEFT has adapted; a target of a subclass of what is adapted, which may compute something else; one with
-            hooks, pruning or weight norm; one that an ``nn.TransformerEncoderLayer`` or ``nn.MultiheadAttention`` reads
-            directly.
+            that PEFT has adapted; a target of a subclass of what is adapted, which may compute something else, or one
+            that another module reads and never calls; a layer with hooks, pruning or weight norm, one compiled by
+            itself, or one that an ``nn.TransformerEncoderLayer`` or ``nn.MultiheadAttention`` reads directly.
 
     Warns:
         UserWarning: linear weights stay frozen because they cannot be adapted (a subclass of ``nn.Linear``, attention
-            of PyTorch's own, several matrices in one parameter); every head that was recognised is frozen.
+            of PyTorch's own, several matrices in one parameter, a layer that another module reads and never calls);
+            another module reads the weight of an adapted layer in some branch; every recognised head was frozen before.
 
     Example:
         >>> model = glora.inject(torchvision.models.resnet18(), rank=4, convolutions=True)
@@ -126,10 +126,9 @@ def adapt(model: nn.Module, ranks: Mapping[nn.Module, int], product: str, kept: 
     for module in ranks:
         if module in readers:
             raise _bypassed(names[module], readers[module])
-    for wrapper in model.modules():
-        compiled: Any = getattr(wrapper, "_orig_mod", None)  # of torch.compile(layer), which goes on calling it
-        if compiled in ranks:
-            raise TypeError(f"model: expected {names[compiled]!r} not compiled by itself; compile it afterwards")
+    for module in compiled_modules(model):  # what is around them goes on calling them
+        if module in ranks:
+            raise TypeError(f"model: expected {names[module]!r} not compiled by itself; compile it afterwards")
     replacements: dict[nn.Module, nn.Module] = {}
     requires_grad = {p: p.requires_grad for p in model.parameters()}
     try:
@@ -151,9 +150,7 @@ def require_free(model: nn.Module) -> None:
     """Raise TypeError for a model that something else has hold of: it would go on with parameters that are replaced."""
     for name, module in model.named_modules():
         where = repr(name) if name else "the model"
-        if isinstance(module, (nn.parallel.DistributedDataParallel, nn.DataParallel)) or is_a(
-            module, "torch.distributed.fsdp.fully_sharded_data_parallel", "FullyShardedDataParallel"
-        ):
+        if isinstance(module, (nn.parallel.DistributedDataParallel, nn.DataParallel)) or is_fsdp1(module):
             kind = type(module).__name__
             raise TypeError(
                 f"model: expected one that is not wrapped yet, got {kind} ({where}), which has noted the parameters of "

@@ -159,7 +159,7 @@ def merge(
             - ``"create"``: the plain layer gets a bias all the same; a warning says where it would be dropped.
             - ``"forbid"``: refused, as for a file format or an engine that has no place for it.
 
-            :meth:`glora.SearchSpace.without_bias` trains and searches without such paths.
+            Training and searching over ``glora.SearchSpace(..., bias_free=True)`` leaves such paths out.
         requantise: merge layers with a quantised base (:class:`GLoRAQuantisedLinear`) too, by quantising W_eff anew;
             the report says what that cost.
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Container, Iterator, Mapping
 from itertools import accumulate
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -28,9 +29,15 @@ WRAPPERS = (
 _MARKS = {place for *_, place in WRAPPERS} - {"module"}
 
 
-def holds_fsdp1(model: nn.Module) -> bool:
-    """Whether ``FullyShardedDataParallel``, not ``fully_shard``, is around the model or a part of it."""
-    return any(is_a(module, "torch.distributed.fsdp", "FullyShardedDataParallel") for module in model.modules())
+def is_fsdp1(module: nn.Module) -> bool:
+    """Whether ``module`` is a ``FullyShardedDataParallel``, which ``fully_shard`` does not make."""
+    return is_a(module, "torch.distributed.fsdp", "FullyShardedDataParallel")
+
+
+def compiled_modules(model: nn.Module) -> set[nn.Module]:
+    """What ``torch.compile`` is around, be it ``model`` or a part of it."""
+    wrappers: list[Any] = [m for m in model.modules() if is_a(m, "torch._dynamo.eval_frame", "OptimizedModule")]
+    return {wrapper._orig_mod for wrapper in wrappers}
 
 
 def named_modules(model: nn.Module, remove_duplicate: bool = True) -> Iterator[tuple[str, nn.Module]]:
