@@ -1,10 +1,11 @@
 """Adapters on disk: safetensors, with versioned JSON metadata, written atomically.
 
 The file holds the support tensors of every adapted layer under their names in the model (``blocks.0.attn.qkv.Ad``),
-every other trainable parameter (the classifier head), and every persistent buffer beside the adapted layers, which
-training may have changed although nothing of it is trained (the statistics of batch norm). Names are those of the model
-without wrappers (:mod:`glora.wrappers`). The header entry ``glora`` holds a JSON object: format, product, and for each
-layer its rank and path. Files of format 1 had no buffers.
+every other trainable parameter (the classifier head), and the buffers beside the adapted layers that training may have
+changed although nothing of them is trained (the statistics of batch norm). Names are those of the model without
+wrappers (:mod:`glora.wrappers`). The header entry ``glora`` holds a JSON object: format, product, for each layer its
+rank and path, and for each parameter that the file does not hold a checksum of some of its values. Files of format 1
+had no buffers and no checksums.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import json
 import os
 import warnings
 from collections.abc import Container, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +23,7 @@ from torch import Tensor, nn
 from glora_kernels.terms import PRODUCTS
 
 from .adapters import adapters
+from .checksum import checksum, parts
 from .config import PathConfig
 from .contents import Slot, buffers_beside, check_written, require_fit, slots, statistics
 from .differences import listed
@@ -30,8 +33,8 @@ from .injection import adapt
 from .layer import SUPPORT_NAMES, GLoRALayer, support_dtype, support_shapes
 from .modules import glora_layers, require_layers, require_real
 from .parameters import trainable_parameters
-from .paths import Paths, set_paths
-from .wrappers import modules_by_name, name_in, named_buffers, named_parameters, tensors_in, tensors_of
+from .paths import Paths, require_unused, set_paths
+from .wrappers import modules_by_name, name_in, named_parameters, tensors_in, tensors_of
 
 FORMAT = 2
 READABLE = (1, 2)
@@ -69,11 +72,27 @@ def save_adapter(model: nn.Module, file: str | os.PathLike) -> None:
     description = {
         "format": FORMAT,
         "product": products[0],
+        "base": _marks(model, tensors),
         "layers": {name: {"rank": layer.rank, "path": layer.path.to_dict()} for name, layer in layers.items()},
     }
     copies = {name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
     content = save(copies, metadata={"glora": json.dumps(description)})
     write_atomically(file, lambda stream: stream.write(content))
+
+
+def _marks(model: nn.Module, but: Container[str] = ()) -> dict[str, str]:
+    """The dtype and a checksum of some evenly spaced values of every parameter, but those that are named."""
+    marks = {}
+    for name, parameter in named_parameters(model):
+        if name not in but:
+            samples = [_spaced(part) for part in parts(parameter.detach())]
+            marks[name] = f"{parameter.dtype}:{checksum(samples):08x}"
+    return marks
+
+
+def _spaced(tensor: Tensor, most: int = 256) -> Tensor:
+    flat = tensor.reshape(-1)
+    return flat[:: max(1, len(flat) // most)]
 
 
 def _storable(buffer: Tensor) -> bool:
@@ -97,7 +116,8 @@ def load_adapter(model: nn.Module, file: str | os.PathLike) -> nn.Module:
             :func:`glora.inject`.
 
     Warns:
-        UserWarning: the file holds nothing for norm statistics (format 1), or for other persistent buffers.
+        UserWarning: the file holds nothing for norm statistics (format 1), or for other persistent buffers; the frozen
+            parameters of the model, of the same dtype, are not those that it was saved with.
     """
     description, tensors = _read(file)
     return apply_adapter(model, description, tensors, file)
@@ -116,8 +136,10 @@ def apply_adapter(
     modules = modules_by_name(model)
     description, tensors = description.named_as_in(modules), tensors_in(modules, tensors, file)
     layers = glora_layers(model)
+    require_unused(layers.values())
     require_fit(file, tensors, _expected(model, layers, description, tensors, file))
     _warn_of_buffers(model, description, tensors, file)
+    _warn_of_another_base(model, description, file)
     if not layers:
         chosen = {modules[name]: rank for name, rank in description.ranks.items()}
         kept = {id(tensor) for name, tensor in tensors_of(model).items() if name in tensors}
@@ -131,11 +153,27 @@ def apply_adapter(
     return model
 
 
+def _warn_of_another_base(model: nn.Module, description: Description, file: str | os.PathLike) -> None:
+    """Name the frozen tensors that the file was not saved with, such as a head that was trained before."""
+    own = _marks(model) if description.base else {}
+    differing = [
+        name
+        for name, mark in description.base.items()
+        if name in own and own[name] != mark and own[name].partition(":")[0] == mark.partition(":")[0]
+    ]
+    if differing:
+        warnings.warn(
+            f"{file} was saved with another base: {listed(differing)} differ in the model, whose outputs are not those "
+            "of the model that was saved",
+            stacklevel=4,
+        )
+
+
 def _warn_of_buffers(
     model: nn.Module, description: Description, tensors: Mapping[str, Tensor], file: str | os.PathLike
 ) -> None:
     """Say which buffers the file should hold and does not; of one without any only those that training changes."""
-    asked = dict(named_buffers(model, persistent=True)) if description.complete else statistics(model)
+    asked = buffers_beside(model, ()) if description.complete else statistics(model)
     adapted = tuple(f"{name}." for name in description.ranks)
     absent = [name for name in asked if name not in tensors and not name.startswith(adapted)]
     if absent:
@@ -151,12 +189,14 @@ class Description(NamedTuple):
 
     Attributes:
         complete: whether it holds all statistics, as files from format 2 on do.
+        base: marks of the parameters that it does not hold, by name; empty in older files and those of others.
     """
 
     product: str
     ranks: dict[str, int]
     paths: Paths | None
     complete: bool = False
+    base: Mapping[str, str] = MappingProxyType({})
 
     def named_as_in(self, modules: Container[str]) -> Description:
         """With the layers' names in a model of these ``modules``."""
@@ -196,7 +236,8 @@ def _parse(content: dict[str, Any]) -> Description:
     for name, rank in ranks.items():
         if not isinstance(rank, int) or not 1 <= max(rank, paths[name].rank) <= rank:
             raise ValueError(f"layer {name!r} of rank {rank!r} with {paths[name]}")
-    return Description(content["product"], ranks, paths, complete=content["format"] > 1)
+    base = {str(name): str(mark) for name, mark in content.get("base", {}).items()}
+    return Description(content["product"], ranks, paths, complete=content["format"] > 1, base=base)
 
 
 def _expected(

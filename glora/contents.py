@@ -82,10 +82,13 @@ def _fault(tensor: Tensor, slot: Slot) -> str | None:
     form = _odd_form(tensor, None if slot.dtype in FLOATING else slot.dtype)
     if form or slot.dtype not in FLOATING:
         return form
-    given = tensor.isfinite()
-    if not slot.infinite and not given.all():
+    if slot.infinite:
+        return None
+    if not tensor.isfinite().all():
         return "NaN or infinite"
-    return None if tensor.to(slot.dtype).isfinite()[given].all() else f"infinite in {slot.dtype}"
+    # what rounds to more than the largest number of a narrower type
+    fits = tensor.dtype == slot.dtype or tensor.to(slot.dtype).isfinite().all()
+    return None if fits else f"infinite in {slot.dtype}"
 
 
 def _odd_form(tensor: Tensor, dtype: torch.dtype | None = None) -> str | None:
@@ -136,9 +139,17 @@ def require_held(absent: Iterable[str]) -> None:
 
 
 def buffers_beside(model: nn.Module, layers: Iterable[nn.Module]) -> dict[str, Tensor]:
-    """What is in ``model.state_dict()``, but no parameter and in none of ``layers``."""
+    """What training may change that is no parameter: buffers of the state dict in none of ``layers``.
+
+    Statistics of norm layers, floating ones and single numbers (counters); no indices, no packed weights.
+    """
     inside = {id(buffer) for layer in layers for buffer in layer.buffers()}
-    return {name: buffer for name, buffer in named_buffers(model, persistent=True) if id(buffer) not in inside}
+    norms = statistics(model)
+    return {
+        name: buffer
+        for name, buffer in named_buffers(model, persistent=True)
+        if id(buffer) not in inside and (name in norms or buffer.is_floating_point() or buffer.numel() == 1)
+    }
 
 
 def warn_of_buffers(model: nn.Module, layers: Iterable[nn.Module], carried: tuple[str, ...] = ()) -> None:
@@ -148,7 +159,7 @@ def warn_of_buffers(model: nn.Module, layers: Iterable[nn.Module], carried: tupl
     and of the modules ``carried``.
     """
     norms = statistics(model)
-    names = [norms.get(name, name) for name, b in buffers_beside(model, layers).items() if b.is_floating_point()]
+    names = [norms.get(name, name) for name in buffers_beside(model, layers)]
     within = tuple(f"{name}." for name in carried)
     if lost := [name for name in dict.fromkeys(names) if not f"{name}.".startswith(within)]:
         warnings.warn(

@@ -52,6 +52,11 @@ class PathHistory:
         """The number of the first node that can be made under the path of now."""
         return self._starts[-1]
 
+    @property
+    def has_run(self) -> bool:
+        """Whether a forward pass has asked for the path, in any thread, since this was made or copied."""
+        return self._ran or bool(self._elsewhere)
+
     def set(self, path: PathConfig) -> None:
         """Raises RuntimeError during a backward pass, where it would have no effect."""
         if in_backward():

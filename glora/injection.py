@@ -9,7 +9,7 @@ from torch import nn
 
 from .adapters import adapted, adapters
 from .distributed import holds_shards
-from .heads import find_heads
+from .heads import find_heads, loose_parameters
 from .layer import qualified_name
 from .model_summary import describe, unadaptable
 from .modules import glora_layers, matches, replace_modules, require_model
@@ -43,8 +43,8 @@ def inject(
         heads: names of modules that are not adapted and train in full. None for those that are recognised: timm's
             ``get_classifier()``, what stands beside the base model of a Transformers model (``classifier``, ``score``,
             ``lm_head``), ``fc``, ``classifier`` and ``head`` of others. Of these, a parameter that is shared with the
-            rest of the model (a tied ``lm_head``) is frozen, and one that was frozen before stays so. A head that a
-            target selects by itself is adapted instead. ``()`` for none.
+            rest of the model (a tied ``lm_head``) is frozen, and one that was frozen before stays so. What a
+            target selects within heads alone is adapted instead. ``()`` for none.
         product: ``"hadamard"`` or ``"matmul"``.
         convolutions: adapt every ``nn.Conv2d`` too (:class:`GLoRAConv2d`), or those among the targets.
 
@@ -63,7 +63,7 @@ def inject(
     Warns:
         UserWarning: linear weights stay frozen because they cannot be adapted (a subclass of ``nn.Linear``, attention
             of PyTorch's own, several matrices in one parameter, a layer that another module reads and never calls);
-            another module reads the weight of an adapted layer in some branch; every recognised head was frozen before.
+            another module reads the weight of an adapted layer in some branch; a recognised head was frozen before.
 
     Example:
         >>> model = glora.inject(torchvision.models.resnet18(), rank=4, convolutions=True)
@@ -87,10 +87,12 @@ def inject(
     for argument, names in (("targets", targets), ("exclude", excluded), ("heads", named_heads)):
         _check_matched(argument, names or (), list(named))
 
-    recognised = {} if named_heads is not None else _not_targeted(find_heads(model), targets, named)
+    recognised = find_heads(model) if named_heads is None else {}
     heads_in_full = _selected(named, named_heads or ())
     left_alone = _selected(named, excluded)
-    head_modules = {part for head in recognised.values() for part in head.modules()} | heads_in_full
+    if both := [name for name, module in named.items() if module in heads_in_full & left_alone]:
+        raise ValueError(f"heads: expected none of the excluded modules, which are left as they are, got {both}")
+    head_modules = _not_targeted(recognised, targets, named) | heads_in_full
     spared = left_alone | head_modules
     if targets is not None:
         _check_targets(targets, named, left_alone, head_modules, kinds)
@@ -99,15 +101,19 @@ def inject(
     kept = _own_parameters(left_alone | heads_in_full)
     _check_kept(model, chosen, kept)
     kept |= _own_parameters(head_modules) - _own_parameters(set(model.modules()) - head_modules)
+    kept |= loose_parameters(model) if named_heads is None else set()
     considered = named if targets is None else {n: m for n, m in named.items() if any(matches(n, t) for t in targets)}
-    frozen_before = not any(p.requires_grad for head in recognised.values() for p in head.parameters())
+    frozen = [
+        name
+        for name, head in recognised.items()
+        if head in head_modules and not any(p.requires_grad for p in head.parameters())
+    ]
     adapt(model, dict.fromkeys(chosen, rank), product, kept)
     for parameter in (p for module in heads_in_full for p in module.parameters() if p.is_floating_point()):
         parameter.requires_grad_(True)
-    if recognised and frozen_before:
+    if frozen:
         warnings.warn(
-            f"inject: the heads {list(recognised)} were frozen before and do not train; heads={list(recognised)} "
-            "trains them",
+            f"inject: the heads {frozen} were frozen before and do not train; heads={list(recognised)} trains them",
             stacklevel=2,
         )
     _warn_of_unadaptable({name: module for name, module in considered.items() if module not in spared}, kinds, read)
@@ -143,14 +149,14 @@ def adapt(model: nn.Module, ranks: Mapping[nn.Module, int], product: str, kept: 
             parameter.requires_grad_(False)
     replace_modules(model, replacements)
     guard_saving(model)
-    warn_of_readers("inject", model, {new: names[old] for old, new in replacements.items()})
+    warn_of_readers(model, {new: names[old] for old, new in replacements.items()})
 
 
 def require_free(model: nn.Module) -> None:
     """Raise TypeError for a model that something else has hold of: it would go on with parameters that are replaced."""
     for name, module in model.named_modules():
         where = repr(name) if name else "the model"
-        if isinstance(module, (nn.parallel.DistributedDataParallel, nn.DataParallel)) or is_fsdp1(module):
+        if isinstance(module, nn.parallel.DistributedDataParallel) or is_fsdp1(module):
             kind = type(module).__name__
             raise TypeError(
                 f"model: expected one that is not wrapped yet, got {kind} ({where}), which has noted the parameters of "
@@ -174,12 +180,11 @@ def _selected(named: Mapping[str, nn.Module], patterns: Iterable[str]) -> set[nn
 
 def _not_targeted(
     heads: Mapping[str, nn.Module], targets: tuple[str, ...] | None, named: Mapping[str, nn.Module]
-) -> dict[str, nn.Module]:
-    """``heads`` without those that a target selects, and nothing beside heads: that is meant."""
+) -> set[nn.Module]:
+    """The modules of ``heads`` without those that a target selects, and nothing beside heads: they are meant."""
     parts = {part for head in heads.values() for part in head.modules()}
     selections = [_selected(named, [target]) for target in targets or ()]
-    meant = {module for selection in selections if selection <= parts for module in selection}
-    return {name: head for name, head in heads.items() if not meant & set(head.modules())}
+    return parts - {module for selection in selections if selection <= parts for module in selection}
 
 
 def _own_parameters(modules: Iterable[nn.Module]) -> set[int]:

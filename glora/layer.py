@@ -229,10 +229,10 @@ class GLoRALayer(nn.Module):
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors):
         """Also takes the state dict of an ``nn.Linear``: the support tensors and the path then stay as they are."""
-        before = len(missing)
+        before, faults = len(missing), len(errors)
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
         support = [prefix + name for name in SUPPORT_NAMES]
-        if any(name in state_dict for name in support):
+        if any(name in state_dict for name in support) and len(errors) == faults:
             self._load_path(local_metadata.get("path"), prefix, errors)
         elif prefix + "weight" in state_dict:
             missing[before:] = [name for name in missing[before:] if name not in support]
@@ -245,6 +245,11 @@ class GLoRALayer(nn.Module):
             self.path = PathConfig.from_dict(path)
         except ValueError as error:
             errors.append(f"{prefix}path: {error}")
+
+    @property
+    def has_run(self) -> bool:
+        """Whether forward has been called since the layer was made or copied, other than under ``torch.compile``."""
+        return self._history.has_run
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """As of ``nn.Module``; raises ValueError for a weight that the support tensors do not fit.
@@ -421,10 +426,25 @@ def require_plain(argument: str, module: nn.Module, kind: type[nn.Module]) -> No
         raise TypeError(f"{argument}: expected exactly {qualified_name(kind)}, got {qualified_name(type(module))}")
     if not is_bare(module) or "weight" not in module._parameters:
         raise TypeError(f"{argument}: expected one without hooks, pruning or weight norm; they would be lost")
+    if _holds_more(module):
+        raise TypeError(
+            f"{argument}: expected one with a weight and a bias alone and without hooks on its state dict, got more, "
+            "which would be lost"
+        )
     if getattr(module, "_compiled_call_impl", None) is not None:
         raise TypeError(
             f"{argument}: expected one that is not compiled yet, which would be lost; compile it afterwards"
         )
+
+
+def _holds_more(module: nn.Module) -> bool:
+    """Whether ``module``, of PyTorch's own, has tensors, parts or hooks that its class does not give it."""
+    if not type(module).__module__.startswith("torch.nn."):
+        return False
+    hooks = ("_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks")
+    others = {name for name, _ in module.named_parameters(recurse=False)} - {"weight", "bias"}
+    others |= {name for name, _ in module.named_buffers(recurse=False)} | set(dict(module.named_children()))
+    return bool(others) or any(getattr(module, name, None) for name in hooks)
 
 
 def is_bare(module: nn.Module) -> bool:

@@ -33,7 +33,7 @@ class LayerMerge:
             tokens; 0 where both multiply by the same bits, as the torch backend does.
         error: largest absolute error of the merged output against the formula in fp64.
         bias_created: the merged layer has a bias that the base had not (C or E).
-        untied: the base's weight was another module's too; the merged one is not.
+        untied: the base's weight or bias was another module's too; the merged one is not.
         requantisation: for a quantised base, the largest absolute difference between W_eff and what
             the merged weight holds of it; None where W_eff is held as it is.
     """
@@ -185,9 +185,10 @@ def merge(
             merged[name] = _merged(layer, safe)
         except ValueError as error:
             raise ValueError(f"layer {name!r}: {error}") from None
+    _warn_of_bypassed(model, layers)
     users = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
     entries = tuple(
-        _measure(name, layers[name], plain, untied=users[id(layers[name].weight)] > 1) for name, plain in merged.items()
+        _measure(name, layers[name], plain, untied=_is_tied(layers[name], users)) for name, plain in merged.items()
     )
     replacements: dict[nn.Module, nn.Module] = {layers[name]: plain for name, plain in merged.items()}
     difference = None if sample is None else _model_difference(model, replacements, sample)
@@ -197,7 +198,6 @@ def merge(
         if layer.compiled_with is not None:
             args, kwargs = layer.compiled_with
             merged[name].compile(*args, **kwargs)
-    warn_of_readers("merge", model, {layer: name for name, layer in layers.items()})
     replace_modules(model, replacements)
     release_saving(model)
     dropped = [name for home in places if not home.switches for name in home.full(home.dropped)]
@@ -219,7 +219,7 @@ def merge(
     _warn_of_lost_biases(model, report)
     if untied := [layer.name for layer in entries if layer.untied]:
         warnings.warn(
-            f"merge: {listed(untied)} had the weight of another module; now they have their own, which is "
+            f"merge: {listed(untied)} had the weight or bias of another module; now they have their own, which is "
             "lost in a model that ties them (Transformers: set config.tie_word_embeddings to False before saving)",
             stacklevel=3,  # past the decorator
         )
@@ -336,6 +336,22 @@ def _check_quantised(requantise: bool, layers: Mapping[str, GLoRALayer]) -> None
             "requantise: expected True to merge into quantised weights, which rounds them anew, got False with "
             f"{quantised}"
         )
+
+
+def _warn_of_bypassed(model: nn.Module, layers: Mapping[str, GLoRALayer]) -> None:
+    """Name the layers that the model seems not to call: what they have learnt takes effect now."""
+    warn_of_readers(model, {layer: name for name, layer in layers.items()})
+    idle = [name for name, layer in layers.items() if not layer.has_run]
+    if 0 < len(idle) < len(layers):
+        warnings.warn(
+            f"merge: {listed(idle)} did not run where other layers did; if the model reads their weight instead of "
+            "calling them, it computes something else from now on",
+            stacklevel=4,
+        )
+
+
+def _is_tied(layer: GLoRALayer, users: Mapping[int, int]) -> bool:
+    return any(users[id(p)] > 1 for p in (layer.weight, layer.bias) if p is not None)
 
 
 @torch.no_grad()

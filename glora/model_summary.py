@@ -149,7 +149,9 @@ def _reason(module: nn.Module, parameter: Tensor) -> str:
 
 
 def _is_stack(module: nn.Module, parameter: Tensor) -> bool:
-    return parameter.ndim == 3 and min(parameter.shape) > 1 and not isinstance(module, ONE_DIMENSIONAL)
+    if isinstance(module, ONE_DIMENSIONAL) or type(module).__module__.startswith("torch.nn."):
+        return False
+    return parameter.ndim == 3 and min(parameter.shape) > 1
 
 
 def _shortened(items: Iterable[tuple[str, int]], limit: int = 8) -> list[tuple[str, int]]:

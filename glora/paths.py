@@ -52,7 +52,7 @@ def set_paths(model: nn.Module, paths: Mapping[str, PathConfig] | PathConfig) ->
     """
     layers = require_layers(model)
     paths = paths_of(layers, paths)
-    _require_unused(layers.values())
+    require_unused(layers.values())
     before = {name: layer.path for name, layer in layers.items()}
     try:
         for name, layer in layers.items():
@@ -97,7 +97,7 @@ def _user() -> tuple[int, asyncio.Task | None]:
 def _using(layers: Iterable[GLoRALayer]) -> Iterator[None]:
     """Keep other threads from changing the paths of ``layers``; blocks of one thread may be nested."""
     with _lock:
-        _require_unused(layers)
+        require_unused(layers)
         taken = [layer for layer in layers if layer not in _users]
         _users.update(dict.fromkeys(taken, _user()))
     try:
@@ -108,7 +108,8 @@ def _using(layers: Iterable[GLoRALayer]) -> Iterator[None]:
                 del _users[layer]
 
 
-def _require_unused(layers: Iterable[GLoRALayer]) -> None:
+def require_unused(layers: Iterable[GLoRALayer]) -> None:
+    """Raise RuntimeError if another thread or task is within :func:`using_paths` of any of ``layers``."""
     user = _user()
     if any(_users.get(layer, user) != user for layer in layers):
         raise RuntimeError(

@@ -6,22 +6,21 @@ expression such as ``F.linear(x, self.qkv.weight)``.
 
 from __future__ import annotations
 
+import ast
 import inspect
-import re
+import textwrap
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 
 from torch import nn
 
 from .modules import listed
 
-# ``self.<name>.weight``, where more is asked for than the form of it.
-_READ = re.compile(
-    r"(?<!isinstance\()(?<!hasattr\()\bself\.(\w+(?:\.\w+)*)\.weight\b"
-    r"(?!\.(?:dtype|device|shape|size|ndim|dim|numel|requires_grad|is_\w+|element_size)\b)(?!\s+is\b)(?!\s*=[^=])"
-)
-_CALLED = re.compile(r"\bself\.(\w+(?:\.\w+)*)\(")
+# Functions that multiply by a weight, by their last name.
+_PRODUCTS = {"linear", "matmul", "mm", "bmm", "mv", "addmm", "baddbmm", "einsum", "tensordot", "conv1d", "conv2d"}
+# Of these only the form of a weight is taken.
+_FORM = {"dtype", "device", "shape", "ndim"}
 
 
 def read_by_torch(modules: Iterable[nn.Module]) -> dict[nn.Module, str]:
@@ -55,25 +54,64 @@ def read_by_others(modules: Iterable[nn.Module], always: bool) -> dict[nn.Module
 
 @cache
 def _weights_read(kind: type[nn.Module]) -> dict[str, bool]:
-    """The names whose ``weight`` is read by ``forward`` or methods that it calls; whether these are called too."""
+    """The names whose ``weight`` is a factor in ``forward`` of ``kind`` or methods that it calls; whether these may
+    call the module too: they do more with it than to take an attribute."""
     if kind.__module__.startswith(("torch.", "glora.")):
         return {}
     read: set[str] = set()
-    seen: set[str] = set()
-    called = ["forward"]
-    while set(called) - seen:
-        method = next(name for name in called if name not in seen)
+    used: set[str] = set()
+    methods, seen = ["forward"], set()
+    while methods:
+        method = methods.pop()
+        if method in seen:
+            continue
         seen.add(method)
         try:
-            source = re.sub(r"#.*", "", inspect.getsource(getattr(kind, method)))
-        except (AttributeError, OSError, TypeError):  # a module, or not written in Python, or typed in by hand
+            tree = ast.parse(textwrap.dedent(inspect.getsource(getattr(kind, method))))
+        except (AttributeError, OSError, SyntaxError, TypeError):  # a module, or its source is not to be had
             continue
-        read |= set(_READ.findall(source))
-        called += _CALLED.findall(source)
-    return {name: name in called for name in read}
+        for node in ast.walk(tree):
+            factors = _factors(node)
+            read |= {name.removesuffix(".weight") for part in factors for name in _of_self(part) if ".weight" in name}
+        names = list(_of_self(tree))
+        methods += [name for name in names if "." not in name]
+        used |= {name for name in names if name.rpartition(".")[2] not in ("weight", "bias")}
+    return {name: any(name == other or name.startswith(f"{other}.") for other in used) for name in read}
 
 
-def warn_of_readers(action: str, model: nn.Module, names: Mapping[nn.Module, str]) -> None:
+def _factors(node: ast.AST) -> list[ast.expr]:
+    """What ``node`` multiplies, if it does."""
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.MatMult):
+        return [node.left, node.right]
+    if isinstance(node, ast.Call):
+        function = getattr(node.func, "attr", getattr(node.func, "id", None))
+        return [*node.args, *(keyword.value for keyword in node.keywords)] if function in _PRODUCTS else []
+    return []
+
+
+def _of_self(tree: ast.AST) -> Iterator[str]:
+    """The dotted names that begin with ``self``, without it and as long as they go; nothing of the form of a tensor."""
+    todo = [tree]
+    while todo:
+        node = todo.pop()
+        names: list[str] = []
+        inner: ast.AST = node
+        while isinstance(inner, ast.Attribute):
+            names.insert(0, inner.attr)
+            inner = inner.value
+        if names and isinstance(inner, ast.Name) and inner.id == "self":
+            if "weight" in names:  # beyond it: a method of the tensor, or its form
+                names, beyond = names[: names.index("weight") + 1], names[names.index("weight") + 1 :]
+                if beyond and beyond[-1] in _FORM:
+                    continue
+            yield ".".join(names)
+        elif isinstance(node, ast.Call) and getattr(node.func, "attr", None) in ("to", "type_as", "view_as"):
+            todo.append(node.func)  # its arguments say a form
+        else:
+            todo.extend(ast.iter_child_nodes(node))
+
+
+def warn_of_readers(model: nn.Module, names: Mapping[nn.Module, str]) -> None:
     """Name those of ``names``, adapted layers, whose weight another module of ``model`` reads in some branch."""
     read = {**read_by_others(model.modules(), always=False), **read_by_others(model.modules(), always=True)}
     found: dict[str, list[str]] = {}
@@ -82,7 +120,7 @@ def warn_of_readers(action: str, model: nn.Module, names: Mapping[nn.Module, str
             found.setdefault(reader, []).append(names[module])
     for reader, layers in found.items():
         warnings.warn(
-            f"{action}: {reader} reads the weight of {listed(layers)} without a call, in some branch at least: there "
+            f"model: {reader} reads the weight of {listed(layers)} without a call, in some branch at least: there "
             "GLoRA has no effect before it is merged. glora.train names layers that did not run; exclude these",
             stacklevel=4,
         )

@@ -6,7 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
-from .interrupts import announce, said
+from .interrupts import said
 
 
 def add_quickstart(commands) -> None:
@@ -48,7 +48,7 @@ def _quickstart(options: argparse.Namespace) -> int:
     file = backbone_file(options.out, settings)
     options.saved = lambda: _saved(saved_checkpoint(file))
     if not options.json:
-        announce("pre-training", saved_checkpoint(file))
+        print("pre-training", flush=True)  # where it continues from is said by the training itself
     study = run_study(settings, options.out, progress=not options.json)
     written = save_study(study, options.out)
     figures = save_figures(study, options.out)

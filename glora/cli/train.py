@@ -6,7 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
-from .interrupts import announce, said
+from .interrupts import said
 
 
 def add_train(commands) -> None:
@@ -45,7 +45,7 @@ def add_train(commands) -> None:
 
 def _train(options: argparse.Namespace) -> int:
     from ..runs import check_runs, load_recipe, plan_runs, process_group, train_run
-    from ..runs.saved import saved_trainings, unfinished_training
+    from ..runs.saved import saved_trainings
     from ..runs.texts import describe_plan, describe_training
 
     recipe = load_recipe(options.recipe, options.changes)
@@ -73,7 +73,7 @@ def _train(options: argparse.Namespace) -> int:
         summaries = []
         for spec in specs:
             if tell:
-                announce(spec.name, unfinished_training(out / spec.name))
+                print(spec.name, flush=True)  # where it continues from is said by the training itself
             summaries.append(train_run(out, spec, process.device, progress=tell))
     if process.first:
         print(json.dumps(summaries) if options.json else describe_training(summaries, out))

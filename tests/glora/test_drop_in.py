@@ -320,7 +320,7 @@ def test_an_output_layer_tied_to_the_embedding():
     before = model(tokens)
     before.square().sum().backward()
     assert model.lm_head.Au.grad.abs().sum() > 0
-    with pytest.warns(UserWarning, match="merge: 'lm_head' had the weight of another module") as caught:
+    with pytest.warns(UserWarning, match="merge: 'lm_head' had the weight or bias of another module") as caught:
         report = glora.merge(model, keep=True)
     assert {warning.filename for warning in caught} == {__file__}  # the line that merges
     assert [layer.untied for layer in report.layers] == [False, True]
@@ -342,7 +342,7 @@ def test_two_linear_layers_with_one_weight():
     assert not torch.equal(model[0].Ad, model[1].Ad)
     x = torch.randn(3, 4)
     before = model(x)
-    with pytest.warns(UserWarning, match="merge: '0', '1' had the weight of another module"):
+    with pytest.warns(UserWarning, match="merge: '0', '1' had the weight or bias of another module"):
         report = glora.merge(model)
     assert [layer.untied for layer in report.layers] == [True, True]
     assert torch.equal(model(x), before)

@@ -20,6 +20,9 @@ CLASSES = 5
 TEXT = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
 IMAGE = {**TEXT, "image_size": 16, "patch_size": 4, "num_labels": CLASSES}
 del IMAGE["vocab_size"]
+WAVES = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+WAVES |= {"conv_dim": (8,), "conv_stride": (2,), "conv_kernel": (3,), "num_conv_pos_embeddings": 4}
+WAVES |= {"num_conv_pos_embedding_groups": 2}
 
 
 def hf(task, config, **sizes):
@@ -68,7 +71,14 @@ def within(model):
         (lambda: within(torchvision.models.resnet18()), ["net.fc"]),
         (lambda: within(timm.create_model("resnet18")), ["net.fc"]),
         (lambda: within(llama("LlamaForSequenceClassification")), ["net.score"]),
-        (lambda: nn.ModuleDict({"fc": nn.Linear(4, 4), "block": nn.ModuleDict({"fc": nn.Linear(4, 4)})}), ["fc"]),
+        (lambda: nn.ModuleDict({"block": nn.ModuleDict({"fc": nn.Linear(4, 4)}), "fc": nn.Linear(4, 4)}), ["fc"]),
+        (lambda: nn.ModuleDict({"fc": nn.Linear(4, 4), "out": nn.Linear(4, 4)}), []),
+        (lambda: torch.compile(nn.ModuleDict({"body": nn.Linear(4, 4), "fc": nn.Linear(4, 4)})), ["fc"]),
+        (lambda: nn.ModuleDict({"net": torchvision.models.resnet18(), "loss": nn.CrossEntropyLoss()}), ["net.fc"]),
+        (lambda: nn.ModuleDict({"net": nn.ModuleDict({"body": nn.Linear(4, 4), "fc": nn.Linear(4, 4)})}), ["net.fc"]),
+        (torchvision.models.vgg11, ["classifier.6"]),
+        (torchvision.models.mobilenet_v3_small, ["classifier.3"]),
+        (lambda: torchvision.models.googlenet(init_weights=False), ["aux1", "aux2", "fc"]),
         (lambda: nn.ModuleDict({"block": nn.ModuleDict({"head": nn.Linear(4, 4)})}), ["block.head"]),
         (lambda: nn.ModuleDict({"head": nn.Identity()}), []),
     ],
@@ -94,6 +104,36 @@ def test_exclude_adds_to_the_heads():
 
 def test_a_head_that_a_target_selects_by_itself_is_adapted():
     assert list(glora_layers(inject(mlp(), 2, targets=["fc1", "head"]))) == ["fc1", "head"]
+
+
+def test_of_a_head_a_target_may_select_a_part():
+    """The rest of it, which is as fresh, trains in full."""
+    config = {**TEXT, "num_labels": CLASSES}
+    model = inject(
+        hf("RobertaForSequenceClassification", "RobertaConfig", **config), 2, targets=("query", "classifier.dense")
+    )
+    assert "classifier.dense" in glora_layers(model)
+    assert model.classifier.out_proj.weight.requires_grad
+
+
+def test_a_module_may_not_be_a_head_and_excluded():
+    with (
+        unchanged(model := mlp()),
+        pytest.raises(ValueError, match=r"heads: expected none of the excluded .* \['head'\]"),
+    ):
+        inject(model, 2, heads=["head"], exclude=["head"])
+
+
+def test_bare_parameters_beside_the_base_model_train():
+    model = inject(hf("Wav2Vec2ForSequenceClassification", "Wav2Vec2Config", **WAVES, use_weighted_layer_sum=True), 2)
+    assert model.layer_weights.requires_grad
+
+
+def test_one_of_two_heads_that_is_frozen_is_named():
+    model = deit()
+    model.head_dist.requires_grad_(False)
+    with pytest.warns(UserWarning, match=r"heads \['head_dist'\] were frozen before"):
+        inject(model, 2)
 
 
 def test_a_target_that_selects_more_than_heads_leaves_them_alone():
@@ -132,32 +172,31 @@ def test_a_tied_head_that_is_named_trains_with_what_it_is_tied_to():
 # -- models that something else has hold of ------------------------------------------------------------
 
 
-def inject_after_ddp():
+def inject_after_ddp(file):
+    """Into a replica, a model with one as a part, and by loading a file."""
     model = DistributedDataParallel(mlp(), find_unused_parameters=True)
-    try:
-        inject(model, 2)
-    except TypeError as error:
-        return str(error), sum(p.requires_grad for p in model.parameters())
+    around = nn.Sequential(OrderedDict(body=model, head=nn.Linear(3, 3)))
+    messages = []
+    for call in (lambda: inject(model, 2), lambda: inject(around, 2), lambda: glora.load_adapter(model, file)):
+        try:
+            call()
+        except TypeError as error:
+            messages.append(str(error))
+    return messages, sum(p.requires_grad for p in model.parameters())
 
 
 def test_a_model_within_ddp_is_refused(tmp_path):
     """The replica has noted the parameters of before: support tensors would train apart on each rank."""
-    for message, trained in on_ranks(2, tmp_path / "two", inject_after_ddp):
-        assert "not wrapped yet, got DistributedDataParallel (the model)" in message
+    glora.save_adapter(inject(mlp(), 2), tmp_path / "adapter")
+    for messages, trained in on_ranks(2, tmp_path / "two", inject_after_ddp, tmp_path / "adapter"):
+        assert ["not wrapped yet, got DistributedDataParallel" in message for message in messages] == [True] * 3
+        assert [where in message for message, where in zip(messages, ("(the model)", "('body')", "(the model)"))]
         assert trained == len(list(mlp().parameters()))
 
 
-def test_a_part_within_data_parallel_is_refused():
-    model = nn.Sequential(OrderedDict(body=DataParallel(mlp()), head=nn.Linear(3, 3)))
-    with unchanged(model), pytest.raises(TypeError, match=r"got DataParallel \('body'\).* inject first"):
-        inject(model, 2)
-
-
-def test_a_file_is_not_loaded_into_a_wrapped_model(tmp_path):
-    glora.save_adapter(inject(mlp(), 2), tmp_path / "adapter")
+def test_data_parallel_replicates_what_is_injected():
     model = DataParallel(mlp())
-    with unchanged(model), pytest.raises((TypeError, ValueError)):
-        glora.load_adapter(model, tmp_path / "adapter")
+    assert list(glora_layers(inject(model, 2))) == ["fc1", "fc2"]
 
 
 def test_a_model_of_peft_is_refused():
@@ -283,6 +322,24 @@ def test_a_model_of_convolutions_says_how_they_are_adapted():
         inject(torchvision.models.resnet18(), 2)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda layer: layer.register_state_dict_post_hook(lambda *_: None),
+        lambda layer: layer.register_load_state_dict_pre_hook(lambda *_: None),
+        lambda layer: layer.register_buffer("scale", torch.ones(1)),
+        lambda layer: layer.add_module("act", nn.ReLU()),
+        lambda layer: layer.register_parameter("gain", nn.Parameter(torch.ones(1))),
+    ],
+    ids=["state-dict-hook", "loading-hook", "buffer", "module", "parameter"],
+)
+def test_what_a_layer_has_beside_its_weight_is_not_lost(change):
+    model = mlp()
+    change(model.fc2)
+    with unchanged(model), pytest.raises(TypeError, match=r"a weight and a bias alone .* lost \(layer 'fc2'\)"):
+        inject(model, 2)
+
+
 def test_hooks_are_refused_by_the_name_of_their_layer():
     model = mlp()
     model.fc2.register_forward_hook(lambda *_: None)
@@ -405,7 +462,7 @@ def accuracy_after(model, x, y, steps):
             lambda: image_task(32),
             True,
             r"features\.[2-9]\.block\.0\.0",
-            ["classifier"],
+            ["classifier.3"],
         ),
         slow(
             lambda: timm.create_model("efficientnet_es", num_classes=CLASSES),

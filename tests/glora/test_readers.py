@@ -54,9 +54,9 @@ def test_a_layer_that_is_never_called_is_not_adapted():
 
 def test_a_layer_that_is_read_at_times_is_named():
     said = r"ReadsAtTimes reads the weight of 'fc1' without a call, in some branch at least"
-    with pytest.warns(UserWarning, match=f"inject: {said}"):
+    with pytest.warns(UserWarning, match=f"model: {said}"):
         model = inject(ReadsAtTimes(), 2)
-    with pytest.warns(UserWarning, match=f"merge: {said}"):
+    with pytest.warns(UserWarning, match=f"model: {said}"):
         glora.merge(model)
 
 
