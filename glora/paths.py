@@ -19,7 +19,8 @@ from .sampling import PathSampler
 from .wrappers import name_in
 
 Paths = dict[str, PathConfig]
-_users: WeakKeyDictionary[GLoRALayer, tuple[int, asyncio.Task | None]] = WeakKeyDictionary()  # within using_paths
+# Who is within using_paths. Not on the layer: a copy that is made there is nobody's, and pickles hold no threads.
+_users: WeakKeyDictionary[GLoRALayer, tuple[int, asyncio.Task | None]] = WeakKeyDictionary()
 _lock = threading.Lock()
 
 

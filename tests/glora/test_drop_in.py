@@ -348,6 +348,14 @@ def test_two_linear_layers_with_one_weight():
     assert torch.equal(model(x), before)
 
 
+def test_a_bias_that_was_tied_is_named():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model[1].bias = model[0].bias
+    inject(model, 2)
+    with pytest.warns(UserWarning, match="merge: '0', '1' had the weight or bias of another module"):
+        glora.merge(model)
+
+
 def test_a_layer_used_twice_is_not_tied_to_another():
     shared = nn.Linear(4, 4)
     report = glora.merge(inject(nn.Sequential(shared, nn.ReLU(), shared), 2))

@@ -8,8 +8,19 @@ from threading import Lock
 import pytest
 import torch
 
-from glora import PathConfig, SearchSpace, count_parameters, get_paths, merge, sample_paths, set_paths, using_paths
-from tests.glora.toys import IN_FEATURES, adapted_mlp, generator, mlp, trained_mlp, unchanged
+from glora import (
+    PathConfig,
+    SearchSpace,
+    count_parameters,
+    get_paths,
+    load_adapter,
+    merge,
+    sample_paths,
+    save_adapter,
+    set_paths,
+    using_paths,
+)
+from tests.glora.toys import IN_FEATURES, adapted_mlp, generator, mlp, same_bits, state, trained_mlp, unchanged
 from tests.tiers import at
 
 OLD = {"fc1": PathConfig("lora_2"), "fc2": PathConfig(B="vector")}
@@ -162,6 +173,16 @@ def test_a_second_thread_within_using_paths_is_refused():
         in_thread(lambda: set_paths(other, before))
     assert get_paths(model) == before
     assert torch.equal(in_thread(enter), enter())
+
+
+def test_a_file_is_not_half_loaded_within_another_threads_block(tmp_path):
+    save_adapter(trained_mlp(seed=1), tmp_path / "adapter")
+    model = trained_mlp()
+    with using_paths(model, get_paths(model)):
+        before = state(model)
+        with pytest.raises(RuntimeError, match="one thread at a time"):
+            in_thread(lambda: load_adapter(model, tmp_path / "adapter"))
+        assert same_bits(state(model), before)
 
 
 def test_threads_that_hold_a_lock_get_what_they_would_alone():

@@ -66,3 +66,57 @@ def test_a_class_without_source_is_passed_over():
     model = scope["Typed"]()
     model.fc1 = nn.Linear(4, 4)
     assert read_by_others([model], always=True) == {}
+
+
+def test_merging_names_layers_that_did_not_run_where_others_did():
+    class Aliased(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc1, self.fc2 = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x):
+            alias = self.fc2
+            return F.linear(self.fc1(x), alias.weight)
+
+    model = inject(Aliased(), 2)
+    glora.merge(inject(Aliased(), 2))  # nothing has run: nothing can be said
+    model(torch.randn(2, 4))
+    with pytest.warns(UserWarning, match=r"merge: 'fc2' did not run where other layers did"):
+        glora.merge(model)
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda self, x: next(layer(x) for layer in self.layers),
+        lambda self, x: self.fc1(x) + self.fc1.weight.norm(),
+        lambda self, x: self.body(x) @ self.body.fc.weight.shape,
+        lambda self, x: torch.matmul(x.to(self.fc1.weight), self.fc1.weight.dtype),
+        lambda self, x: "self.fc1.weight @ x",
+    ],
+    ids=["list", "penalty", "shape", "form", "text"],
+)
+def test_what_only_looks_like_it_is_not_taken_for_it(forward):
+    model = of_forward(forward)
+    assert read_by_others([model], always=True) == {} == read_by_others([model], always=False)
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        lambda self, x: torch.matmul(x, self.fc1.weight.t()),
+        lambda self, x: x @ self.fc1.weight,
+        lambda self, x: torch.einsum("mk,nk->mn", x, self.fc1.weight.to(x.dtype)),
+        lambda self, x: F.linear(x, weight=self.fc1.weight[:2]),
+    ],
+    ids=["matmul", "operator", "einsum", "keyword"],
+)
+def test_products_with_a_weight_are_seen(forward):
+    model = of_forward(forward)
+    assert read_by_others([model], always=True) == {model.fc1: "Looks"}
+
+
+def of_forward(forward):
+    model = type("Looks", (nn.Module,), {"forward": forward, "__module__": __name__})()
+    model.fc1, model.body = nn.Linear(4, 4), nn.ModuleDict({"fc": nn.Linear(4, 4)})
+    return model

@@ -165,3 +165,12 @@ def test_loading_leaves_a_model_alone_that_takes_nothing():
     with unchanged(model):
         model.load_state_dict({}, strict=False)
     assert same_bits(state(model), state(trained_mlp()))
+
+
+def test_a_load_that_fails_sets_no_path_of_the_layer_that_does_not_fit():
+    model, other = adapted_mlp(), adapted_mlp(rank=3)
+    paths = glora.get_paths(model)
+    glora.set_paths(other, PathConfig("constant"))
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        model.load_state_dict(other.state_dict())
+    assert glora.get_paths(model) == paths
