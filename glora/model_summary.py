@@ -66,7 +66,7 @@ def summary(model: nn.Module) -> Summary:
 
     Example:
         >>> print(glora.summary(glora.inject(timm.create_model("resnet18"), rank=2, convolutions=True)))
-        adapted: 20 layers, 95.6% of the values of all matrix weights; 224,968 support values, ...
+        adapted: 20 layers, 95.6% of the values of all matrix weights; 215,578 support values, of which the paths ...
           20 x GLoRAConv2d, rank 2
         trained in full: 513,000 values
           fc.weight: 512,000
@@ -155,6 +155,6 @@ def _is_stack(module: nn.Module, parameter: Tensor) -> bool:
 
 
 def _shortened(items: Iterable[tuple[str, int]], limit: int = 8) -> list[tuple[str, int]]:
-    listed = list(items)
-    rest = listed[limit:]
-    return listed if not rest else [*listed[:limit], (f"and {len(rest)} more", sum(count for _, count in rest))]
+    every = list(items)
+    rest = every[limit:]
+    return every if not rest else [*every[:limit], (f"and {len(rest)} more", sum(count for _, count in rest))]

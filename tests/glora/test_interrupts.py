@@ -8,28 +8,18 @@ import signal
 import subprocess
 import sys
 from importlib import import_module
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from glora.cli import main
+from tests.glora.test_runs import QUICK
+from tests.glora.test_runs import train_command as command_of_runs
 from tests.glora.toys import exit_code, same_bits
 from tests.miniature.images import write_datasets
 
-RECIPE = Path(__file__).parents[1] / "miniature" / "recipe.toml"
-CHANGES = [
-    "training.epochs=8",
-    "training.batch_size=8",
-    "training.checkpoint_epochs=1",
-    "sizes.mini.limit=12_000",
-    "search.population=4",
-    "search.top=2",
-    "search.crossover=2",
-    "search.mutation=2",
-    "search.generations=1",
-]
+CHANGES = (*QUICK, "training.epochs=8", "search.generations=1")
 
 
 @pytest.fixture(scope="module")
@@ -40,9 +30,7 @@ def data(tmp_path_factory):
 
 
 def train_command(data, out, *more, seeds=("0",)):
-    sets = [text for change in CHANGES for text in ("--set", change)]
-    given = ["--recipe", str(RECIPE), "--data", str(data), "--out", str(out), "--weights", "none"]
-    return ["train", *given, "--dataset", "svhn", "--seeds", *seeds, *sets, *more]
+    return command_of_runs(data, out, "--seeds", *seeds, *more, changes=CHANGES)
 
 
 @pytest.fixture(scope="module")
