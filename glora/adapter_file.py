@@ -32,7 +32,7 @@ from .files import require_file, write_atomically
 from .injection import adapt
 from .layer import SUPPORT_NAMES, GLoRALayer, support_dtype, support_shapes
 from .modules import glora_layers, require_layers, require_real
-from .parameters import trainable_parameters
+from .parameters import support_ids, trained_beside
 from .paths import Paths, require_unused, set_paths
 from .wrappers import modules_by_name, name_in, named_parameters, tensors_in, tensors_of
 
@@ -60,8 +60,7 @@ def save_adapter(model: nn.Module, file: str | os.PathLike) -> None:
     products = sorted({layer.product for layer in layers.values()})
     if len(products) > 1:
         raise ValueError(f"model: expected layers of one product, which is all that the file can hold, got {products}")
-    support = {id(p) for layer in layers.values() for p in layer.support_parameters()}
-    trained = {id(p) for p in trainable_parameters(model)} | support
+    trained = support_ids(layers) | trained_beside(model, layers)
     tensors: dict[str, Tensor] = {name: p for name, p in named_parameters(model) if id(p) in trained}
     check_written(tensors)
     buffers = buffers_beside(model, layers.values())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 
 from torch import nn
 
@@ -96,13 +96,21 @@ def inject(
     spared = left_alone | head_modules
     if targets is not None:
         _check_targets(targets, named, left_alone, head_modules, kinds)
+    considered = {
+        name: module
+        for name, module in named.items()
+        if module not in spared and (targets is None or any(matches(name, target) for target in targets))
+    }
     read = read_by_others(model.modules(), always=True)
-    chosen = _choose(named, targets, spared, kinds, recognised, read)
+    chosen = _choose(considered, targets, kinds, {**read_by_torch(model.modules()), **read}, read)
+    if not chosen:
+        scope = "" if targets is None else f" among targets {list(targets)}"
+        hints = _hints(considered, kinds, recognised, read)
+        raise ValueError(f"model: expected at least one {_wanted(kinds)} to adapt{scope}, found none{hints}")
     kept = _own_parameters(left_alone | heads_in_full)
     _check_kept(model, chosen, kept)
     kept |= _own_parameters(head_modules) - _own_parameters(set(model.modules()) - head_modules)
     kept |= loose_parameters(model) if named_heads is None else set()
-    considered = named if targets is None else {n: m for n, m in named.items() if any(matches(n, t) for t in targets)}
     frozen = [
         name
         for name, head in recognised.items()
@@ -116,7 +124,7 @@ def inject(
             f"inject: the heads {frozen} were frozen before and do not train; heads={list(recognised)} trains them",
             stacklevel=2,
         )
-    _warn_of_unadaptable({name: module for name, module in considered.items() if module not in spared}, kinds, read)
+    _warn_of_unadaptable(considered, kinds, read)
     return model
 
 
@@ -193,28 +201,22 @@ def _own_parameters(modules: Iterable[nn.Module]) -> set[int]:
 
 
 def _choose(
-    named: Mapping[str, nn.Module],
+    considered: Mapping[str, nn.Module],
     targets: tuple[str, ...] | None,
-    spared: set[nn.Module],
     kinds: Sequence[type[nn.Module]],
-    heads: Mapping[str, nn.Module],
-    read: Mapping[nn.Module, str],
+    bypassed: Mapping[nn.Module, str],
+    never_called: Container[nn.Module],
 ) -> list[nn.Module]:
+    """Those of ``considered`` to adapt. Raises TypeError if a target selects one of the right kind that cannot be."""
     chosen: dict[nn.Module, None] = {}
-    readers = read_by_torch(named.values())
-    for name, module in named.items():
-        if module in spared or not isinstance(module, tuple(kinds)):
+    for name, module in considered.items():
+        if not isinstance(module, tuple(kinds)):
             continue
-        selected = targets is None or any(matches(name, pattern) for pattern in targets)
-        if not selected:
+        if targets is not None and module in bypassed:
+            raise _bypassed(name, bypassed[module])
+        if module in never_called:
             continue
-        exact = type(module) in kinds
-        if module in readers and (exact or targets is not None):
-            raise _bypassed(name, readers[module])
-        if module in read:
-            if targets is not None:
-                raise _bypassed(name, read[module])
-        elif exact:
+        if type(module) in kinds:
             chosen[module] = None
         elif targets is not None:
             base = next(qualified_name(kind) for kind in kinds if isinstance(module, kind))
@@ -223,12 +225,6 @@ def _choose(
                 f"targets: expected exactly {base} at {name!r}, got its subclass {kind}, which may compute "
                 f"something else; exclude it, or put a {base} in its place"
             )
-    if not chosen:
-        scope = "" if targets is None else f" among targets {list(targets)}"
-        raise ValueError(
-            f"model: expected at least one {_wanted(kinds)} to adapt{scope}, found none"
-            + _hints(named, spared, kinds, heads, read)
-        )
     return list(chosen)
 
 
@@ -237,18 +233,16 @@ def _wanted(kinds: Sequence[type[nn.Module]]) -> str:
 
 
 def _hints(
-    named: Mapping[str, nn.Module],
-    spared: set[nn.Module],
+    considered: Mapping[str, nn.Module],
     kinds: Sequence[type[nn.Module]],
     heads: Mapping[str, nn.Module],
-    read: Mapping[nn.Module, str],
+    read: Container[nn.Module],
 ) -> str:
     """What else the caller might have meant, and what there is that cannot be adapted."""
     hints = []
-    left = {name: module for name, module in named.items() if module not in spared}
-    if others := unadaptable(left, kinds, read):
-        hints.append(f"it cannot adapt {describe({name: named[name] for name in others})}")
-    convolutions = sum(type(module) is nn.Conv2d for module in set(named.values()) - spared)
+    if others := unadaptable(considered, kinds, read):
+        hints.append(f"it cannot adapt {describe({name: considered[name] for name in others})}")
+    convolutions = sum(type(module) is nn.Conv2d for module in set(considered.values()))
     if convolutions and nn.Conv2d not in kinds:
         hints.append(f"convolutions=True adapts its {convolutions} nn.Conv2d")
     if any(isinstance(part, tuple(kinds)) for head in heads.values() for part in head.modules()):
@@ -310,7 +304,7 @@ def _check_targets(
 
 
 def _warn_of_unadaptable(
-    named: Mapping[str, nn.Module], kinds: Sequence[type[nn.Module]], read: Mapping[nn.Module, str]
+    named: Mapping[str, nn.Module], kinds: Sequence[type[nn.Module]], read: Container[nn.Module]
 ) -> None:
     """A word on linear weights that stay frozen without the caller having asked for that."""
     found = unadaptable(named, kinds, read)

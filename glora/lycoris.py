@@ -26,6 +26,7 @@ from __future__ import annotations
 import math
 import os
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -39,8 +40,8 @@ from .files import require_file, write_atomically
 from .injection import adapt
 from .layer import GLoRALayer, GLoRALinear, qualified_name
 from .modules import glora_layers, require_layers, require_real
-from .parameters import trainable_parameters
-from .paths import set_paths
+from .parameters import trained_beside
+from .paths import require_unused, set_paths
 from .wrappers import key_in, modules_by_name, named_modules, named_parameters
 
 # Which of the file's factors are Ad, Au, Bd and Bu.
@@ -141,14 +142,14 @@ def load_lycoris(
     _check_options("lycoris" if prefix is None else prefix, "new" if layout is None else layout)
     require_real(model)
     require_whole(model)
+    layers, modules = glora_layers(model), modules_by_name(model)
+    require_unused(layers.values())
     found = _resolve(model, _read(file), prefix, file)
-    used = _layout(model, found, layout, file)
-    modules = modules_by_name(model)
+    used = _layout(modules, found, layout, file)
     adapters = {
         name: _folded(name, entries, used, _form(modules[name]).positions, file) for name, entries in found.items()
     }
-    layers = glora_layers(model)
-    _check_fit(model, layers, adapters, file)
+    _check_fit(modules, layers, adapters, file)
     if not layers:
         ranks = {modules[name]: adapter.storage_rank for name, adapter in adapters.items()}
         adapt(model, ranks, "matmul", kept=set())
@@ -252,8 +253,7 @@ def _alike_everywhere(layer: GLoRALayer, positions: int) -> bool:
 
 
 def _refuse_other_trained(model: nn.Module, layers: dict[str, GLoRALayer]) -> None:
-    support = {id(p) for layer in layers.values() for p in layer.support_parameters()}
-    trained = {id(p) for p in trainable_parameters(model)} - support
+    trained = trained_beside(model, layers)
     others = [name for name, p in named_parameters(model) if id(p) in trained]
     if others:
         raise ValueError(
@@ -376,9 +376,13 @@ def _check_entries(found: dict[str, dict[str, Tensor]], file: str | os.PathLike)
         )
 
 
-def _layout(model: nn.Module, found: dict[str, dict[str, Tensor]], asked: str | None, file: str | os.PathLike) -> str:
+def _layout(
+    modules: Mapping[str, nn.Module],
+    found: dict[str, dict[str, Tensor]],
+    asked: str | None,
+    file: str | os.PathLike,
+) -> str:
     """The one layout that the shapes of every layer fit."""
-    modules = modules_by_name(model)
     forms = {name: _form(modules[name]) for name in found}
     fits = {name: _fitting(forms[name], entries) for name, entries in found.items()}
     unfit = [
@@ -427,7 +431,7 @@ def _scale(name: str, alpha: Tensor | None, rank: int, file: str | os.PathLike) 
 
 
 def _check_fit(
-    model: nn.Module, layers: dict[str, GLoRALayer], adapters: dict[str, _Adapter], file: str | os.PathLike
+    modules: Mapping[str, Any], layers: dict[str, GLoRALayer], adapters: dict[str, _Adapter], file: str | os.PathLike
 ) -> None:
     """Raise if the file's layers are not those of an adapted model, or its values not those of the storage."""
     if layers:
@@ -443,7 +447,6 @@ def _check_fit(
                 f"differing {differing}"
             )
     infinite = []
-    modules: dict[str, Any] = modules_by_name(model)
     for name, adapter in adapters.items():
         module = modules[name]
         dtype = module.Ad.dtype if layers else torch.promote_types(module.weight.dtype, torch.float32)

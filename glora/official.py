@@ -22,7 +22,7 @@ from .distributed import require_whole
 from .files import require_file, write_atomically
 from .layer import SUPPORT_NAMES, GLoRALinear
 from .modules import glora_layers, require_layers, require_linear_layers
-from .parameters import trainable_parameters
+from .parameters import support_ids, trained_beside
 from .paths import Paths
 from .wrappers import modules_by_name, named_modules, named_parameters, tensors_in
 
@@ -105,8 +105,7 @@ def save_official(model: nn.Module, file: str | os.PathLike) -> None:
             "model: expected exactly the linear layers adapted whose last name has no 'head' in it, as in the "
             f"official code; otherwise are {differing}"
         )
-    written = {id(p) for layer in layers.values() for p in layer.support_parameters()}
-    written |= {id(p) for p in trainable_parameters(model)}
+    written = support_ids(layers) | trained_beside(model, layers)
     chosen = {
         name: p
         for name, p in named_parameters(model)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from torch import nn
 
 from .config import PathConfig
+from .layer import GLoRALayer
 from .modules import glora_layers, require_layers
 from .paths import get_paths, paths_of
 
@@ -30,6 +31,16 @@ def trainable_parameters(
             left_out |= {id(p) for p in layer.support_parameters()}
             left_out -= {id(p) for p in layer.support_parameters(paths[name])}
     return [p for p in model.parameters() if p.requires_grad and id(p) not in left_out]
+
+
+def support_ids(layers: Mapping[str, GLoRALayer]) -> set[int]:
+    """The ids of all support tensors of ``layers``."""
+    return {id(p) for layer in layers.values() for p in layer.support_parameters()}
+
+
+def trained_beside(model: nn.Module, layers: Mapping[str, GLoRALayer]) -> set[int]:
+    """The ids of what trains in ``model`` and is no support tensor of its ``layers``, such as the head."""
+    return {id(p) for p in trainable_parameters(model)} - support_ids(layers)
 
 
 def count_parameters(model: nn.Module, paths: Mapping[str, PathConfig] | PathConfig | None = None) -> int:

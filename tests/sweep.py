@@ -21,6 +21,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -366,6 +367,18 @@ def quiet() -> None:
 
     transformers.logging.set_verbosity(transformers.logging.CRITICAL)
     transformers.logging.disable_progress_bar()
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """:func:`quiet` for a block."""
+    import transformers
+
+    level = transformers.logging.get_verbosity()
+    quiet()
+    yield
+    transformers.logging.set_verbosity(level)
+    transformers.logging.enable_progress_bar()
 
 
 def table(records: Sequence[Record]) -> str:

@@ -17,7 +17,7 @@ from ..distributed import require_whole
 from ..files import require_new_folder, write_folder_atomically
 from ..layer import GLoRALinear
 from ..modules import require_linear_layers
-from ..parameters import trainable_parameters
+from ..parameters import support_ids, trained_beside
 from ..wrappers import modules_by_name, named_modules, named_parameters, tensors_of
 from .form import CONFIG, FIELDS, PREFIX, TENSORS, Form, read_parts
 
@@ -134,8 +134,7 @@ def _fault(layer: GLoRALinear) -> str | None:
 
 def _modules_to_save(model: nn.Module, layers: Mapping[str, GLoRALinear]) -> list[str]:
     """The modules of all that is trained beside the adapters, none within another."""
-    support = {id(p) for layer in layers.values() for p in layer.support_parameters()}
-    trained = {id(p) for p in trainable_parameters(model)} - support
+    support, trained = support_ids(layers), trained_beside(model, layers)
     named = list(named_parameters(model, remove_duplicate=False))
     count = Counter(id(p) for _, p in named)
     shared = [name for name, p in named if id(p) in trained | support and count[id(p)] > 1]

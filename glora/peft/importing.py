@@ -18,7 +18,7 @@ from ..distributed import require_whole
 from ..injection import adapt
 from ..layer import GLoRALayer, support_dtype
 from ..modules import glora_layers, require_real
-from ..paths import set_paths
+from ..paths import require_unused, set_paths
 from ..wrappers import modules_by_name, tensors_in, tensors_of
 from .form import CONFIG, FIELDS, PREFIX, TENSORS, Form, read_parts
 
@@ -47,6 +47,7 @@ def import_peft(model: nn.Module, folder: str | os.PathLike) -> nn.Module:
     require_whole(model)
     form, tensors = _read(Path(folder))
     require_real(model)
+    require_unused(glora_layers(model).values())
     tensors = tensors_in(modules_by_name(model), tensors, Path(folder) / TENSORS)
     pattern = re.compile(r"(.+)\.glora_[A-E]\.(?:Xd|Xu|X|zeros)")
     found = (pattern.fullmatch(name) for name in tensors)

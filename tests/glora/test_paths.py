@@ -3,6 +3,7 @@
 import asyncio
 import copy
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from threading import Lock
 
 import pytest
@@ -14,9 +15,12 @@ from glora import (
     count_parameters,
     get_paths,
     load_adapter,
+    load_lycoris,
     merge,
+    peft,
     sample_paths,
     save_adapter,
+    save_lycoris,
     set_paths,
     using_paths,
 )
@@ -175,13 +179,26 @@ def test_a_second_thread_within_using_paths_is_refused():
     assert torch.equal(in_thread(enter), enter())
 
 
-def test_a_file_is_not_half_loaded_within_another_threads_block(tmp_path):
-    save_adapter(trained_mlp(seed=1), tmp_path / "adapter")
-    model = trained_mlp()
+LOADERS = {
+    "own": (save_adapter, load_adapter, "a.safetensors"),
+    "lycoris": (partial(save_lycoris, adapters_only=True), load_lycoris, "l.safetensors"),
+    "peft": (peft.export_peft, peft.import_peft, "folder"),
+}
+
+
+@pytest.mark.parametrize("kind", LOADERS)
+def test_a_file_is_not_half_loaded_within_another_threads_block(kind, tmp_path):
+    """Other paths than the file's are in force there, and cannot be set."""
+    save, load, name = LOADERS[kind]
+    product = "matmul" if kind == "lycoris" else "hadamard"
+    path = PathConfig("lora_2") if kind == "lycoris" else PathConfig("vector", "vector")
+    saved, model = trained_mlp(seed=1, product=product), trained_mlp(product=product)
+    set_paths(saved, path)
+    save(saved, tmp_path / name)
     with using_paths(model, get_paths(model)):
         before = state(model)
         with pytest.raises(RuntimeError, match="one thread at a time"):
-            in_thread(lambda: load_adapter(model, tmp_path / "adapter"))
+            in_thread(lambda: load(model, tmp_path / name))
         assert same_bits(state(model), before)
 
 

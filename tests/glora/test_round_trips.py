@@ -8,7 +8,7 @@ pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 from tests.round_trips import ROUTES, report, run, table  # noqa: E402
 from tests.silence import SAME, WARNED  # noqa: E402
-from tests.sweep import SEEN, quiet  # noqa: E402
+from tests.sweep import SEEN, quietly  # noqa: E402
 from tests.tiers import at  # noqa: E402
 
 CASES = at(3, 88)  # of each of the 23 routes
@@ -17,11 +17,8 @@ MORE = 20  # looked at only where none of them came back
 
 @pytest.fixture(scope="module", autouse=True)
 def no_reports_of_transformers():
-    level = transformers.logging.get_verbosity()
-    quiet()
-    yield
-    transformers.logging.set_verbosity(level)
-    transformers.logging.enable_progress_bar()
+    with quietly():
+        yield
 
 
 @pytest.mark.parametrize("route", ROUTES)

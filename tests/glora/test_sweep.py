@@ -7,7 +7,7 @@ import pytest
 import tests.sweep
 from tests.families import FAMILIES, Family
 from tests.silence import ERROR, SAME
-from tests.sweep import examine, main, quiet
+from tests.sweep import examine, main, quietly
 
 transformers = pytest.importorskip("transformers")
 # For what is special about them; the others are in the exhaustive tier.
@@ -32,11 +32,8 @@ COVER = (
 
 @pytest.fixture(scope="module", autouse=True)
 def no_reports_of_transformers():
-    level = transformers.logging.get_verbosity()
-    quiet()
-    yield
-    transformers.logging.set_verbosity(level)
-    transformers.logging.enable_progress_bar()
+    with quietly():
+        yield
 
 
 def marked(family: Family):
