@@ -7,7 +7,7 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor, nn
 
-from glora_kernels.contract import largest_constant
+from glora_kernels.error_bound import largest_constant
 
 from .oracle import oracle_model
 
@@ -76,7 +76,7 @@ def require_agreement(
 ) -> float:
     """Hold every tensor to ``tolerance``.
 
-    With a scale every element has ``|got - want| <= tolerance u S`` (``glora_kernels.contract``); without one
+    With a scale every element has ``|got - want| <= tolerance u S`` (``glora_kernels.error_bound``); without one
     ``|got - want| <= tolerance |want|`` in the 2-norm, and no tensor of the truth may be a sum that cancels to zero.
 
     Args:

@@ -49,7 +49,7 @@ else
   echo "sanitizer: skipped, compute-sanitizer is not here"
 fi
 
-# 3. Tiles, if this GPU has none of its own: to be committed as glora_kernels/_triton/settings.json. What follows here
+# 3. Tiles, if this GPU has none of its own: to be committed as glora_kernels/planning/settings.json. What follows here
 # still runs with those of its nearest relative.
 timeout 80 "$python" -m glora_kernels.tune --missing --seconds 60 --out "$out/settings.json" >"$logs/tune.log" 2>&1
 finished tune $?

@@ -29,8 +29,9 @@ from glora_kernels import Constant, LowRank, Terms, Vector, glora_linear, refere
 from glora_kernels._triton.builds import Case, launches_of
 from glora_kernels._triton.device import architecture
 from glora_kernels._triton.launch import launch
-from glora_kernels.contract import PROMISED, largest_constant
-from glora_kernels.cost import Problem, launches
+from glora_kernels.error_bound import PROMISED, largest_constant
+from glora_kernels.planning.launches import launches
+from glora_kernels.planning.problem import Problem
 
 from .timing import WHOLE, EventWatch, interleave, plain, ratio
 

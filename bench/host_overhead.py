@@ -33,7 +33,7 @@ from glora import GLoRALayer
 from glora.config import make_path
 from glora.files import write_atomically
 from glora_kernels import Terms, _torch, available_backends, glora_linear, use_backend
-from glora_kernels.step import Step
+from glora_kernels.backend import Step
 
 from .entrants import FROZEN, GLORA, LORA, OFFICIAL, OURS, Field, all_low_rank, make_field
 from .environment import environment

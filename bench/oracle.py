@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 import glora
 from glora import GLoRALinear
-from glora.modules import replace_modules
+from glora.models.modules import replace_modules
 
 
 class OracleLinear(nn.Module):

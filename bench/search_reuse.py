@@ -22,7 +22,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from glora import SearchSettings, SearchSpace, evolve, glora_layers, inject
-from glora.scoring import CandidateScorer
+from glora.evolution.scoring import CandidateScorer
 
 from .environment import environment
 from .settings import SEED

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from glora_kernels.contract import PROMISED
+from glora_kernels.error_bound import PROMISED
 
 from .shapes import SHAPE_SETS, ShapeSet
 from .timing import ClockWatch, EventWatch, Watch

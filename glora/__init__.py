@@ -4,31 +4,32 @@
 """
 
 from . import peft
-from .adapter_file import load_adapter, save_adapter
 from .backbones import features, load_backbone
 from .config import LayerShape, PathConfig, SearchSpace
-from .conv import GLoRAConv2d
-from .conv1d import GLoRAConv1D
 from .distributed import sync_gradients
 from .evaluation import Metrics, evaluate, evaluate_merged
-from .evolution import evolve, search
-from .graphed_step import GraphedStep
+from .evolution.loop import evolve, search
+from .evolution.result import SearchResult
+from .evolution.selection import Candidate
+from .evolution.settings import SearchSettings
+from .formats.adapter_file import load_adapter, save_adapter
+from .formats.lycoris import load_lycoris, save_lycoris
+from .formats.official import load_official, official_paths, save_official
+from .graphs.graphed_step import GraphedStep
 from .injection import inject
-from .layer import GLoRALayer, GLoRALinear
-from .lycoris import load_lycoris, save_lycoris
+from .layers.base import GLoRALayer
+from .layers.conv1d import GLoRAConv1D
+from .layers.conv2d import GLoRAConv2d
+from .layers.linear import GLoRALinear
+from .layers.quantised import GLoRAQuantisedLinear
 from .merging import MergeReport, merge, unmerge
 from .model_summary import Summary, summary
-from .modules import glora_layers
-from .official import load_official, official_paths, save_official
+from .models.modules import glora_layers
 from .parameters import count_parameters, drop_unread_gradients, trainable_parameters
 from .paths import get_paths, sample_paths, set_paths, using_paths
 from .presets import PRESETS, Preset, apply_preset, preset_path
-from .quantised import GLoRAQuantisedLinear
-from .recipe import Recipe
-from .search_result import SearchResult
-from .search_settings import SearchSettings
-from .selection import Candidate
-from .training import TrainSummary, train
+from .training.loop import TrainSummary, train
+from .training.recipe import Recipe
 from .version import __version__
 
 __all__ = [

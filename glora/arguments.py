@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 FILE = (str, os.PathLike, type(None))
 
@@ -28,3 +30,39 @@ def require_integer(argument: str, value: object, least: int) -> None:
 def type_of(value: object) -> str:
     """What ``value`` is, for a message."""
     return f"the class {value.__name__} itself" if isinstance(value, type) else type(value).__name__
+
+
+MOST = 8  # of what a message lists
+
+
+def differences(found: Mapping[str, Any], expected: Mapping[str, Any], form: str = " {}, expected {}") -> str:
+    """The innermost entries that differ, such as ``"limit 9000, expected 3; settings seed 0, expected 1"``.
+
+    Args:
+        form: what follows a name: of the two values.
+    """
+    entries = list(_differing(found, expected, form))
+    return "; ".join(entries[:MOST]) + _rest(entries)
+
+
+def listed(names: Iterable[str]) -> str:
+    """As a list, of which a message holds the first few."""
+    names = list(names)
+    return f"{names[:MOST]}{_rest(names)}"
+
+
+def _differing(found: Any, expected: Any, form: str, name: str = "") -> Iterator[str]:
+    if isinstance(found, Mapping) and isinstance(expected, Mapping):
+        for key in {**found, **expected}:
+            yield from _differing(found.get(key), expected.get(key), form, f"{name} {key}".lstrip())
+    elif found != expected:
+        yield f"{name}{form.format(_short(found), _short(expected))}"
+
+
+def _rest(entries: list[str]) -> str:
+    return f" and {len(entries) - MOST} more" if len(entries) > MOST else ""
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:60]}... ({len(text):,} characters)"

@@ -17,13 +17,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from .contents import require_held
-from .layer import support_shapes
-from .modules import glora_layers, require_model
+from .layers.base import support_shapes
+from .models.contents import require_held
+from .models.modules import glora_layers, require_model
+from .models.wrappers import is_fsdp1, named_parameters
 from .parameters import trainable_parameters
 from .paths import get_paths
-from .ranks import has_group, rank, require_agreement, world_size
-from .wrappers import is_fsdp1, named_parameters
+from .processes import has_group, rank, require_agreement, world_size
 
 
 def sync_gradients(model: nn.Module) -> None:

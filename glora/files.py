@@ -15,10 +15,15 @@ import re
 import secrets
 import shlex
 import shutil
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import BinaryIO
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 _LONGEST = 200  # bytes of the target's name in a temporary's, which may have 255
 _STALE = 60.0  # seconds by the file system's own clock: where its locks do not reach other machines, they are the guard
@@ -263,3 +268,25 @@ def _sync_folder(folder: Path) -> None:
     with _opened(folder) as descriptor:
         if descriptor is not None:
             os.fsync(descriptor)
+
+
+def checksum(tensors: Iterable[Tensor]) -> int:
+    """CRC-32 of the bytes of all tensors, in order."""
+    value = 0
+    for tensor in tensors:
+        for part in parts(tensor):
+            data = part.detach().cpu().contiguous().flatten().view(torch.uint8)
+            value = zlib.crc32(data.numpy().tobytes(), value)
+    return value
+
+
+def parts(tensor: Tensor) -> Iterator[Tensor]:
+    """The tensors that hold the bytes of ``tensor``: itself, or what a quantised one is made of."""
+    if not is_traceable_wrapper_subclass(tensor):
+        yield tensor
+        state = getattr(tensor, "quant_state", None)  # of bitsandbytes' 4-bit weights: scales, and what they mean
+        if state is not None:
+            yield from state.as_dict(packed=True).values()
+        return
+    for name in tensor.__tensor_flatten__()[0]:
+        yield from parts(getattr(tensor, name))

@@ -7,16 +7,16 @@ from collections.abc import Container, Iterable, Mapping, Sequence
 
 from torch import nn
 
-from .adapters import adapted, adapters
 from .distributed import holds_shards
-from .heads import find_heads, loose_parameters
-from .layer import qualified_name
+from .layers.adapters import adapted, adapters
+from .layers.packages import is_a
+from .layers.plain import qualified_name
 from .model_summary import describe, unadaptable
-from .modules import glora_layers, matches, replace_modules, require_model
-from .packages import is_a
-from .pretrained import guard_saving
-from .readers import read_by_others, read_by_torch, warn_of_readers
-from .wrappers import compiled_modules, is_fsdp1, modules_by_name, named_modules
+from .models.heads import find_heads, loose_parameters
+from .models.modules import glora_layers, matches, replace_modules, require_model
+from .models.pretrained import guard_saving
+from .models.readers import read_by_others, read_by_torch, warn_of_readers
+from .models.wrappers import compiled_modules, is_fsdp1, modules_by_name, named_modules
 
 
 def inject(

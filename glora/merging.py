@@ -15,12 +15,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from .arguments import require_type
 from .config import PathConfig
 from .distributed import require_whole
-from .layer import GLoRALayer, is_bare, qualified_name
-from .modules import evaluating, listed, replace_modules, replaced_modules, require_layers
-from .pretrained import Home, guard_saving, homes, release_saving
-from .quantised import GLoRAQuantisedLinear
-from .readers import warn_of_readers
-from .wrappers import modules_by_name
+from .layers.base import GLoRALayer
+from .layers.plain import is_bare, qualified_name
+from .layers.quantised import GLoRAQuantisedLinear
+from .models.modules import evaluating, listed, replace_modules, replaced_modules, require_layers
+from .models.pretrained import Home, guard_saving, homes, release_saving
+from .models.readers import warn_of_readers
+from .models.wrappers import modules_by_name
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,13 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from .adapters import adapters
-from .layer import GLoRALayer, qualified_name
-from .modules import listed, require_layers
+from .layers.adapters import adapters
+from .layers.base import GLoRALayer
+from .layers.plain import qualified_name
+from .models.modules import listed, require_layers
+from .models.readers import read_by_others
+from .models.wrappers import named_modules, named_parameters
 from .parameters import count_parameters
-from .readers import read_by_others
-from .wrappers import named_modules, named_parameters
 
 # A parameter of three dimensions is taken for many matrices (the experts of a mixture) from this share of all of them.
 NOTEWORTHY = 0.05

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from torch import nn
 
 from .config import PathConfig
-from .layer import GLoRALayer
-from .modules import glora_layers, require_layers
+from .layers.base import GLoRALayer
+from .models.modules import glora_layers, require_layers
 from .paths import get_paths, paths_of
 
 

@@ -13,10 +13,10 @@ from torch import nn
 
 from .arguments import require_type
 from .config import PathConfig, SearchSpace
-from .layer import GLoRALayer
-from .modules import glora_layers, require_layers
+from .layers.base import GLoRALayer
+from .models.modules import glora_layers, require_layers
+from .models.wrappers import name_in
 from .sampling import PathSampler
-from .wrappers import name_in
 
 Paths = dict[str, PathConfig]
 # Who is within using_paths. Not on the layer: a copy that is made there is nobody's, and pickles hold no threads.
@@ -39,7 +39,7 @@ def set_paths(model: nn.Module, paths: Mapping[str, PathConfig] | PathConfig) ->
     One path is that of every layer.
 
     Paths may change between a forward pass and its backward, under activation checkpointing too: what
-    is run again takes the path of its first run (:mod:`glora.history`).
+    is run again takes the path of its first run (:mod:`glora.layers.path_history`).
 
     Args:
         paths: of every layer by name, or one path for all of them. To change some:

@@ -18,8 +18,8 @@ from glora_kernels import LowRank, Vector
 
 from .config import PathConfig
 from .distributed import require_whole
-from .layer import GLoRALayer
-from .modules import require_layers
+from .layers.base import GLoRALayer
+from .models.modules import require_layers
 from .paths import Paths, set_paths
 
 Initialiser = Callable[[Tensor], object]

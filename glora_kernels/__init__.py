@@ -4,17 +4,17 @@ Knows tensors, never modules or configurations. Importing it loads no Triton and
 """
 
 from . import reference
-from .assembly import glora_assemble
-from .blocked import RowBlocks, blocked_linear, terms_of_rows
-from .configuration import encode
-from .convolution import configured_conv2d, glora_conv2d
 from .dispatch import available_backends, use_backend
-from .masked import masked_terms, path_masks, row_scaled_terms, storages_read
-from .ops import glora_linear, glora_merge
-from .plan import Explanation, explain
-from .prepared import PreparedLinear, can_prepare
-from .registered import configured_linear, takes_operator
-from .row_scaled import row_scaled_linear
+from .encoding import encode
+from .ops.assembly import glora_assemble
+from .ops.convolution import configured_conv2d, glora_conv2d
+from .ops.explain import Explanation, explain
+from .ops.linear import glora_linear, glora_merge
+from .ops.operators import configured_linear, takes_operator
+from .ops.path_masks import masked_terms, path_masks, row_scaled_terms, storages_read
+from .ops.prepared import PreparedLinear, can_prepare
+from .ops.row_blocks import RowBlocks, blocked_linear, terms_of_rows
+from .ops.row_scaled import row_scaled_linear
 from .terms import Constant, LowRank, Terms, Vector
 
 __all__ = [

@@ -14,12 +14,14 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from .machines import nearest
+from . import _torch
+from .backend import Backend
+from .planning.machines import nearest
+from .planning.prediction import STRATEGIES
 from .terms import LowRank, Terms
 
 BACKENDS = ("reference", "torch", "triton", "cuda")
 CHOICES = ("auto", *BACKENDS)
-STRATEGIES = ("assemble", "fused")
 MAX_TRITON_RANK = 64
 
 
@@ -205,7 +207,7 @@ def _architecture(device: torch.device) -> str:
 
 @cache
 def _has_settings(architecture: str) -> bool:
-    from ._triton.settings import load
+    from .planning.settings import load
 
     return nearest(architecture, tuple(load())) is not None
 
@@ -226,3 +228,16 @@ def _check_choice(name: str, source: str) -> None:
     if reason is not None:
         usable = [backend for backend, why_not in available_backends().items() if why_not is None]
         raise RuntimeError(f"{source}: backend {name!r} is not available ({reason}); available: {usable}")
+
+
+def backend_for(decision: Decision) -> Backend:
+    """The backend that was decided for (not the reference); Triton is loaded at its first use."""
+    if decision.backend == "torch":
+        return _torch
+    if decision.backend == "cuda":
+        from ._cuda import ExtensionBackend
+
+        return ExtensionBackend()
+    from ._triton import TritonBackend
+
+    return TritonBackend(decision.strategy)

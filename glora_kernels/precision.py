@@ -2,9 +2,45 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
+from torch import Tensor
 
 
 def tf32_allowed() -> bool:
     """Whether fp32 products on a GPU may use TF32; follows the older settings too, and never raises as they can."""
     return torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
+_AS_IT_IS = nullcontext()
+
+
+def without_autocast(device_type: str) -> AbstractContextManager:
+    """A block in which operations keep the dtypes they are given."""
+    return torch.autocast(device_type, enabled=False) if _active(device_type) else _AS_IT_IS
+
+
+def cast_operands(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The three in the autocast dtype where autocast is active; fp64, as everywhere, is left alone.
+
+    Comes before the checks, so anything that is not a floating tensor passes through to them.
+    """
+    if not is_on() or not isinstance(x, Tensor) or not _active(x.device.type):
+        return x, weight, bias
+    dtype = torch.get_autocast_dtype(x.device.type)
+    return _cast(x, dtype), _cast(weight, dtype), _cast(bias, dtype)
+
+
+def is_on() -> bool:
+    """Whether autocast is active for any type of device."""
+    return torch._C._is_any_autocast_enabled()
+
+
+def _active(device_type: str) -> bool:
+    return is_on() and device_type != "meta" and torch.is_autocast_enabled(device_type)  # autocast does not know meta
+
+
+def _cast(tensor, dtype: torch.dtype):
+    castable = isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.dtype != torch.float64
+    return tensor.to(dtype) if castable else tensor

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from .terms import Constant, LowRank, Terms, Vector
 
 
@@ -23,3 +25,17 @@ def scales_inputs(terms: Terms) -> bool:
 def scales_rows(terms: Terms) -> bool:
     """Whether A is a factor on each output: ``W_eff = diag(1 + a) W0 + B``."""
     return isinstance(terms.A, Vector) and terms.product == "hadamard"
+
+
+# Solving pays off, and its rounding errors average out, from this size on.
+MIN_TOKENS_TO_REUSE = 64
+MIN_INPUTS_TO_REUSE = 64
+# Tokens on which the loss of digits is estimated, and how much of it is accepted. The contract allows an error of
+# 3 u S in half types and 8 u S in others; part of it is left to the sums.
+PROBED_TOKENS = 16
+ACCEPTED_LOSS = {torch.float16: 2.0, torch.bfloat16: 2.0, torch.float32: 3.0, torch.float64: 3.0}
+
+
+def reuses_output(tokens: int, inputs: int, terms: Terms) -> bool:
+    """Whether ``da`` can be solved from the output, so that it is worth keeping for backward."""
+    return scales_rows(terms) and tokens >= MIN_TOKENS_TO_REUSE and inputs >= MIN_INPUTS_TO_REUSE

@@ -24,10 +24,10 @@ import torch
 from tqdm.auto import tqdm
 
 from ._triton.builds import Case, launches_of
-from ._triton.contract import contract_kernel
 from ._triton.device import architecture
+from ._triton.kernels.contract import contract_kernel
 from ._triton.launch import Launch, compile_for, launch
-from ._triton.settings import FILE, KERNELS, Rule, Tile, forced_tiles, load, rules
+from .planning.settings import FILE, KERNELS, Rule, Tile, forced_tiles, load, rules
 
 SHAPES = ((768, 768), (3072, 768), (4096, 4096))  # N, K
 TOKENS = 12608  # where a rule has no limit: ViT-B at batch 64

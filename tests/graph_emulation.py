@@ -11,7 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from glora.capture import WARM_UP, CudaGraphs
+from glora.graphs.capture import WARM_UP, CudaGraphs
 
 _READ_VALUES = {"_local_scalar_dense", "nonzero", "equal", "is_nonzero", "masked_select", "unique_dim", "_unique2"}
 

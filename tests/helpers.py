@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from glora_kernels import Constant, LowRank, Terms, Vector, reference
-from glora_kernels.contract import PROMISED as CONTRACT
-from glora_kernels.contract import largest_constant
+from glora_kernels.error_bound import PROMISED as CONTRACT
+from glora_kernels.error_bound import largest_constant
 
 WEIGHT_CHOICES = ("lora_1", "lora_3", "vector", "constant", "none")
 PROMPT_CHOICES = ("lora_1", "lora_3", "vector", "none")

@@ -31,7 +31,7 @@ from torch import nn
 from tqdm import tqdm
 
 import glora
-from glora.layer import SUPPORT_NAMES
+from glora.layers.base import SUPPORT_NAMES
 from tests.families import FAMILIES, Family, MissingError
 from tests.glora.toys import generator
 from tests.silence import (

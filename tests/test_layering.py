@@ -26,8 +26,8 @@ HEAVY = (
 GLORA = sorted((ROOT / "glora").rglob("*.py"))
 # Whose types are adapted: imported when one is made or read.
 LAZY = {
-    ROOT / "glora" / "conv1d.py": ("transformers",),
-    ROOT / "glora" / "quantised_formats.py": ("bitsandbytes", "torchao"),
+    ROOT / "glora" / "layers" / "conv1d.py": ("transformers",),
+    ROOT / "glora" / "layers" / "quantised_formats.py": ("bitsandbytes", "torchao"),
 }
 # PEFT's own layers are what these two work on: one derives from them and is loaded by the other, when it is called.
 PEFT_LAYERS, PEFT_USER = ROOT / "glora" / "peft" / "layers.py", ROOT / "glora" / "peft" / "acceleration.py"

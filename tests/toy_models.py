@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import glora
 from glora.config import KINDS
-from glora.modules import replace_modules
+from glora.models.modules import replace_modules
 from tests.families import TRANSFORMERS, Family
 from tests.glora.toys import generator, seeded
 from tests.sweep import condition

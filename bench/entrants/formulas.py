@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 import glora
 from glora import GLoRALinear
-from glora.modules import replace_modules
+from glora.models.modules import replace_modules
 from glora_kernels import LowRank, Vector, reference
 from glora_kernels.terms import Constant, Term
 

@@ -9,7 +9,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
-from ..ranks import is_launched_first
+from ..processes import is_launched_first
 
 _NAMES = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
 

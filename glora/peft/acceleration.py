@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from ..layer import qualified_name
+from ..layers.plain import qualified_name
 
 
 class Acceleration:

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from ..config import PathConfig, parse_choice
-from ..contents import check_written, statistics, warn_of_buffers
 from ..distributed import require_whole
 from ..files import require_new_folder, write_folder_atomically
-from ..layer import GLoRALinear
-from ..modules import require_linear_layers
+from ..layers.linear import GLoRALinear
+from ..models.contents import check_written, statistics, warn_of_buffers
+from ..models.modules import require_linear_layers
+from ..models.wrappers import modules_by_name, named_modules, named_parameters, tensors_of
 from ..parameters import support_ids, trained_beside
-from ..wrappers import modules_by_name, named_modules, named_parameters, tensors_of
 from .form import CONFIG, FIELDS, PREFIX, TENSORS, Form, read_parts
 
 FILES = (TENSORS, CONFIG)

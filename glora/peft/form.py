@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from glora_kernels.terms import LowRank, Vector
 
 from ..config import PathConfig
-from ..layer import GLoRALayer
+from ..layers.base import GLoRALayer
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."

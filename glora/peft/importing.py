@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from ..config import KINDS
-from ..contents import Slot, require_fit, slots
 from ..distributed import require_whole
 from ..injection import adapt
-from ..layer import GLoRALayer, support_dtype
-from ..modules import glora_layers, require_real
+from ..layers.base import GLoRALayer, support_dtype
+from ..models.contents import Slot, require_fit, slots
+from ..models.modules import glora_layers, require_real
+from ..models.wrappers import modules_by_name, tensors_in, tensors_of
 from ..paths import require_unused, set_paths
-from ..wrappers import modules_by_name, tensors_in, tensors_of
 from .form import CONFIG, FIELDS, PREFIX, TENSORS, Form, read_parts
 
 

@@ -17,7 +17,7 @@ from glora_kernels import Constant, LowRank, Terms, Vector, glora_linear
 from glora_kernels.checks import FLOATING
 from glora_kernels.terms import SLOTS
 
-from ..layer import is_bare, qualified_name
+from ..layers.plain import is_bare, qualified_name
 
 TERMS = {
     GloraLoraPath: lambda path: LowRank(path.Xd, path.Xu),

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import PathConfig
-from ..report.path_map import add_kind_legend, draw_paths
+from ..report.figures.path_map import add_kind_legend, draw_paths
 from .methods import SEARCHED
 
 # Colour-blind safe (Okabe and Ito); one colour a method, the same in every picture.

@@ -17,14 +17,14 @@ from torch.utils.data import ConcatDataset, Dataset, TensorDataset
 
 from ..config import SearchSpace
 from ..evaluation import evaluate, evaluate_merged
-from ..evolution import SearchSettings, search
+from ..evolution.loop import SearchSettings, search
 from ..injection import inject
 from ..merging import merge
 from ..parameters import count_parameters
 from ..paths import get_paths, sampler_for, set_paths
 from ..presets import apply_preset
-from ..recipe import Recipe
-from ..training import train
+from ..training.loop import train
+from ..training.recipe import Recipe
 from .digits import CLASSES, FewShot
 
 RANK = 4

@@ -21,8 +21,8 @@ from tqdm.auto import tqdm
 
 from ..evaluation import evaluate
 from ..files import make_folder, write_atomically
-from ..recipe import Recipe
-from ..training import train
+from ..training.loop import train
+from ..training.recipe import Recipe
 from .digits import CLASSES, TASKS, draw_few_shot, load_source
 from .methods import SEARCHED, Task, run_methods, units_of_work
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from .notes import origin_notes
 from .runs import Run
 from .seeds import test_accuracy
-from .table import markdown_table
+from .tables.table import markdown_table
 
 _HEADER = (
     "run",

@@ -12,22 +12,22 @@ from typing import Any, NamedTuple
 from tqdm.auto import tqdm
 
 from ..files import make_folder
-from .distribution_figure import distribution_figure
 from .drawing import NotDrawn, distinct, file_stem, save_figure, write_text
-from .features_figure import features_figure
-from .fewshot_figure import few_shot_figure
-from .fewshot_table import few_shot_table
-from .imagenet_table import imagenet_table
+from .figures.distribution import distribution_figure
+from .figures.features import features_figure
+from .figures.fewshot import few_shot_figure
+from .figures.path import path_figure
+from .figures.search import search_figure
+from .figures.training import training_figure
+from .figures.vtab import vtab_figure
 from .loading import load_runs
 from .overview import overview_markdown, overview_text
-from .path_figure import path_figure
 from .runs import Run, Setting
-from .search_figure import search_figure
 from .seeds import Tasks, by_setting
-from .table import Table
-from .training_figure import training_figure
-from .vtab_figure import vtab_figure
-from .vtab_table import vtab_table
+from .tables.fewshot import few_shot_table
+from .tables.imagenet import imagenet_table
+from .tables.table import Table
+from .tables.vtab import vtab_table
 
 Settings = Mapping[Setting, Tasks]
 Figures = Mapping[str, Sequence[Path] | NotDrawn]

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-from ..ranks import is_first
+from ..processes import is_first
 
 
 class Process(NamedTuple):

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..differences import differences
+from ..arguments import differences
 from ..files import make_folder, write_atomically
 from .spec import RunSpec, spec_from_dict
 

@@ -13,9 +13,9 @@ from typing import Any, TypeVar
 from glora_kernels import Terms
 
 from ..config import SearchSpace
-from ..evolution import SearchSettings
+from ..evolution.loop import SearchSettings
 from ..protocols import ImageSettings, protocol
-from ..recipe import Recipe
+from ..training.recipe import Recipe
 
 if sys.version_info >= (3, 11):
     import tomllib

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from ..journal import count_scores
-from ..training_run import checkpoint_steps
+from ..evolution.journal import count_scores
+from ..training.run import checkpoint_steps
 from .folder import CHECKPOINT, JOURNAL, SEARCHED, TRAINED
 
 

@@ -14,16 +14,16 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
-from ..adapter_file import load_adapter, save_adapter
-from ..evolution import SearchSettings, check_search, search
+from ..evolution.loop import SearchSettings, check_search, search
 from ..files import write_atomically
+from ..formats.adapter_file import load_adapter, save_adapter
 from ..merging import merge
-from ..modules import glora_layers
+from ..models.modules import glora_layers
 from ..parameters import count_parameters
 from ..paths import get_paths, set_paths
+from ..processes import from_first, is_first
 from ..protocols import ImageList, Splits, preload
-from ..ranks import from_first, is_first
-from ..training import train
+from ..training.loop import train
 from .fingerprint import fingerprint, require_unchanged
 from .folder import (
     ADAPTER,

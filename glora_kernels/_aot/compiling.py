@@ -15,7 +15,7 @@ from triton.runtime import driver
 
 from .._triton.builds import POINTERS, Build
 from .._triton.launch import ALIGNMENT, compile_for
-from .._triton.settings import Tile
+from ..planning.settings import Tile
 from .targets import Target
 
 _POINTED = {kind: dtype for dtype, kind in POINTERS.items()}

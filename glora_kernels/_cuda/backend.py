@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ..configuration import CODES, PLACES, STORAGES
-from ..step import Forward, SlotGradients, Step
+from ..backend import Forward, SlotGradients, Step
+from ..encoding import CODES, PLACES, STORAGES
 from ..terms import SLOTS, Constant, LowRank, Terms, Vector
 from .extension import load
 
@@ -31,7 +31,7 @@ def pack(terms: Terms) -> Packed:
 
 
 class ExtensionBackend:
-    """See :class:`glora_kernels.backends.Backend`. A hadamard A of any kind takes dW; the output is not kept."""
+    """See :class:`glora_kernels.backend.Backend`. A hadamard A of any kind takes dW; the output is not kept."""
 
     reads_values = False
     takes_token_sums = False

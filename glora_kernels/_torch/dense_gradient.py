@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..step import SlotGradients
+from ..backend import SlotGradients
 from ..terms import LowRank, Terms, compute_dtype
 from .assemble import factors_as
 from .gradients import bias_gradient, contract

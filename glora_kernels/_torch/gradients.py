@@ -21,8 +21,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..backend import SlotGradients, Step
 from ..routes import needs_weight_gradient, scales_inputs
-from ..step import SlotGradients, Step
 from ..terms import Constant, LowRank, Term, Terms, Vector, compute_dtype
 from .assemble import assemble, factors_as, row_scale
 from .row_scale import row_scale_gradient

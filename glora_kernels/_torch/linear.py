@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..step import Forward
+from ..backend import Forward
 from ..terms import Terms
 from .assemble import assemble, project
 

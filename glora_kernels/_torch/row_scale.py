@@ -10,8 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..reuse import ACCEPTED_LOSS, PROBED_TOKENS
-from ..step import Step
+from ..backend import Step
+from ..routes import ACCEPTED_LOSS, PROBED_TOKENS
 from ..terms import compute_dtype
 from .assemble import row_scale
 from .thin import Thin

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from ..step import Step
+from ..backend import Step
 from ..terms import Constant, LowRank, Vector
 from .assemble import factors_as
 from .storages import into_storages

@@ -9,17 +9,19 @@ import torch
 from torch import Tensor
 
 from .. import _torch
-from ..cost import Problem, strategy_for
-from ..step import Forward, SlotGradients, Step
+from ..backend import Forward, SlotGradients, Step
+from ..planning.prediction import strategy_for
+from ..planning.problem import Problem
 from ..terms import Terms
 from .backward import backward
+from .context import context
 from .device import architecture
-from .forward import assemble, context, forward, project
+from .forward import assemble, forward, project
 
 
 @dataclass(frozen=True)
 class TritonBackend:
-    """See :class:`glora_kernels.backends.Backend`.
+    """See :class:`glora_kernels.backend.Backend`.
 
     Attributes:
         strategy: ``"assemble"`` or ``"fused"``; None leaves it to the cost model.

@@ -17,14 +17,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..backend import SlotGradients, Step
 from ..routes import needs_weight_gradient, scales_inputs
-from ..step import SlotGradients, Step
 from ..terms import LowRank
-from .forward import context, multiply
+from .context import context
 from .gradients import gradients
+from .kernels.contract import contraction
+from .kernels.fused import multiply
+from .kernels.token_pass import token_pass
+from .kernels.weight_pass import weight_pass
 from .operands import BiasOperands, a_operand, b_operand
-from .passes import Run, contraction, token_pass, weight_pass
 from .reservations import reserve
+from .run import Run
 
 
 def route_of(step: Step) -> str:

@@ -14,16 +14,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..reuse import reuses_output
-from ..step import Step
+from ..backend import Step
+from ..routes import reuses_output
 from ..terms import SLOTS, Constant, LowRank, Terms, Vector
 from .backend import TritonBackend
-from .contract import contract_kernel
 from .device import pretended
-from .fused import fused_kernel
+from .kernels.contract import contract_kernel
+from .kernels.fused import fused_kernel
+from .kernels.token_pass import token_pass_kernel
 from .launch import Launch, recorded
 from .operands import ADDED, LOW_RANK
-from .token_pass import token_pass_kernel
 
 POINTERS = {
     torch.float16: "*fp16",

@@ -8,7 +8,7 @@ from functools import lru_cache
 
 import torch
 
-from .settings import INTERPRETER
+from ..planning.settings import INTERPRETER
 
 _pretended: str | None = None
 

@@ -5,22 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..step import SlotGradients
+from ..backend import SlotGradients
 from ..terms import Constant, LowRank, Term, Vector
+from .jobs import PLAIN, SOLVED, TIMES_BIAS, TIMES_UP, Job, constant_job, left_job, right_job, targets
+from .kernels.finish import finish
 from .operands import ADDED
-from .partials import (
-    NO_SLICES,
-    PLAIN,
-    SOLVED,
-    TIMES_BIAS,
-    TIMES_UP,
-    Job,
-    constant_job,
-    left_job,
-    right_job,
-    targets,
-)
-from .passes import Run, finish
+from .run import NO_SLICES, Run
 
 
 def gradients(run: Run) -> SlotGradients:

@@ -17,7 +17,7 @@ import torch
 import triton
 from triton.runtime.interpreter import InterpretedFunction
 
-from .settings import Tile
+from ..planning.settings import Tile
 
 ALIGNMENT = 16  # bytes; what Triton assumes of a pointer that it may load wide vectors from
 

@@ -36,7 +36,7 @@ class Operand:
         dtype: in which the factors meet.
     """
 
-    kind: int
+    kind: int = NONE
     left: Tensor | None = None
     right: Tensor | None = None
     left_row: int = 0

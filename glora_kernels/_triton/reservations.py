@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ..terms import Constant, LowRank
 from .operands import LOW_RANK, cdiv
-from .passes import Run
+from .run import Run
 
 
 def reserve(run: Run) -> None:

@@ -11,7 +11,7 @@ from bench.agreement import Truth, require_agreement, results, truth
 from bench.oracle import oracle_model
 from bench.tasks import LayerTask
 from glora import PathConfig, SearchSpace
-from glora.layer import GLoRALinear
+from glora.layers.linear import GLoRALinear
 from glora_kernels import use_backend
 
 ALL = {"linear": entrants.all_low_rank(2)}

@@ -10,8 +10,8 @@ from torch.utils.data import TensorDataset
 
 from bench import search_reuse, search_variants
 from glora import Candidate, SearchSettings, SearchSpace, evolve, glora_layers
+from glora.evolution.scoring import CandidateScorer
 from glora.quickstart.digits import FewShot
-from glora.scoring import CandidateScorer
 from tests.glora.toys import IN_FEATURES, generator, trained_mlp
 
 

@@ -4,7 +4,7 @@
 ``expected.json``: an input, the output of :func:`fixed_model` with that adapter in fp64, computed here by the formula
 and without the loader, the paths, and the versions that made it. Files that were written once have to load for ever,
 so what is there is never made again. A new format, or a new version of one, gets a maker in ``MAKERS``, a folder, and
-a loader in ``tests/glora/test_frozen_adapters.py``.
+a loader in ``tests/glora/formats/test_frozen_adapters.py``.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 import glora
-from glora.checksum import checksum
+from glora.files import checksum
 from glora_kernels import reference
 from tests.glora.toys import CLASSES, generator, seeded
 from tests.helpers import assert_contract

@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 import glora
 from glora import PathConfig, Recipe, SearchSettings, SearchSpace
-from glora.evolution import check_search
+from glora.evolution.loop import check_search
 from tests.glora.toys import (
     IN_FEATURES,
     adapted_mlp,

@@ -16,13 +16,12 @@ from torch.utils.data import Dataset, TensorDataset
 
 import glora
 from glora import PathConfig, Recipe, SearchSettings, SearchSpace, evolve, glora_layers, search, sync_gradients, train
-from glora.batches import StepSampler
 from glora.distributed import _same_everywhere, share, unwrapped, whole
 from glora.peft import export_peft, import_peft
-from glora.ranks import rank
-from tests.glora.test_evolution import LAYERS, Counted, additive, scored
-from tests.glora.test_halving import RUNGS, SAMPLES, Parts, of_part
-from tests.glora.test_training import CutError, Pairs, cut_at
+from glora.processes import rank
+from glora.training.batches import StepSampler
+from tests.glora.evolution.test_evolution import LAYERS, Counted, additive, scored
+from tests.glora.evolution.test_halving import RUNGS, SAMPLES, Parts, of_part
 from tests.glora.toys import (
     adapted_mlp,
     generator,
@@ -35,6 +34,7 @@ from tests.glora.toys import (
     tiny_vit,
     trained_mlp,
 )
+from tests.glora.training.test_training import CutError, Pairs, cut_at
 from tests.tiers import at
 
 ROOT = Path(__file__).resolve().parents[2]

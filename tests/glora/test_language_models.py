@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 import glora
 from glora import GLoRAConv1D, GLoRALinear, LayerShape, PathConfig
-from glora_kernels.contract import PROMISED, largest_constant
+from glora_kernels.error_bound import PROMISED, largest_constant
 from tests.glora.toys import every_path, generator, randomize, same_bits, seeded, state, unchanged
 
 transformers = pytest.importorskip("transformers")

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from glora import LayerShape, PathConfig, SearchSettings, SearchSpace, glora_layers, inject
-from glora.offspring import Offspring
+from glora.evolution.offspring import Offspring
 from glora.paths import sampler_for
 from glora.sampling import PathSampler
 from tests.glora.toys import generator

@@ -23,7 +23,7 @@ from torch.utils.data import TensorDataset
 
 import glora
 from glora import PathConfig
-from glora.checksum import parts
+from glora.files import parts
 
 IN_FEATURES, CLASSES = 6, 3
 # What a killed process imports is loaded once, in the server that its children are forked from.

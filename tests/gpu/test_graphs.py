@@ -9,13 +9,13 @@ from torch import nn
 from torch.nn import functional as F
 
 import glora
-from glora.capture import CudaGraphs
+from glora.graphs.capture import CudaGraphs
 from glora_kernels import use_backend
 from tests.glora.toys import generator
 
 if not torch.cuda.is_available():
     pytest.skip(
-        "no GPU here: captures ran over an emulation only (tests/glora/test_graphed.py)", allow_module_level=True
+        "no GPU here: captures ran over an emulation only (tests/glora/graphs/test_graphed.py)", allow_module_level=True
     )
 
 SPACE = glora.SearchSpace((8, 4))

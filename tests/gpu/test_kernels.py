@@ -12,7 +12,7 @@ if not torch.cuda.is_available():
     pytest.skip("no GPU here: kernels were interpreted and compiled only", allow_module_level=True)
 
 from glora_kernels._triton.device import architecture
-from glora_kernels._triton.settings import forced_tiles, rules
+from glora_kernels.planning.settings import forced_tiles, rules
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 KINDS = ("lora_3", "vector", "constant", "none")

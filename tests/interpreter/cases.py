@@ -17,7 +17,7 @@ from triton.runtime.errors import InterpreterError
 from glora_kernels import Terms, glora_linear, use_backend
 from glora_kernels._triton.launch import launch
 from glora_kernels._triton.operands import ADDED, COLUMN, NONE
-from glora_kernels._triton.settings import KERNELS, Tile, forced_tiles
+from glora_kernels.planning.settings import KERNELS, Tile, forced_tiles
 from tests.helpers import assert_contract, generator_for, make_call, make_term, oracle, results
 
 STRATEGIES = ("assemble", "fused")

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from glora_kernels import glora_linear
 from glora_kernels._triton import TritonBackend, device, passes
 from glora_kernels._triton.launch import recorded
-from glora_kernels.step import Step
+from glora_kernels.backend import Step
 from tests.interpreter.cases import (
     KINDS,
     PRODUCTS,

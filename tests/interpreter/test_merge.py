@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from glora_kernels import glora_linear, glora_merge, reference
-from glora_kernels.contract import UNIT_ROUNDOFF
+from glora_kernels.error_bound import UNIT_ROUNDOFF
 from tests.helpers import ALL_PATHS, CONTRACT
 from tests.interpreter.cases import DTYPES, PRODUCTS, kernels, laid_out, make
 

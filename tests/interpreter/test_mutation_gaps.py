@@ -15,13 +15,13 @@ from triton.runtime.errors import InterpreterError
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 from glora_kernels import glora_linear
-from glora_kernels._triton.contract import contract_kernel
+from glora_kernels._triton.kernels.contract import contract_kernel
+from glora_kernels._triton.kernels.token_pass import token_pass_kernel
+from glora_kernels._triton.kernels.weight_pass import weight_pass_kernel
 from glora_kernels._triton.launch import launch
-from glora_kernels._triton.partials import ALIGN, Partials
-from glora_kernels._triton.settings import Tile
+from glora_kernels._triton.run import ALIGN, Partials
 from glora_kernels._triton.tile import sum_slices
-from glora_kernels._triton.token_pass import token_pass_kernel
-from glora_kernels._triton.weight_pass import weight_pass_kernel
+from glora_kernels.planning.settings import Tile
 from tests.interpreter.cases import (
     KINDS,
     PRODUCTS,

@@ -7,7 +7,7 @@ from triton.runtime.errors import InterpreterError
 
 import glora_kernels._triton.forward as forward_module
 from glora_kernels import Terms, Vector, glora_linear
-from glora_kernels._triton.numerics import LARGEST_BLOCK
+from glora_kernels._triton.context import LARGEST_BLOCK
 from tests.helpers import assert_contract, oracle, results
 from tests.interpreter.cases import (
     RAGGED,

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from glora_kernels._triton.settings import KERNELS, Tile, forced_tiles, load
+from glora_kernels.planning.settings import KERNELS, Tile, forced_tiles, load
 from tests.interpreter.cases import PRODUCTS, STRATEGIES, check, make, tiles, watched
 
 DTYPE = {2: torch.bfloat16, 4: torch.float32, 8: torch.float64}

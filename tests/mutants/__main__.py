@@ -15,14 +15,13 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from tests.mutants import report
+from tests.mutants.choose import drawn, equivalence
+from tests.mutants.equivalent import EQUIVALENT
+from tests.mutants.operators import OPERATORS
+from tests.mutants.runner import VERSIONS, CheckError, Journal, Outcome, Suite
+from tests.mutants.sites import KERNEL_FILES, Mutant, mutants, read_sources
 from tests.tiers import TIER
-
-from . import report
-from .choose import drawn, equivalence
-from .equivalent import EQUIVALENT
-from .operators import OPERATORS
-from .runner import VERSIONS, CheckError, Journal, Outcome, Suite
-from .sites import KERNEL_FILES, Mutant, mutants, read_sources
 
 GOAL = 0.95
 FOUND = Path(tempfile.gettempdir(), "glora-mutants.jsonl")

@@ -6,8 +6,8 @@ import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 
-from .equivalent import EQUIVALENT, Equivalent
-from .sites import Mutant
+from tests.mutants.equivalent import EQUIVALENT, Equivalent
+from tests.mutants.sites import Mutant
 
 
 def drawn(mutants: Iterable[Mutant], seed: int) -> list[Mutant]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from .sites import Mutant
+from tests.mutants.sites import Mutant
 
 
 class Equivalent(NamedTuple):

@@ -12,7 +12,7 @@ import itertools
 import re
 from collections.abc import Iterator
 
-from .sites import Edit, Function, Operator, called
+from tests.mutants.sites import Edit, Function, Operator, called
 
 OPERATORS: dict[str, Operator] = {}
 FAMILIES = (r"\w+_ptr", r"at_\w+", r"stride_\w+", r"rank_\w", r"BLOCK_\w", r"RANK_\w", r"GRAD_\w", r"[MNK]")

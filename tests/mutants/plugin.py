@@ -40,7 +40,7 @@ def _watch() -> None:
 
     def watched(self):
         package, _, module = self.fn.__module__.rpartition(".")
-        if package == "glora_kernels._triton":
+        if package in ("glora_kernels._triton", "glora_kernels._triton.kernels"):
             _running.add(f"{module}.py:{self.fn.__name__}")
         return rewrite(self)
 

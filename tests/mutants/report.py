@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from .operators import OPERATORS, describe
-from .sites import KERNEL_FILES
+from tests.mutants.operators import OPERATORS, describe
+from tests.mutants.sites import KERNEL_FILES
 
 WAYS = ("wrong", "detector", "crash", "timeout")
 BEGIN, END = "<!-- rendered: begin -->", "<!-- rendered: end -->"

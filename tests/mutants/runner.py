@@ -24,9 +24,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from tests.helpers import TEST_SEED
+from tests.mutants.sites import ROOT, Mutant
 from tests.tiers import TIER
-
-from .sites import ROOT, Mutant
 
 NEEDED = ("glora_kernels", "tests", "pyproject.toml")
 COMMON = ("tests/conftest.py", "tests/helpers.py", "tests/tiers.py", "pyproject.toml")

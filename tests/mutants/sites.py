@@ -19,6 +19,11 @@ ROOT = Path(__file__).resolve().parents[2]
 FOLDER = Path("glora_kernels", "_triton")
 KERNEL_FILES = ("tile.py", "assemble.py", "fused.py", "token_pass.py", "weight_pass.py", "contract.py", "finish.py")
 
+
+def path_of(file: str) -> Path:
+    return FOLDER / file if file == "tile.py" else FOLDER / "kernels" / file
+
+
 Edit = tuple[int, int, str]  # bytes from, to, and what stands there instead
 Operator = Callable[["Function", ast.AST], Iterator[Edit]]
 
@@ -44,7 +49,7 @@ class Mutant:
 
     @property
     def path(self) -> Path:
-        return FOLDER / self.file
+        return path_of(self.file)
 
     def applied(self, source: str) -> str:
         start, end, text = self.edit
@@ -169,7 +174,9 @@ def functions(sources: dict[str, str]) -> Iterator[tuple[str, Function]]:
 
 
 def _functions(module: ast.Module) -> list[ast.FunctionDef]:
-    return [node for node in module.body if isinstance(node, ast.FunctionDef)]
+    """Those that Triton compiles; what launches them is host code."""
+    found = [node for node in module.body if isinstance(node, ast.FunctionDef)]
+    return [node for node in found if any(ast.unparse(name).startswith("triton.jit") for name in node.decorator_list)]
 
 
 def mutants(sources: dict[str, str], operators: dict[str, Operator]) -> list[Mutant]:
@@ -204,4 +211,4 @@ def _one_line(function: Function, statement: ast.stmt) -> str:
 def read_sources(root: Path = ROOT, only: str | None = None) -> dict[str, str]:
     """The kernel files by name."""
     names = [name for name in KERNEL_FILES if only in (None, name)]
-    return {name: (root / FOLDER / name).read_text() for name in names}
+    return {name: (root / path_of(name)).read_text() for name in names}

@@ -9,7 +9,7 @@ import triton.language as tl
 
 from glora_kernels._triton import launch as module
 from glora_kernels._triton.launch import launch, recorded
-from glora_kernels._triton.settings import Tile
+from glora_kernels.planning.settings import Tile
 
 TILE = Tile(0, 16, 16, 4, 2)
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from glora_kernels._triton.settings import FILE, KERNELS, Tile, forced_tiles, load, nearest, rules, tile_for
+from glora_kernels.planning.settings import FILE, KERNELS, Tile, forced_tiles, load, nearest, rules, tile_for
 
 SIZES = [(element, tokens, rank) for element in (2, 4) for tokens in (1, 16, 200, 5000, 10**7) for rank in (16, 32, 64)]
 

@@ -1,0 +1,55 @@
+"""Parts of a validation split for successive halving: which samples, and how many of them at each rung."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset, Subset, TensorDataset
+
+from ..samples import pair_at
+
+
+def rung_ends(shares: Sequence[float], samples: int) -> list[int]:
+    """Where each rung ends: the first ``ends[i]`` samples are what a candidate has been scored on after rung ``i``.
+
+    Raises:
+        ValueError: a rung without a sample of its own.
+    """
+    ends = [round(share * samples) for share in shares]
+    if any(end <= start for start, end in zip([0, *ends], ends)):
+        raise ValueError(f"halving: expected rungs of at least one sample each, got {shares} of {samples} samples")
+    return ends
+
+
+def balanced_order(classes: Sequence[int], seed: int) -> list[int]:
+    """All indices in an order of which every beginning has the classes in proportion (equal classes: to a sample).
+
+    Sample ``j`` of the ``n`` of its class (in a random order) comes at the place ``(j + 0.5) / n``; those of the same
+    place are in a random order.
+    """
+    labels = torch.as_tensor(classes)
+    shuffled = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    places = torch.empty(len(labels), dtype=torch.float64)
+    for label in labels.unique():
+        members = shuffled[labels[shuffled] == label]
+        places[members] = (torch.arange(len(members), dtype=torch.float64) + 0.5) / len(members)
+    return shuffled[places[shuffled].argsort(stable=True)].tolist()
+
+
+def classes_of(dataset: Any) -> list[int]:
+    """The class of every sample, from the data set's tensors or ``targets`` where it has them; else each is read."""
+    if isinstance(dataset, Subset):
+        classes = classes_of(dataset.dataset)
+        return [classes[index] for index in dataset.indices]
+    if isinstance(dataset, TensorDataset):
+        return dataset.tensors[1].tolist()
+    if hasattr(dataset, "targets"):
+        return [int(target) for target in dataset.targets]
+    return [int(pair_at("validation", dataset, index)[1]) for index in range(len(dataset))]
+
+
+def search_order(dataset: Dataset, seed: int) -> list[int]:
+    """The order in which a search with halving reads ``dataset``."""
+    return balanced_order(classes_of(dataset), seed)

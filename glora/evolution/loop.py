@@ -1,0 +1,265 @@
+"""Evolutionary search for the best path of every layer under a parameter limit (arXiv 2306.07967, Appendix B).
+
+A population of random paths is scored; then, generation after generation, the best so far are
+crossed and mutated, and the offspring scored. Beyond the official code: every candidate that was
+scored counts, the last generation too; none is scored twice; the limit is checked for feasibility
+first and can neither hang nor be broken; every score is in a journal as soon as it is known; and
+what two candidates have in common is computed once.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset, TensorDataset
+from tqdm.auto import tqdm
+
+from ..arguments import FILE, require_function, require_integer, require_type
+from ..config import LayerShape, SearchSpace
+from ..distributed import holds_replica, require_whole
+from ..files import checksum
+from ..models.modules import require_layers
+from ..paths import Paths, sampler_for
+from ..processes import gather, is_first, require_agreement, require_group, together, world_size
+from ..samples import pair_at, require_data
+from ..sampling import PathSampler
+from .halving import rung_ends, search_order
+from .journal import Journal, Scores
+from .offspring import Offspring
+from .race import Race
+from .result import SearchResult
+from .scoring import METRICS, CandidateScorer
+from .selection import Candidate, in_order, rank
+from .settings import SearchSettings
+
+Evaluate = Callable[..., float]
+_IDENTIFYING = 64  # samples that a journal knows a data set by
+
+
+def search(
+    model: nn.Module,
+    space: SearchSpace,
+    validation: Dataset,
+    *,
+    limit: int | None = None,
+    settings: SearchSettings = SearchSettings(),
+    metric: str = "accuracy",
+    journal: str | os.PathLike | None = None,
+    progress: bool = True,
+    batch_size: int = 256,
+    reuse_bytes: int = 2 * 2**30,
+    workers: int = 0,
+) -> SearchResult:
+    """The best path of every layer of a trained supernet, by its score on ``validation`` alone.
+
+    Every candidate is merged into plain layers for its evaluation. ``model`` is left as it is; call
+    ``set_paths(model, result.best.paths)`` to take the result.
+
+    Of several processes (see :func:`glora.train`) every one calls it with the same arguments. Each evaluates its
+    part of the candidates; the result is the same on all of them, for any number of them.
+
+    Args:
+        space: what each tensor may be.
+        validation: pairs of input and class; never the test split. With ``settings.halving`` it is read in a seeded
+            order of which every beginning has the classes in proportion.
+        limit: the most support parameters a path may read.
+        metric: ``"accuracy"``, or ``"loss"`` where few samples make accuracy too coarse.
+        journal: a file that holds every score; an interrupted search continues from it.
+        reuse_bytes: of activations that are kept until the search ends, so that children of Sequentials whose paths
+            are those of the candidate before need not run again (:mod:`.prefix_reuse`). Scores have the same bits
+            with any number; 0 keeps none.
+        workers: processes that read ``validation``, anew for every candidate; 0 reads it in this one. For images that
+            are decoded on the way: what fits into memory (``TensorDataset``) needs none.
+
+    Raises:
+        ValueError: a limit that no path meets, a space that does not fit the model, an unknown
+            metric, or a journal of another search (of other weights, images or metric; of a data set that is no
+            ``TensorDataset``, 64 samples are compared); processes that have
+            no group or differ in their arguments or weights, or a wrapped model.
+        TypeError: an argument of another type, such as a ``DataLoader``, or samples that are dictionaries; a model that
+            returns anything but a tensor.
+        RuntimeError: another process failed.
+    """
+    require_group()
+    samples = together(lambda: _checked_samples(validation, metric, batch_size, reuse_bytes, workers))
+    layers = together(lambda: _checked_layers(model, space, limit))
+    order = together(lambda: _order(validation, settings))
+    scorer = CandidateScorer(model, validation, metric, batch_size, order, reuse_bytes, workers)
+    identified = journal is not None or world_size() > 1
+    result = evolve(
+        layers,
+        space,
+        scorer,
+        samples=samples,
+        limit=limit,
+        settings=settings,
+        journal=journal,
+        scored_by=_scored_by(model, validation, metric, batch_size) if identified else None,
+        progress=progress,
+    )
+    counts = gather(lambda: scorer.reuse.counts if scorer.reuse else (0, 0))
+    saved, ran = (sum(column) for column in zip(*counts))
+    return replace(result, reused=saved / max(saved + ran, 1))
+
+
+def check_search(
+    model: nn.Module,
+    space: SearchSpace,
+    validation: Dataset,
+    *,
+    limit: int | None = None,
+    settings: SearchSettings = SearchSettings(),
+    metric: str = "accuracy",
+) -> None:
+    """Raise what :func:`search` would for these arguments, before it evaluates anything."""
+    samples = _checked_samples(validation, metric)
+    _checked_layers(model, space, limit)
+    _rung_ends(settings, samples)
+
+
+def _checked_samples(
+    validation: Dataset, metric: str, batch_size: int = 1, reuse_bytes: int = 0, workers: int = 0
+) -> int:
+    """How many there are."""
+    if metric not in METRICS:
+        raise ValueError(f"metric: expected 'accuracy' or 'loss', got {metric!r}")
+    for name, value, least in (("batch_size", batch_size, 1), ("reuse_bytes", reuse_bytes, 0), ("workers", workers, 0)):
+        require_integer(name, value, least)
+    return require_data("validation", validation)
+
+
+def _order(validation: Dataset, settings: SearchSettings) -> list[int] | None:
+    _require_settings(settings)
+    return search_order(validation, settings.seed) if settings.halving else None
+
+
+def _require_settings(settings: SearchSettings) -> None:
+    require_type("settings", settings, SearchSettings, "glora.SearchSettings")
+
+
+def _checked_layers(model: nn.Module, space: SearchSpace, limit: int | None) -> dict[str, LayerShape]:
+    require_whole(model)
+    if holds_replica(model):
+        raise ValueError("model: expected one without DistributedDataParallel; pass model.module")
+    sampler_for(model, space, limit)  # its checks name the model's layers
+    return {name: layer.shape for name, layer in require_layers(model).items()}
+
+
+def _scored_by(model: nn.Module, validation: Dataset, metric: str, batch_size: int) -> dict[str, Any]:
+    """What scores depend on, to the last bit, beside the paths."""
+    return {
+        "metric": metric,
+        "batch_size": batch_size,
+        "samples": len(validation),  # type: ignore[arg-type]
+        "weights": checksum([*model.parameters(), *model.buffers()]),
+        "validation": checksum(_samples_of(validation)),
+    }
+
+
+def _samples_of(validation: Any) -> list[Tensor]:
+    """All of a ``TensorDataset``; up to 64 samples of another data set, which may decode images."""
+    if isinstance(validation, TensorDataset):
+        return list(validation.tensors)
+    size = len(validation)
+    chosen = [size * index // _IDENTIFYING for index in range(_IDENTIFYING)] if size > _IDENTIFYING else range(size)
+    return [torch.as_tensor(part) for index in chosen for part in pair_at("validation", validation, index)]
+
+
+def evolve(
+    layers: Mapping[str, LayerShape],
+    space: SearchSpace,
+    evaluate: Evaluate,
+    *,
+    samples: int | None = None,
+    limit: int | None = None,
+    settings: SearchSettings = SearchSettings(),
+    journal: str | os.PathLike | None = None,
+    scored_by: Mapping[str, Any] | None = None,
+    progress: bool = True,
+) -> SearchResult:
+    """The evolution itself, for any score, higher is better: ``evaluate(paths)``.
+
+    The candidates depend on the arguments and on the scores alone; a resumed search therefore
+    replays the journal's scores and goes on as if it had not been cut. What ``evaluate`` itself
+    depends on goes into ``scored_by`` (plain data): a journal with something else there is refused.
+
+    The candidates of a generation are evaluated in the order of their paths, layer by layer, so that neighbours have
+    first layers in common; ``history`` has them as they were drawn.
+
+    Every one of several processes calls it, as it does :func:`search`; ``evaluate`` has to score equally on each.
+
+    Args:
+        samples: where the score is a mean over samples, how many; it takes halving. ``evaluate(paths, start, stop)``
+            then is the sum of the scores of samples ``start`` to ``stop``.
+
+    Raises:
+        ValueError: a limit that no path meets; halving without enough ``samples``; a journal of another search.
+    """
+    require_group()
+    together(lambda: _check_types(evaluate, journal))
+    sampler = together(lambda: PathSampler(layers, space, limit))
+    ends = together(lambda: _rung_ends(settings, samples))
+    description = {
+        "layers": [[name, *shape] for name, shape in layers.items()],
+        "space": space.to_dict(),
+        "settings": settings.to_dict(),
+        "limit": limit,
+        "samples": samples,
+        "scored_by": dict(scored_by or {}),
+    }
+    require_agreement("arguments", {**description, "journal": journal is not None})
+    scores = Scores(None if journal is None else Journal(journal, description))
+    started = time.perf_counter()
+    part = evaluate if samples is not None else partial(_whole, evaluate)
+    race = Race(sampler, part, scores, ends, settings.objective)
+    history = _generations(Offspring(sampler, settings), race, settings, progress)
+    return SearchResult(
+        best=min((c for c in history if c.share == 1), key=rank),
+        history=tuple(history),
+        evaluated=scores.evaluated,
+        seconds=time.perf_counter() - started,
+        limit=limit,
+        evaluation_seconds=scores.seconds,
+        cost=scores.samples / ends[-1],
+    )
+
+
+def _rung_ends(settings: SearchSettings, samples: int | None) -> list[int]:
+    _require_settings(settings)
+    if samples is not None and (type(samples) is not int or samples < 1):
+        raise ValueError(f"samples: expected an integer from 1 or None, got {samples!r}")
+    if samples is None and settings.halving:
+        raise ValueError("halving: expected samples, of which evaluate scores a part at a time; got samples=None")
+    return rung_ends(settings.shares, 1 if samples is None else samples)
+
+
+def _check_types(evaluate: Evaluate, journal: str | os.PathLike | None) -> None:
+    require_function("evaluate", evaluate, "a function of paths")
+    require_type("journal", journal, FILE, "the path of a file or None")
+
+
+def _whole(evaluate: Evaluate, paths: Paths, start: int, stop: int) -> float:
+    return evaluate(paths)
+
+
+def _generations(offspring: Offspring, race: Race, settings: SearchSettings, progress: bool) -> list[Candidate]:
+    """The history of a whole search."""
+    later = settings.crossover + settings.mutation
+    total = race.evaluations(settings.population) + settings.generations * race.evaluations(later)
+    history: list[Candidate] = []
+    with tqdm(total=total, desc="search", unit="path", disable=not (progress and is_first())) as bar:
+        for generation in range(settings.generations + 1):
+            complete = [c for c in history if c.share == 1]
+            parents = [tuple(c.paths.values()) for c in in_order(complete, settings.objective)[: settings.top]]
+            drawn = offspring.next(parents) if generation else offspring.first()
+            history += race.run(drawn, generation, bar.update)
+            best = min((c for c in history if c.share == 1), key=rank)
+            bar.set_postfix_str(f"best {best.score:.4f} with {best.parameters:,} parameters")
+    return history

@@ -1,0 +1,1 @@
+"""Adapter files: our own, those of LyCORIS, and those of the official code."""

@@ -1,0 +1,1 @@
+"""Training steps in CUDA graphs: the step as a whole or in pieces, and what they read from the device."""

@@ -1,0 +1,109 @@
+"""The paths of a model's layers as one tensor on their device, and the layers' computation from it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import cache
+
+import torch
+from torch import Tensor, nn
+
+from glora_kernels import encode, masked_terms, path_masks, row_scaled_linear, row_scaled_terms, storages_read
+
+from ..config import PathConfig
+from ..layers.base import SUPPORT_NAMES, GLoRALayer
+from ..paths import Paths, paths_of
+
+
+class PathData:
+    """Kinds and ranks of every layer as masks in one small tensor, ``(layers, 5, 5, R)``, on the device of the layers.
+
+    Attributes:
+        masks: see :func:`glora_kernels.path_masks`; it stays the same tensor, so that a CUDA graph can read it.
+
+    Raises:
+        ValueError: layers on several devices.
+    """
+
+    def __init__(self, layers: Mapping[str, GLoRALayer]):
+        devices = {layer.weight.device for layer in layers.values()}
+        if len(devices) != 1:
+            raise ValueError(f"model: expected all adapted layers on one device, got {sorted(map(str, devices))}")
+        self.layers = dict(layers)
+        self._rank = max(layer.rank for layer in layers.values())
+        self.masks = torch.empty_like(self._masks(dict.fromkeys(layers, PathConfig())), device=devices.pop())
+
+    @property
+    def device(self) -> torch.device:
+        return self.masks.device
+
+    def checked(self, paths: Mapping[str, PathConfig] | PathConfig) -> Paths:
+        """By name. Raises ValueError or TypeError for paths of another model, or a rank above a layer's storage."""
+        paths = paths_of(self.layers, paths)
+        for name, layer in self.layers.items():
+            if paths[name].rank > layer.rank:
+                raise ValueError(
+                    f"paths: expected ranks up to {layer.rank} (storage of layer {name!r}), got {paths[name]}"
+                )
+        return paths
+
+    def set(self, paths: Mapping[str, PathConfig]) -> None:
+        """Write checked paths into :attr:`masks`, without waiting for the device."""
+        masks = self._masks(paths)
+        self.masks.copy_(masks.pin_memory() if self.masks.is_cuda else masks, non_blocking=True)
+
+    def _masks(self, paths: Mapping[str, PathConfig]) -> Tensor:
+        return torch.stack([_masks_of(paths[name], self._rank) for name in self.layers])
+
+    def rows(self) -> dict[str, Tensor]:
+        """The part of :attr:`masks` that belongs to each layer: views."""
+        return dict(zip(self.layers, self.masks))
+
+    def read(self) -> Tensor:
+        """Which support tensors the paths read, ``(layers, 8)`` in the order of ``SUPPORT_NAMES``, on the device."""
+        return storages_read(self.masks)
+
+
+@cache
+def _masks_of(path: PathConfig, rank: int) -> Tensor:
+    return path_masks(encode({slot: (choice.kind, choice.rank) for slot, choice in path.choices.items()}), rank)
+
+
+class PathAsData(nn.Module):
+    """What ``layer`` computes under the path in ``masks``, ``(5, 5, R)`` on its device, whatever that path is."""
+
+    def __init__(self, layer: GLoRALayer, masks: Tensor):
+        super().__init__()
+        self.layer, self.masks = layer, masks
+
+    @property
+    def storages(self) -> list[Tensor]:
+        return [getattr(self.layer, name) for name in SUPPORT_NAMES]
+
+    def forward(self, x: Tensor) -> Tensor:
+        layer = self.layer
+        return layer.compute(x, masked_terms(layer.matrix, layer.bias, self.storages, self.masks, layer.product))
+
+
+class RowScaledPathAsData(PathAsData):
+    """As :class:`PathAsData` for linear layers of the hadamard product, and paths where A is no low rank.
+
+    It takes 2 dense products a step in place of 3.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        matrix, bias = self.layer.matrix, self.layer.bias
+        return row_scaled_linear(x, matrix, bias, row_scaled_terms(matrix, bias, self.storages, self.masks))
+
+
+@contextmanager
+def computed_by(computations: Mapping[GLoRALayer, nn.Module]) -> Iterator[None]:
+    """Have layers compute by other modules for a ``with`` block; their hooks run as ever."""
+    for layer, computation in computations.items():
+        layer.forward = computation.forward  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for layer in computations:
+            del layer.forward

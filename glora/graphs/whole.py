@@ -1,0 +1,76 @@
+"""A training step as one graph for every path."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+
+from ..config import PathConfig
+from ..layers.base import SUPPORT_NAMES
+from .capture import Captured, CudaGraphs
+from .hyperparameters import Hyperparameters
+from .path_data import PathAsData, PathData, computed_by
+from .selective_update import SelectiveUpdate, create_state, state_tensors
+from .task import GraphTask
+
+
+class WholeStep:
+    """Forward, loss, backward, clipping and update, from paths as data: one graph, or the same operations without one.
+
+    Args:
+        graphs: None runs the operations one by one.
+    """
+
+    def __init__(self, task: GraphTask, graphs: CudaGraphs | None):
+        self._task, self._graphs = task, graphs
+        without = _never_read(task.data)
+        create_state(task.optimizer, [p for p in task.parameters if p.requires_grad and p not in without])
+        self._update = SelectiveUpdate(task.optimizer, _places(task.data))
+        rows = task.data.rows()
+        self._computations = {layer: PathAsData(layer, rows[name]) for name, layer in task.data.layers.items()}
+        self._captured: Captured | None = None
+        self._hyperparameters: Hyperparameters | None = None
+
+    def __call__(self, x: Tensor, target: Tensor, paths: Mapping[str, PathConfig]) -> Tensor:
+        self._task.data.set(paths)
+        if self._graphs is None:
+            return self._run(x, target)
+        if self._hyperparameters is None:
+            self._hyperparameters = Hyperparameters(self._task.optimizer, self._task.device)
+        self._hyperparameters.update()
+        if self._captured is None:
+            self._captured = self._capture(x, target, self._graphs)
+        return self._captured(x, target)
+
+    def _run(self, x: Tensor, target: Tensor) -> Tensor:
+        self._task.optimizer.zero_grad(set_to_none=True)
+        with computed_by(self._computations):
+            loss = self._task.forward(x, target)
+            loss.backward()  # which runs layers again where activations are checkpointed
+        self._task.clip()
+        self._update.step(self._task.data.read().flatten())
+        return loss.detach()
+
+    def _capture(self, x: Tensor, target: Tensor, graphs: CudaGraphs) -> Captured:
+        """Warming up trains: what it has changed is put back."""
+        parameters = self._task.parameters
+        states = [tensor for p in parameters for tensor in state_tensors(self._task.optimizer, p)]
+        with self._task.rehearsing([*(p.detach() for p in parameters), *states]):
+            return Captured(self._run, (x, target), graphs)
+
+
+def _places(data: PathData) -> dict[nn.Parameter, int]:
+    """The flag of every support tensor that is trained, as its place among ``data.read().flatten()``."""
+    without, places = _never_read(data), {}
+    for index, layer in enumerate(data.layers.values()):
+        for column, name in enumerate(SUPPORT_NAMES):
+            parameter = getattr(layer, name)
+            if parameter.requires_grad and parameter not in without:
+                places[parameter] = index * len(SUPPORT_NAMES) + column
+    return places
+
+
+def _never_read(data: PathData) -> set[nn.Parameter]:
+    """D of layers without a bias has nothing to scale."""
+    return {layer.D for layer in data.layers.values() if layer.bias is None}

@@ -1,0 +1,312 @@
+"""What every adapted layer is, and the drop-in for ``nn.Linear``."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import nullcontext
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from glora_kernels import (
+    Constant,
+    LowRank,
+    Terms,
+    Vector,
+    configured_linear,
+    encode,
+    glora_linear,
+    reference,
+    takes_operator,
+)
+
+from ..config import SLOTS, Choice, LayerShape, PathConfig
+from .path_history import PathHistory
+
+STORAGES = {"A": ("Ad", "Au"), "B": ("Bd", "Bu"), "C": ("Cd", "Cu"), "D": ("D",), "E": ("E",)}
+PROBE_TOKENS = 16
+SUPPORT_NAMES = tuple(name for names in STORAGES.values() for name in names)
+_NO_PATHS = (
+    "load_state_dict: expected the paths of the support tensors too, which a state dict carries in its metadata; got "
+    "none, as from a plain dict, a safetensors file or an older glora. Every layer keeps the path that it has: set the "
+    "right ones by glora.set_paths(model, paths). glora.save_adapter and load_adapter keep paths and tensors together"
+)
+Layer = TypeVar("Layer", bound="GLoRALayer")
+Plain = TypeVar("Plain", bound=nn.Module)
+
+
+class GLoRALayer(nn.Module):
+    """What every adapted layer is: a frozen weight, seen as an ``(N, K)`` matrix, five support tensors and a path.
+
+    Find layers by this type (:func:`glora.glora_layers`); make them by :class:`GLoRALinear` and its siblings.
+
+    Attributes:
+        out_features, in_features: N and K.
+        weight, bias: the frozen base, in the shapes of the plain layer; ``bias`` (N,) or None.
+        rank: the largest rank a path may ask for.
+        product: ``"hadamard"`` or ``"matmul"``.
+        merges_exactly: whether merging keeps the bits that are multiplied by.
+        compiled_with: the arguments of :meth:`compile`, if that was called.
+        plain_type: the type of the module that was adapted, and will be again after merging.
+
+    Parameters:
+        Ad (N, R) or, for the matmul product, (K, R); Au (R, K); Bd (N, R); Bu (R, K); Cd (K, R);
+        Cu (R, 1); D (N,); E (N,): trainable, under the official names. In fp32 where the weight
+        is of a half type, whose resolution would swallow their updates (``.to(dtype)`` casts all).
+    """
+
+    merges_exactly: ClassVar[bool] = True
+    in_features: int
+    out_features: int
+    rank: int
+    product: str
+    compiled_with: tuple[tuple, dict[str, Any]] | None = None
+    plain_type: type[nn.Module]
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    Ad: nn.Parameter
+    Au: nn.Parameter
+    Bd: nn.Parameter
+    Bu: nn.Parameter
+    Cd: nn.Parameter
+    Cu: nn.Parameter
+    D: nn.Parameter
+    E: nn.Parameter
+
+    @classmethod
+    def _around(cls: type[Layer], base: nn.Module, rank: int, product: str) -> Layer:
+        layer = cls.__new__(cls)
+        nn.Module.__init__(layer)
+        layer._adopt(base, rank, product)
+        return layer
+
+    def _adopt(self, base: Any, rank: int, product: str) -> None:
+        """Take over the geometry and the parameters of ``base``."""
+        raise NotImplementedError
+
+    def _adapt(self, base: nn.Module, features: tuple[int, int], rank: int, product: str) -> None:
+        """Adopt and freeze the parameters of ``base``, whose weight is a matrix of ``features = (N, K)``."""
+        if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+            raise ValueError(f"rank: expected an integer from 1, got {rank!r}")
+        self.out_features, self.in_features = features
+        self.rank, self.product = rank, Terms(product=product).product
+        self.plain_type = type(base)
+        base.requires_grad_(False)
+        self.weight = base.weight  # type: ignore[assignment]
+        self.register_parameter("bias", base.bias)  # type: ignore[arg-type]
+        wide = support_dtype(self.weight)
+        with torch.inference_mode(False):  # they are trained later
+            for name, shape in support_shapes(features, rank, product).items():
+                self.register_parameter(name, nn.Parameter(torch.empty(shape, device=self.weight.device, dtype=wide)))
+        path = PathConfig(f"lora_{rank}", f"lora_{rank}", f"lora_{rank}", "vector", "vector")
+        self._history = PathHistory(path)
+        self.path = path
+        self.register_state_dict_post_hook(_write_path)
+        self.training = base.training
+        self.reset_support()
+
+    @property
+    def matrix(self) -> Tensor:
+        """W0 as ``(N, K)``: a view of :attr:`weight` where that is possible."""
+        return self.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(..., K) -> (..., N)``. Under ``torch.compile`` the path is data: one graph serves every path."""
+        if takes_operator():
+            storages = [getattr(self, name) for name in SUPPORT_NAMES]
+            return configured_linear(x, self.matrix, self.bias, storages, self._config, self.product)
+        return self.compute(x, self._terms_in_force())
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """As of ``nn.Module``; merging the model compiles the plain layer alike. Copies are not compiled."""
+        super().compile(*args, **kwargs)
+        self.compiled_with = args, kwargs
+
+    def compute(self, x: Tensor, terms: Terms) -> Tensor:
+        """What forward does, with ``terms`` in place of those of the path."""
+        return glora_linear(x, self.matrix, self.bias, terms)
+
+    def merge(self, path: PathConfig | None = None, safe: bool = True) -> nn.Module:
+        """A plain layer, sharing nothing with this one, that computes what this one does under ``path``."""
+        raise NotImplementedError
+
+    def stands_merged(self, module: nn.Module) -> bool:
+        """Whether ``module`` can be what this layer was merged into."""
+        return type(module) is self.plain_type and module.weight.shape == self.weight.shape  # type: ignore[union-attr]
+
+    def outputs_merged(self, plain: nn.Module, x: Tensor) -> Tensor:
+        """What ``plain``, merged from this layer, makes of x."""
+        return plain.forward(x)
+
+    def probe(self, generator: torch.Generator) -> Tensor:
+        """A small random input of unit variance, on the layer's device and in its dtype."""
+        x = torch.randn(PROBE_TOKENS, self.in_features, generator=generator)
+        return x.to(self.weight)
+
+    def exact(self, x: Tensor) -> Tensor:
+        """The formula in fp64, written out (:mod:`glora_kernels.reference`)."""
+        bias = None if self.bias is None else self.bias.double()
+        return reference.glora_linear(x.double(), self.matrix.double(), bias, self.terms())
+
+    def reset_support(self) -> None:
+        """Back to the identity, as the official code initialises: right factors Xavier-uniform, all else zero."""
+        with torch.no_grad():
+            for name in SUPPORT_NAMES:
+                parameter = getattr(self, name)
+                if name in ("Au", "Bu", "Cu"):
+                    nn.init.xavier_uniform_(parameter)
+                else:
+                    parameter.zero_()
+
+    @property
+    def path(self) -> PathConfig:
+        """The kind of each support tensor; may be set to any path of up to :attr:`rank`, at any time outside backward.
+
+        A forward pass that activation checkpointing runs again during backward takes the path of its first run
+        (:mod:`glora.layers.path_history`).
+        """
+        return self._history.now
+
+    @path.setter
+    def path(self, path: PathConfig) -> None:
+        if not isinstance(path, PathConfig):
+            raise TypeError(f"path: expected glora.PathConfig, got {type(path).__name__}")
+        if path.rank > self.rank:
+            raise ValueError(f"path: expected ranks up to {self.rank} (the rank of the storage), got {path}")
+        self._history.set(path)
+        self._encode_path()
+
+    def _encode_path(self) -> None:
+        """The path as data, for compiled graphs. No buffer: it stays on the CPU, and out of state dicts."""
+        # a graph that trains reads it too; the block takes as long as all else that is done for a new path
+        with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
+            self._config = encode(self.path.choices, self._history.since)
+
+    @property
+    def shape(self) -> LayerShape:
+        return LayerShape(self.out_features, self.in_features, self.bias is not None, self.product)
+
+    def support_parameters(self, path: PathConfig | None = None) -> Iterator[nn.Parameter]:
+        """The support tensors: all of them, or those that ``path`` reads."""
+        for slot in SLOTS:
+            kind = "all" if path is None else path.choices[slot].kind
+            if kind == "none" or (path is not None and slot == "D" and self.bias is None):
+                continue
+            names = STORAGES[slot] if kind in ("all", "lora") else STORAGES[slot][:1]
+            for name in names:
+                yield getattr(self, name)
+
+    def terms(self, path: PathConfig | None = None) -> Terms:
+        """The storages and how much of each ``path`` (default: :attr:`path`) reads."""
+        choices = (self.path if path is None else path).choices
+        active = {slot: choice for slot, choice in choices.items() if choice.kind != "none"}
+        terms: dict[str, Any] = {slot: self._term(slot, choice) for slot, choice in active.items()}
+        return Terms(**terms, product=self.product)
+
+    def _terms_in_force(self) -> Terms:
+        """The terms of this forward pass; of the first one, where a checkpoint runs it again (:mod:`.path_history`)."""
+        return self.terms(self._history.in_force())
+
+    def _term(self, slot: str, choice: Choice) -> LowRank | Vector | Constant:
+        names = STORAGES[slot]
+        storage = getattr(self, names[0])
+        if choice.kind == "lora":
+            return LowRank(storage, getattr(self, names[1]), choice.rank)
+        return Vector(storage) if choice.kind == "vector" else Constant(storage)
+
+    def _fill(self, plain: Plain, weight: Tensor, bias: Tensor | None) -> Plain:
+        """``plain`` with these parameters, frozen, in this layer's mode."""
+        plain.register_parameter("weight", nn.Parameter(weight, requires_grad=False))
+        plain.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
+        return plain.train(self.training)
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors):
+        """Also takes the state dict of an ``nn.Linear``: the support tensors and the path then stay as they are."""
+        before, faults = len(missing), len(errors)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
+        support = [prefix + name for name in SUPPORT_NAMES]
+        if any(name in state_dict for name in support) and len(errors) == faults:
+            self._load_path(local_metadata.get("path"), prefix, errors)
+        elif prefix + "weight" in state_dict:
+            missing[before:] = [name for name in missing[before:] if name not in support]
+
+    def _load_path(self, path: dict[str, str] | None, prefix: str, errors: list[str]) -> None:
+        if path is None:
+            warnings.warn(_NO_PATHS, stacklevel=2)
+            return
+        try:
+            self.path = PathConfig.from_dict(path)
+        except ValueError as error:
+            errors.append(f"{prefix}path: {error}")
+
+    @property
+    def has_run(self) -> bool:
+        """Whether forward has been called since the layer was made or copied, other than under ``torch.compile``."""
+        return self._history.has_run
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As of ``nn.Module``; raises ValueError for a weight that the support tensors do not fit.
+
+        Such as that of a head that is tied to an embedding, and tied again once that was resized.
+        """
+        super().register_parameter(name, param)
+        if name != "weight" or param is None or not param.numel() or not self.merges_exactly or not hasattr(self, "E"):
+            return
+        expected, got = (len(self.E), self.Bu.shape[1]), tuple(self.matrix.shape)
+        if got != expected:
+            raise ValueError(
+                f"weight: expected {expected}, which the layer was adapted for, got {got}; resize the model before "
+                "glora.inject (resize_token_embeddings), or leave this layer out of it (exclude)"
+            )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in super().__getstate__().items() if name != "compiled_with"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Copies, shallow ones too, have a path of their own."""
+        super().__setstate__(state)
+        self._history = PathHistory(self.path)
+        self._encode_path()
+
+    def _replicate_for_data_parallel(self) -> GLoRALayer:
+        """A replica lives for one forward pass and its backward, which has its numbers in a thread of its own."""
+        replica = super()._replicate_for_data_parallel()
+        replica._history = PathHistory(self.path)
+        replica._encode_path()
+        return replica
+
+    def extra_repr(self) -> str:
+        path = ", ".join(f"{slot}={text}" for slot, text in self.path.to_dict().items())
+        return (
+            f"{self._geometry()}, bias={self.bias is not None}, rank={self.rank}, product={self.product}, path=({path})"
+        )
+
+    def _geometry(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}"
+
+
+def _write_path(layer: Any, _state: dict, _prefix: str, local_metadata: dict[str, Any]) -> None:
+    """Have a state dict carry the path beside the tensors, where it has no name that somebody could trip over."""
+    local_metadata["path"] = layer.path.to_dict()
+
+
+def support_shapes(features: tuple[int, int], rank: int, product: str) -> dict[str, tuple[int, ...]]:
+    """The shape of every support tensor of a layer of ``features = (N, K)``."""
+    rows, columns = features
+    return {
+        "Ad": (rows if product == "hadamard" else columns, rank),
+        "Au": (rank, columns),
+        "Bd": (rows, rank),
+        "Bu": (rank, columns),
+        "Cd": (columns, rank),
+        "Cu": (rank, 1),
+        "D": (rows,),
+        "E": (rows,),
+    }
+
+
+def support_dtype(weight: Tensor) -> torch.dtype:
+    """That of the support tensors around ``weight``: no half type, whose resolution would swallow their updates."""
+    return torch.promote_types(weight.dtype if weight.is_floating_point() else torch.float32, torch.float32)

@@ -1,0 +1,119 @@
+"""The drop-in for ``nn.Linear``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from glora_kernels import PreparedLinear, can_prepare, glora_linear, glora_merge
+
+from ..config import PathConfig
+from .base import SUPPORT_NAMES, GLoRALayer
+from .plain import require_plain
+
+PARAMETER_NAMES = ("weight", "bias", *SUPPORT_NAMES)
+
+
+class GLoRALinear(GLoRALayer):
+    """A frozen linear layer with five support tensors (arXiv 2306.07967, Eq. 10).
+
+    ``y = (W0 + W0 * A + B) x + W0 c + b0 * D + E + b0``, or ``W0 @ A`` for the matmul product.
+    :attr:`path` says which kind each tensor is; it is set from outside, never inside forward. A
+    freshly made layer computes what the linear layer does, whatever its path.
+
+    Args:
+        in_features, out_features, bias, device, dtype: as for :class:`torch.nn.Linear`.
+        rank: the largest rank a path may ask for.
+        product: ``"hadamard"`` (the paper, the official code, PEFT) or ``"matmul"`` (RepAdapter, LyCORIS).
+
+    Parameters:
+        weight (N, K), bias (N,): frozen.
+        Ad (N, R) or, for the matmul product, (K, R); Au (R, K); Bd (N, R); Bu (R, K); Cd (K, R);
+        Cu (R, 1); D (N,); E (N,): trainable, under the official names. In fp32 where ``dtype``
+        is a half type, whose resolution would swallow their updates (``.to(dtype)`` casts all).
+
+    Raises:
+        ValueError: a rank below 1, or an unknown product.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        rank: int = 8,
+        product: str = "hadamard",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        self._adopt(nn.Linear(in_features, out_features, bias, device=device, dtype=dtype), rank, product)
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, rank: int = 8, product: str = "hadamard") -> GLoRALinear:
+        """A layer around the very parameters of ``linear``, which are frozen; nothing is copied.
+
+        A quantised layer is given a :class:`GLoRAQuantisedLinear`.
+
+        Raises:
+            TypeError: ``linear`` is not exactly an :class:`torch.nn.Linear`: a subclass may compute
+                something else.
+        """
+        from .quantised import GLoRAQuantisedLinear, is_quantised  # here: they build on this file
+
+        if is_quantised(linear):
+            return GLoRAQuantisedLinear.from_linear(linear, rank, product)
+        require_plain("linear", linear, nn.Linear)
+        return cls._around(linear, rank, product)
+
+    @staticmethod
+    def features(linear: nn.Linear) -> tuple[int, int]:
+        """N and K of ``linear``."""
+        return linear.out_features, linear.in_features
+
+    def _adopt(self, linear: nn.Linear, rank: int, product: str) -> None:
+        self._prepared: PreparedLinear | None = None
+        self._adapt(linear, self.features(linear), rank, product)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(..., K) -> (..., N)``. Under ``torch.compile`` the path is data: one graph serves every path."""
+        if torch.compiler.is_compiling():
+            return super().forward(x)
+        path = self._history.in_force_eagerly()
+        y = None if self._prepared is None else self._prepared(x, self._parameters, path.choices)
+        return self._forward_anew(x, path) if y is None else y
+
+    def _forward_anew(self, x: Tensor, path: PathConfig) -> Tensor:
+        """A call that is looked at as a whole; calls like it are prepared for where that can be."""
+        y = glora_linear(x, self.weight, self.bias, self.terms(path))
+        operands: dict[str, Any] = self._parameters
+        plain = all(type(operand) is nn.Parameter for operand in operands.values() if operand is not None)
+        if plain and tuple(operands) == PARAMETER_NAMES and can_prepare(x):
+            weight, bias, *storages = operands.values()
+            self._prepared = PreparedLinear(x, weight, bias, tuple(storages), self.product)
+        return y
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles are prepared anew."""
+        return {**super().__getstate__(), "_prepared": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__({"_prepared": None, **state})
+
+    @torch.inference_mode(False)
+    def merge(self, path: PathConfig | None = None, safe: bool = True) -> nn.Linear:
+        """A plain linear layer, sharing nothing with this one, that computes what this one does.
+
+        Formed in fp32 (fp64 for fp64), rounded once. It has a bias if this layer has one or if the
+        path makes one (C or E). Its parameters are frozen, as the base's are.
+
+        Raises:
+            ValueError: with ``safe``, a NaN or infinity in the merged weight or bias.
+        """
+        weight, bias = glora_merge(self.weight, self.bias, self.terms(path), safe)
+        # on meta: nothing is allocated or drawn at random
+        linear = nn.Linear(self.in_features, self.out_features, bias is not None, device="meta", dtype=weight.dtype)
+        return self._fill(linear, weight, bias)

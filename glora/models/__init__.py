@@ -1,0 +1,1 @@
+"""What a model is made of: its modules and their names, heads, readers of weights, and what files hold of it."""

@@ -1,0 +1,169 @@
+"""What tensors have to be: of a file, before anything of a model is changed; of a model, before anything is written."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from glora_kernels.checks import FLOATING
+
+from ..arguments import listed
+from .wrappers import named_buffers, named_modules, tensors_of
+
+# Norm layers that gather statistics in training mode, whatever is frozen.
+NORMS = (
+    nn.BatchNorm1d,
+    nn.BatchNorm2d,
+    nn.BatchNorm3d,
+    nn.SyncBatchNorm,
+    nn.InstanceNorm1d,
+    nn.InstanceNorm2d,
+    nn.InstanceNorm3d,
+)
+File = str | os.PathLike
+
+
+class Slot(NamedTuple):
+    """Where a tensor of a file goes.
+
+    Attributes:
+        infinite: whether values that are not finite may be meant, as in a mask.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    infinite: bool = False
+
+
+def slots(model: nn.Module) -> dict[str, Slot]:
+    """One for every parameter and buffer, by every name that it has without wrappers."""
+    meant = {name for name, _ in named_buffers(model, remove_duplicate=False)} - set(statistics(model))
+    return {name: Slot(tuple(t.shape), t.dtype, name in meant) for name, t in tensors_of(model).items()}
+
+
+def statistics(model: nn.Module) -> dict[str, str]:
+    """The buffers of norm layers that gather statistics, and the layer of each; all by names without wrappers."""
+    norms = [
+        (name, module)
+        for name, module in named_modules(model)
+        if isinstance(module, NORMS) and module.track_running_stats
+    ]
+    return {f"{name}.{key}".removeprefix("."): name for name, norm in norms for key, _ in named_buffers(norm, True)}
+
+
+def require_fit(file: File, tensors: Mapping[str, Tensor], expected: Mapping[str, Slot]) -> None:
+    """Raise ValueError, listing names, if ``tensors`` are others than ``expected``, or cannot be what they should.
+
+    Floating where the model's are, of fp16 or more; finite, also in the dtype that they go to; else of the very dtype.
+    """
+    missing, unknown = sorted(set(expected) - set(tensors)), sorted(set(tensors) - set(expected))
+    differing = [
+        f"{name}: {slot.shape} in the model, {tuple(tensors[name].shape)} in the file"
+        for name, slot in expected.items()
+        if name in tensors and tuple(tensors[name].shape) != slot.shape
+    ]
+    if missing or unknown or differing:
+        raise ValueError(
+            f"{file}: made for another model: missing tensors {missing}, unknown tensors {unknown}, "
+            f"shapes that differ {differing}"
+        )
+    faults = {name: fault for name, slot in expected.items() if (fault := _fault(tensors[name], slot))}
+    if faults:
+        raise ValueError(f"{file}: expected finite tensors of a floating dtype, got {_with_reasons(faults)}")
+
+
+def _fault(tensor: Tensor, slot: Slot) -> str | None:
+    """What is wrong with a tensor, if something is."""
+    form = _odd_form(tensor, None if slot.dtype in FLOATING else slot.dtype)
+    if form or slot.dtype not in FLOATING:
+        return form
+    if slot.infinite:
+        return None
+    if not tensor.isfinite().all():
+        return "NaN or infinite"
+    # what rounds to more than the largest number of a narrower type
+    fits = tensor.dtype == slot.dtype or tensor.to(slot.dtype).isfinite().all()
+    return None if fits else f"infinite in {slot.dtype}"
+
+
+def _odd_form(tensor: Tensor, dtype: torch.dtype | None = None) -> str | None:
+    """What a tensor is that is not a dense one of ``dtype`` (None: of a floating one)."""
+    if tensor.is_meta or tensor.layout != torch.strided:
+        return "on meta" if tensor.is_meta else str(tensor.layout)
+    right = tensor.dtype in FLOATING if dtype is None else tensor.dtype == dtype
+    return None if right else str(tensor.dtype)
+
+
+def require_floating(file: File, tensors: Mapping[str, Tensor]) -> None:
+    """Raise ValueError, listing names, unless all are dense and of fp16 or more."""
+    faults = {name: fault for name, tensor in tensors.items() if (fault := _odd_form(tensor))}
+    if faults:
+        raise ValueError(f"{file}: expected tensors of a floating dtype, got {_with_reasons(faults)}")
+
+
+def _with_reasons(faults: Mapping[str, str]) -> str:
+    return listed(f"{name} ({fault})" for name, fault in faults.items())
+
+
+def check_written(tensors: Mapping[str, Tensor]) -> None:
+    """Look at parameters that are to be written.
+
+    Raises:
+        ValueError: some of them have no values here: they are on meta, or emptied (as ZeRO-3 does).
+
+    Warns:
+        UserWarning: some are not finite; a diverged model can be looked at, but no loader takes it.
+    """
+    require_held(name for name, tensor in tensors.items() if tensor.is_meta or tuple(tensor.shape) == (0,))
+    infinite = [name for name, tensor in tensors.items() if tensor.dtype in FLOATING and not tensor.isfinite().all()]
+    if infinite:
+        warnings.warn(
+            f"training has diverged: not finite are {listed(infinite)}; they are written, but no loader takes them",
+            stacklevel=3,
+        )
+
+
+def require_held(absent: Iterable[str]) -> None:
+    """Raise ValueError unless no parameter is ``absent``."""
+    names = list(absent)
+    if names:
+        raise ValueError(
+            f"model: expected whole parameters, but this process holds no values of {listed(names)}; gather them first "
+            "(ZeRO-3: deepspeed.zero.GatheredParameters(list(model.parameters()))), or load what is on meta"
+        )
+
+
+def buffers_beside(model: nn.Module, layers: Iterable[nn.Module]) -> dict[str, Tensor]:
+    """What training may change that is no parameter: buffers of the state dict in none of ``layers``.
+
+    Statistics of norm layers, floating ones and single numbers (counters); no indices, no packed weights.
+    """
+    inside = {id(buffer) for layer in layers for buffer in layer.buffers()}
+    norms = statistics(model)
+    return {
+        name: buffer
+        for name, buffer in named_buffers(model, persistent=True)
+        if id(buffer) not in inside and (name in norms or buffer.is_floating_point() or buffer.numel() == 1)
+    }
+
+
+def warn_of_buffers(model: nn.Module, layers: Iterable[nn.Module], carried: tuple[str, ...] = ()) -> None:
+    """Warn, by name, of what training may change and a format of others has no place for.
+
+    These are the statistics of norm layers and every other floating buffer of the state dict, but those of ``layers``
+    and of the modules ``carried``.
+    """
+    norms = statistics(model)
+    names = [norms.get(name, name) for name in buffers_beside(model, layers)]
+    within = tuple(f"{name}." for name in carried)
+    if lost := [name for name in dict.fromkeys(names) if not f"{name}.".startswith(within)]:
+        warnings.warn(
+            f"the file cannot hold the statistics of norm layers and other buffers, as in {listed(lost)}: if training "
+            "changed them, whoever loads it computes something else; glora.save_adapter keeps them",
+            stacklevel=3,
+        )

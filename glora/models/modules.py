@@ -1,0 +1,99 @@
+"""Finding and exchanging modules of a model, by type and by whole name components."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+from torch import nn
+
+from ..arguments import require_type
+from ..layers.base import GLoRALayer
+from ..layers.linear import GLoRALinear
+from .wrappers import named_modules
+
+
+def glora_layers(model: nn.Module) -> dict[str, GLoRALayer]:
+    """The adapted layers of ``model`` by name, in the model's own order, each once.
+
+    Names are those without ``torch.compile``, data parallelism and other wrappers (:mod:`glora.models.wrappers`).
+    """
+    require_model(model)
+    return {name: module for name, module in named_modules(model) if isinstance(module, GLoRALayer)}
+
+
+def require_model(model: nn.Module) -> None:
+    """Raise TypeError for anything but a module."""
+    require_type("model", model, nn.Module, "a torch.nn.Module")
+
+
+def require_layers(model: nn.Module) -> dict[str, GLoRALayer]:
+    """As :func:`glora_layers`. Raises ValueError if there are none."""
+    layers = glora_layers(model)
+    if not layers:
+        raise ValueError("model: expected at least one adapted layer, found none; call glora.inject(model) first")
+    return layers
+
+
+def require_linear_layers(model: nn.Module) -> dict[str, GLoRALinear]:
+    """As :func:`require_layers`, for formats that know linear layers only. Raises ValueError if there are others."""
+    layers = require_layers(model)
+    linear = {name: layer for name, layer in layers.items() if isinstance(layer, GLoRALinear)}
+    others = [f"{name} ({type(layer).__name__})" for name, layer in layers.items() if name not in linear]
+    if others:
+        raise ValueError(f"model: expected adapted linear layers, which is all that the format can hold; got {others}")
+    return linear
+
+
+def require_real(model: nn.Module) -> None:
+    """Raise ValueError if parameters of ``model`` are on meta, where nothing can be loaded to."""
+    require_model(model)
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise ValueError("model: expected real tensors, got parameters on meta; load the base weights first")
+
+
+def listed(names: Sequence[str], most: int = 4) -> str:
+    """``names`` for people: the first ones, and how many more there are."""
+    text = ", ".join(map(repr, names[:most]))
+    return text if len(names) <= most else f"{text} and {len(names) - most} more"
+
+
+def matches(name: str, pattern: str) -> bool:
+    """Whether the dotted components of ``pattern`` occur in a row in those of ``name``.
+
+    ``"head"`` selects ``head`` and ``head.fc`` but not ``overhead``; ``"qkv"`` selects
+    ``blocks.3.attn.qkv``; ``"blocks.1"`` all of block 1 and nothing of block 10.
+    """
+    parts, wanted = name.split("."), pattern.split(".")
+    return any(parts[i : i + len(wanted)] == wanted for i in range(len(parts) - len(wanted) + 1))
+
+
+def replace_modules(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:
+    """Put each new module in every place where its old one stands (a shared module has several)."""
+    for parent in list(model.modules()):
+        # not named_children(), which passes over a second reference to the same module
+        for name, child in list(parent._modules.items()):
+            if child is not None and child in replacements:
+                setattr(parent, name, replacements[child])
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode for a ``with`` block; then every module's own mode again."""
+    training = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, flag in training.items():
+            module.training = flag
+
+
+@contextmanager
+def replaced_modules(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> Iterator[None]:
+    """As :func:`replace_modules`, undone at the end of the ``with`` block."""
+    replace_modules(model, replacements)
+    try:
+        yield
+    finally:
+        replace_modules(model, {new: old for old, new in replacements.items()})

@@ -1,0 +1,153 @@
+"""Names of a model without its wrappers: ``fc1.Ad``, not ``_orig_mod.module.fc1.Ad``.
+
+``torch.compile``, data parallelism, averaged models and activation checkpointing put a module around another, at the
+top or anywhere in a model. Files and paths speak of the model as it is without them, so that they fit it with them and
+without. A wrapper is known by its type: a model of one's own may well have a child that is called ``module``.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Container, Iterator, Mapping
+from itertools import accumulate
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..layers.packages import is_a, loaded
+
+# The module and name of each type, and where it keeps what it wraps. Looked up only where something has loaded them.
+WRAPPERS = (
+    ("torch._dynamo.eval_frame", "OptimizedModule", "_orig_mod"),
+    ("torch.nn.parallel.distributed", "DistributedDataParallel", "module"),
+    ("torch.nn.parallel.data_parallel", "DataParallel", "module"),
+    ("torch.optim.swa_utils", "AveragedModel", "module"),
+    ("torch.distributed.algorithms._checkpoint.checkpoint_wrapper", "ActivationWrapper", "_checkpoint_wrapped_module"),
+    ("torch.distributed.fsdp", "FullyShardedDataParallel", "_fsdp_wrapped_module"),
+)
+# Of which no model's own modules are called.
+_MARKS = {place for *_, place in WRAPPERS} - {"module"}
+
+
+def is_fsdp1(module: nn.Module) -> bool:
+    """Whether ``module`` is a ``FullyShardedDataParallel``, which ``fully_shard`` does not make."""
+    return is_a(module, "torch.distributed.fsdp", "FullyShardedDataParallel")
+
+
+def compiled_modules(model: nn.Module) -> set[nn.Module]:
+    """What ``torch.compile`` is around, be it ``model`` or a part of it."""
+    wrappers: list[Any] = [m for m in model.modules() if is_a(m, "torch._dynamo.eval_frame", "OptimizedModule")]
+    return {wrapper._orig_mod for wrapper in wrappers}
+
+
+def named_modules(model: nn.Module, remove_duplicate: bool = True) -> Iterator[tuple[str, nn.Module]]:
+    """As ``model.named_modules()``, without the wrappers and by the names that a model without them has."""
+    kinds = {kind: place for where, name, place in WRAPPERS if (kind := loaded(where, name)) is not None}
+    wrappers, places = tuple(kinds), set()
+    for name, module in model.named_modules(remove_duplicate=remove_duplicate):
+        if isinstance(module, wrappers):
+            places |= {_join(name, place) for kind, place in kinds.items() if isinstance(module, kind)}
+        else:
+            yield _without(name, places) if places else name, module
+
+
+def modules_by_name(model: nn.Module) -> dict[str, nn.Module]:
+    """Every name without wrappers, all those of a shared module too."""
+    return dict(named_modules(model, remove_duplicate=False))
+
+
+def named_parameters(model: nn.Module, remove_duplicate: bool = True) -> Iterator[tuple[str, nn.Parameter]]:
+    """As ``model.named_parameters()``, by the names that a model without wrappers has."""
+    seen: set[int] = set()
+    for name, module in named_modules(model, remove_duplicate):
+        for own, parameter in module.named_parameters(recurse=False, remove_duplicate=remove_duplicate):
+            if not (remove_duplicate and id(parameter) in seen):
+                seen.add(id(parameter))
+                yield _join(name, own), parameter
+
+
+def named_buffers(
+    model: nn.Module, persistent: bool = False, remove_duplicate: bool = True
+) -> Iterator[tuple[str, Tensor]]:
+    """As ``model.named_buffers()``, by the names that a model without wrappers has, and without the wrappers' own.
+
+    Args:
+        persistent: leave out those that are not in ``model.state_dict()``.
+    """
+    seen: set[int] = set()
+    for name, module in named_modules(model, remove_duplicate):
+        buffers = dict(module.named_buffers(recurse=False, remove_duplicate=remove_duplicate))
+        kept = module.state_dict() if persistent and buffers else buffers
+        for own, buffer in buffers.items():
+            if own in kept and not (remove_duplicate and id(buffer) in seen):
+                seen.add(id(buffer))
+                yield _join(name, own), buffer
+
+
+def tensors_of(model: nn.Module, persistent: bool = False) -> dict[str, Tensor]:
+    """Every parameter and buffer by every name that it has without wrappers.
+
+    Args:
+        persistent: leave out buffers that are not in ``model.state_dict()``.
+    """
+    parameters = named_parameters(model, remove_duplicate=False)
+    return {**dict(parameters), **dict(named_buffers(model, persistent, remove_duplicate=False))}
+
+
+def name_in(known: Container[str], name: str) -> str:
+    """The one of the ``known`` names, all without wrappers, that ``name`` is with or without them.
+
+    Files of earlier versions have the wrappers' names in them. Where no known name fits, ``name`` without the parts
+    that only a wrapper has; ``module`` stays, which may be a model's own.
+    """
+    parts = [part for part in name.split(".") if part not in _MARKS]
+    certain = ".".join(parts)
+    candidates = [name, certain]
+    while "module" in parts:
+        parts.remove("module")
+        candidates.append(".".join(parts))
+    return next((candidate for candidate in candidates if candidate in known), certain)
+
+
+def key_in(known: Container[str], prefix: str, key: str) -> str:
+    """As :func:`name_in`, for LyCORIS' names: a prefix, and underscores in place of dots."""
+    rest = key.removeprefix(f"{prefix}_")
+    for mark in _MARKS:
+        rest = rest.replace(f"{mark}_", "")
+    candidates = [key, f"{prefix}_{rest}"]
+    while rest.startswith("module_"):
+        rest = rest.removeprefix("module_")
+        candidates.append(f"{prefix}_{rest}")
+    return next((candidate for candidate in candidates if candidate in known), key)
+
+
+def tensors_in(known: Container[str], tensors: Mapping[str, Tensor], file: str | os.PathLike) -> dict[str, Tensor]:
+    """The tensors of ``file`` by the names that a model with the ``known`` modules has for them (:func:`name_in`).
+
+    Raises:
+        ValueError: two of them would have one name.
+    """
+    renamed = {_tensor_in(known, name): tensor for name, tensor in tensors.items()}
+    if len(renamed) != len(tensors):
+        raise ValueError(f"{file}: expected each tensor once, got some with and without the name of a wrapper")
+    return renamed
+
+
+def _tensor_in(known: Container[str], name: str) -> str:
+    """The tensor's module is the longest beginning of its name that is known."""
+    parts = name.split(".")
+    for end in range(len(parts) - 1, 0, -1):
+        module = name_in(known, ".".join(parts[:end]))
+        if module in known:
+            return _join(module, *parts[end:])
+    return name
+
+
+def _join(*names: str) -> str:
+    return ".".join(name for name in names if name)
+
+
+def _without(name: str, places: set[str]) -> str:
+    """``name`` without each component at which one of ``places`` ends."""
+    beginnings = accumulate(name.split("."), _join)
+    return ".".join(start.rpartition(".")[2] for start in beginnings if start not in places)

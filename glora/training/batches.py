@@ -1,0 +1,175 @@
+"""The batch of every step: which samples, and the random numbers that each is made with.
+
+Both are functions of the seed and the step alone, so that a run goes on after a cut, with any number of loading
+processes and of ranks, as if it had not been cut.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from itertools import count
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler, TensorDataset
+
+from ..distributed import share
+from ..files import checksum
+from ..processes import rank, world_size
+from ..samples import collate
+from .recipe import Recipe
+
+
+class StepSampler(Sampler[list[int]]):
+    """The indices of each step's batch: consecutive pieces of an endless row of shuffled epochs.
+
+    The batch of step t depends on ``(size, batch_size, seed, t)`` alone, so that a resumed run
+    continues without replaying the epochs before. Of each batch only ``part`` is yielded.
+    """
+
+    def __init__(self, size: int, batch_size: int, seed: int, start: int, stop: int, part: slice = slice(None)):
+        self.size, self.batch_size, self.seed, self.start, self.stop = size, batch_size, seed, start, stop
+        self.part = part
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    def __iter__(self) -> Iterator[list[int]]:
+        epoch, order = -1, []
+        for step in range(self.start, self.stop):
+            batch = []
+            for position in range(step * self.batch_size, (step + 1) * self.batch_size):
+                if position // self.size != epoch:
+                    epoch = position // self.size
+                    generator = torch.Generator().manual_seed(mix(self.seed, epoch))
+                    order = torch.randperm(self.size, generator=generator).tolist()
+                batch.append(order[position % self.size])
+            yield batch[self.part]
+
+
+class _Numbered(Sampler[list[tuple[int, int]]]):
+    """The batches of a :class:`StepSampler`, each index with the number of its sample since the first step."""
+
+    def __init__(self, steps: StepSampler):
+        self.steps = steps
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        first = self.steps.part.indices(self.steps.batch_size)[0]
+        for step, batch in enumerate(self.steps, self.steps.start):
+            number = step * self.steps.batch_size + first
+            yield [(index, number + i) for i, index in enumerate(batch)]
+
+
+class _Repeatable(Dataset):
+    """``dataset``, whose samples are read with random numbers of their own: functions of the seed and their number."""
+
+    def __init__(self, dataset: Dataset, seed: int):
+        self.dataset, self.seed = dataset, seed
+
+    def __getitem__(self, numbered: tuple[int, int]) -> Any:
+        index, number = numbered
+        with _drawing_from(mix(mix(self.seed, -2), number)):
+            return self.dataset[index]
+
+
+@contextmanager
+def _drawing_from(seed: int) -> Iterator[None]:
+    """Python's, numpy's and torch's global generators (on the CPU) start from ``seed`` in the block, and go on after
+    it as if it had not been there."""
+    before = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.default_generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(before[0])
+        np.random.set_state(before[1])
+        torch.set_rng_state(before[2])
+
+
+def batches(
+    dataset: Dataset, recipe: Recipe, start: int, workers: int = 0, pin_memory: bool = False
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """This rank's share of the batch of each step from ``start`` on.
+
+    A ``TensorDataset`` is indexed a whole batch at once, in this process; what it draws at random comes from torch's
+    generator. Of other data sets each sample has generators of its own, and ``workers`` processes read them.
+    """
+    part = share(recipe.batch_size)[0]
+    size: int = len(dataset)  # type: ignore[arg-type]
+    sampler = StepSampler(size, recipe.batch_size, recipe.seed, start, recipe.steps, part)
+    # A generator of its own: without it the loader draws from torch's, which dropout uses.
+    generator = torch.Generator().manual_seed(mix(recipe.seed, start))
+    if isinstance(dataset, TensorDataset):
+        loader: DataLoader = DataLoader(dataset, batch_size=None, sampler=sampler, generator=generator)
+    else:
+        loader = DataLoader(
+            _Repeatable(dataset, recipe.seed),
+            batch_sampler=_Numbered(sampler),
+            num_workers=workers,
+            pin_memory=pin_memory,
+            collate_fn=collate,
+            generator=generator,
+        )
+    return iter(loader) if world_size() == 1 else _reseeded(iter(loader), recipe.seed, start)
+
+
+def _reseeded(steps: Iterator[tuple[Tensor, Tensor]], seed: int, start: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Draws of ranks differ, and a resumed run needs no state of theirs."""
+    for step in count(start):
+        torch.manual_seed(mix(mix(seed, step), rank()))
+        yield next(steps)
+
+
+def fingerprint(dataset: Dataset) -> int | None:
+    """Tells ``dataset`` from others of its length: of its first, middle and last sample, read with a fixed seed.
+
+    None where nothing can be told: two readings of them differ, or hold something else than tensors, arrays, numbers
+    and texts.
+    """
+    size: int = len(dataset)  # type: ignore[arg-type]
+    try:
+        first, second = (_checksum_of_samples(dataset, sorted({0, size // 2, size - 1})) for _ in range(2))
+    except Exception:  # reading it for a step will tell
+        return None
+    return first if first == second else None
+
+
+def _checksum_of_samples(dataset: Dataset, indices: Iterable[int]) -> int:
+    with _drawing_from(0):
+        return checksum(part for index in indices for part in _parts(dataset[index]))
+
+
+def _parts(sample: Any) -> Iterator[Tensor]:
+    """The tensors of a sample, numbers as the tensors that a loader or a ``TensorDataset`` has for them, and texts."""
+    if isinstance(sample, Tensor | np.ndarray | np.generic | int | float):
+        tensor = torch.as_tensor(sample)
+        yield from (_text(f"{tensor.dtype} {tuple(tensor.shape)}"), tensor)
+    elif isinstance(sample, Mapping):
+        for key, value in sample.items():
+            yield from (*_parts(key), *_parts(value))
+    elif isinstance(sample, list | tuple):
+        yield _text(f"{len(sample)} parts")
+        for part in sample:
+            yield from _parts(part)
+    elif isinstance(sample, str | bytes | None):
+        yield _text(repr(sample))
+    else:
+        raise TypeError(f"cannot tell {type(sample).__name__} from another")
+
+
+def _text(text: str) -> Tensor:
+    return torch.tensor(list(text.encode()), dtype=torch.uint8)
+
+
+def mix(seed: int, index: int) -> int:
+    """A seed for the ``index``-th use of ``seed``."""
+    return (seed * 1_000_003 + index * 7_919 + 12_345) % 2**63

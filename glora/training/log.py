@@ -1,0 +1,52 @@
+"""What a training run tells: a progress bar's text, and a CSV file with a line a step."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import os
+import time
+from collections import deque
+
+from ..files import write_atomically
+from ..processes import from_first
+from .run import StepRecord, TrainingRun
+
+COLUMNS = ("step", "epoch", "lr", "loss", "accuracy")
+
+
+def save_log(run: TrainingRun, file: str | os.PathLike) -> None:
+    """Write every step so far, atomically: a run that was cut and resumed has one log without gaps.
+
+    ``step`` counts from 1, ``epoch`` is the number of passes over the data after it; accuracy is that of the batch, and
+    empty where targets are no classes.
+    """
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    for step, record in enumerate(run.records, 1):
+        epoch = step * run.recipe.batch_size / run.samples
+        accuracy = "" if math.isnan(record.accuracy) else f"{record.accuracy:.6g}"
+        writer.writerow((step, f"{epoch:.4f}", f"{record.lr:.6g}", f"{record.loss:.6g}", accuracy))
+    content = text.getvalue().encode()
+    from_first(lambda: write_atomically(file, lambda stream: stream.write(content), "log"))
+
+
+class Meter:
+    """Running loss, accuracy and speed for the progress bar, over the last 50 steps."""
+
+    def __init__(self, batch_size: int):
+        self.batch_size = batch_size
+        self.recent: deque[tuple[float, float, float]] = deque(maxlen=50)
+
+    def update(self, record: StepRecord) -> None:
+        self.recent.append((time.perf_counter(), record.loss, record.accuracy))
+
+    def text(self) -> str:
+        times, losses, accuracies = zip(*self.recent)
+        steps, elapsed = len(times) - 1, times[-1] - times[0]
+        speed = f", {steps * self.batch_size / elapsed:.0f} images/s" if elapsed else ""
+        accuracy = sum(accuracies) / len(accuracies)
+        right = "" if math.isnan(accuracy) else f", accuracy {accuracy:.1%}"
+        return f"loss {sum(losses) / len(losses):.3f}{right}{speed}"

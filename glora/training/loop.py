@@ -1,0 +1,244 @@
+"""Training: of a supernet, with a random path per layer and step, or of a fixed path or plain model.
+
+Everything that a step depends on is a function of the seed and of a state that is checkpointed:
+the batch of step t is a pure function of (seed, t), paths are drawn outside forward from one
+generator, and dropout uses torch's global one. A run that was cut and resumed therefore has the
+same bits as one that was not (on one device type).
+
+Several processes (see :mod:`glora.distributed`) draw the same paths and the same batches; each takes its share of a
+batch, and torch's generator starts anew each step, from the seed, the step and the rank.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import Dataset
+from tqdm.auto import tqdm
+
+from ..arguments import FILE, require_function, require_integer, require_type
+from ..config import SearchSpace
+from ..distributed import copy_from_first, require_trainable, unwrapped
+from ..files import require_file
+from ..models.modules import glora_layers
+from ..parameters import trainable_parameters
+from ..paths import get_paths, sampler_for, set_paths
+from ..processes import from_first, is_first, require_agreement, require_group, together, world_size
+from ..samples import require_data
+from ..sampling import PathSampler
+from .batches import batches, fingerprint
+from .log import Meter, save_log
+from .recipe import Recipe
+from .run import TrainingRun
+from .step import Loss, take_step
+
+
+@dataclass(frozen=True)
+class TrainSummary:
+    """What a run did.
+
+    Attributes:
+        steps, losses: of the whole run; an entry of ``losses`` a step.
+        seconds, images_per_second: of this call.
+        total_seconds: of the whole run, without what was lost where it was cut.
+        resumed_from: the step that this call began at.
+    """
+
+    steps: int
+    losses: tuple[float, ...]
+    seconds: float
+    images_per_second: float
+    resumed_from: int
+    total_seconds: float
+
+
+def train(
+    model: nn.Module,
+    dataset: Dataset,
+    recipe: Recipe,
+    *,
+    space: SearchSpace | None = None,
+    loss_fn: Loss = F.cross_entropy,
+    checkpoint: str | os.PathLike | None = None,
+    log: str | os.PathLike | None = None,
+    workers: int = 0,
+    progress: bool = True,
+    on_step: Callable[[int, float], object] | None = None,
+) -> TrainSummary:
+    """Train every parameter of ``model`` that requires grad.
+
+    With a ``space`` the model is a supernet: each step draws a path for every layer from it, and
+    only the tensors read get a gradient. The others keep ``grad`` None and the optimiser does not
+    touch them: neither value, nor moments, nor weight decay. Afterwards the paths are as before, and
+    the model is in training mode.
+
+    Of several processes (``torchrun`` and ``torch.distributed.init_process_group``) every one calls it with the
+    same arguments and gets the same parameters and losses, up to rounding those of one process: each takes its
+    share of the batch of ``recipe.batch_size`` samples. All models start as rank 0's. Rank 0 alone reads and
+    writes the checkpoint, which any number of processes can resume. The model may be within
+    ``DistributedDataParallel`` with ``find_unused_parameters=True``, or within ``fully_shard``.
+
+    Args:
+        dataset: a map-style data set of ``(input, target)``. Each sample is read with generators (Python's, numpy's,
+            torch's) of its own, so that random augmentation too is the same after a cut and for any ``workers``; a
+            ``TensorDataset`` is indexed by whole batches instead.
+        recipe: how to train.
+        space: draw paths from it; None trains the model as it is.
+        loss_fn: ``(output, target) -> scalar``; for several processes, a mean over samples.
+        checkpoint: a file to resume from, if it exists, and to save to; written atomically. One of another run is
+            refused: of other settings, products, frozen weights or data (a first, a middle and a last sample are
+            compared, where reading them twice gives the same).
+        log: a CSV file (step, epoch, lr, loss, accuracy), written anew with every checkpoint and at the end.
+        workers: processes that read samples; 0 reads them in this one.
+        progress: show a bar with loss, accuracy (for class targets) and images per second.
+        on_step: called with the step and its loss after each step and its checkpoint, on every rank.
+
+    Raises:
+        ValueError: nothing to train, or nothing that the paths read; an empty data set, a space that does not fit the
+            model, a checkpoint of another run or in no folder, or a loss or parameters that are not finite; processes
+            that have no group or differ in their arguments, or a wrapper or batch norm that would train wrongly;
+            ``amp="float16"`` on a CPU, or ``label_smoothing`` with a loss of your own.
+        TypeError: an argument of another type, such as a ``DataLoader``, or samples that are dictionaries; without a
+            ``loss_fn``, a model that returns anything but a tensor.
+        RuntimeError: another process failed.
+    """
+    require_group()
+    together(lambda: _check_types(recipe, space, loss_fn, checkpoint, log, on_step))
+    run, sampler = together(lambda: _prepare(model, dataset, recipe, space, loss_fn, log, workers))
+    if world_size() > 1:
+        _start_alike(run, checkpoint is not None)
+    if checkpoint is not None:
+        run.data = from_first(lambda: fingerprint(dataset))
+    if checkpoint is None or not run.load(checkpoint):
+        torch.manual_seed(recipe.seed)
+    elif progress and is_first():
+        tqdm.write(f"train: continues from {os.fspath(checkpoint)}, step {run.step} of {recipe.steps}", file=sys.stderr)
+    if recipe.label_smoothing:
+        loss_fn = partial(F.cross_entropy, label_smoothing=recipe.label_smoothing)
+    paths_before = get_paths(run.inner)
+    model.train()
+    resumed_from, started = run.step, time.perf_counter()
+    steps = batches(dataset, recipe, run.step, workers, pin_memory=run.device.type == "cuda")
+    bar = tqdm(total=recipe.steps, initial=run.step, desc="train", unit="step", disable=not (progress and is_first()))
+    meter = Meter(recipe.batch_size)
+    try:
+        while run.step < recipe.steps:
+            if sampler is not None:
+                set_paths(run.inner, sampler.sample(run.generator))
+            with _all_layers_run(run.inner) if run.step == resumed_from else nullcontext():
+                record = take_step(run, steps, loss_fn)
+            meter.update(record)
+            bar.update()
+            bar.set_postfix_str(meter.text(), refresh=False)
+            _save(run, checkpoint, log)
+            if on_step is not None:
+                on_step(run.step, record.loss)
+    finally:
+        bar.close()
+        if paths_before:
+            set_paths(run.inner, paths_before)
+    seconds = time.perf_counter() - started
+    images = (run.step - resumed_from) * recipe.batch_size
+    speed = images / seconds if seconds else 0.0
+    losses = tuple(record.loss for record in run.records)
+    return TrainSummary(run.step, losses, seconds, speed, resumed_from, run.seconds)
+
+
+def _check_types(
+    recipe: Recipe,
+    space: SearchSpace | None,
+    loss_fn: Loss,
+    checkpoint: str | os.PathLike | None,
+    log: str | os.PathLike | None,
+    on_step: Callable[[int, float], object] | None,
+) -> None:
+    require_type("recipe", recipe, Recipe, "a glora.Recipe")
+    require_type("space", space, (SearchSpace, type(None)), "a glora.SearchSpace or None")
+    require_function("loss_fn", loss_fn, "a function of output and target")
+    require_type("checkpoint", checkpoint, FILE, "the path of a file or None")
+    require_type("log", log, FILE, "the path of a file or None")
+    if on_step is not None:
+        require_function("on_step", on_step, "a function of the step and its loss")
+
+
+def _prepare(
+    model: nn.Module,
+    dataset: Dataset,
+    recipe: Recipe,
+    space: SearchSpace | None,
+    loss_fn: Loss,
+    log: str | os.PathLike | None,
+    workers: int,
+) -> tuple[TrainingRun, PathSampler | None]:
+    """What can be refused by looking at the arguments alone."""
+    parameters = trainable_parameters(model)
+    if not parameters:
+        raise ValueError("model: expected parameters that require grad, found none")
+    if space is None and not trainable_parameters(model, get_paths(model)):
+        raise ValueError(
+            "model: expected paths that read a support tensor, or something else to train, got neither; call "
+            "glora.set_paths(model, glora.PathConfig(B='lora_8')), say, or train over a space"
+        )
+    samples = require_data("dataset", dataset)
+    if recipe.label_smoothing and loss_fn is not F.cross_entropy:
+        raise ValueError(
+            f"loss_fn: expected the default with label_smoothing={recipe.label_smoothing}, which it does not get"
+        )
+    if recipe.amp == "float16" and parameters[0].device.type == "cpu":
+        raise ValueError("amp: expected 'bfloat16' or None on a CPU, got 'float16'")
+    require_integer("workers", workers, 0)
+    if log is not None:
+        require_file("log", log)
+    require_trainable(model, space is not None)
+    sampler = None if space is None else sampler_for(unwrapped(model), space)
+    return TrainingRun(model, parameters, recipe, space, samples), sampler
+
+
+def _start_alike(run: TrainingRun, saves: bool) -> None:
+    """Make sure that all ranks train the same, from the same tensors, and save at the same steps."""
+    saving = {"checkpoint": saves, "checkpoint_every": run.recipe.checkpoint_every}
+    require_agreement("arguments", {**run.task(), **saving})
+    if not run.averages_itself:
+        copy_from_first(run.inner)
+
+
+def _save(run: TrainingRun, checkpoint: str | os.PathLike | None, log: str | os.PathLike | None) -> None:
+    """After every ``checkpoint_every`` steps, and the last. The log goes first: a finished checkpoint has its log."""
+    if run.step % run.recipe.checkpoint_every and run.step < run.recipe.steps:
+        return
+    if log is not None:
+        save_log(run, log)
+    if checkpoint is not None:
+        run.save(checkpoint)
+
+
+@contextmanager
+def _all_layers_run(model: nn.Module) -> Iterator[None]:
+    """Warn of adapted layers whose forward is not called in the block: nothing they hold has an effect."""
+    idle: dict[nn.Module, str] = {layer: name for name, layer in glora_layers(model).items()}
+
+    def ran(layer: nn.Module, *_: object) -> None:
+        idle.pop(layer, None)
+
+    hooks = [layer.register_forward_hook(ran) for layer in idle]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if idle:
+        warnings.warn(
+            f"these layers did not run in the first step: {sorted(idle.values())}; if the model reads their weight "
+            "instead of calling them, GLoRA has no effect there: exclude them in glora.inject",
+            stacklevel=3,
+        )

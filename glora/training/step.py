@@ -1,0 +1,108 @@
+"""One optimiser step of a training run, on one rank of any number."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..arguments import type_of
+from ..distributed import share, sync_gradients
+from ..parameters import drop_unread_gradients
+from ..processes import gather, world_size
+from ..samples import require_output, require_pair
+from .run import StepRecord, TrainingRun
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+def take_step(run: TrainingRun, batches: Iterator[tuple[Tensor, Tensor]], loss_fn: Loss) -> StepRecord:
+    """Forward, backward and update; loss and accuracy are those of the whole batch.
+
+    Raises:
+        ValueError: a loss that is not finite, or that depends on nothing that is trained.
+        TypeError: a loss that is no scalar tensor; without a loss of one's own, an output that is no tensor.
+    """
+    run.scheduler.step_update(run.step)
+    run.optimizer.zero_grad(set_to_none=True)
+    own: list[Tensor] = []
+
+    def forward() -> tuple[float, float, int]:
+        batch = next(batches)
+        require_pair("dataset", batch)
+        x, target = batch
+        x, target = x.to(run.device, non_blocking=True), target.to(run.device, non_blocking=True)
+        with _precision(run):
+            output = run.model(x)
+            if getattr(loss_fn, "func", loss_fn) is F.cross_entropy:
+                require_output(output, ", or pass a loss_fn that takes what it returns")
+            own.append(_scalar(loss_fn(output, target)))
+        return float(own[0].detach()), _accuracy(output, target), share(run.recipe.batch_size)[1]
+
+    loss, accuracy = _weighted_means(gather(forward))
+    if not math.isfinite(loss):
+        raise ValueError(f"loss: expected a finite value, got {loss} at step {run.step}; try a smaller lr")
+    if own[0].requires_grad:
+        _backward(run, own[0])
+        _update(run)
+    elif run.space is None:  # a random path may read nothing at all
+        raise ValueError(
+            "loss: expected one that depends on what is trained, got one without a gradient; is the forward pass "
+            "detached or under no_grad?"
+        )
+    record = StepRecord(run.optimizer.param_groups[0]["lr"], loss, accuracy)
+    run.records.append(record)
+    run.step += 1
+    return record
+
+
+def _precision(run: TrainingRun) -> AbstractContextManager:
+    if run.recipe.amp is None:
+        return nullcontext()
+    return torch.autocast(run.device.type, getattr(torch, run.recipe.amp))
+
+
+def _backward(run: TrainingRun, loss: Tensor) -> None:
+    """Gradients of the whole batch's loss: the mean over ranks, each weighted by its share."""
+    batch_size = run.recipe.batch_size
+    weight = world_size() * share(batch_size)[1] / batch_size
+    run.scaler.scale(loss if weight == 1 else loss * weight).backward()
+    drop_unread_gradients(run.inner)
+    if not run.averages_itself:
+        sync_gradients(run.model)
+
+
+def _update(run: TrainingRun) -> None:
+    run.scaler.unscale_(run.optimizer)
+    if run.recipe.clip_norm is not None:
+        nn.utils.clip_grad_norm_(run.parameters, run.recipe.clip_norm)
+    run.scaler.step(run.optimizer)
+    run.scaler.update()
+
+
+def _weighted_means(shares: list[tuple[float, float, int]]) -> tuple[float, float]:
+    """Loss and accuracy over all samples from those of each share."""
+    if len(shares) == 1:
+        return shares[0][:2]
+    samples = sum(each[2] for each in shares)
+    loss, accuracy = (sum(each[i] * each[2] for each in shares) / samples for i in (0, 1))
+    return loss, accuracy
+
+
+def _scalar(loss: object) -> Tensor:
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type_of(loss)
+        raise TypeError(f"loss_fn: expected it to return a scalar tensor, got {got}")
+    return loss
+
+
+def _accuracy(output: object, target: Tensor) -> float:
+    """NaN where outputs are no logits or targets no classes."""
+    if not isinstance(output, Tensor):
+        return math.nan
+    classes = not target.is_floating_point() and output.dim() == 2 and target.dim() == 1
+    return float((output.argmax(-1) == target).float().mean()) if classes else math.nan

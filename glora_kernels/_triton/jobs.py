@@ -1,0 +1,79 @@
+"""Which gradients ``finish`` is to make, and of which partial sums."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .run import ALIGN, Slices
+
+FINISH_BLOCK = 256
+PLAIN, TIMES_BIAS, TIMES_UP, SOLVED = range(4)  # what a sum is multiplied with, or solved for
+TABLES = 1 << 16  # kept at once, of less than a kilobyte each
+_captured: list[tuple[Tensor, Tensor]] = []
+
+
+class Job(NamedTuple):
+    """One gradient: its storage's size, and how its elements are found in the slices (see finish.py)."""
+
+    size: int
+    inner: int
+    up: bool
+    slices: Slices
+    width: int
+    rank: int
+    rows: int
+    kind: int = PLAIN
+
+
+def left_job(storage: Tensor, slices: Slices, rank: int, kind: int = PLAIN, width: int | None = None) -> Job:
+    """A left factor or a vector: one row a row."""
+    inner = storage.shape[1] if storage.dim() == 2 else 1
+    return Job(storage.numel(), inner, False, slices, rank if width is None else width, rank, storage.shape[0], kind)
+
+
+def right_job(storage: Tensor, slices: Slices, rank: int) -> Job:
+    """A right factor, (R, columns), from slices of (columns, rank)."""
+    return Job(storage.numel(), storage.shape[1], True, slices, rank, rank, storage.shape[1])
+
+
+def constant_job(storage: Tensor, slices: Slices) -> Job:
+    """A constant: slices of one number, for its first element."""
+    return Job(storage.numel(), storage.numel(), False, slices, 1, 1, 1)
+
+
+def targets(jobs: tuple[Job, ...]) -> tuple[list[int], int]:
+    """Where each gradient begins in the common buffer, and the size of it."""
+    starts, size = [], 0
+    for job in jobs:
+        starts.append(size)
+        size += -(-job.size // ALIGN) * ALIGN
+    return starts, size
+
+
+def blocks(jobs: tuple[Job, ...]) -> int:
+    return sum(-(-job.size // FINISH_BLOCK) for job in jobs)
+
+
+@lru_cache(maxsize=TABLES)
+def table(jobs: tuple[Job, ...], device: torch.device) -> Tensor:
+    """The jobs as a table on the device; small, and kept, since the same paths come again.
+
+    It is copied from pinned memory, so that the host need not wait, nor a capture fail; what a captured graph reads
+    is kept for good.
+    """
+    rows, first = [], 0
+    for job, target in zip(jobs, targets(jobs)[0]):
+        where = (first, job.slices.at, job.slices.number, job.slices.size, target)
+        rows.append([*where, job.size, job.inner, int(job.up), job.width, job.rank, job.rows, job.kind])
+        first += -(-job.size // FINISH_BLOCK)
+    if device.type != "cuda":
+        return torch.tensor(rows, dtype=torch.int64, device=device)
+    host = torch.tensor(rows, dtype=torch.int64).pin_memory()
+    copy = host.to(device, non_blocking=True)
+    if torch.cuda.is_current_stream_capturing():
+        _captured.append((host, copy))
+    return copy

@@ -1,0 +1,180 @@
+"""W_eff and b_eff in one pass over W0, for the forward pass and for merging.
+
+    W_eff = W0 * (1 + A) + B   or   W0 + V Au + B with V = W0 Ad (matmul product)
+    b_eff = b0 + b0 * D + E + W0 c
+
+A program owns BLOCK_N rows. It walks all columns where a sum over them is needed (V, W0 c), else a share of them.
+Formed in fp32 (fp64 for fp64) and rounded once at the store.
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ...terms import LowRank, Terms, compute_dtype
+from .. import operands
+from ..context import Context, share_of
+from ..launch import launch
+from ..operands import Operand, a_operand, b_operand, bias_operands, cdiv, dense, padded_rank
+from ..tile import ADDED, NONE, bias_tile, effective_tile, load_tile, prompt_tile, row_part, span, store_tile, term_tile
+
+# Numbers that change from call to call: a new value needs no new build.
+VARYING = ["rank_a", "rank_b", "rank_c", "share"]
+
+
+@triton.jit(do_not_specialize=VARYING)
+def assemble_kernel(
+    w_ptr,  # (N, K) read
+    w_eff_ptr,  # (N, K) written
+    b_eff_ptr,  # (N,) written
+    v_ptr,  # (N, rank of A) written
+    a_ptr,
+    au_ptr,
+    b_ptr,
+    bu_ptr,
+    c_ptr,
+    cu_ptr,
+    bias_ptr,
+    d_ptr,
+    e_ptr,
+    N,
+    K,
+    share,  # columns a program walks
+    stride_wn,
+    stride_wk,
+    stride_a,
+    stride_b,
+    stride_bu,
+    stride_au,
+    stride_auk,
+    stride_c,
+    stride_d,
+    stride_e,
+    rank_a,
+    rank_b,
+    rank_c,
+    A: tl.constexpr,
+    B: tl.constexpr,
+    C: tl.constexpr,
+    D: tl.constexpr,
+    E: tl.constexpr,
+    BIAS: tl.constexpr,
+    WRITE_WEIGHT: tl.constexpr,
+    WRITE_BIAS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    RANK_A: tl.constexpr,
+    RANK_B: tl.constexpr,
+    RANK_C: tl.constexpr,
+    FACTOR_A: tl.constexpr,
+    FACTOR_B: tl.constexpr,
+    INDEX: tl.constexpr,
+    WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    shares = tl.cdiv(K, share)
+    row_block, part = tl.program_id(0) // shares, tl.program_id(0) % shares
+    rows = span(row_block * BLOCK_N, BLOCK_N, INDEX)
+    row_mask = rows < N
+    first, last = part * share, min(K, (part + 1) * share)
+    tl.assume(last > first)
+    if A == ADDED:
+        v = tl.zeros([BLOCK_N, RANK_A], dtype=WIDE)
+        ranks = tl.arange(0, RANK_A)
+        for k in range(0, K, BLOCK_K):
+            columns = span(k, BLOCK_K, INDEX)
+            weight = load_tile(w_ptr, rows, columns, stride_wn, stride_wk, row_mask, columns < K).to(WIDE)
+            down = load_tile(a_ptr, columns, ranks, stride_a, 1, columns < K, ranks < rank_a).to(WIDE)
+            v = tl.dot(weight, down, v, input_precision=PRECISION, out_dtype=WIDE)
+        store_tile(v_ptr, v, rows, ranks, rank_a, 1, row_mask, ranks < rank_a)
+        left = v.to(FACTOR_A)
+    else:
+        left = row_part(a_ptr, rows, stride_a, 1, rank_a, row_mask, A, RANK_A, FACTOR_A)
+    b_rows = row_part(b_ptr, rows, stride_b, 1, rank_b, row_mask, B, RANK_B, FACTOR_B)
+    prompt = tl.zeros([BLOCK_N], dtype=WIDE)
+    if WRITE_WEIGHT or C != NONE:
+        for k in range(first, last, BLOCK_K):
+            columns = span(k, BLOCK_K, INDEX)
+            mask = columns < last
+            weight = load_tile(w_ptr, rows, columns, stride_wn, stride_wk, row_mask, mask).to(WIDE)
+            if C != NONE:
+                c = prompt_tile(c_ptr, cu_ptr, columns, stride_c, rank_c, mask, C, RANK_C, WIDE)
+                prompt += tl.sum(weight * c[None, :], 1)
+            if WRITE_WEIGHT:
+                a = term_tile(
+                    left, au_ptr, columns, stride_au, stride_auk, rank_a, mask, A, RANK_A, FACTOR_A, WIDE, PRECISION
+                )
+                b = term_tile(b_rows, bu_ptr, columns, stride_bu, 1, rank_b, mask, B, RANK_B, FACTOR_B, WIDE, PRECISION)
+                store_tile(w_eff_ptr, effective_tile(weight, a, b, A, B), rows, columns, K, 1, row_mask, mask)
+    if WRITE_BIAS and part == 0:
+        bias = bias_tile(prompt, bias_ptr, d_ptr, e_ptr, rows, stride_d, stride_e, row_mask, BIAS, D, E, WIDE)
+        tl.store(b_eff_ptr + rows, bias.to(b_eff_ptr.dtype.element_ty), mask=row_mask)
+
+
+def assembled(
+    weight: Tensor, bias: Tensor | None, terms: Terms, shared: Context, write_weight: bool, write_bias: bool
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """What is asked for, by one launch; see assemble.py."""
+    outputs, inputs = weight.shape
+    a, folded = a_operand(terms, None, weight.dtype), bias_operands(terms if write_bias else Terms(), bias)
+    b = b_operand(terms, weight.dtype) if write_weight else Operand()
+    down = dense(terms.A.down) if isinstance(terms.A, LowRank) else a.left
+    w_eff = weight.new_empty(outputs, inputs) if write_weight else None
+    b_eff = weight.new_empty(outputs) if write_bias else None
+    projects = a.kind == operands.ADDED
+    projected = weight.new_empty(outputs, a.rank, dtype=compute_dtype(weight.dtype)) if projects else None
+    tile = shared.tile("assemble", a.rank, b.rank, folded.rank)
+    share = share_of(inputs, tile, projects or folded.c_kind != operands.NONE or not write_weight)
+    launch(
+        assemble_kernel,
+        cdiv(outputs, tile.rows) * cdiv(inputs, share),
+        tile,
+        w_ptr=weight,
+        w_eff_ptr=w_eff,
+        b_eff_ptr=b_eff,
+        v_ptr=projected,
+        a_ptr=down,
+        au_ptr=a.right,
+        b_ptr=b.left,
+        bu_ptr=b.right,
+        c_ptr=folded.c,
+        cu_ptr=folded.cu,
+        bias_ptr=folded.bias,
+        d_ptr=folded.d,
+        e_ptr=folded.e,
+        N=outputs,
+        K=inputs,
+        share=share,
+        stride_wn=weight.stride(0),
+        stride_wk=weight.stride(1),
+        stride_a=down.shape[1] if isinstance(terms.A, LowRank) and down is not None else a.left_row,
+        stride_b=b.left_row,
+        stride_bu=b.right_rank,
+        stride_au=a.right_rank,
+        stride_auk=a.right_column,
+        stride_c=folded.stride_c,
+        stride_d=folded.stride_d,
+        stride_e=folded.stride_e,
+        rank_a=a.rank,
+        rank_b=b.rank,
+        rank_c=folded.rank,
+        A=a.kind,
+        B=b.kind,
+        C=folded.c_kind,
+        D=folded.d is not None,
+        E=folded.e is not None,
+        BIAS=folded.bias is not None,
+        WRITE_WEIGHT=write_weight,
+        WRITE_BIAS=write_bias,
+        BLOCK_N=tile.rows,
+        BLOCK_K=tile.columns,
+        RANK_A=a.block_rank,
+        RANK_B=b.block_rank,
+        RANK_C=padded_rank(folded.rank),
+        FACTOR_A=a.dtype,
+        FACTOR_B=b.dtype,
+        INDEX=shared.index,
+        WIDE=shared.numerics.wide,
+        PRECISION=shared.numerics.factors,
+    )
+    return w_eff, b_eff, projected

@@ -1,0 +1,189 @@
+"""A matrix product with a weight that exists only in registers: the forward pass, and dx, for few tokens.
+
+    y[m, o] = sum_r x[m, r] W_eff[o, r] + b_eff[o]
+
+Forward: o = n, r = k. For dx the same kernel is given the weight and its terms with rows and columns exchanged:
+x = dy, o = k, r = n, and no bias. W_eff is formed tile by tile in fp32, rounded once to the type of x and fed to the
+matrix units; the whole of it is never in memory. With SWAP the product is formed as ``W_eff x^T``, so that the long
+side of a small batch is the wide side of the matrix instruction.
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..context import Context
+from ..launch import launch
+from ..operands import BiasOperands, Operand, cdiv, padded_rank
+from ..tile import NONE, bias_tile, effective_tile, load_tile, prompt_tile, row_part, span, store_tile, term_tile
+
+# Numbers that change from call to call: a new value needs no new build.
+VARYING = ["M", "rank_a", "rank_b", "rank_c"]
+
+
+@triton.jit(do_not_specialize=VARYING)
+def fused_kernel(
+    x_ptr,  # (M, RED) read
+    w_ptr,  # (OUT, RED) read
+    y_ptr,  # (M, OUT) written
+    b_eff_ptr,  # (OUT,) written if WRITE_BIAS
+    a_ptr,
+    au_ptr,
+    b_ptr,
+    bu_ptr,
+    c_ptr,
+    cu_ptr,
+    bias_ptr,
+    d_ptr,
+    e_ptr,
+    M,
+    OUT,
+    RED,
+    stride_xm,
+    stride_xr,
+    stride_wo,
+    stride_wr,
+    stride_a,  # left factor: a row on
+    stride_ar,  # left factor: a rank on
+    stride_au,  # right factor: a rank on
+    stride_auc,  # right factor: a column on
+    stride_b,
+    stride_br,
+    stride_bu,
+    stride_buc,
+    stride_c,
+    stride_d,
+    stride_e,
+    rank_a,
+    rank_b,
+    rank_c,
+    A: tl.constexpr,
+    B: tl.constexpr,
+    C: tl.constexpr,
+    D: tl.constexpr,
+    E: tl.constexpr,
+    BIAS: tl.constexpr,
+    WRITE_BIAS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    RANK_A: tl.constexpr,
+    RANK_B: tl.constexpr,
+    RANK_C: tl.constexpr,
+    FACTOR_A: tl.constexpr,
+    FACTOR_B: tl.constexpr,
+    INDEX: tl.constexpr,
+    WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    DOT: tl.constexpr,
+    SWAP: tl.constexpr,
+):
+    out_blocks = tl.cdiv(OUT, BLOCK_O)
+    token_block, out_block = tl.program_id(0) // out_blocks, tl.program_id(0) % out_blocks
+    tokens, outs = span(token_block * BLOCK_M, BLOCK_M, INDEX), span(out_block * BLOCK_O, BLOCK_O, INDEX)
+    token_mask, out_mask = tokens < M, outs < OUT
+    tl.assume(RED > 0)  # a loop that may not run keeps the assembler from overlapping matrix instructions
+    a_rows = row_part(a_ptr, outs, stride_a, stride_ar, rank_a, out_mask, A, RANK_A, FACTOR_A)
+    b_rows = row_part(b_ptr, outs, stride_b, stride_br, rank_b, out_mask, B, RANK_B, FACTOR_B)
+    prompt = tl.zeros([BLOCK_O], dtype=WIDE)
+    if SWAP:
+        acc = tl.zeros([BLOCK_O, BLOCK_M], dtype=WIDE)
+    else:
+        acc = tl.zeros([BLOCK_M, BLOCK_O], dtype=WIDE)
+    for r in range(0, RED, BLOCK_R):
+        reds = span(r, BLOCK_R, INDEX)
+        mask = reds < RED
+        x = load_tile(x_ptr, tokens, reds, stride_xm, stride_xr, token_mask, mask)
+        weight = load_tile(w_ptr, outs, reds, stride_wo, stride_wr, out_mask, mask).to(WIDE)
+        if C != NONE:
+            c = prompt_tile(c_ptr, cu_ptr, reds, stride_c, rank_c, mask, C, RANK_C, WIDE)
+            prompt += tl.sum(weight * c[None, :], 1)
+        a = term_tile(a_rows, au_ptr, reds, stride_au, stride_auc, rank_a, mask, A, RANK_A, FACTOR_A, WIDE, PRECISION)
+        b = term_tile(b_rows, bu_ptr, reds, stride_bu, stride_buc, rank_b, mask, B, RANK_B, FACTOR_B, WIDE, PRECISION)
+        w_eff = effective_tile(weight, a, b, A, B).to(x_ptr.dtype.element_ty)
+        if SWAP:
+            acc = tl.dot(w_eff, tl.trans(x), acc, input_precision=DOT, out_dtype=WIDE)
+        else:
+            acc = tl.dot(x, tl.trans(w_eff), acc, input_precision=DOT, out_dtype=WIDE)
+    bias = bias_tile(prompt, bias_ptr, d_ptr, e_ptr, outs, stride_d, stride_e, out_mask, BIAS, D, E, WIDE)
+    bias = bias.to(y_ptr.dtype.element_ty)  # the bits that a merged layer adds
+    if WRITE_BIAS and token_block == 0:
+        tl.store(b_eff_ptr + outs, bias, mask=out_mask)
+    if SWAP:
+        y = tl.trans((acc + bias.to(WIDE)[:, None]).to(y_ptr.dtype.element_ty))
+    else:
+        y = acc + bias.to(WIDE)[None, :]
+    store_tile(y_ptr, y, tokens, outs, OUT, 1, token_mask, out_mask)
+
+
+def multiply(
+    x: Tensor,
+    weight: Tensor,
+    y: Tensor,
+    a: Operand,
+    b: Operand,
+    folded: BiasOperands,
+    b_eff: Tensor | None,
+    shared: Context,
+) -> None:
+    """``y = x W_eff^T + b_eff`` with W_eff in registers only; ``weight``, ``a`` and ``b`` may all be transposed."""
+    tile = shared.tile("fused", a.rank, b.rank, folded.rank)
+    launch(
+        fused_kernel,
+        cdiv(x.shape[0], tile.tokens) * cdiv(weight.shape[0], tile.rows),
+        tile,
+        x_ptr=x,
+        w_ptr=weight,
+        y_ptr=y,
+        b_eff_ptr=b_eff,
+        a_ptr=a.left,
+        au_ptr=a.right,
+        b_ptr=b.left,
+        bu_ptr=b.right,
+        c_ptr=folded.c,
+        cu_ptr=folded.cu,
+        bias_ptr=folded.bias,
+        d_ptr=folded.d,
+        e_ptr=folded.e,
+        M=x.shape[0],
+        OUT=weight.shape[0],
+        RED=weight.shape[1],
+        stride_xm=x.stride(0),
+        stride_xr=x.stride(1),
+        stride_wo=weight.stride(0),
+        stride_wr=weight.stride(1),
+        stride_a=a.left_row,
+        stride_ar=a.left_rank,
+        stride_au=a.right_rank,
+        stride_auc=a.right_column,
+        stride_b=b.left_row,
+        stride_br=b.left_rank,
+        stride_bu=b.right_rank,
+        stride_buc=b.right_column,
+        stride_c=folded.stride_c,
+        stride_d=folded.stride_d,
+        stride_e=folded.stride_e,
+        rank_a=a.rank,
+        rank_b=b.rank,
+        rank_c=folded.rank,
+        A=a.kind,
+        B=b.kind,
+        C=folded.c_kind,
+        D=folded.d is not None,
+        E=folded.e is not None,
+        BIAS=folded.bias is not None,
+        WRITE_BIAS=b_eff is not None,
+        BLOCK_M=tile.tokens,
+        BLOCK_O=tile.rows,
+        BLOCK_R=tile.columns,
+        RANK_A=a.block_rank,
+        RANK_B=b.block_rank,
+        RANK_C=padded_rank(folded.rank),
+        FACTOR_A=a.dtype,
+        FACTOR_B=b.dtype,
+        INDEX=shared.index,
+        WIDE=shared.numerics.wide,
+        PRECISION=shared.numerics.factors,
+        DOT=shared.numerics.stream,
+        SWAP=tile.swap,
+    )

@@ -1,0 +1,296 @@
+"""The gradients of thin terms and of the bias in one pass over dy and x.
+
+For a term that adds ``left right`` to W_eff, with dW = dy^T x never formed:
+
+    P = x right^T  (M, R)        d left  = dy^T P  (N, R)
+    Q = dy left    (M, R)        d right = Q^T x   (R, K)
+
+and for the bias ``db = sum_m dy``. Where A scales inputs (W_eff = W0 diag(1 + a) + B), with g = dy W0 given:
+
+    dx = g (1 + a) + Q right     da = sum_m x g
+
+and where A scales rows, and its gradient is solved from the output: ``t = sum_m dy y``.
+
+A program owns BLOCK_M tokens: it walks x once for P, dy once, x once more (out of the cache) for d right. Sums over
+tokens leave as one slice a program, (slices, N, R) and the like in fp32; ``finish`` adds them up in a fixed order.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ...terms import Constant
+from .. import operands
+from ..launch import launch
+from ..operands import Operand, dense
+from ..run import Run, stride
+from ..tile import ADDED, COLUMN, LOW_RANK, NONE, ROW, load_tile, span, store_tile
+
+# Numbers that change from call to call: a new value needs no new build.
+VARYING = [
+    "M",
+    "rank_a",
+    "rank_b",
+    "at_db",
+    "at_db_sum",
+    "at_db_bias",
+    "at_t",
+    "at_a",
+    "at_au",
+    "at_b",
+    "at_b_sum",
+    "at_bu",
+]
+
+
+@triton.jit
+def thin_product(
+    tile,
+    ptr,
+    columns,
+    stride_column,
+    stride_rank,
+    rank,
+    mask,
+    acc,
+    BLOCK_RANK: tl.constexpr,
+    DOT: tl.constexpr,
+):
+    """``acc + tile factor`` over a block of columns, [tokens, BLOCK_RANK]."""
+    ranks = tl.arange(0, BLOCK_RANK)
+    factor = load_tile(ptr, columns, ranks, stride_column, stride_rank, mask, ranks < rank)
+    return tl.dot(tile, factor.to(tile.dtype), acc, input_precision=DOT, out_dtype=acc.dtype)
+
+
+@triton.jit
+def store_slice(ptr, tile, thin, block, columns, size, rank, mask, BLOCK_RANK: tl.constexpr, DOT: tl.constexpr):
+    """``tile^T thin``, [columns, BLOCK_RANK], into slice ``block`` of (slices, size, rank)."""
+    ranks = tl.arange(0, BLOCK_RANK)
+    product = tl.dot(tl.trans(tile), thin.to(tile.dtype), input_precision=DOT)
+    store_tile(ptr + block * size * rank, product, columns, ranks, rank, 1, mask, ranks < rank)
+
+
+@triton.jit(do_not_specialize=VARYING)
+def token_pass_kernel(
+    x_ptr,  # (M, K) read
+    dy_ptr,  # (M, N) read
+    other_ptr,  # the output (M, N), or g = dy W0 (M, K) where A scales inputs: read, contiguous
+    dx_ptr,  # (M, K) written where A scales inputs
+    a_ptr,  # ADDED: V, (N, rank of A). COLUMN: a over the inputs
+    au_ptr,
+    b_ptr,
+    bu_ptr,
+    bias_ptr,
+    partials_ptr,  # the slices of a gradient begin at its at_...
+    at_db,
+    at_db_sum,
+    at_db_bias,
+    at_t,
+    at_a,
+    at_au,
+    at_b,
+    at_b_sum,
+    at_bu,
+    M,
+    N,
+    K,
+    stride_xm,
+    stride_xk,
+    stride_ym,
+    stride_yn,
+    stride_a,
+    stride_au,
+    stride_b,
+    stride_bu,
+    rank_a,
+    rank_b,
+    A: tl.constexpr,  # NONE, ADDED or COLUMN; its gradient is wanted
+    B: tl.constexpr,  # NONE, ROW or LOW_RANK
+    GRAD_B: tl.constexpr,
+    SUM_A: tl.constexpr,  # a constant: its gradient is one number a slice
+    SUM_B: tl.constexpr,
+    DB: tl.constexpr,
+    DB_SUM: tl.constexpr,  # sum_n db
+    DB_BIAS: tl.constexpr,  # sum_n db b0
+    OUTPUT: tl.constexpr,
+    WRITE_DX: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    RANK_A: tl.constexpr,
+    RANK_B: tl.constexpr,
+    INDEX: tl.constexpr,
+    WIDE: tl.constexpr,
+    DOT: tl.constexpr,
+):
+    block = tl.program_id(0).to(tl.int64)
+    tokens = span(block * BLOCK_M, BLOCK_M, INDEX)
+    token_mask = tokens < M
+    THIN_B: tl.constexpr = GRAD_B and B == LOW_RANK
+    tl.assume(K > 0)
+    tl.assume(N > 0)
+
+    # P: what the right factors see of x.
+    p_a = tl.zeros([BLOCK_M, RANK_A], dtype=WIDE)
+    p_b = tl.zeros([BLOCK_M, RANK_B], dtype=WIDE)
+    x_sum = tl.zeros([BLOCK_M], dtype=WIDE)
+    if GRAD_B or A == ADDED:
+        for k in range(0, K, BLOCK_K):
+            columns = span(k, BLOCK_K, INDEX)
+            mask = columns < K
+            x = load_tile(x_ptr, tokens, columns, stride_xm, stride_xk, token_mask, mask)
+            if A == ADDED:
+                p_a = thin_product(x, au_ptr, columns, 1, stride_au, rank_a, mask, p_a, RANK_A, DOT)
+            if THIN_B:
+                p_b = thin_product(x, bu_ptr, columns, 1, stride_bu, rank_b, mask, p_b, RANK_B, DOT)
+            elif GRAD_B:
+                x_sum += tl.sum(x.to(WIDE), 1)
+
+    # d left and the bias, and Q: what the left factors see of dy.
+    q_a = tl.zeros([BLOCK_M, RANK_A], dtype=WIDE)
+    q_b = tl.zeros([BLOCK_M, RANK_B], dtype=WIDE)
+    y_sum = tl.zeros([BLOCK_M], dtype=WIDE)
+    db_sum = tl.zeros([BLOCK_N], dtype=WIDE)
+    db_bias = tl.zeros([BLOCK_N], dtype=WIDE)
+    b_sum = tl.zeros([BLOCK_N], dtype=WIDE)
+    for n in range(0, N, BLOCK_N):
+        rows = span(n, BLOCK_N, INDEX)
+        mask = rows < N
+        dy = load_tile(dy_ptr, tokens, rows, stride_ym, stride_yn, token_mask, mask)
+        if DB or DB_SUM or DB_BIAS:
+            db = tl.sum(dy.to(WIDE), 0)
+            if DB:
+                tl.store(partials_ptr + at_db + block * N + rows, db, mask=mask)
+            if DB_SUM:
+                db_sum += db
+            if DB_BIAS:
+                db_bias += db * tl.load(bias_ptr + rows, mask=mask, other=0.0).to(WIDE)
+        if OUTPUT:
+            y = load_tile(other_ptr, tokens, rows, N, 1, token_mask, mask)
+            t = tl.sum(dy.to(WIDE) * y.to(WIDE), 0)
+            tl.store(partials_ptr + at_t + block * N + rows, t, mask=mask)
+        if A == ADDED:
+            store_slice(partials_ptr + at_a, dy, p_a, block, rows, N, rank_a, mask, RANK_A, DOT)
+            q_a = thin_product(dy, a_ptr, rows, stride_a, 1, rank_a, mask, q_a, RANK_A, DOT)
+        if THIN_B:
+            store_slice(partials_ptr + at_b, dy, p_b, block, rows, N, rank_b, mask, RANK_B, DOT)
+        elif GRAD_B:
+            d_rows = tl.sum(dy.to(WIDE) * x_sum[:, None], 0)
+            if SUM_B:
+                b_sum += d_rows
+            if OUTPUT or not SUM_B:
+                tl.store(partials_ptr + at_b + block * N + rows, d_rows, mask=mask)
+        if B == LOW_RANK and (GRAD_B or WRITE_DX):
+            q_b = thin_product(dy, b_ptr, rows, stride_b, 1, rank_b, mask, q_b, RANK_B, DOT)
+        elif B == ROW and WRITE_DX:
+            values = tl.load(b_ptr + rows * stride_b, mask=mask, other=0.0).to(WIDE)
+            y_sum += tl.sum(dy.to(WIDE) * values[None, :], 1)
+    if DB_SUM:
+        tl.store(partials_ptr + at_db_sum + block, tl.sum(db_sum, 0))
+    if DB_BIAS:
+        tl.store(partials_ptr + at_db_bias + block, tl.sum(db_bias, 0))
+    if SUM_B:
+        tl.store(partials_ptr + at_b_sum + block, tl.sum(b_sum, 0))
+
+    # d right, and dx and da where A scales inputs.
+    a_sum = tl.zeros([BLOCK_K], dtype=WIDE)
+    if A != NONE or THIN_B:
+        for k in range(0, K, BLOCK_K):
+            columns = span(k, BLOCK_K, INDEX)
+            mask = columns < K
+            x = load_tile(x_ptr, tokens, columns, stride_xm, stride_xk, token_mask, mask)
+            if A == ADDED:
+                store_slice(partials_ptr + at_au, x, q_a, block, columns, K, rank_a, mask, RANK_A, DOT)
+            if THIN_B:
+                store_slice(partials_ptr + at_bu, x, q_b, block, columns, K, rank_b, mask, RANK_B, DOT)
+            if A == COLUMN:
+                g = load_tile(other_ptr, tokens, columns, K, 1, token_mask, mask).to(WIDE)
+                da = tl.sum(x.to(WIDE) * g, 0)
+                if SUM_A:
+                    a_sum += da
+                else:
+                    tl.store(partials_ptr + at_a + block * K + columns, da, mask=mask)
+                if WRITE_DX:
+                    scale = 1.0 + tl.load(a_ptr + columns * stride_a, mask=mask, other=0.0).to(WIDE)
+                    dx = g * scale[None, :]
+                    if B == LOW_RANK:
+                        ranks = tl.arange(0, RANK_B)
+                        right = load_tile(bu_ptr, ranks, columns, stride_bu, 1, ranks < rank_b, mask).to(x.dtype)
+                        dx = tl.fma(g, scale[None, :], tl.dot(q_b.to(x.dtype), right, input_precision=DOT))
+                    elif B == ROW:
+                        dx += y_sum[:, None]
+                    store_tile(dx_ptr, dx, tokens, columns, K, 1, token_mask, mask)
+    if SUM_A:
+        tl.store(partials_ptr + at_a + block, tl.sum(a_sum, 0))
+
+
+def token_pass(run: Run, g: Tensor | None = None) -> Tensor | None:
+    """See token_pass.py; with ``g = dy W0`` it returns dx."""
+    step = run.step
+    contracts_b = run.contracts_b and run.route != "dense"
+    if not (contracts_b or run.sums_bias or run.route in ("projected", "scaled", "solved")):
+        return None
+    (outputs, inputs), x = step.weight.shape, step.x
+    dx = torch.empty_like(g) if g is not None and step.wants_x else None
+    a = run.a if run.route in ("projected", "scaled") else Operand()
+    b = run.b if contracts_b or dx is not None else Operand()
+    # A constant scales rows and inputs alike: here it is a value over the inputs, of stride 0.
+    over_inputs = a.right if a.kind == operands.COLUMN else a.left
+    tile = run.token_tile
+    launch(
+        token_pass_kernel,
+        run.token_blocks,
+        tile,
+        x_ptr=x,
+        dy_ptr=step.dy,
+        other_ptr=step.output if run.route == "solved" else g,
+        dx_ptr=dx,
+        a_ptr=over_inputs if run.route == "scaled" else a.left,
+        au_ptr=a.right,
+        b_ptr=b.left,
+        bu_ptr=b.right,
+        bias_ptr=None if step.bias is None else dense(step.bias),
+        partials_ptr=run.buffer,
+        at_db=run.at("db"),
+        at_db_sum=run.at("db_sum"),
+        at_db_bias=run.at("db_bias"),
+        at_t=run.at("t"),
+        at_a=run.at("dv" if run.route == "projected" else "a"),
+        at_au=run.at("au"),
+        at_b=run.at("b"),
+        at_b_sum=run.at("b_sum"),
+        at_bu=run.at("bu"),
+        M=step.dy.shape[0],
+        N=outputs,
+        K=inputs,
+        stride_xm=stride(x, 0),
+        stride_xk=stride(x, 1),
+        stride_ym=step.dy.stride(0),
+        stride_yn=step.dy.stride(1),
+        stride_a=a.right_column if a.kind == operands.COLUMN else a.left_row,
+        stride_au=a.right_rank,
+        stride_b=b.left_row,
+        stride_bu=b.right_rank,
+        rank_a=a.rank,
+        rank_b=b.rank,
+        A=operands.COLUMN if run.route == "scaled" else a.kind,
+        B=b.kind,
+        GRAD_B=contracts_b,
+        SUM_A=run.route == "scaled" and isinstance(step.terms.A, Constant),
+        SUM_B=contracts_b and run.has("b_sum"),
+        DB=run.has("db"),
+        DB_SUM=run.has("db_sum"),
+        DB_BIAS=run.has("db_bias"),
+        OUTPUT=run.route == "solved",
+        WRITE_DX=dx is not None,
+        BLOCK_M=tile.tokens,
+        BLOCK_N=tile.rows,
+        BLOCK_K=tile.columns,
+        RANK_A=a.block_rank,
+        RANK_B=b.block_rank,
+        INDEX=run.shared.index,
+        WIDE=run.shared.numerics.wide,
+        DOT=run.shared.numerics.stream,
+    )
+    return dx

@@ -1,0 +1,239 @@
+"""One pass over W0 in backward: W_eff for dx, and what else needs all of W0 on the way.
+
+    W_eff            as in the forward pass, with V = W0 Ad kept from there
+    dc = W0^T db     the prompt C; and Cd^T dc where C is a low rank
+    dAd = W0^T dV    A as a low rank of the matmul product
+    lost             the rows where da cannot be solved from the output
+
+db and dV are still slices of ``token_pass``: each program adds up those of its own rows. Sums over rows leave as one
+slice a block of rows. ``lost`` compares, on a few tokens p, the scales of the rounding errors (docs/numerics.md):
+
+    sum_p |dy| (|b_eff| + |x| |B|^T)   against   loss * |1 + a| sum_p |dy| |x| |W0|^T
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ...routes import ACCEPTED_LOSS, PROBED_TOKENS
+from ..launch import launch
+from ..operands import Operand, cdiv, padded_rank
+from ..run import Run, stride
+from ..tile import LOW_RANK, ROW, effective_tile, load_tile, row_part, span, store_tile, sum_slices, term_tile
+
+# Numbers that change from call to call: a new value needs no new build.
+VARYING = ["M", "share", "slices", "rank_a", "rank_b", "rank_c", "at_db", "at_dv", "at_dc", "at_cu", "at_ad", "at_t"]
+
+
+@triton.jit(do_not_specialize=VARYING)
+def weight_pass_kernel(
+    w_ptr,  # (N, K) read
+    w_eff_ptr,  # (N, K) written
+    a_ptr,
+    au_ptr,
+    b_ptr,
+    bu_ptr,
+    c_ptr,
+    x_ptr,
+    dy_ptr,
+    b_eff_ptr,
+    lost_ptr,  # (N,) written: 1 or 0
+    partials_ptr,
+    at_db,
+    at_dv,
+    at_dc,
+    at_cu,
+    at_ad,
+    at_t,
+    slices,
+    M,
+    N,
+    K,
+    share,
+    stride_wn,
+    stride_wk,
+    stride_xm,
+    stride_xk,
+    stride_ym,
+    stride_yn,
+    stride_a,
+    stride_au,
+    stride_auk,
+    stride_b,
+    stride_bu,
+    stride_c,
+    rank_a,
+    rank_b,
+    rank_c,
+    loss,
+    A: tl.constexpr,
+    B: tl.constexpr,
+    WRITE_WEIGHT: tl.constexpr,
+    DC: tl.constexpr,
+    DCU: tl.constexpr,
+    DV: tl.constexpr,
+    PROBE: tl.constexpr,
+    B_EFF: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    RANK_A: tl.constexpr,
+    RANK_B: tl.constexpr,
+    RANK_C: tl.constexpr,
+    PROBES: tl.constexpr,
+    FACTOR_A: tl.constexpr,
+    FACTOR_B: tl.constexpr,
+    INDEX: tl.constexpr,
+    WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ROUGH: tl.constexpr,  # precision of the comparison of scales
+):
+    shares = tl.cdiv(K, share)
+    row_block, part = tl.program_id(0) // shares, tl.program_id(0) % shares
+    row_block = row_block.to(tl.int64)
+    rows = span(row_block * BLOCK_N, BLOCK_N, INDEX)
+    row_mask = rows < N
+    first, last = part * share, min(K, (part + 1) * share)
+    tl.assume(last > first)
+    a_rows = row_part(a_ptr, rows, stride_a, 1, rank_a, row_mask, A, RANK_A, FACTOR_A)
+    b_rows = row_part(b_ptr, rows, stride_b, 1, rank_b, row_mask, B, RANK_B, FACTOR_B)
+    ranks_a = tl.arange(0, RANK_A)
+    ranks_b = tl.arange(0, RANK_B)
+    ranks_c = tl.arange(0, RANK_C)
+    if DC:
+        db = sum_slices(partials_ptr + at_db, slices, N, rows, row_mask, BLOCK_N, WIDE)
+        d_up = tl.zeros([RANK_C], dtype=WIDE)
+    if DV:
+        dv = tl.zeros([BLOCK_N, RANK_A], dtype=WIDE)
+        at = partials_ptr + at_dv
+        for _ in range(0, slices):
+            dv += load_tile(at, rows, ranks_a, rank_a, 1, row_mask, ranks_a < rank_a)
+            at += N * rank_a
+    if PROBE:
+        probes = (tl.arange(0, PROBES).to(tl.int64) * M // PROBES).to(INDEX)
+        every = probes < M
+        through = tl.zeros([PROBES, RANK_B], dtype=WIDE)  # |x| |B's right factor|^T
+        x_sum = tl.zeros([PROBES], dtype=WIDE)
+        reach = tl.zeros([PROBES, BLOCK_N], dtype=WIDE)  # |x| |W0|^T
+    for k in range(first, last, BLOCK_K):
+        columns = span(k, BLOCK_K, INDEX)
+        mask = columns < last
+        weight = load_tile(w_ptr, rows, columns, stride_wn, stride_wk, row_mask, mask).to(WIDE)
+        if WRITE_WEIGHT:
+            a = term_tile(
+                a_rows, au_ptr, columns, stride_au, stride_auk, rank_a, mask, A, RANK_A, FACTOR_A, WIDE, PRECISION
+            )
+            b = term_tile(b_rows, bu_ptr, columns, stride_bu, 1, rank_b, mask, B, RANK_B, FACTOR_B, WIDE, PRECISION)
+            store_tile(w_eff_ptr, effective_tile(weight, a, b, A, B), rows, columns, K, 1, row_mask, mask)
+        if DC:
+            dc = tl.sum(weight * db[:, None], 0)
+            tl.store(partials_ptr + at_dc + row_block * K + columns, dc, mask=mask)
+            if DCU:
+                down = load_tile(c_ptr, columns, ranks_c, stride_c, 1, mask, ranks_c < rank_c).to(WIDE)
+                d_up += tl.sum(down * dc[:, None], 0)
+        if DV:
+            d_down = tl.dot(tl.trans(weight), dv, input_precision=PRECISION)
+            at = partials_ptr + at_ad + row_block * K * rank_a
+            store_tile(at, d_down, columns, ranks_a, rank_a, 1, mask, ranks_a < rank_a)
+        if PROBE:
+            x = tl.abs(load_tile(x_ptr, probes, columns, stride_xm, stride_xk, every, mask).to(WIDE))
+            reach = tl.dot(x, tl.trans(tl.abs(weight)), reach, input_precision=ROUGH, out_dtype=WIDE)
+            if B == LOW_RANK:
+                up = load_tile(bu_ptr, columns, ranks_b, 1, stride_bu, mask, ranks_b < rank_b).to(WIDE)
+                through = tl.dot(x, tl.abs(up), through, input_precision=ROUGH, out_dtype=WIDE)
+            elif B == ROW:
+                x_sum += tl.sum(x, 1)
+    if DCU:
+        tl.store(partials_ptr + at_cu + (row_block * shares + part) * rank_c + ranks_c, d_up, mask=ranks_c < rank_c)
+    if PROBE:
+        dy = tl.abs(load_tile(dy_ptr, probes, rows, stride_ym, stride_yn, every, row_mask).to(WIDE))
+        taken = tl.zeros([PROBES, BLOCK_N], dtype=WIDE)
+        if B_EFF:
+            taken += tl.abs(tl.load(b_eff_ptr + rows, mask=row_mask, other=0.0).to(WIDE))[None, :]
+        if B == LOW_RANK:
+            taken += tl.dot(through, tl.trans(tl.abs(b_rows.to(WIDE))), input_precision=ROUGH)
+        elif B == ROW:
+            taken += x_sum[:, None] * tl.abs(b_rows.to(WIDE))[None, :]
+        allowed = loss * tl.abs(1.0 + a_rows.to(WIDE)) * tl.sum(dy * reach, 0)
+        t = sum_slices(partials_ptr + at_t, slices, N, rows, row_mask, BLOCK_N, WIDE)
+        kept = (tl.sum(dy * taken, 0) < allowed) & (tl.abs(t) < float("inf"))  # false for NaN
+        tl.store(lost_ptr + rows, tl.where(kept, 0, 1), mask=row_mask)
+
+
+def weight_pass(run: Run) -> Tensor | None:
+    """See weight_pass.py; returns W_eff if dx is to be formed from it."""
+    step, probes = run.step, run.route == "solved"
+    outputs, inputs = step.weight.shape
+    writes = step.wants_x and step.terms.adapts_weight and run.strategy != "fused" and run.route != "scaled"
+    if not (writes or probes or run.has("dc") or run.has("ad")):
+        return None
+    w_eff = step.weight.new_empty(outputs, inputs) if writes else None
+    run.lost = torch.empty(outputs, dtype=torch.int32, device=step.weight.device) if probes else None
+    a, b = (run.a, run.b) if writes or probes else (Operand(), Operand())
+    x, dy = (step.x, step.dy) if probes else (None, None)
+    tile, numerics = run.weight_tile, run.shared.numerics
+    launch(
+        weight_pass_kernel,
+        cdiv(outputs, tile.rows) * cdiv(inputs, run.weight_share),
+        tile,
+        w_ptr=step.weight,
+        w_eff_ptr=w_eff,
+        a_ptr=a.left,
+        au_ptr=a.right,
+        b_ptr=b.left,
+        bu_ptr=b.right,
+        c_ptr=run.prompt.c,
+        x_ptr=x,
+        dy_ptr=dy,
+        b_eff_ptr=step.b_eff,
+        lost_ptr=run.lost,
+        partials_ptr=run.buffer,
+        at_db=run.at("db"),
+        at_dv=run.at("dv"),
+        at_dc=run.at("dc"),
+        at_cu=run.at("cu"),
+        at_ad=run.at("ad"),
+        at_t=run.at("t"),
+        slices=run.token_blocks,
+        M=step.dy.shape[0],
+        N=outputs,
+        K=inputs,
+        share=run.weight_share,
+        stride_wn=step.weight.stride(0),
+        stride_wk=step.weight.stride(1),
+        stride_xm=stride(x, 0),
+        stride_xk=stride(x, 1),
+        stride_ym=stride(dy, 0),
+        stride_yn=stride(dy, 1),
+        stride_a=a.left_row,
+        stride_au=a.right_rank,
+        stride_auk=a.right_column,
+        stride_b=b.left_row,
+        stride_bu=b.right_rank,
+        stride_c=run.prompt.stride_c,
+        rank_a=run.a.rank,
+        rank_b=b.rank,
+        rank_c=run.prompt.rank,
+        loss=ACCEPTED_LOSS[step.weight.dtype],
+        A=a.kind,
+        B=b.kind,
+        WRITE_WEIGHT=writes,
+        DC=run.has("dc"),
+        DCU=run.has("cu"),
+        DV=run.has("ad"),
+        PROBE=probes,
+        B_EFF=step.b_eff is not None,
+        BLOCK_N=tile.rows,
+        BLOCK_K=tile.columns,
+        RANK_A=run.a.block_rank,
+        RANK_B=b.block_rank,
+        RANK_C=padded_rank(run.prompt.rank),
+        PROBES=PROBED_TOKENS,
+        FACTOR_A=a.dtype,
+        FACTOR_B=b.dtype,
+        INDEX=run.shared.index,
+        WIDE=numerics.wide,
+        PRECISION=numerics.factors,
+        ROUGH=numerics.rough,
+    )
+    return w_eff

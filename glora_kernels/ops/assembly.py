@@ -1,0 +1,97 @@
+"""W_eff and b_eff themselves: what merging stores, and, differentiably, what other layers than linear ones use."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from .._torch.dense_gradient import contract_dense
+from ..backend import Backend
+from ..checks import check_layer
+from ..dispatch import backend_for, decide
+from ..precision import without_autocast
+from ..terms import Structure, Terms
+from .autograd import batched, wanted_slots
+
+
+def glora_assemble(weight: Tensor, bias: Tensor | None, terms: Terms) -> tuple[Tensor, Tensor | None]:
+    """``(W_eff, b_eff)`` with gradients: for layers that apply a weight in their own way, as convolutions do.
+
+    ``W_eff = W0 + W0 * A + B`` (hadamard) or ``W0 + W0 @ A + B`` (matmul), ``b_eff = b0 + b0 * D + E + W0 c``: the very
+    bits of :func:`glora_kernels.glora_merge`. An operand that no term changes is returned as it is. Source: arXiv
+    2306.07967, Eq. 10.
+
+    Args:
+        weight: frozen ``W0``, ``(N, K)``.
+        bias: frozen ``b0``, ``(N,)``, or None.
+        terms: the support tensors.
+
+    Returns:
+        ``(N, K)`` and ``(N,)`` or None, in the dtype of ``weight``. Differentiable in every storage, to any order; a
+        gradient has the shape and dtype of its storage and is zero where the storage is not read. Kept for backward are
+        the arguments, and nothing dense.
+
+    Raises:
+        TypeError, ValueError: an argument that does not fit, by name, before anything is computed.
+    """
+    check_layer(weight, bias, terms)
+    with without_autocast(weight.device.type):
+        decision = decide(weight, terms)
+        if decision.backend == "reference":
+            return reference.glora_merge(weight, bias, terms)
+        storages, structure = terms.flatten()
+        w_eff, b_eff = _Assembled.apply(backend_for(decision), structure, weight, bias, *storages)
+    return weight if w_eff is None else w_eff, bias if b_eff is None else b_eff
+
+
+def form(weight: Tensor, bias: Tensor | None, terms: Terms) -> tuple[Tensor, Tensor | None]:
+    """``(W_eff, b_eff)`` without gradients, never an alias of the base or of a support tensor."""
+    decision = decide(weight, terms)
+    assemble = reference.glora_merge if decision.backend == "reference" else backend_for(decision).assemble
+    w_eff, b_eff = assemble(weight.detach(), None if bias is None else bias.detach(), terms)
+    w_eff = w_eff if terms.adapts_weight else w_eff.clone()
+    return w_eff, None if b_eff is None else b_eff.clone(memory_format=torch.contiguous_format)
+
+
+class _Assembled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, backend: Backend, structure: Structure, weight: Tensor, bias: Tensor | None, *storages):
+        terms = Terms.unflatten(storages, structure)
+        ctx.structure = structure
+        ctx.wanted = wanted_slots(terms, bias is not None)
+        ctx.save_for_backward(weight, bias, *storages)
+        ctx.set_materialize_grads(False)
+        w_eff, b_eff = backend.assemble(weight, bias, terms)
+        own_bias = (
+            None if b_eff is None or not terms.adapts_bias else b_eff.clone(memory_format=torch.contiguous_format)
+        )
+        return w_eff if terms.adapts_weight else None, own_bias
+
+    @staticmethod
+    def backward(ctx, dw: Tensor | None, db: Tensor | None):
+        weight, bias, *storages = ctx.saved_tensors
+        terms = Terms.unflatten(storages, ctx.structure)
+        wanted = ctx.wanted - ({"A", "B"} if dw is None else set()) - ({"C", "D", "E"} if db is None else set())
+        like = weight if dw is None else dw
+        with without_autocast(weight.device.type):
+            if torch.is_grad_enabled() or batched(like) or (db is not None and batched(db)):
+                return None, None, None, None, *_differentiable(ctx, weight, bias, storages, dw, db)
+            grads = contract_dense(weight, bias, terms, dw, db, wanted)
+        flat = [grad for slot, term in terms.active for grad in grads.get(slot, (None,) * len(term.storages))]
+        return None, None, None, None, *(g if needed else None for g, needed in zip(flat, ctx.needs_input_grad[4:]))
+
+
+def _differentiable(ctx, weight: Tensor, bias: Tensor | None, storages, dw: Tensor | None, db: Tensor | None):
+    """The same gradients through the reference formula; differentiable again if grad mode is on."""
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        outputs = reference.glora_merge(weight, bias, Terms.unflatten(storages, ctx.structure))
+    pairs = [(y, dy) for y, dy in zip(outputs, (dw, db)) if dy is not None and y is not None and y.requires_grad]
+    needed = ctx.needs_input_grad[4:]
+    wanted = [storage for storage, need in zip(storages, needed) if need]
+    if not pairs or not wanted:
+        return [None] * len(storages)
+    ys, dys = zip(*pairs)
+    found = iter(torch.autograd.grad(ys, wanted, dys, create_graph=create_graph, allow_unused=True))
+    return [next(found) if need else None for need in needed]

@@ -1,0 +1,119 @@
+"""W_eff and b_eff as operators of ``torch.library``: convolutions under ``torch.compile`` and ``torch.export``.
+
+    glora::assemble(weight, bias, ad, au, bd, bu, cd, cu, d, e, config, product) -> (W_eff, b_eff)
+    glora::assemble_backward(dw, db, weight, ..., config, product, needs) -> [d ad, ..., d e]
+
+As in ``registered.py`` kinds and ranks are data: one graph serves every path. So b_eff is always there, zero where no
+term makes one, and the gradient of a storage that is not read is zero.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .._torch.dense_gradient import contract_dense
+from ..checks import check_layer
+from ..encoding import PLACES, STORAGES, check_devices, decode, spread
+from ..precision import without_autocast
+from ..terms import Terms
+from .assembly import form
+from .operators import OPERAND_STORAGES, TAGS, check_current, library, owned
+
+_OPERANDS = f"Tensor weight, Tensor? bias, {OPERAND_STORAGES}, Tensor config, str product"
+_FIRST, _LAST = 2, 2 + len(STORAGES)
+
+library.define(f"assemble({_OPERANDS}) -> (Tensor, Tensor)", tags=TAGS)
+library.define(
+    f"assemble_backward(Tensor dw, Tensor db, {_OPERANDS}, bool[{len(STORAGES)}] needs) -> Tensor[]", tags=TAGS
+)
+
+
+def configured_assemble(weight: Tensor, bias: Tensor | None, storages, config: Tensor, product: str):
+    """:func:`glora_kernels.glora_assemble` with kinds and ranks as data; b_eff is zero where there is none.
+
+    Args:
+        weight, bias: as there.
+        storages: Ad, Au, Bd, Bu, Cd, Cu, D, E; None for what no configuration reads.
+        config: what :func:`glora_kernels.encode` made, on the CPU.
+        product: ``"hadamard"`` or ``"matmul"``.
+
+    Returns:
+        ``(N, K)`` and ``(N,)``. Differentiable in the storages; the gradient of one that is not read is zero.
+
+    Raises:
+        TypeError, ValueError: an argument that does not fit, by name, before anything is computed.
+    """
+    with without_autocast(weight.device.type):
+        return torch.ops.glora.assemble(weight, bias, *storages, config, product)
+
+
+@torch.library.impl(library, "assemble", "CompositeExplicitAutograd")
+def _assemble(weight: Tensor, bias: Tensor | None, *rest) -> tuple[Tensor, Tensor]:
+    *storages, config, product = rest
+    check_devices(weight, storages, config)
+    terms = decode(storages, config, product)
+    check_layer(weight, bias, terms)
+    check_current(config)
+    with torch.no_grad():
+        w_eff, b_eff = form(weight, bias, terms)
+    b_eff = weight.new_zeros(weight.shape[0]) if b_eff is None else b_eff
+    return w_eff.contiguous(), b_eff
+
+
+@torch.library.register_fake("glora::assemble", lib=library)
+def _assemble_fake(weight: Tensor, bias: Tensor | None, *rest) -> tuple[Tensor, Tensor]:
+    *storages, config, _ = rest
+    check_layer(weight, bias, Terms())
+    check_devices(weight, storages, config)
+    return weight.new_empty(weight.shape), weight.new_empty(weight.shape[0])
+
+
+@torch.library.impl(library, "assemble_backward", "CompositeExplicitAutograd")
+def _assemble_backward(dw: Tensor, db: Tensor, weight: Tensor, bias: Tensor | None, *rest) -> list[Tensor]:
+    *storages, config, product, needs = rest
+    terms = decode(storages, config, product)
+    active = {slot for slot, _ in terms.active if slot != "D" or bias is not None}
+    wanted = frozenset(slot for slot in active if any(needs[place] for place in PLACES[slot]))
+    with torch.no_grad():
+        grads = spread(terms, contract_dense(weight, bias, terms, dw, db, wanted))
+    whole = [owned(grad, like) if need else None for grad, like, need in zip(grads, storages, needs)]
+    return [dw.new_empty(0) if grad is None else grad for grad in whole]
+
+
+@torch.library.register_fake("glora::assemble_backward", lib=library)
+def _assemble_backward_fake(dw: Tensor, db: Tensor, weight: Tensor, bias: Tensor | None, *rest) -> list[Tensor]:
+    *storages, _, _, needs = rest
+    return [
+        torch.empty(like.shape, dtype=like.dtype, device=like.device) if need else dw.new_empty(0)
+        for like, need in zip(storages, needs)
+    ]
+
+
+def _save(ctx, inputs, output) -> None:
+    *tensors, ctx.product = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _autograd(ctx, dw: Tensor, db: Tensor):
+    weight, bias, *rest = ctx.saved_tensors
+    storages, config = rest[:-1], rest[-1]
+    needs = list(ctx.needs_input_grad[_FIRST:_LAST])
+    grads = torch.ops.glora.assemble_backward(dw, db, weight, bias, *storages, config, ctx.product, needs)
+    return None, None, *(grad if need else None for grad, need in zip(grads, needs)), None, None
+
+
+def _save_nothing(ctx, inputs, output) -> None:
+    pass
+
+
+def _refuse_second_order(ctx, *grads):
+    raise NotImplementedError(
+        "glora::assemble_backward has no derivative; call glora_kernels.glora_assemble for second ones"
+    )
+
+
+torch.library.register_autograd("glora::assemble", _autograd, setup_context=_save, lib=library)
+torch.library.register_autograd(
+    "glora::assemble_backward", _refuse_second_order, setup_context=_save_nothing, lib=library
+)

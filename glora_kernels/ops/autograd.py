@@ -1,0 +1,195 @@
+"""The differentiable layer, for every backend that computes gradients in closed form: save, call, return.
+
+An ``autograd.Function`` of the old style around plain functions: a registered operator with its own autograd formula
+costs 40 microseconds more a call (guides/reliability.md, 3a). ``registered.py`` has that one, for compilers.
+"""
+
+from __future__ import annotations
+
+import math
+from operator import is_
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .. import reference
+from ..backend import Backend, Step
+from ..precision import is_on, without_autocast
+from ..routes import reads_token_sums, reuses_output, scales_rows
+from ..terms import Structure, Terms
+
+_X, _FIRST_STORAGE = 3, 7  # places among the arguments of _GLoRALinear.forward
+
+
+class Recipe(NamedTuple):
+    """What is known of a call before it is made: the same for the same kinds, and tensors that want a gradient.
+
+    Attributes:
+        structure: that of the terms.
+        wanted: see :func:`wanted_slots`.
+        reads_x: whether a gradient of a storage depends on x; of ``reads_sums``, on its sums alone.
+        may_solve: whether the gradient of A can be solved from the output.
+        of_leaves: whether all storages are leaves of autograd, which live on whoever else holds them.
+    """
+
+    structure: Structure
+    wanted: frozenset[str]
+    reads_x: bool
+    reads_sums: bool
+    may_solve: bool
+    of_leaves: bool
+
+
+def recipe_of(terms: Terms, has_bias: bool) -> Recipe:
+    wanted = wanted_slots(terms, has_bias)
+    return Recipe(
+        terms.flatten()[1],
+        wanted,
+        "A" in wanted or "B" in wanted,
+        reads_token_sums(terms, wanted),
+        "A" in wanted and scales_rows(terms),
+        all(storage.is_leaf for storage in terms.storages),
+    )
+
+
+def glora_linear(backend: Backend, x: Tensor, weight: Tensor, bias: Tensor | None, terms: Terms) -> Tensor:
+    """See :func:`glora_kernels.glora_linear`."""
+    if not torch.is_grad_enabled():
+        return backend.forward(x, weight, bias, terms).y
+    return differentiable(backend, recipe_of(terms, bias is not None), x, weight, bias, terms)
+
+
+def differentiable(
+    backend: Backend, recipe: Recipe, x: Tensor, weight: Tensor, bias: Tensor | None, terms: Terms
+) -> Tensor:
+    """The same where grad mode is on, with what :func:`recipe_of` returns for these terms."""
+    if backend.whole_layer is not None:
+        return backend.whole_layer(x, weight, bias, terms)
+    # Formed by autograd, so that second derivatives reach x through them.
+    token_sums = x.sum(-1) if recipe.reads_sums and backend.takes_token_sums else None
+    return _GLoRALinear.apply(backend, recipe, terms, x, token_sums, weight, bias, *terms.storages)
+
+
+class _GLoRALinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx,
+        backend: Backend,
+        recipe: Recipe,
+        terms: Terms,
+        x: Tensor,
+        token_sums: Tensor | None,
+        weight: Tensor,
+        bias: Tensor | None,
+        *storages: Tensor,
+    ):
+        y, projected, b_eff = backend.forward(x, weight, bias, terms)
+        ctx.backend, ctx.recipe, ctx.x_shape = backend, recipe, x.shape
+        ctx.terms = terms if recipe.of_leaves else None  # others than leaves would be kept alive
+        keep = recipe.may_solve and reuses_output(_tokens(x.shape), x.shape[-1], terms) and _can_be_kept(y, backend)
+        ctx.output = y.detach() if keep else None  # shares y's version counter, is in no cycle with ctx
+        ctx.output_version = y._version if keep else None
+        kept_x = x if recipe.reads_x and token_sums is None else None
+        ctx.save_for_backward(kept_x, token_sums, projected, b_eff if keep else None, weight, bias, *storages)
+        return y
+
+    @staticmethod
+    def backward(ctx, dy: Tensor):
+        if not is_on():
+            return _backward(ctx, dy)
+        with without_autocast(dy.device.type):  # backward may run inside the block that forward ran in
+            return _backward(ctx, dy)
+
+
+def _tokens(shape: torch.Size) -> int:
+    return shape[0] if len(shape) == 2 else math.prod(shape[:-1])
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    """``(M, ...)``; a reshape costs a microsecond where it changes nothing."""
+    return tensor if tensor.dim() == 2 else tensor.reshape(_tokens(tensor.shape), tensor.shape[-1])
+
+
+def _backward(ctx, dy: Tensor):
+    x, token_sums, projected, b_eff, weight, bias, *storages = ctx.saved_tensors
+    output, ctx.output = ctx.output, None
+    # Second derivatives, and gradients batched by vmap, go through plainly composed operations.
+    if torch.is_grad_enabled() or batched(dy):
+        return _differentiable_backward(ctx, dy, x, token_sums, weight, bias, storages)
+    # A successor such as ReLU(inplace=True) may have overwritten y: then z is formed anew.
+    if output is not None and output._version != ctx.output_version:
+        output = None
+    terms, needed = _terms_of(ctx, storages), ctx.needs_input_grad
+    step = Step(
+        _flat(dy),
+        None if x is None else _flat(x),
+        weight,
+        bias,
+        terms,
+        None if output is None else _flat(output),
+        b_eff,
+        projected,
+        ctx.recipe.wanted,
+        needed[_X],
+        None if token_sums is None else token_sums.reshape(-1),
+    )
+    dx, grads = ctx.backend.backward(step)
+    if dx is not None and len(ctx.x_shape) != 2:
+        dx = dx.reshape(ctx.x_shape)
+    found: list[Tensor | None] = []
+    for slot, term in terms.active:
+        found += grads[slot] if slot in grads else (None,) * len(term.storages)
+    if not all(needed[_FIRST_STORAGE:]):
+        found = [grad if need else None for grad, need in zip(found, needed[_FIRST_STORAGE:])]
+    return None, None, None, dx, None, None, None, *found
+
+
+def _terms_of(ctx, storages: list[Tensor]) -> Terms:
+    """The terms of the saved ``storages``: those of the forward pass, unless hooks have put others in their place."""
+    if ctx.terms is not None and all(map(is_, storages, ctx.terms.storages)):
+        return ctx.terms
+    return Terms.unflatten(storages, ctx.recipe.structure)
+
+
+def batched(dy: Tensor) -> bool:
+    functorch = torch._C._functorch
+    return functorch.is_legacy_batchedtensor(dy) or functorch.is_batchedtensor(dy)
+
+
+def wanted_slots(terms: Terms, has_bias: bool) -> frozenset[str]:
+    """Slots with a storage that wants a gradient; D has none where there is no bias to scale."""
+    wanting = {slot for slot, term in terms.active for storage in term.storages if storage.requires_grad}
+    return frozenset(wanting if has_bias else wanting - {"D"})
+
+
+def _can_be_kept(y: Tensor, backend: Backend) -> bool:
+    """Whether y may be kept outside ``save_for_backward``, and the route of its reuse be taken.
+
+    Under saved-tensor hooks (checkpointing, offloading) keeping it would defeat their purpose, and a
+    change in place could not be seen. The route depends on values, which meta and fake tensors do not
+    have; and where the host looks at them, a CUDA graph cannot be captured.
+    """
+    if type(y) is not Tensor or y.device.type == "meta":
+        return False
+    if backend.reads_values and y.is_cuda and torch.cuda.is_current_stream_capturing():
+        return False
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is None
+
+
+def _differentiable_backward(ctx, dy, x, token_sums, weight, bias, storages):
+    """The same gradients through the reference formula; differentiable again if grad mode is on."""
+    create_graph = torch.is_grad_enabled()
+    inputs_grad, storages_grad = ctx.needs_input_grad[_X], ctx.needs_input_grad[_FIRST_STORAGE:]
+    with torch.enable_grad():
+        if token_sums is not None:  # gradients depend on these sums, and on nothing else of x
+            x = F.pad(token_sums.unsqueeze(-1), (0, ctx.x_shape[-1] - 1))
+        elif x is None:  # neither A nor B: no gradient depends on the values of x
+            x = dy.new_zeros(ctx.x_shape).requires_grad_(inputs_grad)
+        y = reference.glora_linear(x, weight, bias, Terms.unflatten(storages, ctx.recipe.structure))
+    inputs, needed = [x, *storages], [inputs_grad, *storages_grad]
+    wanted = [tensor for tensor, need in zip(inputs, needed) if need]
+    found = iter(torch.autograd.grad(y, wanted, dy, create_graph=create_graph, allow_unused=True))
+    dx, *grads = (next(found) if need else None for need in needed)
+    return None, None, None, dx, None, None, None, *grads

@@ -1,0 +1,97 @@
+"""The layer with A as a hadamard vector, at 2 dense products without a look at values.
+
+The torch backend solves the gradient of a row scale from the output, and looks on the host for rows where that loses
+digits. A CUDA graph cannot look. Here ``z = x W0^T`` itself is formed and kept for backward in place of the output:
+
+    y = (1 + a) z + (x Bu^T) Bd^T + b_eff,    da_n = sum_m dy_mn z_mn
+
+which forward has at the one product it costs anyway. W_eff is not formed in forward; it is in backward, for dx.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from .. import _torch
+from ..backend import Step
+from ..checks import check_call
+from ..precision import cast_operands, without_autocast
+from ..terms import LowRank, Structure, Terms, Vector, compute_dtype
+from .autograd import wanted_slots
+
+
+def row_scaled_linear(x: Tensor, weight: Tensor, bias: Tensor | None, terms: Terms) -> Tensor:
+    """:func:`glora_kernels.glora_linear` for A as a hadamard vector and B as a low rank or none.
+
+    Args:
+        x: tokens, ``(..., K)``.
+        weight: frozen ``W0``, ``(N, K)``.
+        bias: frozen ``b0``, ``(N,)``, or None.
+        terms: as :func:`glora_kernels.row_scaled_terms` makes them.
+
+    Returns:
+        ``(..., N)`` in the dtype of ``x``; under ``torch.autocast``, in the autocast dtype. z is rounded to that dtype
+        once before it is scaled, so that y is not of the bits of a merged layer. Kept for backward are x and z.
+        Differentiable once.
+
+    Raises:
+        TypeError, ValueError: an argument that does not fit, by name, before anything is computed.
+    """
+    x, weight, bias = cast_operands(x, weight, bias)
+    check_call(x, weight, bias, terms)
+    if terms.product != "hadamard" or not isinstance(terms.A, Vector) or not isinstance(terms.B, (LowRank, type(None))):
+        raise ValueError(f"terms: expected a hadamard A as a vector and B as a low rank or none, got {terms}")
+    with without_autocast(x.device.type):
+        storages, structure = terms.flatten()
+        return _RowScaled.apply(structure, wanted_slots(terms, bias is not None), x, weight, bias, *storages)
+
+
+class _RowScaled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, structure: Structure, wanted: frozenset[str], x: Tensor, weight: Tensor, bias, *storages: Tensor):
+        terms = Terms.unflatten(storages, structure)
+        ctx.structure, ctx.wanted, ctx.x_shape = structure, wanted, x.shape
+        tokens = x.reshape(-1, x.shape[-1])
+        z = F.linear(tokens, weight)
+        ctx.save_for_backward(tokens if "B" in wanted else None, z if "A" in wanted else None, weight, bias, *storages)
+        y = _forward(tokens, z, weight, bias, terms)
+        # in place of a view, which a successor such as ReLU(inplace=True) could not overwrite
+        return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], weight.shape[0]))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy: Tensor):
+        with without_autocast(dy.device.type):
+            return _backward(ctx, dy)
+
+
+def _forward(x: Tensor, z: Tensor, weight: Tensor, bias: Tensor | None, terms: Terms) -> Tensor:
+    """y, summed in the compute dtype and rounded once."""
+    assert isinstance(terms.A, Vector)
+    wide = compute_dtype(x.dtype)
+    y = z.to(wide) * (terms.A.entries.to(wide) + 1)
+    if isinstance(terms.B, LowRank):
+        down, up = terms.B.factors
+        y.addmm_((x @ up.to(x.dtype).t()).to(wide), down.to(wide).t())
+    _, b_eff = _torch.assemble(weight, bias, Terms(C=terms.C, D=terms.D, E=terms.E))
+    return (y if b_eff is None else y.add_(b_eff)).to(x.dtype)
+
+
+def _backward(ctx, dy: Tensor):
+    x, z, weight, bias, *storages = ctx.saved_tensors
+    terms = Terms.unflatten(storages, ctx.structure)
+    dy = dy.reshape(math.prod(ctx.x_shape[:-1]), weight.shape[0])
+    rest = ctx.wanted - {"A"}
+    dx, grads = _torch.backward(Step(dy, x, weight, bias, terms, None, None, None, rest, ctx.needs_input_grad[2]))
+    if "A" in ctx.wanted:
+        wide = compute_dtype(dy.dtype)
+        da = torch.linalg.vecdot(dy.to(wide), z.to(wide), dim=0)
+        grads["A"] = (da.to(storages[0].dtype),)
+    flat = [grad for slot, term in terms.active for grad in grads.get(slot, (None,) * len(term.storages))]
+    needed = (grad if need else None for grad, need in zip(flat, ctx.needs_input_grad[5:]))
+    return None, None, None if dx is None else dx.reshape(ctx.x_shape), None, None, *needed

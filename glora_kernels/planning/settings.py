@@ -1,0 +1,134 @@
+"""Tile settings as data: ``settings.json``, pinned by architecture, kernel, element size, tokens and rank.
+
+No timing decides at import or at run time. ``python -m glora_kernels.tune`` measures and writes the file, which is
+then committed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from .machines import nearest
+
+FILE = Path(__file__).with_name("settings.json")
+VERSION = 1
+KERNELS = ("assemble", "weight_pass", "fused", "token_pass", "contract", "gemm_contract")
+INTERPRETER = "interpreter"
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How a kernel cuts its work.
+
+    Attributes:
+        tokens, rows, columns: the block sizes along M, N (or out) and K (or the reduction); 0 where there is none.
+        warps, stages: warps a program, stages of the software pipeline.
+        swap: form the product transposed (``fused`` only).
+    """
+
+    tokens: int
+    rows: int
+    columns: int
+    warps: int
+    stages: int
+    swap: bool = False
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A tile and how far it is meant for; the first rule that fits a call is taken.
+
+    Attributes:
+        element: bytes of an element of x, from which on; 0 for any.
+        max_tokens, max_rank: the largest that it is meant for; None for any.
+    """
+
+    tile: Tile
+    elements: tuple[int, ...]
+    max_tokens: int | None
+    max_rank: int | None
+
+    def fits(self, element: int, tokens: int, rank: int) -> bool:
+        return (
+            element in self.elements
+            and (self.max_tokens is None or tokens <= self.max_tokens)
+            and (self.max_rank is None or rank <= self.max_rank)
+        )
+
+
+Table = dict[str, tuple[Rule, ...]]
+
+_forced: dict[str, Tile] = {}
+
+
+def tile_for(kernel: str, architecture: str, element: int, tokens: int, rank: int) -> Tile:
+    """The tile of ``kernel`` for elements of ``element`` bytes, ``tokens`` tokens and a padded rank of ``rank``.
+
+    Raises:
+        LookupError: the file has no rule for it.
+    """
+    if kernel in _forced:
+        return _forced[kernel]
+    for rule in rules(architecture)[kernel]:
+        if rule.fits(element, tokens, rank):
+            return rule.tile
+    raise LookupError(
+        f"{FILE.name}: no {kernel} tile for {architecture}, {element} bytes, {tokens} tokens, rank {rank}"
+    )
+
+
+@contextmanager
+def forced_tiles(tiles: dict[str, Tile]) -> Iterator[None]:
+    """Use these tiles inside the ``with`` block, whatever the file says (for tests and the tuner).
+
+    For the whole process: autograd runs backward passes on a GPU in a thread of its own.
+    """
+    global _forced
+    before, _forced = _forced, {**_forced, **tiles}
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+@lru_cache
+def rules(architecture: str) -> Table:
+    """The rules of an architecture by kernel, or of the nearest older one of its family."""
+    tables = load()
+    name = nearest(architecture, tuple(tables))
+    if name is None:
+        raise LookupError(f"{FILE.name}: no settings for {architecture}; known: {sorted(tables)}")
+    return tables[name]
+
+
+@lru_cache
+def load(path: Path = FILE) -> dict[str, Table]:
+    """Every architecture's rules; one that only names another has the same.
+
+    Raises:
+        ValueError: a file of another version, or without rules for a kernel.
+    """
+    content = json.loads(path.read_text())
+    if content.get("version") != VERSION:
+        raise ValueError(f"{path}: expected version {VERSION}, got {content.get('version')!r}")
+    entries = content["architectures"]
+    shared = {name: entries[entry] if isinstance(entry, str) else entry for name, entry in entries.items()}
+    return {name: _table(path, name, entry) for name, entry in shared.items()}
+
+
+def _table(path: Path, name: str, entry: dict[str, Any]) -> Table:
+    if set(entry) != set(KERNELS):
+        raise ValueError(f"{path}: {name}: expected rules for {KERNELS}, got {tuple(entry)}")
+    return {kernel: tuple(_rule(rule) for rule in entry[kernel]) for kernel in KERNELS}
+
+
+def _rule(entry: dict[str, Any]) -> Rule:
+    tokens, rows, columns = entry["block"]
+    tile = Tile(tokens, rows, columns, entry["warps"], entry["stages"], entry.get("swap", False))
+    return Rule(tile, tuple(entry["elements"]), entry.get("max_tokens"), entry.get("max_rank"))
