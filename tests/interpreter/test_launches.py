@@ -12,7 +12,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from glora_kernels import glora_linear
-from glora_kernels._triton import TritonBackend, device, passes
+from glora_kernels._triton import TritonBackend, device
+from glora_kernels._triton.kernels import finish
 from glora_kernels._triton.launch import recorded
 from glora_kernels.backend import Step
 from tests.interpreter.cases import (
@@ -130,7 +131,7 @@ def test_on_a_gpu(dtype, strategy, architecture, monkeypatch):
     """The host code on fake CUDA tensors: what it does for each type there, fp32 sums of dW for fp16 among it."""
     monkeypatch.setattr(device, "_gpu", lambda _: architecture)
     monkeypatch.setattr(
-        passes, "table", lambda jobs, device: torch.empty(len(jobs), 12, device=device)
+        finish, "table", lambda jobs, device: torch.empty(len(jobs), 12, device=device)
     )  # kept, as FREE
     backend, (tokens, outputs, inputs) = TritonBackend(strategy), (4096, 768, 512)
     for product, a, b in itertools.product(PRODUCTS, KINDS, ("lora_3", "vector")):

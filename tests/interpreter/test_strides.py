@@ -5,8 +5,8 @@ import torch
 import triton.language as tl
 from triton.runtime.errors import InterpreterError
 
-import glora_kernels._triton.forward as forward_module
 from glora_kernels import Terms, Vector, glora_linear
+from glora_kernels._triton import context
 from glora_kernels._triton.context import LARGEST_BLOCK
 from tests.helpers import assert_contract, oracle, results
 from tests.interpreter.cases import (
@@ -173,7 +173,7 @@ def test_offsets_beyond_int32(path, product, shape, operand, place, strategy):
 @pytest.mark.parametrize("operand", ["x", "weight", "dy"])
 def test_the_detector_would_notice(operand, strategy, monkeypatch):
     """With offsets in int32 each of those cases fails."""
-    monkeypatch.setattr(forward_module, "index_type", lambda *_: tl.int32)
+    monkeypatch.setattr(context, "index_type", lambda *_: tl.int32)
     path, product, shape = ROUTES["projected"]
     (x, weight, *others), dy = (call := make(path, shape, product=product, dtype=torch.bfloat16)), upstream(call)
     x, weight, dy = (far_apart(t) if name == operand else t for name, t in (("x", x), ("weight", weight), ("dy", dy)))

@@ -9,7 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from glora_kernels import Constant, LowRank, Terms, Vector
-from glora_kernels.planning import prediction as cost
+from glora_kernels.planning import prediction, problem
 from glora_kernels.planning.launches import BLAS, CONTRACTED, FUSED, launches, scratch_bytes
 from glora_kernels.planning.machines import MACHINES, machine_for, nearest
 from glora_kernels.planning.prediction import STRATEGIES, predict, rounded, strategy_for
@@ -248,7 +248,7 @@ def test_single_precision_is_slower_and_tf32_in_between(monkeypatch):
         return predict(make_problem(4096, 1024, 1024, "sm_90", dtype=dtype), "assemble").seconds
 
     half, single = time_of(torch.bfloat16), time_of(torch.float32)
-    monkeypatch.setattr(cost, "tf32_allowed", lambda: True)
+    monkeypatch.setattr(problem, "tf32_allowed", lambda: True)
     assert half < time_of(torch.float32) < single
     assert not make_problem(64, 64, 64, "gfx942", dtype=torch.float32).tf32
 
@@ -292,10 +292,10 @@ def test_lengths_share_their_decisions():
     """Rounded to four significant bits: by 1/16 or less, and exact below 16."""
     assert [rounded(tokens) for tokens in range(17)] == list(range(17))
     assert all(abs(rounded(tokens) - tokens) <= tokens / 16 for tokens in range(1, 20_000))
-    before = cost._faster.cache_info().misses
+    before = prediction._faster.cache_info().misses
     for tokens in range(1024, 2048):
         strategy_for(make_problem(tokens, 96, 160, "sm_90"))
-    assert cost._faster.cache_info().misses - before == 9
+    assert prediction._faster.cache_info().misses - before == 9
 
 
 def test_nearest_architecture():
