@@ -14,7 +14,7 @@ from .oracle import oracle_model
 Results = dict[str, Tensor]
 
 
-class Task(Protocol):
+class Workload(Protocol):
     """One forward and backward pass: what is timed, and what is checked."""
 
     def reset(self, model: nn.Module) -> None:
@@ -29,26 +29,26 @@ class Task(Protocol):
     def input_gradients(self) -> Results:
         """Those that backward leaves on the task's own tensors."""
 
-    def double(self) -> Task:
+    def double(self) -> Workload:
         """The same task in fp64."""
 
-    def magnitudes(self) -> Task | None:
+    def magnitudes(self) -> Workload | None:
         """The same in fp32 on absolute values, whose sums cannot cancel; None where that means nothing."""
 
 
-def run(task: Task, model: nn.Module) -> Tensor:
+def run(workload: Workload, model: nn.Module) -> Tensor:
     """One step; returns its output."""
-    task.reset(model)
-    output = task.forward(model)
-    task.backward(model, output)
+    workload.reset(model)
+    output = workload.forward(model)
+    workload.backward(model, output)
     return output
 
 
-def results(task: Task, model: nn.Module) -> Results:
+def results(workload: Workload, model: nn.Module) -> Results:
     """The output and every gradient of one step."""
-    output = run(task, model)
+    output = run(workload, model)
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    return {"output": output.detach(), **task.input_gradients(), **gradients}
+    return {"output": output.detach(), **workload.input_gradients(), **gradients}
 
 
 class Truth(NamedTuple):
@@ -64,11 +64,11 @@ class Truth(NamedTuple):
     scale: Results | None
 
 
-def truth(task: Task, model: nn.Module) -> Truth:
+def truth(workload: Workload, model: nn.Module) -> Truth:
     """By the literal formula in the places of the adapted layers of ``model``."""
-    magnitudes = task.magnitudes()
+    magnitudes = workload.magnitudes()
     scale = None if magnitudes is None else results(magnitudes, oracle_model(model, magnitudes=True))
-    return Truth(results(task.double(), oracle_model(model)), scale)
+    return Truth(results(workload.double(), oracle_model(model)), scale)
 
 
 def require_agreement(

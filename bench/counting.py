@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from .agreement import Task, run
+from .agreement import Workload, run
 
 
 def flops(function: Callable[[], object]) -> int:
@@ -56,12 +56,12 @@ def _address(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
 
 
-def memory(task: Task, model: nn.Module, inputs: tuple[Tensor, ...], device: str) -> dict[str, float]:
+def memory(workload: Workload, model: nn.Module, inputs: tuple[Tensor, ...], device: str) -> dict[str, float]:
     """Of one step: bytes saved for backward (see :func:`saved_bytes`), and how far memory rises."""
-    task.reset(model)
+    workload.reset(model)
     return {
-        "saved_bytes": saved_bytes(lambda: task.forward(model), inputs, device),
-        "peak_bytes": peak_bytes(lambda: run(task, model), device),
+        "saved_bytes": saved_bytes(lambda: workload.forward(model), inputs, device),
+        "peak_bytes": peak_bytes(lambda: run(workload, model), device),
     }
 
 

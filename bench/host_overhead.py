@@ -33,13 +33,13 @@ from glora import GLoRALayer
 from glora.config import make_path
 from glora.files import write_atomically
 from glora_kernels import Terms, _torch, available_backends, glora_linear, use_backend
-from glora_kernels.backend import Step
+from glora_kernels.backend import BackwardCall
 
 from .entrants import FROZEN, GLORA, LORA, OFFICIAL, OURS, Field, all_low_rank, make_field
 from .environment import environment
 from .settings import CLOCKS, SEED, Settings
-from .tasks import LayerTask
 from .timing import WHOLE, Watch, interleave, median_interval
+from .workloads import LayerWorkload
 
 TOKENS, WIDTH, RANK = 4, 16, 4
 CALLS = 25  # in one timing, so that reading the clock counts for little
@@ -95,7 +95,7 @@ def plain_function(x: Tensor, weight: Tensor, bias: Tensor, terms: Terms, traini
         @staticmethod
         def backward(ctx, dy):
             x, weight, bias, projected, *_ = ctx.saved_tensors
-            dx, grads = _torch.backward(Step(dy, x, weight, bias, terms, None, None, projected, wanted, True))
+            dx, grads = _torch.backward(BackwardCall(dy, x, weight, bias, terms, None, None, projected, wanted, True))
             return dx, None, None, *(grad for slot in slots for grad in grads[slot])
 
     if training:
@@ -168,7 +168,7 @@ def measure(settings: Settings) -> list[dict[str, Any]]:
     torch.manual_seed(SEED)
     x, dy = settings.randn(TOKENS, WIDTH).requires_grad_(), settings.randn(TOKENS, WIDTH)
     made = make_field(nn.Sequential(nn.Linear(WIDTH, WIDTH)), ["0"], RANK, PEERS)
-    made.check(LayerTask(x, dy), [{"0": all_low_rank(RANK)}], settings.layer_tolerance)
+    made.check(LayerWorkload(x, dy), [{"0": all_low_rank(RANK)}], settings.layer_tolerance)
     made.set_path(all_low_rank(RANK))
     found = []
     for mode in AT_MOST:

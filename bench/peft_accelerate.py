@@ -31,8 +31,8 @@ from .environment import environment
 from .oracle import oracle_model
 from .section import RELATIVE, Comparison, Section
 from .settings import SEED, Settings
-from .tasks import LayerTask, step
 from .timing import WHOLE, interleave, ratio
+from .workloads import LayerWorkload, step
 
 BEFORE, AFTER, FLOOR = "PEFT GLoRA", "PEFT GLoRA, accelerated", "three dense products"
 RANK = 8
@@ -41,13 +41,13 @@ TOLERANCE = 1e-5  # of every tensor, relative, in the 2-norm
 AT_MOST = {"time": 0.55, "saved_bytes": 0.60}
 
 
-def layer(images: int) -> tuple[nn.Module, LayerTask]:
+def layer(images: int) -> tuple[nn.Module, LayerWorkload]:
     """The first layer of an MLP."""
     x, dy = torch.randn(images * TOKENS, WIDTH), torch.randn(images * TOKENS, HIDDEN)
-    return nn.Sequential(nn.Linear(WIDTH, HIDDEN)), LayerTask(x.requires_grad_(), dy)
+    return nn.Sequential(nn.Linear(WIDTH, HIDDEN)), LayerWorkload(x.requires_grad_(), dy)
 
 
-def block(images: int) -> tuple[nn.Module, LayerTask]:
+def block(images: int) -> tuple[nn.Module, LayerWorkload]:
     """Attention and MLP with norms and residuals: four layers."""
     from timm.models.vision_transformer import Block
 
@@ -57,7 +57,7 @@ def block(images: int) -> tuple[nn.Module, LayerTask]:
             if parameter.dim() == 1:  # off the zeros and ones that biases and norms start at
                 parameter.add_(torch.randn_like(parameter), alpha=0.02)
     size = (images, TOKENS, WIDTH)
-    return model, LayerTask(torch.randn(size).requires_grad_(), torch.randn(size))
+    return model, LayerWorkload(torch.randn(size).requires_grad_(), torch.randn(size))
 
 
 MEASURED = ((layer, 8), (block, 8), (block, 4))
@@ -92,10 +92,10 @@ def floor_model(backbone: nn.Module, names: list[str]) -> nn.Module:
     return model
 
 
-def measure(make: Callable[[int], tuple[nn.Module, LayerTask]], images: int, settings: Settings) -> Section:
+def measure(make: Callable[[int], tuple[nn.Module, LayerWorkload]], images: int, settings: Settings) -> Section:
     """Check both, time them, and count what they keep beside parameters."""
     torch.manual_seed(SEED)
-    backbone, task = make(images)
+    backbone, workload = make(images)
     names = [name for name, module in backbone.named_modules() if type(module) is nn.Linear]
     field = make_field(backbone, names, RANK, [GLORA])
     models = {BEFORE: field.models[GLORA], AFTER: copy.deepcopy(field.models[GLORA])}
@@ -104,11 +104,11 @@ def measure(make: Callable[[int], tuple[nn.Module, LayerTask]], images: int, set
         raise ValueError(f"accelerate: expected it to serve {names}, got {served}")
 
     field.set_path(all_low_rank(RANK))
-    want = Truth(results(task.double(), oracle_model(field.models[OURS])), None)
+    want = Truth(results(workload.double(), oracle_model(field.models[OURS])), None)
     theirs = {f"{name}.{own}": f"{name}.{other}" for name in names for own, other in GLORA_NAMES.items()}
-    errors = {who: require_agreement(who, results(task, m), want, TOLERANCE, theirs) for who, m in models.items()}
+    errors = {who: require_agreement(who, results(workload, m), want, TOLERANCE, theirs) for who, m in models.items()}
     models[FLOOR] = floor_model(backbone, names)
-    steps = {who: step(task, model) for who, model in models.items()}
+    steps = {who: step(workload, model) for who, model in models.items()}
     return Section(
         "peft_accelerate",
         f"{make.__name__}, {images} images",
@@ -119,7 +119,8 @@ def measure(make: Callable[[int], tuple[nn.Module, LayerTask]], images: int, set
         phases=interleave(steps, settings.rounds, watch=settings.watch()),
         comparisons=(Comparison(AFTER, BEFORE), Comparison(FLOOR, BEFORE), Comparison(AFTER, FLOOR)),
         facts={
-            who: {"saved_bytes": saved_bytes(partial(task.forward, m), (task.x,), "cpu")} for who, m in models.items()
+            who: {"saved_bytes": saved_bytes(partial(workload.forward, m), (workload.x,), "cpu")}
+            for who, m in models.items()
         },
     )
 

@@ -26,7 +26,7 @@ from torch import nn
 from glora import Candidate, SearchResult, SearchSettings, evaluate_merged, search
 from glora.paths import sampler_for
 from glora.quickstart.digits import CLASSES, FewShot, draw_few_shot
-from glora.quickstart.methods import SEARCH, SPACE, Task, train_supernet
+from glora.quickstart.methods import SEARCH, SPACE, Conditions, train_supernet
 from glora.quickstart.study import StudySettings, pretrain
 
 from .environment import environment
@@ -106,7 +106,7 @@ def trials(seeds: int, out: Path) -> Iterable[Trial]:
     backbone, _ = pretrain(StudySettings(), out / "backbone-seed0.pt", progress=False)
     for seed in range(seeds):
         data = draw_few_shot("inverted", 16, seed)
-        task = Task(backbone, data, seed, StudySettings().steps, lambda units: None)
+        task = Conditions(backbone, data, seed, StudySettings().steps, lambda units: None)
         yield Trial(train_supernet(task)[0], data, seed)
 
 

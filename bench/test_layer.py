@@ -4,8 +4,8 @@ import pytest
 
 from .measurements import compiled, replayed
 from .measurements.layer import ENTRIES, measure
-from .tasks import BACKWARD, FORWARD
 from .timing import WHOLE
+from .workloads import BACKWARD, FORWARD
 
 PHASES = (FORWARD, BACKWARD, WHOLE)
 

@@ -3,8 +3,8 @@
 import pytest
 
 from .measurements.model import ENTRIES, OPTIMIZER, measure
-from .tasks import BACKWARD, FORWARD
 from .timing import WHOLE
+from .workloads import BACKWARD, FORWARD
 
 
 @pytest.mark.parametrize("phase", (FORWARD, BACKWARD, OPTIMIZER, WHOLE))

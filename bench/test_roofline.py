@@ -3,8 +3,8 @@
 import pytest
 
 from .measurements.roofline import COPY, MERGE, PRODUCT, ceilings, measure, paths
-from .tasks import BACKWARD, FORWARD
 from .timing import WHOLE
+from .workloads import BACKWARD, FORWARD
 
 
 @pytest.mark.parametrize("entrant", (COPY, PRODUCT))

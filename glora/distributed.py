@@ -23,7 +23,7 @@ from .models.modules import glora_layers, require_model
 from .models.wrappers import is_fsdp1, named_parameters
 from .parameters import trainable_parameters
 from .paths import get_paths
-from .processes import has_group, rank, require_agreement, world_size
+from .processes import has_group, process_rank, require_agreement, world_size
 
 
 def sync_gradients(model: nn.Module) -> None:
@@ -94,7 +94,7 @@ def share(batch_size: int) -> tuple[slice, int]:
     Shares are consecutive and differ by at most one. A rank for which nothing is left takes the first sample,
     to run the same graph as the others, and counts none.
     """
-    start, stop = (index * batch_size // world_size() for index in (rank(), rank() + 1))
+    start, stop = (index * batch_size // world_size() for index in (process_rank(), process_rank() + 1))
     return (slice(start, stop) if start < stop else slice(0, 1)), stop - start
 
 

@@ -29,12 +29,12 @@ def world_size() -> int:
     return dist.get_world_size() if has_group() else 1
 
 
-def rank() -> int:
+def process_rank() -> int:
     return dist.get_rank() if has_group() else 0
 
 
 def is_first() -> bool:
-    return rank() == 0
+    return process_rank() == 0
 
 
 def is_launched_first() -> bool:

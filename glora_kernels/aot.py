@@ -33,7 +33,7 @@ from ._aot.reading import Reading
 from ._aot.report import Row, complaints, summary, table, write_json
 from ._aot.targets import SHARED_LIMITS, Target, target_named
 from ._aot.verdict import failures
-from ._aot.work import Job, builds_of, measured
+from ._aot.work import BuildJob, builds_of, measured
 
 TARGETS = ("cuda:80", "cuda:90", "cuda:100", "hip:gfx942")
 BUILDS = "glora_kernels._triton.builds"
@@ -73,9 +73,9 @@ def gate(
     return [_row(job, known[job.target], result) for job, result in zip(todo, results)]
 
 
-def _jobs(targets: Iterable[str], covered: Sequence[str], module: str, only: str) -> list[Job]:
+def _jobs(targets: Iterable[str], covered: Sequence[str], module: str, only: str) -> list[BuildJob]:
     found = [
-        Job(module, target, place, builds_of(module, target)[place].label)
+        BuildJob(module, target, place, builds_of(module, target)[place].label)
         for target in targets
         for place in _places(module, target, target in covered)
         if only in builds_of(module, target)[place].label
@@ -90,7 +90,7 @@ def _places(module: str, target: str, covered: bool) -> Sequence[int]:
     return cover([traits(build) for build in builds]) if covered else range(len(builds))
 
 
-def _row(job: Job, target: Target, result: Reading | str) -> Row:
+def _row(job: BuildJob, target: Target, result: Reading | str) -> Row:
     build = builds_of(job.module, job.target)[job.place]
     if isinstance(result, str):
         return Row(job.target, job.label, build.launches, None, [f"compilation: expected to succeed, got {result}"])

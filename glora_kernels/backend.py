@@ -12,7 +12,7 @@ from .terms import Terms
 SlotGradients = dict[str, tuple[Tensor, ...]]  # of each wanted slot, in the order of its storages
 
 
-class Step(NamedTuple):
+class BackwardCall(NamedTuple):
     """One backward pass.
 
     Attributes:
@@ -39,7 +39,7 @@ class Step(NamedTuple):
     token_sums: Tensor | None = None
 
 
-class Forward(NamedTuple):
+class ForwardResult(NamedTuple):
     """What a forward pass returns.
 
     Attributes:
@@ -71,10 +71,10 @@ class Backend(Protocol):
     def whole_layer(self) -> Callable[[Tensor, Tensor, Tensor | None, Terms], Tensor] | None:
         """Forward and backward as one call, with an autograd node of its own; None: :mod:`.autograd` has the node."""
 
-    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None, terms: Terms) -> Forward:
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None, terms: Terms) -> ForwardResult:
         """y for x of any leading shape."""
 
-    def backward(self, step: Step) -> tuple[Tensor | None, SlotGradients]:
+    def backward(self, call: BackwardCall) -> tuple[Tensor | None, SlotGradients]:
         """The gradient of x, if wanted, and those of the storages of every wanted slot."""
 
     def assemble(self, weight: Tensor, bias: Tensor | None, terms: Terms) -> tuple[Tensor, Tensor | None]:

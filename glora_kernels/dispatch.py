@@ -25,15 +25,15 @@ CHOICES = ("auto", *BACKENDS)
 MAX_TRITON_RANK = 64
 
 
-class Choice(NamedTuple):
+class BackendChoice(NamedTuple):
     """What was asked for: a backend, and for Triton a strategy (None: the cost model picks)."""
 
     backend: str
     strategy: str | None
 
 
-_OPEN = Choice("auto", None)
-_chosen: ContextVar[Choice | None] = ContextVar("glora_backend", default=None)
+_OPEN = BackendChoice("auto", None)
+_chosen: ContextVar[BackendChoice | None] = ContextVar("glora_backend", default=None)
 _VARIABLE = "GLORA_BACKEND"
 _KEY = os.environ.encodekey(_VARIABLE)  # os.environ itself takes a microsecond: it raises for what is not set
 
@@ -110,7 +110,7 @@ def use_backend(name: str, strategy: str | None = None) -> Iterator[None]:
         raise ValueError(
             f"strategy: expected None, or one of {STRATEGIES} with backend 'triton', got {strategy!r} with {name!r}"
         )
-    token = _chosen.set(Choice(name, strategy))
+    token = _chosen.set(BackendChoice(name, strategy))
     try:
         yield
     finally:
@@ -138,7 +138,7 @@ def decide(weight: Tensor, terms: Terms) -> Decision:
     return Decision(choice.backend, f"chosen by {source}", choice.strategy)
 
 
-def _choice() -> tuple[Choice, str]:
+def _choice() -> tuple[BackendChoice, str]:
     """What was asked for, and where."""
     chosen = _chosen.get()
     if chosen is not None:
@@ -148,7 +148,7 @@ def _choice() -> tuple[Choice, str]:
     name = os.environ[_VARIABLE]
     if name != "auto":
         _check_choice(name, _VARIABLE)
-    return Choice(name, None), _VARIABLE
+    return BackendChoice(name, None), _VARIABLE
 
 
 def is_left_open() -> bool:
@@ -180,7 +180,7 @@ def triton_unfit(weight: Tensor, terms: Terms) -> str | None:
         return "fp64 on a GPU is served by the torch backend"
     elif not _has_settings(name := _architecture(weight.device)):
         return f"no tile settings for {name}"
-    rank = max((term.factors[1].shape[0] for _, term in terms.active if isinstance(term, LowRank)), default=0)
+    rank = max((term.read_rank for _, term in terms.active if isinstance(term, LowRank)), default=0)
     if rank > MAX_TRITON_RANK:
         return f"rank {rank} is above {MAX_TRITON_RANK}"
     return None

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .terms import SLOTS, Constant, LowRank, Term, Terms, Vector
 
-Kinds = Mapping[str, tuple[str, int]]  # kind and rank by slot
+Choices = Mapping[str, tuple[str, int]]  # kind and rank by slot
 STORAGES = ("ad", "au", "bd", "bu", "cd", "cu", "d", "e")
 PLACES = {"A": (0, 1), "B": (2, 3), "C": (4, 5), "D": (6,), "E": (7,)}
 CODES = {"none": 0, "constant": 1, "vector": 2, "lora": 3}
@@ -17,7 +17,7 @@ _KINDS = {code: kind for kind, code in CODES.items()}
 _NAMES = {Constant: "constant", Vector: "vector", LowRank: "lora"}
 
 
-def encode(kinds: Kinds, since: int | None = None) -> Tensor:
+def encode(kinds: Choices, since: int | None = None) -> Tensor:
     """``{"A": ("lora", 8), "D": ("vector", 0), ...}`` as a CPU tensor of (kind, rank), A to E; absent is none.
 
     Args:
@@ -87,7 +87,7 @@ def pack(terms: Terms) -> tuple[list[Tensor | None], Tensor]:
     storages: list[Tensor | None] = [None] * len(STORAGES)
     kinds = {}
     for slot, term in terms.active:
-        kinds[slot] = (_NAMES[type(term)], term.factors[1].shape[0] if isinstance(term, LowRank) else 0)
+        kinds[slot] = (_NAMES[type(term)], term.read_rank if isinstance(term, LowRank) else 0)
         for place, storage in zip(PLACES[slot], term.storages):
             storages[place] = storage
     return storages, encode(kinds)

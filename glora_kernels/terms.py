@@ -37,6 +37,12 @@ class LowRank:
         return (self.down, self.up)
 
     @property
+    def read_rank(self) -> int:
+        """How many columns of ``down`` and rows of ``up`` are read, never more than the storage has."""
+        stored = self.up.shape[0]
+        return stored if self.rank is None else min(self.rank, stored)
+
+    @property
     def factors(self) -> tuple[Tensor, Tensor]:
         """The part that is read: ``(rows, rank)`` and ``(rank, columns)``."""
         if self.rank is None:

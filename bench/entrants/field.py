@@ -13,7 +13,7 @@ import glora
 from glora import PathConfig
 from glora.paths import Paths
 
-from ..agreement import Task, Truth, require_agreement, results, truth
+from ..agreement import Truth, Workload, require_agreement, results, truth
 from . import formulas, lycoris_models, peft_models
 from .copies import sharing
 from .names import (
@@ -103,7 +103,7 @@ class Field:
         """The same path for every layer of all that can be set to any."""
         self.set_paths(dict.fromkeys(self.layers, path))
 
-    def check(self, task: Task, path_sets: Sequence[Paths], tolerance: float) -> None:
+    def check(self, workload: Workload, path_sets: Sequence[Paths], tolerance: float) -> None:
         """Hold output and gradients of everyone against fp64; who is wrong is refused and leaves.
 
         Args:
@@ -113,19 +113,19 @@ class Field:
         """
         for paths in path_sets:
             self.set_paths(paths)
-            want = truth(task, self.models[OURS])
+            want = truth(workload, self.models[OURS])
             for name in ANY_PATH:
-                self._hold(name, task, want, tolerance)
+                self._hold(name, workload, want, tolerance)
         known: dict[tuple[str, PathConfig], Truth] = {}
         for name, entrant in ENTRANTS.items():
             if name in self.models and entrant.path is not None:
                 ours, path = self._ours(entrant.product), entrant.path(self.rank)
                 glora.set_paths(ours, dict.fromkeys(self.layers, path))
                 if (entrant.product, path) not in known:
-                    known[entrant.product, path] = truth(task, ours)
-                self._hold(name, task, known[entrant.product, path], tolerance)
+                    known[entrant.product, path] = truth(workload, ours)
+                self._hold(name, workload, known[entrant.product, path], tolerance)
         if FROZEN in self.models:
-            self._hold(FROZEN, task, truth(task, self.models[FROZEN]), tolerance)
+            self._hold(FROZEN, workload, truth(workload, self.models[FROZEN]), tolerance)
         self.refuse(self.refused)
 
     def refuse(self, reasons: Mapping[str, str]) -> None:
@@ -137,11 +137,11 @@ class Field:
     def _ours(self, product: str) -> nn.Module:
         return self.models[OURS if product == "hadamard" else OURS_MATMUL]
 
-    def _hold(self, name: str, task: Task, want: Truth, tolerance: float) -> None:
+    def _hold(self, name: str, workload: Workload, want: Truth, tolerance: float) -> None:
         if name not in self.models or name in self.refused:
             return
         try:
-            got = results(task, self.models[name])
+            got = results(workload, self.models[name])
             peer = name not in (OURS, OURS_MATMUL) and want.scale is not None
             allowed = PEER_SLACK * tolerance if peer else tolerance
             error = require_agreement(name, got, want, allowed, self._names(name))

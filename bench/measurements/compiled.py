@@ -31,8 +31,8 @@ from ..entrants import (
 from ..section import Comparison, Section, against, per_run
 from ..settings import SEED, Settings
 from ..shapes import Layer
-from ..tasks import LayerTask, step
 from ..timing import Timed, Watch, interleave
+from ..workloads import LayerWorkload, step
 from .layer import NAME, RANDOM, make_layer, spread_paths
 
 EAGER = ", eager"
@@ -46,8 +46,8 @@ COMPARISONS = (
 )
 
 
-class CompiledLayerTask(LayerTask):
-    """As :class:`LayerTask`, with every model compiled.
+class CompiledLayerWorkload(LayerWorkload):
+    """As :class:`LayerWorkload`, with every model compiled.
 
     torch keeps what it compiled with the code object; a copy of it for each model, or they would share a cache, go
     through each other's guards and hit its limit.
@@ -75,17 +75,17 @@ def _call(model: nn.Module, x: Tensor) -> Tensor:
 def measure(shape_set: str, layer: Layer, settings: Settings) -> Section:
     """Check everyone compiled, then time them."""
     field, eager = make_layer(layer, settings, COMPILED)
-    task = CompiledLayerTask(eager.x, eager.dy)
+    workload = CompiledLayerWorkload(eager.x, eager.dy)
     path = all_low_rank(layer.rank)
     torch.compiler.reset()
     drawn = spread_paths(layer.rank, torch.Generator().manual_seed(SEED))
-    field.check(task, [{NAME: path}], settings.layer_tolerance)
+    field.check(workload, [{NAME: path}], settings.layer_tolerance)
     alone = replace(field, models={OURS: field.models[OURS]} if OURS in field.models else {})
-    alone.check(task, [{NAME: one} for one in drawn] if alone.models else [], settings.layer_tolerance)
+    alone.check(workload, [{NAME: one} for one in drawn] if alone.models else [], settings.layer_tolerance)
     field.refuse(alone.refused)
     field.set_path(path)
 
-    functions: dict[str, Timed] = {name: step(task, model) for name, model in field.models.items()}
+    functions: dict[str, Timed] = {name: step(workload, model) for name, model in field.models.items()}
     shares = {}
     if OURS in functions:
         functions[OURS + EAGER] = step(eager, field.models[OURS])

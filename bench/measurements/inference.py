@@ -19,8 +19,8 @@ from ..entrants import ASSEMBLED, GLORA, HIRA, LORA, LYCORIS_BYPASS, OFFICIAL, O
 from ..section import RELATIVE, Comparison, Section
 from ..settings import SEED, Settings
 from ..shapes import Model
-from ..tasks import InferenceTask
 from ..timing import interleave, plain
+from ..workloads import InferenceWorkload
 from .model import make_backbone, make_model
 
 BATCHES = (1, 4, 16)
@@ -44,7 +44,7 @@ class Prepared:
 
 def make(model: Model, settings: Settings) -> Prepared:
     """Everyone in eval mode, checked; ours on random paths, merged and not."""
-    field, task, ours, paths = checked(model, settings)
+    field, workload, ours, paths = checked(model, settings)
     if settings.dtype != torch.float32:
         field.refuse(checked(model, settings.in_fp32())[0].refused)
     original = make_backbone(model, settings).eval().requires_grad_(False)
@@ -53,29 +53,29 @@ def make(model: Model, settings: Settings) -> Prepared:
     models[MERGED] = merged = copy.deepcopy(ours)
     glora.merge(merged)
     allowed = settings.inference_tolerance
-    field.errors[MERGED] = require_agreement(MERGED, results(task, merged), truth(task, ours), allowed)
+    field.errors[MERGED] = require_agreement(MERGED, results(workload, merged), truth(workload, ours), allowed)
     models |= {name: field.models[name] for name in UNMERGED if name in field.models}
-    return Prepared(models, field, tuple(task.images.shape[1:]))
+    return Prepared(models, field, tuple(workload.images.shape[1:]))
 
 
-def checked(model: Model, settings: Settings) -> tuple[Field, InferenceTask, nn.Module, Paths]:
+def checked(model: Model, settings: Settings) -> tuple[Field, InferenceWorkload, nn.Module, Paths]:
     """Everyone in eval mode, what they were checked on, ours (refused or not), and the paths it was checked on."""
     field, trained = make_model(model, settings)
-    task = InferenceTask(trained.images[:1])
+    workload = InferenceWorkload(trained.images[:1])
     for one in field.models.values():
         one.eval().requires_grad_(False)
     space, generator = SearchSpace((model.rank,)), torch.Generator().manual_seed(SEED)
     ours = field.models[OURS]
     paths = glora.sample_paths(ours, space, generator)
-    field.check(task, [paths], settings.inference_tolerance)
-    return field, task, ours, paths
+    field.check(workload, [paths], settings.inference_tolerance)
+    return field, workload, ours, paths
 
 
 def measure(shape_set: str, model: Model, batch: int, settings: Settings, prepared: Prepared) -> Section:
     """Time everyone."""
     models, field = prepared.models, prepared.field
-    task = InferenceTask(settings.randn(batch, *prepared.image_size))
-    runs = {name: functools.partial(task.forward, models[name]) for name in ENTRIES if name in models}
+    workload = InferenceWorkload(settings.randn(batch, *prepared.image_size))
+    runs = {name: functools.partial(workload.forward, models[name]) for name in ENTRIES if name in models}
     phases = interleave({name: plain(run) for name, run in runs.items()}, settings.rounds, watch=settings.watch())
     facts: dict[str, dict[str, float]] = {}
     for name, run in runs.items():
@@ -100,8 +100,8 @@ def measure(shape_set: str, model: Model, batch: int, settings: Settings, prepar
 
 def measure_latency(shape_set: str, model: Model, batch: int, settings: Settings, prepared: Prepared) -> Section:
     """Original and merged, and a second copy of the original: how far apart two equal models are found to be."""
-    task = InferenceTask(settings.randn(batch, *prepared.image_size))
-    functions = {name: plain(functools.partial(task.forward, prepared.models[name])) for name in LATENCY}
+    workload = InferenceWorkload(settings.randn(batch, *prepared.image_size))
+    functions = {name: plain(functools.partial(workload.forward, prepared.models[name])) for name in LATENCY}
     return Section(
         "latency",
         f"{shape_set} batch {batch}",

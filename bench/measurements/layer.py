@@ -34,8 +34,8 @@ from ..entrants import (
 from ..section import Comparison, Section, against, per_run
 from ..settings import SEED, Settings
 from ..shapes import Layer
-from ..tasks import BACKWARD, FORWARD, LayerTask, step
 from ..timing import Timed, Watch, interleave
+from ..workloads import BACKWARD, FORWARD, LayerWorkload, step
 
 NAME = "linear"
 TWO_UNITS, THREE_UNITS = "2 dense products", "3 dense products"
@@ -79,13 +79,13 @@ COMPARISONS = (
 def measure(shape_set: str, layer: Layer, settings: Settings) -> Section:
     """Check and time everyone; "random paths" is the mean over :func:`spread_paths`."""
     tokens = layer.tokens_on(settings.device)
-    field, task = make_layer(layer, settings)
+    field, workload = make_layer(layer, settings)
     kinds = {name: PathConfig(*(_spell(kind, layer.rank) for kind in pair)) for name, pair in KIND_PAIRS.items()}
     kinds[ALL_LOW_RANK] = all_low_rank(layer.rank)
     drawn = spread_paths(layer.rank, torch.Generator().manual_seed(SEED))
-    field.check(task, [{NAME: path} for path in (*kinds.values(), *drawn)], settings.layer_tolerance)
+    field.check(workload, [{NAME: path} for path in (*kinds.values(), *drawn)], settings.layer_tolerance)
 
-    functions = _functions(field, task, kinds, drawn)
+    functions = _functions(field, workload, kinds, drawn)
     phases = interleave(functions, settings.rounds, watch=settings.watch())
     shares = {name + RANDOM: len(drawn) for name in WITH_RANDOM_PATHS}
     return Section(
@@ -98,20 +98,20 @@ def measure(shape_set: str, layer: Layer, settings: Settings) -> Section:
         field.missing,
         {phase: per_run(times, shares) for phase, times in phases.items()},
         COMPARISONS,
-        _facts(field, task, kinds, drawn, settings),
+        _facts(field, workload, kinds, drawn, settings),
         {"tokens": tokens},
-        _strategies(field, task, kinds),
+        _strategies(field, workload, kinds),
     )
 
 
-def make_layer(layer: Layer, settings: Settings, entrants: Iterable[str] = ENTRANTS) -> tuple[Field, LayerTask]:
+def make_layer(layer: Layer, settings: Settings, entrants: Iterable[str] = ENTRANTS) -> tuple[Field, LayerWorkload]:
     """``entrants`` around one linear layer, and tokens for it."""
     torch.manual_seed(SEED)
     linear = nn.Linear(layer.inputs, layer.outputs).to(settings.device, settings.dtype)
     field = make_field(nn.Sequential(OrderedDict([(NAME, linear)])), [NAME], layer.rank, entrants)
     tokens = layer.tokens_on(settings.device)
     x, dy = settings.randn(tokens, layer.inputs), settings.randn(tokens, layer.outputs)
-    return field, LayerTask(x.requires_grad_(), dy)
+    return field, LayerWorkload(x.requires_grad_(), dy)
 
 
 def _spell(kind: str, rank: int) -> str:
@@ -119,16 +119,16 @@ def _spell(kind: str, rank: int) -> str:
 
 
 def _functions(
-    field: Field, task: LayerTask, kinds: dict[str, PathConfig], drawn: list[PathConfig]
+    field: Field, workload: LayerWorkload, kinds: dict[str, PathConfig], drawn: list[PathConfig]
 ) -> dict[str, Timed]:
     """What a round runs, in the order of :data:`ENTRIES`: the closely compared side by side."""
     weight = field.backbone.get_parameter(f"{NAME}.weight").detach()
     functions: dict[str, Timed] = {
-        TWO_UNITS: _products(task.x.detach(), weight, task.dy, 2),
-        THREE_UNITS: _products(task.x.detach(), weight, task.dy, 3),
+        TWO_UNITS: _products(workload.x.detach(), weight, workload.dy, 2),
+        THREE_UNITS: _products(workload.x.detach(), weight, workload.dy, 3),
     }
     for name, model in field.models.items():
-        functions[name] = step(task, model)
+        functions[name] = step(workload, model)
         if name in WITH_RANDOM_PATHS:
             functions[name + RANDOM] = _on(field, drawn, functions[name])
     if OURS in functions:
@@ -175,12 +175,12 @@ def spread_paths(rank: int, generator: torch.Generator) -> list[PathConfig]:
 
 
 def _facts(
-    field: Field, task: LayerTask, kinds: dict[str, PathConfig], drawn: list[PathConfig], settings: Settings
+    field: Field, workload: LayerWorkload, kinds: dict[str, PathConfig], drawn: list[PathConfig], settings: Settings
 ) -> dict[str, dict[str, float]]:
     """Counted once for each; of random paths the mean."""
     facts = {}
     for name, model in field.models.items():
-        count = functools.partial(_count, model, task, settings.device)
+        count = functools.partial(_count, model, workload, settings.device)
         if name not in WITH_RANDOM_PATHS:
             facts[name] = count()
         else:
@@ -190,13 +190,13 @@ def _facts(
     return {name: facts[name] for name in ENTRIES if name in facts}
 
 
-def _strategies(field: Field, task: LayerTask, kinds: dict[str, PathConfig]) -> dict[str, str]:
+def _strategies(field: Field, workload: LayerWorkload, kinds: dict[str, PathConfig]) -> dict[str, str]:
     """Backend and strategy of ours on each path."""
     if OURS not in field.models:
         return {}
     ours = field.models[OURS].get_submodule(NAME)
     assert isinstance(ours, GLoRALinear)
-    plans = {name: explain(task.x, ours.weight, ours.bias, ours.terms(path)) for name, path in kinds.items()}
+    plans = {name: explain(workload.x, ours.weight, ours.bias, ours.terms(path)) for name, path in kinds.items()}
     return {name: f"{plan.backend}: {plan.strategy}" for name, plan in plans.items()}
 
 
@@ -205,9 +205,9 @@ def _counted_on(field: Field, path: PathConfig, count: Callable[[], dict[str, fl
     return count()
 
 
-def _count(model: nn.Module, task: LayerTask, device: str) -> dict[str, float]:
-    found = counting.memory(task, model, (task.x,), device)
-    return found | ({"flops": counting.flops(lambda: run(task, model))} if device == "cpu" else {})
+def _count(model: nn.Module, workload: LayerWorkload, device: str) -> dict[str, float]:
+    found = counting.memory(workload, model, (workload.x,), device)
+    return found | ({"flops": counting.flops(lambda: run(workload, model))} if device == "cpu" else {})
 
 
 def _mean(found: list[dict[str, float]]) -> dict[str, float]:

@@ -19,8 +19,8 @@ from ..oracle import oracle_model
 from ..section import Comparison, Section, per_run
 from ..settings import SEED, Settings
 from ..shapes import Layer
-from ..tasks import InferenceTask, LayerTask
 from ..timing import interleave, plain
+from ..workloads import InferenceWorkload, LayerWorkload
 from .layer import NAME, make_layer, spread_paths
 
 COPY, DENSE, MERGE = "copy of W0", "formula in plain PyTorch", "ours"
@@ -29,7 +29,7 @@ PROBE_TOKENS = 64
 
 def measure(shape_set: str, layer: Layer, settings: Settings) -> Section:
     """The time of merging one layer on random paths, beside that of copying its weight and of the plain formula."""
-    field, task = make_layer(layer, settings, (OURS,))
+    field, workload = make_layer(layer, settings, (OURS,))
     model = field.models[OURS]
     ours = model.get_submodule(NAME)
     assert isinstance(ours, GLoRALinear)
@@ -37,7 +37,7 @@ def measure(shape_set: str, layer: Layer, settings: Settings) -> Section:
     for path in drawn:
         glora.set_paths(model, {NAME: path})
         try:
-            field.errors[MERGE] = max(field.errors.get(MERGE, 0.0), hold_merged(model, task, settings))
+            field.errors[MERGE] = max(field.errors.get(MERGE, 0.0), hold_merged(model, workload, settings))
         except ValueError as error:
             field.refused[MERGE] = str(error)
 
@@ -67,16 +67,16 @@ def measure(shape_set: str, layer: Layer, settings: Settings) -> Section:
     )
 
 
-def hold_merged(model: nn.Module, task: LayerTask, settings: Settings) -> float:
+def hold_merged(model: nn.Module, workload: LayerWorkload, settings: Settings) -> float:
     """Hold the merged layer to the numerical contract, and to the unmerged one within both their errors.
 
     Raises:
         ValueError: it is off.
     """
-    tokens = InferenceTask(task.x.detach()[:PROBE_TOKENS])
+    tokens = InferenceWorkload(workload.x.detach()[:PROBE_TOKENS])
     merged = copy.deepcopy(model)
     glora.merge(merged)
-    scale = results(InferenceTask(tokens.images.float().abs()), oracle_model(model, magnitudes=True))
+    scale = results(InferenceWorkload(tokens.images.float().abs()), oracle_model(model, magnitudes=True))
     held = Truth(results(tokens.double(), oracle_model(model)), scale)
     unmerged = results(tokens, model)
     apart = {"output": unmerged["output"].double()}

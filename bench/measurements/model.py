@@ -27,8 +27,8 @@ from ..entrants import (
 from ..section import RELATIVE, Comparison, Section, against
 from ..settings import SEED, Settings
 from ..shapes import Model
-from ..tasks import ClassifierTask, step
 from ..timing import Timed, Watch, interleave
+from ..workloads import ClassifierWorkload, step
 
 OPTIMIZER = "optimizer"
 WARMUP = 5  # rounds on a GPU, where every new combination of kinds is compiled at its first use
@@ -43,19 +43,19 @@ COMPARISONS = (
 
 def measure(shape_set: str, model: Model, settings: Settings) -> Section:
     """Check and time everyone; those that take any path get the same new one for every layer, every round."""
-    field, task = make_model(model, settings)
+    field, workload = make_model(model, settings)
     shapes = {name: layer.shape for name, layer in glora.glora_layers(field.models[OURS]).items()}
     # Under a layer norm the gradient of a constant is a sum that cancels to nothing: the layers check these.
     checkable = SearchSpace((model.rank,), B=("lora", "vector", "none"), D=("vector", "none"), E=("vector", "none"))
     paths = PathSampler(shapes, checkable).sample(torch.Generator().manual_seed(SEED))
-    field.check(task, [paths], settings.step_tolerance)
+    field.check(workload, [paths], settings.step_tolerance)
     if settings.dtype != torch.float32:
         wide, wide_task = make_model(model, settings.in_fp32())
         wide.check(wide_task, [paths], settings.in_fp32().step_tolerance)
         field.refuse(wide.refused)
 
     sampler, generator = PathSampler(shapes, SearchSpace((model.rank,))), torch.Generator().manual_seed(SEED)
-    functions = {name: _training_step(task, field.models[name]) for name in ENTRIES if name in field.models}
+    functions = {name: _training_step(workload, field.models[name]) for name in ENTRIES if name in field.models}
     phases = interleave(
         functions,
         settings.rounds,
@@ -74,19 +74,19 @@ def measure(shape_set: str, model: Model, settings: Settings) -> Section:
         field.missing,
         phases,
         COMPARISONS,
-        {name: _count(task, field.models[name], settings.device) for name in functions},
+        {name: _count(workload, field.models[name], settings.device) for name in functions},
         {"images": model.batch_on(settings.device)},
         unit=RELATIVE,
         uncompared=(OPTIMIZER,),  # the frozen model has none
     )
 
 
-def make_model(model: Model, settings: Settings) -> tuple[Field, ClassifierTask]:
+def make_model(model: Model, settings: Settings) -> tuple[Field, ClassifierWorkload]:
     """Everyone in the same linear layers of a randomly initialised model, and random images for it."""
     backbone = make_backbone(model, settings)
     batch, size = model.batch_on(settings.device), backbone.default_cfg["input_size"]
     images, labels = settings.randn(batch, *size), torch.randint(1000, (batch,), device=settings.device)
-    return make_field(backbone, linear_names(backbone, model.linears), model.rank), ClassifierTask(images, labels)
+    return make_field(backbone, linear_names(backbone, model.linears), model.rank), ClassifierWorkload(images, labels)
 
 
 def make_backbone(model: Model, settings: Settings) -> nn.Module:
@@ -119,10 +119,10 @@ def linear_names(backbone: nn.Module, expected: int) -> list[str]:
     return names
 
 
-def _training_step(task: ClassifierTask, model: nn.Module) -> Timed:
+def _training_step(workload: ClassifierWorkload, model: nn.Module) -> Timed:
     parameters = glora.trainable_parameters(model)
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, weight_decay=1e-4) if parameters else None
-    passes = step(task, model)
+    passes = step(workload, model)
 
     def timed(watch: Watch) -> None:
         passes(watch)
@@ -133,6 +133,6 @@ def _training_step(task: ClassifierTask, model: nn.Module) -> Timed:
     return timed
 
 
-def _count(task: ClassifierTask, model: nn.Module, device: str) -> dict[str, float]:
+def _count(workload: ClassifierWorkload, model: nn.Module, device: str) -> dict[str, float]:
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return {**counting.memory(task, model, (task.images,), device), "parameters": trained}
+    return {**counting.memory(workload, model, (workload.images,), device), "parameters": trained}

@@ -15,8 +15,8 @@ from ..graphs import captured
 from ..section import Comparison, Section, against
 from ..settings import Settings
 from ..shapes import Layer
-from ..tasks import LayerTask
 from ..timing import interleave, plain
+from ..workloads import LayerWorkload
 from .layer import ALL_LOW_RANK, NAME, make_layer
 
 A_VECTOR = "ours, A vector, B low rank"
@@ -29,17 +29,17 @@ COMPARISONS = (
 
 def measure(shape_set: str, layer: Layer, settings: Settings) -> Section:
     """Check everyone, capture their steps, time the replays."""
-    field, task = make_layer(layer, settings, (FROZEN, LORA, OURS, ASSEMBLED, OFFICIAL, HIRA, GLORA))
+    field, workload = make_layer(layer, settings, (FROZEN, LORA, OURS, ASSEMBLED, OFFICIAL, HIRA, GLORA))
     everything, vector = all_low_rank(layer.rank), PathConfig("vector", f"lora_{layer.rank}")
-    field.check(task, [{NAME: everything}, {NAME: vector}], settings.layer_tolerance)
+    field.check(workload, [{NAME: everything}, {NAME: vector}], settings.layer_tolerance)
     runs: dict[str, Callable[[], None]] = {}
     for path, name in ((vector, A_VECTOR), (everything, ALL_LOW_RANK)):
         field.set_path(path)
         if OURS in field.models:
-            runs |= _replay(name, field, field.models[OURS], task)
+            runs |= _replay(name, field, field.models[OURS], workload)
     for name, model in field.models.items():
         if name in ENTRIES:
-            runs |= _replay(name, field, model, task)
+            runs |= _replay(name, field, model, workload)
     functions = {name: plain(runs[name]) for name in ENTRIES if name in runs}
     tokens = layer.tokens_on(settings.device)
     return Section(
@@ -56,18 +56,18 @@ def measure(shape_set: str, layer: Layer, settings: Settings) -> Section:
     )
 
 
-def _replay(name: str, field: Field, model: nn.Module, task: LayerTask) -> dict[str, Callable[[], None]]:
+def _replay(name: str, field: Field, model: nn.Module, workload: LayerWorkload) -> dict[str, Callable[[], None]]:
     """The step as a graph, if it can be one and its replay leaves the gradients of the eager step; else refused."""
 
     def gradients() -> dict[str, Tensor]:
         trained = {key: p.grad for key, p in model.named_parameters() if p.grad is not None}
-        return {key: grad.clone() for key, grad in {**task.input_gradients(), **trained}.items()}
+        return {key: grad.clone() for key, grad in {**workload.input_gradients(), **trained}.items()}
 
     try:
-        run(task, model)
+        run(workload, model)
         eager = gradients()
-        replay = captured(lambda: run(task, model))
-        for gradient in (*task.input_gradients().values(), *(p.grad for p in model.parameters())):
+        replay = captured(lambda: run(workload, model))
+        for gradient in (*workload.input_gradients().values(), *(p.grad for p in model.parameters())):
             if gradient is not None:
                 gradient.fill_(torch.nan)  # whatever the replay does not write is found
         replay()

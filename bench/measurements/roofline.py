@@ -16,8 +16,8 @@ from ..entrants import OURS, lora
 from ..section import Section
 from ..settings import Settings
 from ..shapes import Layer
-from ..tasks import BACKWARD, FORWARD, LayerTask, step
 from ..timing import WHOLE, Times, interleave, plain
+from ..workloads import BACKWARD, FORWARD, LayerWorkload, step
 from .layer import NAME, make_layer
 
 COPY, PRODUCT, MERGE = "copy", "dense product", "merge"
@@ -60,8 +60,8 @@ def paths(rank: int) -> dict[str, PathConfig]:
 
 def measure(shape_set: str, layer: Layer, settings: Settings) -> Section:
     """Forward, backward and merge of ours on three paths, with the operations and the bytes that they cannot avoid."""
-    field, task = make_layer(layer, settings, (OURS,))
-    field.check(task, [{NAME: path} for path in paths(layer.rank).values()], settings.layer_tolerance)
+    field, workload = make_layer(layer, settings, (OURS,))
+    field.check(workload, [{NAME: path} for path in paths(layer.rank).values()], settings.layer_tolerance)
     seconds: dict[str, Times] = {}
     facts: dict[str, dict[str, float]] = {}
     for name, path in paths(layer.rank).items() if OURS in field.models else ():
@@ -69,10 +69,10 @@ def measure(shape_set: str, layer: Layer, settings: Settings) -> Section:
         ours = field.models[OURS].get_submodule(NAME)
         assert isinstance(ours, GLoRALinear)
         merge = functools.partial(glora_merge, ours.weight.detach(), ours.bias, ours.terms().map(Tensor.detach))
-        passes = interleave({name: step(task, field.models[OURS])}, settings.rounds, watch=settings.watch())
+        passes = interleave({name: step(workload, field.models[OURS])}, settings.rounds, watch=settings.watch())
         merges = interleave({name: plain(merge)}, settings.rounds, watch=settings.watch())
         found = {FORWARD: passes[FORWARD][name], BACKWARD: passes[BACKWARD][name], MERGE: merges[WHOLE][name]}
-        for operation, cost in _costs(ours, task).items():
+        for operation, cost in _costs(ours, workload).items():
             seconds.setdefault(WHOLE, {})[f"{operation}, {name}"] = found[operation]
             time = statistics.median(found[operation])
             rates = {"flops_per_second": cost["flops"] / time, "bytes_per_second": cost["bytes"] / time}
@@ -90,11 +90,11 @@ def measure(shape_set: str, layer: Layer, settings: Settings) -> Section:
     )
 
 
-def _costs(layer: GLoRALinear, task: LayerTask) -> dict[str, dict[str, float]]:
+def _costs(layer: GLoRALinear, workload: LayerWorkload) -> dict[str, dict[str, float]]:
     """Operations as planned; bytes of what is read and written once if all else stays in caches."""
-    plan = explain(task.x, layer.weight, layer.bias, layer.terms())
+    plan = explain(workload.x, layer.weight, layer.bias, layer.terms())
     factors = sum(p.nbytes for p in layer.support_parameters(layer.path))
-    x, y, weight = task.x.nbytes, task.dy.nbytes, layer.weight.nbytes
+    x, y, weight = workload.x.nbytes, workload.dy.nbytes, layer.weight.nbytes
     return {
         FORWARD: {"flops": plan.forward_flops, "bytes": x + weight + factors + y},
         BACKWARD: {"flops": plan.backward_flops, "bytes": y + x + weight + factors + x + factors},

@@ -23,11 +23,11 @@ BATCHES, BATCH = 4, 4  # of images that every candidate is scored on
 
 def measure(shape_set: str, model: Model, settings: Settings) -> Section:
     """Check the logits and the loss of a candidate, then time its evaluation; a new candidate every round."""
-    field, task, _, _ = checked(model, settings)
+    field, workload, _, _ = checked(model, settings)
     if not {OURS, OFFICIAL} <= set(field.models):
         raise ValueError(f"search: not timed, refused: {field.refused}")
     ours, official = field.models[OURS], field.models[OFFICIAL]
-    images = settings.randn(BATCHES * BATCH, *task.images.shape[1:])
+    images = settings.randn(BATCHES * BATCH, *workload.images.shape[1:])
     data = TensorDataset(images, torch.randint(1000, (len(images),)))
     space, generator = SearchSpace((model.rank,)), torch.Generator().manual_seed(SEED)
     candidate = {}

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from ..arguments import differences
 from ..files import require_file, write_atomically
-from ..processes import from_first, gather, rank, world_size
+from ..processes import from_first, gather, process_rank, world_size
 
 JOURNAL_FORMAT = 2
 
@@ -67,7 +67,7 @@ class Scores:
         unknown = [part for part in parts if part not in self.known]
         on_scores(len(parts) - len(unknown))
         longest = -(-len(unknown) // world_size())
-        mine = unknown[rank() * longest : (rank() + 1) * longest]
+        mine = unknown[process_rank() * longest : (process_rank() + 1) * longest]
         for turn in range(longest):
             found = gather(partial(_evaluated, {part: parts[part] for part in mine[turn : turn + 1]}))
             new = {part: scored for own in found for part, scored in own.items()}

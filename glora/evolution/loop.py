@@ -36,7 +36,7 @@ from .offspring import Offspring
 from .race import Race
 from .result import SearchResult
 from .scoring import METRICS, CandidateScorer
-from .selection import Candidate, in_order, rank
+from .selection import Candidate, best_first, in_order
 from .settings import SearchSettings
 
 Evaluate = Callable[..., float]
@@ -221,7 +221,7 @@ def evolve(
     race = Race(sampler, part, scores, ends, settings.objective)
     history = _generations(Offspring(sampler, settings), race, settings, progress)
     return SearchResult(
-        best=min((c for c in history if c.share == 1), key=rank),
+        best=min((c for c in history if c.share == 1), key=best_first),
         history=tuple(history),
         evaluated=scores.evaluated,
         seconds=time.perf_counter() - started,
@@ -260,6 +260,6 @@ def _generations(offspring: Offspring, race: Race, settings: SearchSettings, pro
             parents = [tuple(c.paths.values()) for c in in_order(complete, settings.objective)[: settings.top]]
             drawn = offspring.next(parents) if generation else offspring.first()
             history += race.run(drawn, generation, bar.update)
-            best = min((c for c in history if c.share == 1), key=rank)
+            best = min((c for c in history if c.share == 1), key=best_first)
             bar.set_postfix_str(f"best {best.score:.4f} with {best.parameters:,} parameters")
     return history

@@ -32,7 +32,7 @@ class Candidate(NamedTuple):
     share: float = 1.0
 
 
-def rank(candidate: Candidate) -> tuple[float, int]:
+def best_first(candidate: Candidate) -> tuple[float, int]:
     """Sort key: the best first. A NaN score comes last."""
     score = candidate.score if candidate.score == candidate.score else -math.inf
     return -score, candidate.parameters
@@ -41,7 +41,7 @@ def rank(candidate: Candidate) -> tuple[float, int]:
 def in_order(candidates: Sequence[Candidate], objective: str) -> list[Candidate]:
     """The best first: by :func:`rank`, or for ``"front"`` as NSGA-II has it, by front and then by crowding."""
     if objective == "score":
-        return sorted(candidates, key=rank)
+        return sorted(candidates, key=best_first)
     rest = [c for c in candidates if not math.isnan(c.score)]
     ordered: list[Candidate] = []
     while rest:
@@ -74,7 +74,7 @@ def _sparse_first(chosen: Sequence[Candidate]) -> list[Candidate]:
     sizes, scores = [c.parameters for c in chosen], [c.score for c in chosen]
     for i in range(1, len(chosen) - 1):
         distances[i] = _gap(sizes, i) + _gap(scores, i)
-    order = sorted(range(len(chosen)), key=lambda i: (-distances[i], rank(chosen[i])))
+    order = sorted(range(len(chosen)), key=lambda i: (-distances[i], best_first(chosen[i])))
     return [chosen[i] for i in order]
 
 

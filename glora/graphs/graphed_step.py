@@ -17,7 +17,7 @@ from .capture import graphs_for
 from .checks import check_amp, check_model, check_optimizer
 from .path_data import PathData
 from .piecewise import PiecewiseStep
-from .task import GraphTask
+from .step_body import StepBody
 from .whole import WholeStep
 
 _MODES: dict[str, type[WholeStep] | type[PiecewiseStep]] = {"whole": WholeStep, "piecewise": PiecewiseStep}
@@ -86,7 +86,7 @@ class GraphedStep:
         self._generator = torch.Generator().manual_seed(0) if generator is None else generator
         self._training = model.training
         forward = partial(_forward, model, loss_fn)
-        self._task = GraphTask(
+        self._body = StepBody(
             model,
             optimizer,
             forward if compiler is None else compiler(forward),
@@ -94,7 +94,7 @@ class GraphedStep:
             PathData(layers),
             clip_norm,
         )
-        self._step = _MODES[mode](self._task, graphs_for(self._task.device))
+        self._step = _MODES[mode](self._body, graphs_for(self._body.device))
         self._batch: tuple[_Form, _Form] | None = None
         self._state = optimizer.state  # loading another puts another one in its place
         self.paths: Paths | None = None
@@ -112,7 +112,7 @@ class GraphedStep:
         """
         self._check_batch(x, target)
         self._check_current()
-        given = None if paths is None else self._task.data.checked(paths)
+        given = None if paths is None else self._body.data.checked(paths)
         self.paths = self._sampler.sample(self._generator) if given is None else given
         loss = self._step(x, target, self.paths)
         self._batch = _form(x), _form(target)
@@ -122,8 +122,8 @@ class GraphedStep:
         for name, value in (("x", x), ("target", target)):
             if not isinstance(value, Tensor):
                 raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
-            if value.device != self._task.device:
-                raise ValueError(f"{name}: expected device {self._task.device} (that of the model), got {value.device}")
+            if value.device != self._body.device:
+                raise ValueError(f"{name}: expected device {self._body.device} (that of the model), got {value.device}")
         for name, expected, value in zip(("x", "target"), self._batch or (), (x, target)):
             got = _form(value)
             if got != expected:
@@ -133,9 +133,9 @@ class GraphedStep:
                 )
 
     def _check_current(self) -> None:
-        if self._task.optimizer.state is not self._state:
+        if self._body.optimizer.state is not self._state:
             raise RuntimeError("optimizer: expected the state that was captured, got another loaded; make a new step")
-        training = self._task.model.training
+        training = self._body.model.training
         if training != self._training:
             raise RuntimeError(f"model: expected training={self._training} as captured, got {training}")
 

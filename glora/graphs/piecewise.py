@@ -13,7 +13,7 @@ from ..layers.conv2d import GLoRAConv2d
 from ..parameters import drop_unread_gradients
 from .capture import CudaGraphs
 from .path_data import PathAsData, PathData, RowScaledPathAsData, computed_by
-from .task import GraphTask
+from .step_body import StepBody
 
 
 class PiecewiseStep:
@@ -26,26 +26,26 @@ class PiecewiseStep:
         graphs: None runs the operations one by one.
     """
 
-    def __init__(self, task: GraphTask, graphs: CudaGraphs | None):
-        self._task, self._graphs, self._captured = task, graphs, False
-        self._layers, rows = task.data.layers, task.data.rows()
+    def __init__(self, body: StepBody, graphs: CudaGraphs | None):
+        self._body, self._graphs, self._captured = body, graphs, False
+        self._layers, rows = body.data.layers, body.data.rows()
         self._general = {name: PathAsData(layer, rows[name]) for name, layer in self._layers.items()}
         self._row_scaled = {
             name: RowScaledPathAsData(layer, rows[name]) for name, layer in self._layers.items() if _has_both(layer)
         }
 
     def __call__(self, x: Tensor, target: Tensor, paths: Mapping[str, PathConfig]) -> Tensor:
-        self._task.data.set(paths)
+        self._body.data.set(paths)
         if self._graphs is not None and not self._captured:
             self._capture(x, target, self._graphs)
             self._captured = True
-        self._task.optimizer.zero_grad(set_to_none=True)
+        self._body.optimizer.zero_grad(set_to_none=True)
         with computed_by({layer: self._piece(name, paths[name]) for name, layer in self._layers.items()}):
-            loss = self._task.forward(x, target)
+            loss = self._body.forward(x, target)
             loss.backward()  # which runs layers again where activations are checkpointed
-        drop_unread_gradients(self._task.model, paths)
-        self._task.clip()
-        self._task.optimizer.step()
+        drop_unread_gradients(self._body.model, paths)
+        self._body.clip()
+        self._body.optimizer.step()
         return loss.detach()
 
     @property
@@ -60,7 +60,7 @@ class PiecewiseStep:
     def _capture(self, x: Tensor, target: Tensor, graphs: CudaGraphs) -> None:
         inputs = self._inputs(x, target)
         pieces = [(kind[name], inputs[name]) for name in inputs for kind in self._kinds if name in kind]
-        with self._task.autocast():
+        with self._body.autocast():
             graphs.capture_pieces([piece for piece, _ in pieces], [given for _, given in pieces])
 
     def _inputs(self, x: Tensor, target: Tensor) -> dict[str, Tensor]:
@@ -72,8 +72,8 @@ class PiecewiseStep:
         found: dict[str, Tensor] = {}
         counts = dict.fromkeys(self._layers, 0)
         general = {layer: self._general[name] for name, layer in self._layers.items()}
-        with self._task.rehearsing(), _noted(self._task.data, found, counts), computed_by(general):
-            self._task.forward(x, target)
+        with self._body.rehearsing(), _noted(self._body.data, found, counts), computed_by(general):
+            self._body.forward(x, target)
         other = {name: count for name, count in counts.items() if count != 1}
         if other:
             raise ValueError(f"model: expected every adapted layer to run once a step, got by name {other}")

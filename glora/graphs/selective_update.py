@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .task import unchanged
+from .step_body import unchanged
 
 # Their state is zero before a parameter's first step; what others start from is known to them alone.
 _START_AT_ZERO = tuple(

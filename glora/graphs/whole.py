@@ -12,7 +12,7 @@ from .capture import Captured, CudaGraphs
 from .hyperparameters import Hyperparameters
 from .path_data import PathAsData, PathData, computed_by
 from .selective_update import SelectiveUpdate, create_state, state_tensors
-from .task import GraphTask
+from .step_body import StepBody
 
 
 class WholeStep:
@@ -22,41 +22,41 @@ class WholeStep:
         graphs: None runs the operations one by one.
     """
 
-    def __init__(self, task: GraphTask, graphs: CudaGraphs | None):
-        self._task, self._graphs = task, graphs
-        without = _never_read(task.data)
-        create_state(task.optimizer, [p for p in task.parameters if p.requires_grad and p not in without])
-        self._update = SelectiveUpdate(task.optimizer, _places(task.data))
-        rows = task.data.rows()
-        self._computations = {layer: PathAsData(layer, rows[name]) for name, layer in task.data.layers.items()}
+    def __init__(self, body: StepBody, graphs: CudaGraphs | None):
+        self._body, self._graphs = body, graphs
+        without = _never_read(body.data)
+        create_state(body.optimizer, [p for p in body.parameters if p.requires_grad and p not in without])
+        self._update = SelectiveUpdate(body.optimizer, _places(body.data))
+        rows = body.data.rows()
+        self._computations = {layer: PathAsData(layer, rows[name]) for name, layer in body.data.layers.items()}
         self._captured: Captured | None = None
         self._hyperparameters: Hyperparameters | None = None
 
     def __call__(self, x: Tensor, target: Tensor, paths: Mapping[str, PathConfig]) -> Tensor:
-        self._task.data.set(paths)
+        self._body.data.set(paths)
         if self._graphs is None:
             return self._run(x, target)
         if self._hyperparameters is None:
-            self._hyperparameters = Hyperparameters(self._task.optimizer, self._task.device)
+            self._hyperparameters = Hyperparameters(self._body.optimizer, self._body.device)
         self._hyperparameters.update()
         if self._captured is None:
             self._captured = self._capture(x, target, self._graphs)
         return self._captured(x, target)
 
     def _run(self, x: Tensor, target: Tensor) -> Tensor:
-        self._task.optimizer.zero_grad(set_to_none=True)
+        self._body.optimizer.zero_grad(set_to_none=True)
         with computed_by(self._computations):
-            loss = self._task.forward(x, target)
+            loss = self._body.forward(x, target)
             loss.backward()  # which runs layers again where activations are checkpointed
-        self._task.clip()
-        self._update.step(self._task.data.read().flatten())
+        self._body.clip()
+        self._update.step(self._body.data.read().flatten())
         return loss.detach()
 
     def _capture(self, x: Tensor, target: Tensor, graphs: CudaGraphs) -> Captured:
         """Warming up trains: what it has changed is put back."""
-        parameters = self._task.parameters
-        states = [tensor for p in parameters for tensor in state_tensors(self._task.optimizer, p)]
-        with self._task.rehearsing([*(p.detach() for p in parameters), *states]):
+        parameters = self._body.parameters
+        states = [tensor for p in parameters for tensor in state_tensors(self._body.optimizer, p)]
+        with self._body.rehearsing([*(p.detach() for p in parameters), *states]):
             return Captured(self._run, (x, target), graphs)
 
 

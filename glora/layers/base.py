@@ -79,14 +79,14 @@ class GLoRALayer(nn.Module):
     def _around(cls: type[Layer], base: nn.Module, rank: int, product: str) -> Layer:
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
-        layer._adopt(base, rank, product)
+        layer._wrap(base, rank, product)
         return layer
 
-    def _adopt(self, base: Any, rank: int, product: str) -> None:
+    def _wrap(self, base: Any, rank: int, product: str) -> None:
         """Take over the geometry and the parameters of ``base``."""
         raise NotImplementedError
 
-    def _adapt(self, base: nn.Module, features: tuple[int, int], rank: int, product: str) -> None:
+    def _take_over(self, base: nn.Module, features: tuple[int, int], rank: int, product: str) -> None:
         """Adopt and freeze the parameters of ``base``, whose weight is a matrix of ``features = (N, K)``."""
         if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
             raise ValueError(f"rank: expected an integer from 1, got {rank!r}")

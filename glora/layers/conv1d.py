@@ -47,7 +47,7 @@ class GLoRAConv1D(GLoRALayer):
         from transformers.pytorch_utils import Conv1D
 
         super().__init__()
-        self._adopt(Conv1D(nf, nx).to(device=device, dtype=dtype), rank, product)
+        self._wrap(Conv1D(nf, nx).to(device=device, dtype=dtype), rank, product)
 
     @classmethod
     def from_conv1d(cls, conv: Any, rank: int = 8, product: str = "hadamard") -> GLoRAConv1D:
@@ -67,9 +67,9 @@ class GLoRAConv1D(GLoRALayer):
         """N and K of ``conv``."""
         return conv.nf, conv.nx
 
-    def _adopt(self, conv: Any, rank: int, product: str) -> None:
+    def _wrap(self, conv: Any, rank: int, product: str) -> None:
         self.nf, self.nx = conv.nf, conv.nx
-        self._adapt(conv, self.features(conv), rank, product)
+        self._take_over(conv, self.features(conv), rank, product)
 
     @property
     def matrix(self) -> Tensor:

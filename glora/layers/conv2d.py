@@ -58,7 +58,7 @@ class GLoRAConv2d(GLoRALayer):
         super().__init__()
         geometry = (in_channels, out_channels, kernel_size, stride, padding, dilation, groups)
         conv = nn.Conv2d(*geometry, bias, padding_mode, device=device, dtype=dtype)  # type: ignore[arg-type]
-        self._adopt(conv, rank, product)
+        self._wrap(conv, rank, product)
 
     @classmethod
     def from_conv2d(cls, conv: nn.Conv2d, rank: int = 8, product: str = "hadamard") -> GLoRAConv2d:
@@ -76,13 +76,13 @@ class GLoRAConv2d(GLoRALayer):
         """N and K of ``conv``."""
         return conv.out_channels, conv.weight[0].numel()
 
-    def _adopt(self, conv: nn.Conv2d, rank: int, product: str) -> None:
+    def _wrap(self, conv: nn.Conv2d, rank: int, product: str) -> None:
         self.in_channels, self.out_channels = conv.in_channels, conv.out_channels
         self.kernel_size, self.stride = _pair(conv.kernel_size), _pair(conv.stride)
         self.padding = conv.padding if isinstance(conv.padding, str) else _pair(conv.padding)
         self.dilation, self.groups, self.padding_mode = _pair(conv.dilation), conv.groups, conv.padding_mode
         self._border = list(conv._reversed_padding_repeated_twice)  # for F.pad: left, right, top, bottom
-        self._adapt(conv, self.features(conv), rank, product)
+        self._take_over(conv, self.features(conv), rank, product)
 
     @property
     def matrix(self) -> Tensor:

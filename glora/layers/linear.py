@@ -50,7 +50,7 @@ class GLoRALinear(GLoRALayer):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        self._adopt(nn.Linear(in_features, out_features, bias, device=device, dtype=dtype), rank, product)
+        self._wrap(nn.Linear(in_features, out_features, bias, device=device, dtype=dtype), rank, product)
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, rank: int = 8, product: str = "hadamard") -> GLoRALinear:
@@ -74,9 +74,9 @@ class GLoRALinear(GLoRALayer):
         """N and K of ``linear``."""
         return linear.out_features, linear.in_features
 
-    def _adopt(self, linear: nn.Linear, rank: int, product: str) -> None:
+    def _wrap(self, linear: nn.Linear, rank: int, product: str) -> None:
         self._prepared: PreparedLinear | None = None
-        self._adapt(linear, self.features(linear), rank, product)
+        self._take_over(linear, self.features(linear), rank, product)
 
     def forward(self, x: Tensor) -> Tensor:
         """``(..., K) -> (..., N)``. Under ``torch.compile`` the path is data: one graph serves every path."""

@@ -56,9 +56,9 @@ class GLoRAQuantisedLinear(GLoRALinear):
         format_of(type(linear), linear.weight, scales_of(linear))
         return cls._around(linear, rank, product)
 
-    def _adopt(self, linear: nn.Linear, rank: int, product: str) -> None:
+    def _wrap(self, linear: nn.Linear, rank: int, product: str) -> None:
         self._settings = settings_of(linear)
-        self._adapt(linear, self.features(linear), rank, product)
+        self._take_over(linear, self.features(linear), rank, product)
         self.register_buffer("SCB", scales_of(linear))  # under the name that bitsandbytes saves it by
 
     @property

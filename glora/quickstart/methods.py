@@ -51,7 +51,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Task:
+class Conditions:
     """What every method is given."""
 
     backbone: nn.Module
@@ -91,46 +91,48 @@ class Task:
         return Row(method, parameters, test, general, seconds, details)
 
 
-def linear_probe(task: Task) -> list[Row]:
-    model = task.model()
+def linear_probe(conditions: Conditions) -> list[Row]:
+    model = conditions.model()
     _train_only(model, lambda name: name.startswith("head."))
-    return [task.row("linear probe", model, 0, task.train(model, 2e-2))]
+    return [conditions.row("linear probe", model, 0, conditions.train(model, 2e-2))]
 
 
-def bitfit(task: Task) -> list[Row]:
-    model = task.model()
+def bitfit(conditions: Conditions) -> list[Row]:
+    model = conditions.model()
     _train_only(model, lambda name: name.startswith("head.") or name.endswith("bias"))
     trained = sum(p.numel() for name, p in model.named_parameters() if p.requires_grad and not name.startswith("head."))
-    return [task.row("BitFit", model, trained, task.train(model, 2e-2))]
+    return [conditions.row("BitFit", model, trained, conditions.train(model, 2e-2))]
 
 
-def full_fine_tuning(task: Task) -> list[Row]:
-    model = task.model()
+def full_fine_tuning(conditions: Conditions) -> list[Row]:
+    model = conditions.model()
     trained = sum(p.numel() for name, p in model.named_parameters() if not name.startswith("head."))
-    return [task.row("full fine-tuning", model, trained, task.train(model, 2e-3))]
+    return [conditions.row("full fine-tuning", model, trained, conditions.train(model, 2e-3))]
 
 
-def ssf(task: Task) -> list[Row]:
-    return [_preset(task, "SSF (A, D, E vectors)", "ssf", 1, task.data.train)]
+def ssf(conditions: Conditions) -> list[Row]:
+    return [_preset(conditions, "SSF (A, D, E vectors)", "ssf", 1, conditions.data.train)]
 
 
-def lora(task: Task) -> list[Row]:
-    both = task.train_and_validation()
+def lora(conditions: Conditions) -> list[Row]:
+    both = conditions.train_and_validation()
     return [
-        _preset(task, f"LoRA r{LORA_RANK}", "lora", LORA_RANK, task.data.train),
-        _preset(task, f"LoRA r{LORA_RANK} (train+val)", "lora", LORA_RANK, both),
+        _preset(conditions, f"LoRA r{LORA_RANK}", "lora", LORA_RANK, conditions.data.train),
+        _preset(conditions, f"LoRA r{LORA_RANK} (train+val)", "lora", LORA_RANK, both),
     ]
 
 
-def glora(task: Task) -> list[Row]:
+def glora(conditions: Conditions) -> list[Row]:
     """A supernet; random paths of it; the searched one, with the proof that merging changes nothing; and that
     path trained a little longer by itself, on the validation images too."""
-    model, train_seconds = train_supernet(task)
+    model, train_seconds = train_supernet(conditions)
     limit = round(sampler_for(model, SPACE).mean)
-    random_row = _random_paths(task, model, limit, train_seconds)
+    random_row = _random_paths(conditions, model, limit, train_seconds)
 
-    result = search(model, SPACE, task.data.validation, limit=limit, settings=SEARCH, metric="loss", progress=False)
-    task.progress(len(result.history))
+    result = search(
+        model, SPACE, conditions.data.validation, limit=limit, settings=SEARCH, metric="loss", progress=False
+    )
+    conditions.progress(len(result.history))
     set_paths(model, result.best.paths)
     tuned = copy.deepcopy(model)
     details = {
@@ -139,21 +141,23 @@ def glora(task: Task) -> list[Row]:
         "search_seconds": result.seconds,
         "validation_loss": -result.best.score,
         "paths": {name: path.to_dict() for name, path in get_paths(model).items()},
-        "merge": prove_merge(task, model),
+        "merge": prove_merge(conditions, model),
     }
     seconds = train_seconds + result.seconds
     parameters = result.best.parameters
-    searched_row = task.row(SEARCHED, model, parameters, seconds, **details)
+    searched_row = conditions.row(SEARCHED, model, parameters, seconds, **details)
 
-    seconds += task.train(tuned, 5e-3, data=task.train_and_validation(), steps=tuning_steps(task.steps))
-    return [random_row, searched_row, task.row(TUNED, tuned, parameters, seconds)]
+    seconds += conditions.train(
+        tuned, 5e-3, data=conditions.train_and_validation(), steps=tuning_steps(conditions.steps)
+    )
+    return [random_row, searched_row, conditions.row(TUNED, tuned, parameters, seconds)]
 
 
-def train_supernet(task: Task) -> tuple[nn.Module, float]:
+def train_supernet(conditions: Conditions) -> tuple[nn.Module, float]:
     """The supernet that is searched, and the seconds that it took."""
-    model = inject(task.model(), RANK)
-    torch.manual_seed(task.seed)
-    return model, task.train(model, 1e-2, SPACE)
+    model = inject(conditions.model(), RANK)
+    torch.manual_seed(conditions.seed)
+    return model, conditions.train(model, 1e-2, SPACE)
 
 
 def tuning_steps(steps: int) -> int:
@@ -170,13 +174,13 @@ def units_of_work(steps: int) -> int:
     return trainings + SEARCH.population + SEARCH.generations * (SEARCH.crossover + SEARCH.mutation)
 
 
-def prove_merge(task: Task, model: nn.Module) -> dict:
+def prove_merge(conditions: Conditions, model: nn.Module) -> dict:
     """Merge ``model`` in place and hold it against the backbone and against itself unmerged."""
-    images = task.data.test.tensors[0]
+    images = conditions.data.test.tensors[0]
     before = _predict(model, images)
     report = merge(model, images)
     after = _predict(model, images)
-    original = task.model()
+    original = conditions.model()
     return {
         "same_parameters": _parameters(model) == _parameters(original),
         "same_modules": _modules(model) == _modules(original),
@@ -187,18 +191,18 @@ def prove_merge(task: Task, model: nn.Module) -> dict:
     }
 
 
-def _preset(task: Task, method: str, preset: str, rank: int, data: Dataset) -> Row:
-    model = apply_preset(inject(task.model(), rank), preset, rank)
-    return task.row(method, model, count_parameters(model), task.train(model, 2e-2, data=data))
+def _preset(conditions: Conditions, method: str, preset: str, rank: int, data: Dataset) -> Row:
+    model = apply_preset(inject(conditions.model(), rank), preset, rank)
+    return conditions.row(method, model, count_parameters(model), conditions.train(model, 2e-2, data=data))
 
 
-def _random_paths(task: Task, model: nn.Module, limit: int, seconds: float) -> Row:
+def _random_paths(conditions: Conditions, model: nn.Module, limit: int, seconds: float) -> Row:
     """Random paths of the trained supernet within the limit: what the search has to beat."""
     sampler = sampler_for(model, SPACE, limit)
-    generator = torch.Generator().manual_seed(task.seed)
+    generator = torch.Generator().manual_seed(conditions.seed)
     drawn = [sampler.sample(generator) for _ in range(RANDOM_PATHS)]
-    test = fmean(evaluate_merged(model, paths, task.data.test).accuracy for paths in drawn)
-    shifted: Dataset = ConcatDataset(list(task.data.shifted_tests.values()))  # equal sizes: the mean over shifts
+    test = fmean(evaluate_merged(model, paths, conditions.data.test).accuracy for paths in drawn)
+    shifted: Dataset = ConcatDataset(list(conditions.data.shifted_tests.values()))  # equal sizes: the mean over shifts
     general = fmean(evaluate_merged(model, paths, shifted).accuracy for paths in drawn)
     mean_count = fmean(sampler.count(paths) for paths in drawn)
     return Row("random path of the supernet", mean_count, test, general, seconds)
@@ -222,6 +226,6 @@ def _modules(model: nn.Module) -> dict[str, type]:
     return {name: type(module) for name, module in model.named_modules()}
 
 
-def run_methods(task: Task) -> list[Row]:
+def run_methods(conditions: Conditions) -> list[Row]:
     """All rows for one few-shot draw."""
-    return [row for method in METHODS for row in method(task)]
+    return [row for method in METHODS for row in method(conditions)]

@@ -24,7 +24,7 @@ from ..files import make_folder, write_atomically
 from ..training.loop import train
 from ..training.recipe import Recipe
 from .digits import CLASSES, TASKS, draw_few_shot, load_source
-from .methods import SEARCHED, Task, run_methods, units_of_work
+from .methods import SEARCHED, Conditions, run_methods, units_of_work
 
 FEW_SHOT_CURVE = (1, 2, 4, 8, 16)
 _TICK = 20
@@ -224,7 +224,7 @@ def _run_job(job: _Job, state: dict[str, torch.Tensor], ticks: Any) -> list[dict
             ticks.put(waiting)
             waiting = 0
 
-    rows = run_methods(Task(backbone, draw_few_shot(job.task, job.shots, job.seed), job.seed, job.steps, tick))
+    rows = run_methods(Conditions(backbone, draw_few_shot(job.task, job.shots, job.seed), job.seed, job.steps, tick))
     return [asdict(row) for row in rows]
 
 

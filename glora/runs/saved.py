@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ..evolution.journal import count_scores
-from ..training.run import checkpoint_steps
+from ..training.state import checkpoint_steps
 from .folder import CHECKPOINT, JOURNAL, SEARCHED, TRAINED
 
 

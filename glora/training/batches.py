@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, TensorDataset
 
 from ..distributed import share
 from ..files import checksum
-from ..processes import rank, world_size
+from ..processes import process_rank, world_size
 from ..samples import collate
 from .recipe import Recipe
 
@@ -125,7 +125,7 @@ def batches(
 def _reseeded(steps: Iterator[tuple[Tensor, Tensor]], seed: int, start: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Draws of ranks differ, and a resumed run needs no state of theirs."""
     for step in count(start):
-        torch.manual_seed(mix(mix(seed, step), rank()))
+        torch.manual_seed(mix(mix(seed, step), process_rank()))
         yield next(steps)
 
 

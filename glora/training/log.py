@@ -11,12 +11,12 @@ from collections import deque
 
 from ..files import write_atomically
 from ..processes import from_first
-from .run import StepRecord, TrainingRun
+from .state import StepRecord, TrainingState
 
 COLUMNS = ("step", "epoch", "lr", "loss", "accuracy")
 
 
-def save_log(run: TrainingRun, file: str | os.PathLike) -> None:
+def save_log(run: TrainingState, file: str | os.PathLike) -> None:
     """Write every step so far, atomically: a run that was cut and resumed has one log without gaps.
 
     ``step`` counts from 1, ``epoch`` is the number of passes over the data after it; accuracy is that of the batch, and

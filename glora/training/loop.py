@@ -39,7 +39,7 @@ from ..sampling import PathSampler
 from .batches import batches, fingerprint
 from .log import Meter, save_log
 from .recipe import Recipe
-from .run import TrainingRun
+from .state import TrainingState
 from .step import Loss, take_step
 
 
@@ -179,7 +179,7 @@ def _prepare(
     loss_fn: Loss,
     log: str | os.PathLike | None,
     workers: int,
-) -> tuple[TrainingRun, PathSampler | None]:
+) -> tuple[TrainingState, PathSampler | None]:
     """What can be refused by looking at the arguments alone."""
     parameters = trainable_parameters(model)
     if not parameters:
@@ -201,10 +201,10 @@ def _prepare(
         require_file("log", log)
     require_trainable(model, space is not None)
     sampler = None if space is None else sampler_for(unwrapped(model), space)
-    return TrainingRun(model, parameters, recipe, space, samples), sampler
+    return TrainingState(model, parameters, recipe, space, samples), sampler
 
 
-def _start_alike(run: TrainingRun, saves: bool) -> None:
+def _start_alike(run: TrainingState, saves: bool) -> None:
     """Make sure that all ranks train the same, from the same tensors, and save at the same steps."""
     saving = {"checkpoint": saves, "checkpoint_every": run.recipe.checkpoint_every}
     require_agreement("arguments", {**run.task(), **saving})
@@ -212,7 +212,7 @@ def _start_alike(run: TrainingRun, saves: bool) -> None:
         copy_from_first(run.inner)
 
 
-def _save(run: TrainingRun, checkpoint: str | os.PathLike | None, log: str | os.PathLike | None) -> None:
+def _save(run: TrainingState, checkpoint: str | os.PathLike | None, log: str | os.PathLike | None) -> None:
     """After every ``checkpoint_every`` steps, and the last. The log goes first: a finished checkpoint has its log."""
     if run.step % run.recipe.checkpoint_every and run.step < run.recipe.steps:
         return

@@ -15,12 +15,12 @@ from ..distributed import share, sync_gradients
 from ..parameters import drop_unread_gradients
 from ..processes import gather, world_size
 from ..samples import require_output, require_pair
-from .run import StepRecord, TrainingRun
+from .state import StepRecord, TrainingState
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 
-def take_step(run: TrainingRun, batches: Iterator[tuple[Tensor, Tensor]], loss_fn: Loss) -> StepRecord:
+def take_step(run: TrainingState, batches: Iterator[tuple[Tensor, Tensor]], loss_fn: Loss) -> StepRecord:
     """Forward, backward and update; loss and accuracy are those of the whole batch.
 
     Raises:
@@ -60,13 +60,13 @@ def take_step(run: TrainingRun, batches: Iterator[tuple[Tensor, Tensor]], loss_f
     return record
 
 
-def _precision(run: TrainingRun) -> AbstractContextManager:
+def _precision(run: TrainingState) -> AbstractContextManager:
     if run.recipe.amp is None:
         return nullcontext()
     return torch.autocast(run.device.type, getattr(torch, run.recipe.amp))
 
 
-def _backward(run: TrainingRun, loss: Tensor) -> None:
+def _backward(run: TrainingState, loss: Tensor) -> None:
     """Gradients of the whole batch's loss: the mean over ranks, each weighted by its share."""
     batch_size = run.recipe.batch_size
     weight = world_size() * share(batch_size)[1] / batch_size
@@ -76,7 +76,7 @@ def _backward(run: TrainingRun, loss: Tensor) -> None:
         sync_gradients(run.model)
 
 
-def _update(run: TrainingRun) -> None:
+def _update(run: TrainingState) -> None:
     run.scaler.unscale_(run.optimizer)
     if run.recipe.clip_norm is not None:
         nn.utils.clip_grad_norm_(run.parameters, run.recipe.clip_norm)

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 _LONGEST_ERROR = 300  # some carry the whole assembly
 
 
-class Job(NamedTuple):
+class BuildJob(NamedTuple):
     module: str  # whose shipped(target) lists the builds
     target: str
     place: int  # in that list
@@ -39,7 +39,7 @@ def builds_of(module: str, target: str) -> list[Build]:
     return list(importlib.import_module(module).shipped(target))
 
 
-def measured(jobs: Sequence[Job], workers: int) -> Iterator[Reading | str]:
+def measured(jobs: Sequence[BuildJob], workers: int) -> Iterator[Reading | str]:
     """For every job, in order, what its kernel shows, or in one line why there is no kernel."""
     processes = _Processes(workers)
     try:
@@ -49,7 +49,7 @@ def measured(jobs: Sequence[Job], workers: int) -> Iterator[Reading | str]:
         processes.close()
 
 
-def measure(job: Job) -> Reading | str:
+def measure(job: BuildJob) -> Reading | str:
     """One job, in this process."""
     build = builds_of(job.module, job.target)[job.place]
     assert build.label == job.label, f"{job.module}.shipped: another order in another process"
@@ -69,7 +69,7 @@ class _Processes:
         for _ in range(count):
             self._idle.put(_process())
 
-    def run(self, job: Job) -> Reading | str:
+    def run(self, job: BuildJob) -> Reading | str:
         process = self._idle.get()
         try:
             return process.submit(measure, job).result()

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..backend import Forward, SlotGradients, Step
+from ..backend import BackwardCall, ForwardResult, SlotGradients
 from ..encoding import CODES, PLACES, STORAGES
 from ..terms import SLOTS, Constant, LowRank, Terms, Vector
 from .extension import load
@@ -26,7 +26,7 @@ def pack(terms: Terms) -> Packed:
         index = 2 * SLOTS.index(slot)
         config[index] = _CODES[type(term)]
         if isinstance(term, LowRank):
-            config[index + 1] = term.factors[1].shape[0]
+            config[index + 1] = term.read_rank
     return storages, config, terms.product == "matmul"
 
 
@@ -43,17 +43,17 @@ class ExtensionBackend:
         """A whole layer: one call of C++, and one node of autograd for its backward."""
         return self.extension.linear(x, weight, bias, *pack(terms))
 
-    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None, terms: Terms) -> Forward:
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None, terms: Terms) -> ForwardResult:
         """y for x of any leading shape."""
-        return Forward(*self.extension.forward(x, weight, bias, *pack(terms)))
+        return ForwardResult(*self.extension.forward(x, weight, bias, *pack(terms)))
 
-    def backward(self, step: Step) -> tuple[Tensor | None, SlotGradients]:
+    def backward(self, call: BackwardCall) -> tuple[Tensor | None, SlotGradients]:
         """The gradient of x, if wanted, and those of the storages of every wanted slot."""
-        wanted = [slot in step.wanted for slot in SLOTS]
+        wanted = [slot in call.wanted for slot in SLOTS]
         dx, *grads = self.extension.backward(
-            step.dy, step.x, step.weight, step.bias, *pack(step.terms), step.projected, wanted, step.wants_x
+            call.dy, call.x, call.weight, call.bias, *pack(call.terms), call.projected, wanted, call.wants_x
         )
-        return dx, {slot: _of(slot, grads, step.terms) for slot in step.wanted}
+        return dx, {slot: _of(slot, grads, call.terms) for slot in call.wanted}
 
     def assemble(self, weight: Tensor, bias: Tensor | None, terms: Terms) -> tuple[Tensor, Tensor | None]:
         """``(W_eff, b_eff)``, rounded once."""

@@ -21,7 +21,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..backend import SlotGradients, Step
+from ..backend import BackwardCall, SlotGradients
 from ..routes import needs_weight_gradient, scales_inputs
 from ..terms import Constant, LowRank, Term, Terms, Vector, compute_dtype
 from .assemble import assemble, factors_as, row_scale
@@ -30,45 +30,45 @@ from .storages import into_storages
 from .thin import b_gradient, contract_b, matmul_a_gradient
 
 
-def backward(step: Step) -> tuple[Tensor | None, SlotGradients]:
+def backward(call: BackwardCall) -> tuple[Tensor | None, SlotGradients]:
     """The gradient of x, if wanted, and those of the storages of every wanted slot."""
-    wanted = step.wanted
+    wanted = call.wanted
     db = None
-    if wanted & {"C", "D", "E"} or step.output is not None:
-        db = step.dy.sum(0, dtype=compute_dtype(step.dy.dtype))
+    if wanted & {"C", "D", "E"} or call.output is not None:
+        db = call.dy.sum(0, dtype=compute_dtype(call.dy.dtype))
     grads = (
         {}
         if db is None
-        else {slot: bias_gradient(slot, db, step.weight, step.bias, step.terms) for slot in wanted & {"C", "D", "E"}}
+        else {slot: bias_gradient(slot, db, call.weight, call.bias, call.terms) for slot in wanted & {"C", "D", "E"}}
     )
-    if needs_weight_gradient(step.terms, wanted):
-        grads.update(_gradients_through_dw(step))
-    elif "A" in wanted and scales_inputs(step.terms):
-        dx, grads["A"] = _scaled_input_gradient(step)
-        grads.update(_b_gradients(step))
-        return dx if step.wants_x else None, grads
+    if needs_weight_gradient(call.terms, wanted):
+        grads.update(_gradients_through_dw(call))
+    elif "A" in wanted and scales_inputs(call.terms):
+        dx, grads["A"] = _scaled_input_gradient(call)
+        grads.update(_b_gradients(call))
+        return dx if call.wants_x else None, grads
     elif wanted & {"A", "B"}:
-        grads.update(_thin_gradients(step, db))
-    return _input_gradient(step) if step.wants_x else None, grads
+        grads.update(_thin_gradients(call, db))
+    return _input_gradient(call) if call.wants_x else None, grads
 
 
-def _input_gradient(step: Step) -> Tensor:
+def _input_gradient(call: BackwardCall) -> Tensor:
     """``dx = dy W_eff``."""
-    terms = Terms(A=step.terms.A, B=step.terms.B, product=step.terms.product)
-    w_eff, _ = assemble(step.weight, None, terms, step.projected)
-    return step.dy @ w_eff
+    terms = Terms(A=call.terms.A, B=call.terms.B, product=call.terms.product)
+    w_eff, _ = assemble(call.weight, None, terms, call.projected)
+    return call.dy @ w_eff
 
 
-def _gradients_through_dw(step: Step) -> SlotGradients:
+def _gradients_through_dw(call: BackwardCall) -> SlotGradients:
     """A, and B if wanted, from the dense dW; hadamard product, A low rank."""
-    dy, x, terms = step.dy, step.x, step.terms
+    dy, x, terms = call.dy, call.x, call.terms
     assert x is not None and terms.A is not None
     dw = (dy.t() @ x).to(compute_dtype(dy.dtype))
     grads: SlotGradients = {}
-    if "B" in step.wanted:
+    if "B" in call.wanted:
         assert terms.B is not None
         grads["B"] = contract(terms.B, dw)
-    grads["A"] = contract(terms.A, dw.mul_(step.weight))
+    grads["A"] = contract(terms.A, dw.mul_(call.weight))
     return grads
 
 
@@ -80,38 +80,38 @@ def contract(term: Term, dw: Tensor) -> tuple[Tensor, ...]:
     return into_storages(term, dw.sum(1))
 
 
-def _b_gradients(step: Step) -> SlotGradients:
-    if "B" not in step.wanted:
+def _b_gradients(call: BackwardCall) -> SlotGradients:
+    if "B" not in call.wanted:
         return {}
-    return {"B": b_gradient(step, contract_b(step))}
+    return {"B": b_gradient(call, contract_b(call))}
 
 
-def _thin_gradients(step: Step, db: Tensor | None) -> SlotGradients:
+def _thin_gradients(call: BackwardCall, db: Tensor | None) -> SlotGradients:
     """A and B where no dW is needed, and A scales no inputs."""
-    dy, x, weight, terms = step.dy, step.x, step.weight, step.terms
-    if "A" not in step.wanted:
-        return _b_gradients(step)
+    dy, x, weight, terms = call.dy, call.x, call.weight, call.terms
+    if "A" not in call.wanted:
+        return _b_gradients(call)
     assert x is not None
     if isinstance(terms.A, LowRank):
-        assert step.projected is not None
-        return {"A": matmul_a_gradient(dy, x, weight, terms.A, step.projected), **_b_gradients(step)}
+        assert call.projected is not None
+        return {"A": matmul_a_gradient(dy, x, weight, terms.A, call.projected), **_b_gradients(call)}
     grads: SlotGradients = {}
     thin = None
-    if terms.B is not None and ("B" in step.wanted or step.output is not None):
-        thin = contract_b(step)
-        if "B" in step.wanted:
-            grads["B"] = b_gradient(step, thin)
+    if terms.B is not None and ("B" in call.wanted or call.output is not None):
+        thin = contract_b(call)
+        if "B" in call.wanted:
+            grads["B"] = b_gradient(call, thin)
     assert terms.A is not None
-    da = row_scale_gradient(step, db, thin)
+    da = row_scale_gradient(call, db, thin)
     return {"A": into_storages(terms.A, da), **grads}
 
 
-def _scaled_input_gradient(step: Step) -> tuple[Tensor, tuple[Tensor, ...]]:
+def _scaled_input_gradient(call: BackwardCall) -> tuple[Tensor, tuple[Tensor, ...]]:
     """dx and A's gradients where A scales inputs: ``g = dy W0, dx = g (1 + a) + dy B, da = sum x * g``."""
-    dy, x, terms = step.dy, step.x, step.terms
+    dy, x, terms = call.dy, call.x, call.terms
     assert x is not None and terms.A is not None
     wide = compute_dtype(dy.dtype)
-    g = (dy @ step.weight).to(wide)
+    g = (dy @ call.weight).to(wide)
     da = torch.linalg.vecdot(x.to(wide), g, dim=0)
     dx = g.mul_(row_scale(terms, wide))
     if isinstance(terms.B, LowRank):

@@ -6,16 +6,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..backend import Forward
+from ..backend import ForwardResult
 from ..terms import Terms
 from .assemble import assemble, project
 
 
-def forward(x: Tensor, weight: Tensor, bias: Tensor | None, terms: Terms) -> Forward:
+def forward(x: Tensor, weight: Tensor, bias: Tensor | None, terms: Terms) -> ForwardResult:
     """y for x of any leading shape."""
     projected = project(weight, terms)
     w_eff, b_eff = assemble(weight, bias, terms, projected)
     y = F.linear(x, w_eff, b_eff)
     if x.dim() != 2:  # in place of a view, which a successor such as ReLU(inplace=True) could not overwrite
         y = torch.ops.aten._unsafe_view(y, y.shape)
-    return Forward(y, projected, b_eff)
+    return ForwardResult(y, projected, b_eff)

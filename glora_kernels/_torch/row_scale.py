@@ -10,28 +10,28 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..backend import Step
+from ..backend import BackwardCall
 from ..routes import ACCEPTED_LOSS, PROBED_TOKENS
 from ..terms import compute_dtype
 from .assemble import row_scale
 from .thin import Thin
 
 
-def row_scale_gradient(step: Step, db: Tensor | None, thin: Thin | None) -> Tensor:
+def row_scale_gradient(call: BackwardCall, db: Tensor | None, thin: Thin | None) -> Tensor:
     """``da_n = sum_m dy_mn z_mn``, ``z = x W0^T``, of shape (N,).
 
     From ``y = s z + x B^T + b_eff`` with ``s = 1 + a``:
     ``s da = sum_m dy y - b_eff db - sum_k B dW``; rows where this loses digits are formed from z.
     """
-    dy, x, weight = step.dy, step.x, step.weight
+    dy, x, weight = call.dy, call.x, call.weight
     assert x is not None
-    if step.output is None:
+    if call.output is None:
         return _column_dots(dy, x @ weight.t())
     assert db is not None
     wide = compute_dtype(dy.dtype)
-    scale = row_scale(step.terms, wide)[:, 0]
-    b_eff = torch.zeros_like(scale) if step.b_eff is None else step.b_eff.to(wide)
-    da = _column_dots(dy, step.output) - b_eff * db
+    scale = row_scale(call.terms, wide)[:, 0]
+    b_eff = torch.zeros_like(scale) if call.b_eff is None else call.b_eff.to(wide)
+    da = _column_dots(dy, call.output) - b_eff * db
     if thin is not None:
         da -= (thin.rows.to(wide) * thin.contracted.to(wide)).sum(0)
     da /= scale

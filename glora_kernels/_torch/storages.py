@@ -14,7 +14,7 @@ def into_storages(term: Term, *values: Tensor) -> tuple[Tensor, ...]:
     A constant takes one value a row and is given their sum.
     """
     if isinstance(term, LowRank):
-        rank = term.factors[1].shape[0]
+        rank = term.read_rank
         if rank == term.up.shape[0]:
             return values[0].to(term.down.dtype), values[1].to(term.up.dtype)
         down, up = (torch.zeros_like(storage) for storage in term.storages)

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from ..backend import Step
+from ..backend import BackwardCall
 from ..terms import Constant, LowRank, Vector
 from .assemble import factors_as
 from .storages import into_storages
@@ -27,9 +27,9 @@ class Thin(NamedTuple):
     contracted: Tensor  # (r, N): columns dW^T
 
 
-def contract_b(step: Step) -> Thin:
+def contract_b(call: BackwardCall) -> Thin:
     """B's contraction with dW; of x it reads the sums alone where B is a vector or constant."""
-    dy, x, term = step.dy, step.x, step.terms.B
+    dy, x, term = call.dy, call.x, call.terms.B
     if isinstance(term, LowRank):
         assert x is not None
         down, up = factors_as(term, x.dtype)
@@ -37,20 +37,20 @@ def contract_b(step: Step) -> Thin:
         return Thin(down.t(), up, tokens, tokens @ dy)
     assert isinstance(term, (Vector, Constant))
     entries = term.entries[None] if isinstance(term, Vector) else term.entry.expand(1, dy.shape[1])
-    tokens = _token_sums(step)[None]
+    tokens = _token_sums(call)[None]
     return Thin(entries.to(dy.dtype), None, tokens, tokens @ dy)
 
 
-def _token_sums(step: Step) -> Tensor:
-    if step.token_sums is not None:
-        return step.token_sums
-    assert step.x is not None
-    return step.x.sum(1)
+def _token_sums(call: BackwardCall) -> Tensor:
+    if call.token_sums is not None:
+        return call.token_sums
+    assert call.x is not None
+    return call.x.sum(1)
 
 
-def b_gradient(step: Step, thin: Thin) -> tuple[Tensor, ...]:
+def b_gradient(call: BackwardCall, thin: Thin) -> tuple[Tensor, ...]:
     """Gradients of B's storages from its contraction with dW."""
-    dy, x, term = step.dy, step.x, step.terms.B
+    dy, x, term = call.dy, call.x, call.terms.B
     if isinstance(term, LowRank):
         assert x is not None
         return into_storages(term, thin.contracted.t(), (thin.rows @ dy.t()) @ x)

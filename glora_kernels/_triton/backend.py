@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import _torch
-from ..backend import Forward, SlotGradients, Step
+from ..backend import BackwardCall, ForwardResult, SlotGradients
 from ..planning.prediction import strategy_for
 from ..planning.problem import Problem
 from ..terms import Terms
@@ -41,7 +41,7 @@ class TritonBackend:
         """No: its passes read x itself."""
         return False
 
-    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None, terms: Terms) -> Forward:
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None, terms: Terms) -> ForwardResult:
         """y for x of any leading shape."""
         if x.numel() == 0 or weight.numel() == 0:
             return _torch.forward(x, weight, bias, terms)
@@ -49,15 +49,15 @@ class TritonBackend:
         y, projected, b_eff = forward(flat, weight, bias, terms, self._strategy(flat, weight, terms))
         if x.dim() != 2:  # in place of a view, which a successor such as ReLU(inplace=True) could not overwrite
             y = torch.ops.aten._unsafe_view(y, (*x.shape[:-1], weight.shape[0]))
-        return Forward(y, projected, b_eff)
+        return ForwardResult(y, projected, b_eff)
 
-    def backward(self, step: Step) -> tuple[Tensor | None, SlotGradients]:
+    def backward(self, call: BackwardCall) -> tuple[Tensor | None, SlotGradients]:
         """The gradient of x, if wanted, and those of the storages of every wanted slot."""
-        if step.dy.numel() == 0 or step.weight.numel() == 0:
-            return _torch.backward(step)
-        x = None if step.x is None else plain(step.x)
-        step = step._replace(dy=plain(step.dy), x=x, weight=plain(step.weight))
-        return backward(step, self._strategy(step.dy, step.weight, step.terms))
+        if call.dy.numel() == 0 or call.weight.numel() == 0:
+            return _torch.backward(call)
+        x = None if call.x is None else plain(call.x)
+        call = call._replace(dy=plain(call.dy), x=x, weight=plain(call.weight))
+        return backward(call, self._strategy(call.dy, call.weight, call.terms))
 
     def assemble(self, weight: Tensor, bias: Tensor | None, terms: Terms) -> tuple[Tensor, Tensor | None]:
         """``(W_eff, b_eff)``, rounded once."""

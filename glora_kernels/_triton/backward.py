@@ -17,7 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..backend import SlotGradients, Step
+from ..backend import BackwardCall, SlotGradients
 from ..routes import needs_weight_gradient, scales_inputs
 from ..terms import LowRank
 from .context import context
@@ -28,12 +28,12 @@ from .kernels.token_pass import token_pass
 from .kernels.weight_pass import weight_pass
 from .operands import BiasOperands, a_operand, b_operand
 from .reservations import reserve
-from .run import Run
+from .run import BackwardRun
 
 
-def route_of(step: Step) -> str:
+def route_of(call: BackwardCall) -> str:
     """See the module's docstring."""
-    terms, wanted = step.terms, step.wanted
+    terms, wanted = call.terms, call.wanted
     if "A" not in wanted:
         return "thin"
     if scales_inputs(terms):
@@ -42,21 +42,21 @@ def route_of(step: Step) -> str:
         return "dense"
     if isinstance(terms.A, LowRank):
         return "projected"
-    return "dense" if step.output is None else "solved"
+    return "dense" if call.output is None else "solved"
 
 
-def backward(step: Step, strategy: str) -> tuple[Tensor | None, SlotGradients]:
+def backward(call: BackwardCall, strategy: str) -> tuple[Tensor | None, SlotGradients]:
     """The gradient of x, if wanted, and those of the storages of every wanted slot."""
-    a = a_operand(step.terms, step.projected, step.weight.dtype)
-    b = b_operand(step.terms, step.weight.dtype)
-    matrices = (step.dy,) if step.x is None else (step.dy, step.x)
-    run = Run(step, strategy, context(step.dy.shape[0], step.weight, *matrices), route_of(step), a, b)
+    a = a_operand(call.terms, call.projected, call.weight.dtype)
+    b = b_operand(call.terms, call.weight.dtype)
+    matrices = (call.dy,) if call.x is None else (call.dy, call.x)
+    run = BackwardRun(call, strategy, context(call.dy.shape[0], call.weight, *matrices), route_of(call), a, b)
     reserve(run)
     dx = _ROUTES[run.route](run)
     return dx, gradients(run)
 
 
-def _through_tokens(run: Run) -> Tensor | None:
+def _through_tokens(run: BackwardRun) -> Tensor | None:
     """The routes thin, projected and solved."""
     token_pass(run)
     w_eff = weight_pass(run)
@@ -66,15 +66,15 @@ def _through_tokens(run: Run) -> Tensor | None:
     return dx
 
 
-def _scaled(run: Run) -> Tensor | None:
-    dx = token_pass(run, run.step.dy @ run.step.weight)
+def _scaled(run: BackwardRun) -> Tensor | None:
+    dx = token_pass(run, run.call.dy @ run.call.weight)
     weight_pass(run)
     return dx
 
 
-def _dense(run: Run) -> Tensor | None:
+def _dense(run: BackwardRun) -> Tensor | None:
     token_pass(run)
-    dw = None if run.strategy == "fused" else _weight_gradient(run.step.dy, run.step.x)
+    dw = None if run.strategy == "fused" else _weight_gradient(run.call.dy, run.call.x)
     return _input_gradient(run, contraction(run, dw))
 
 
@@ -87,17 +87,17 @@ _ROUTES = {
 }
 
 
-def _input_gradient(run: Run, w_eff: Tensor | None) -> Tensor | None:
+def _input_gradient(run: BackwardRun, w_eff: Tensor | None) -> Tensor | None:
     """``dx = dy W_eff``, with W_eff as a pass has written it, or else formed in registers."""
-    step = run.step
-    if not step.wants_x:
+    call = run.call
+    if not call.wants_x:
         return None
-    if not step.terms.adapts_weight:
-        return step.dy @ step.weight
+    if not call.terms.adapts_weight:
+        return call.dy @ call.weight
     if w_eff is not None:
-        return step.dy @ w_eff
-    dx = step.dy.new_empty(step.dy.shape[0], step.weight.shape[1])
-    multiply(step.dy, step.weight.t(), dx, run.a.transposed, run.b.transposed, BiasOperands(), None, run.shared)
+        return call.dy @ w_eff
+    dx = call.dy.new_empty(call.dy.shape[0], call.weight.shape[1])
+    multiply(call.dy, call.weight.t(), dx, run.a.transposed, run.b.transposed, BiasOperands(), None, run.shared)
     return dx
 
 

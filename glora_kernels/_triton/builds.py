@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..backend import Step
+from ..backend import BackwardCall
 from ..routes import reuses_output
 from ..terms import SLOTS, Constant, LowRank, Terms, Vector
 from .backend import TritonBackend
@@ -122,7 +122,7 @@ def launches_of(case: Case, size: tuple[int, int] = SIZE, device: str = "meta") 
         y, projected, b_eff = backend.forward(x, weight, bias, terms)
     output = y if reuses_output(x.shape[0], x.shape[1], terms) else None
     with recorded() as second:
-        backend.backward(Step(y, x, weight, bias, terms, output, b_eff, projected, wanted, True))
+        backend.backward(BackwardCall(y, x, weight, bias, terms, output, b_eff, projected, wanted, True))
     return first, second
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..backend import Forward
+from ..backend import ForwardResult
 from ..terms import Terms
 from .context import Context, context
 from .kernels.assemble import assembled
@@ -19,24 +19,24 @@ from .operands import (
 )
 
 
-def forward(x: Tensor, weight: Tensor, bias: Tensor | None, terms: Terms, strategy: str) -> Forward:
+def forward(x: Tensor, weight: Tensor, bias: Tensor | None, terms: Terms, strategy: str) -> ForwardResult:
     """y for x of shape (M, K), by the given strategy."""
     shared = context(x.shape[0], weight, x)
     if strategy == "assemble" or not terms.adapts_weight:
         w_eff, b_eff, projected = assemble(weight, bias, terms, shared)
-        return Forward(F.linear(x, w_eff, b_eff), projected, b_eff)
+        return ForwardResult(F.linear(x, w_eff, b_eff), projected, b_eff)
     projected = project(weight, terms, shared)
     folded = bias_operands(terms, bias)
     y = torch.empty(x.shape[0], weight.shape[0], dtype=x.dtype, device=x.device)
     b_eff = torch.empty(weight.shape[0], dtype=x.dtype, device=x.device) if folded.exists else None
     a, b = a_operand(terms, projected, weight.dtype), b_operand(terms, weight.dtype)
     multiply(x, weight, y, a, b, folded, b_eff, shared)
-    return Forward(y, projected, b_eff)
+    return ForwardResult(y, projected, b_eff)
 
 
 def project(weight: Tensor, terms: Terms, shared: Context) -> Tensor | None:
     """V = W0 Ad where A is a low rank of the matmul product; nothing else is written."""
-    if a_operand(terms, None, weight.dtype).kind != ADDED:
+    if a_operand(terms, None, weight.dtype).form != ADDED:
         return None
     return assembled(weight, None, terms, shared, write_weight=False, write_bias=False)[2]
 

@@ -16,7 +16,7 @@ TABLES = 1 << 16  # kept at once, of less than a kilobyte each
 _captured: list[tuple[Tensor, Tensor]] = []
 
 
-class Job(NamedTuple):
+class GradientJob(NamedTuple):
     """One gradient: its storage's size, and how its elements are found in the slices (see finish.py)."""
 
     size: int
@@ -26,26 +26,27 @@ class Job(NamedTuple):
     width: int
     rank: int
     rows: int
-    kind: int = PLAIN
+    rule: int = PLAIN
 
 
-def left_job(storage: Tensor, slices: Slices, rank: int, kind: int = PLAIN, width: int | None = None) -> Job:
+def left_job(storage: Tensor, slices: Slices, rank: int, rule: int = PLAIN, width: int | None = None) -> GradientJob:
     """A left factor or a vector: one row a row."""
     inner = storage.shape[1] if storage.dim() == 2 else 1
-    return Job(storage.numel(), inner, False, slices, rank if width is None else width, rank, storage.shape[0], kind)
+    width = rank if width is None else width
+    return GradientJob(storage.numel(), inner, False, slices, width, rank, storage.shape[0], rule)
 
 
-def right_job(storage: Tensor, slices: Slices, rank: int) -> Job:
+def right_job(storage: Tensor, slices: Slices, rank: int) -> GradientJob:
     """A right factor, (R, columns), from slices of (columns, rank)."""
-    return Job(storage.numel(), storage.shape[1], True, slices, rank, rank, storage.shape[1])
+    return GradientJob(storage.numel(), storage.shape[1], True, slices, rank, rank, storage.shape[1])
 
 
-def constant_job(storage: Tensor, slices: Slices) -> Job:
+def constant_job(storage: Tensor, slices: Slices) -> GradientJob:
     """A constant: slices of one number, for its first element."""
-    return Job(storage.numel(), storage.numel(), False, slices, 1, 1, 1)
+    return GradientJob(storage.numel(), storage.numel(), False, slices, 1, 1, 1)
 
 
-def targets(jobs: tuple[Job, ...]) -> tuple[list[int], int]:
+def targets(jobs: tuple[GradientJob, ...]) -> tuple[list[int], int]:
     """Where each gradient begins in the common buffer, and the size of it."""
     starts, size = [], 0
     for job in jobs:
@@ -54,12 +55,12 @@ def targets(jobs: tuple[Job, ...]) -> tuple[list[int], int]:
     return starts, size
 
 
-def blocks(jobs: tuple[Job, ...]) -> int:
+def blocks(jobs: tuple[GradientJob, ...]) -> int:
     return sum(-(-job.size // FINISH_BLOCK) for job in jobs)
 
 
 @lru_cache(maxsize=TABLES)
-def table(jobs: tuple[Job, ...], device: torch.device) -> Tensor:
+def table(jobs: tuple[GradientJob, ...], device: torch.device) -> Tensor:
     """The jobs as a table on the device; small, and kept, since the same paths come again.
 
     It is copied from pinned memory, so that the host need not wait, nor a capture fail; what a captured graph reads
@@ -68,7 +69,7 @@ def table(jobs: tuple[Job, ...], device: torch.device) -> Tensor:
     rows, first = [], 0
     for job, target in zip(jobs, targets(jobs)[0]):
         where = (first, job.slices.at, job.slices.number, job.slices.size, target)
-        rows.append([*where, job.size, job.inner, int(job.up), job.width, job.rank, job.rows, job.kind])
+        rows.append([*where, job.size, job.inner, int(job.up), job.width, job.rank, job.rows, job.rule])
         first += -(-job.size // FINISH_BLOCK)
     if device.type != "cuda":
         return torch.tensor(rows, dtype=torch.int64, device=device)

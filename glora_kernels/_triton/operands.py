@@ -9,10 +9,10 @@ import triton.language as tl
 from torch import Tensor
 
 from ..terms import Constant, LowRank, Term, Terms, Vector, compute_dtype
-from . import tile as kinds
+from . import tile as forms
 
 NONE, ROW, COLUMN, LOW_RANK, ADDED = (
-    k.value for k in (kinds.NONE, kinds.ROW, kinds.COLUMN, kinds.LOW_RANK, kinds.ADDED)
+    k.value for k in (forms.NONE, forms.ROW, forms.COLUMN, forms.LOW_RANK, forms.ADDED)
 )
 TYPES = {
     torch.float16: tl.float16,
@@ -28,7 +28,7 @@ class Operand:
     """A term as a tile sees it, ``left @ right`` or a vector over its rows or columns.
 
     Attributes:
-        kind: NONE, ROW, COLUMN, LOW_RANK or ADDED.
+        form: NONE, ROW, COLUMN, LOW_RANK or ADDED.
         left: (rows, rank), or one value a row.
         right: (rank, columns), or one value a column.
         left_row, left_rank, right_rank, right_column: strides; 0 repeats a constant.
@@ -36,7 +36,7 @@ class Operand:
         dtype: in which the factors meet.
     """
 
-    kind: int = NONE
+    form: int = NONE
     left: Tensor | None = None
     right: Tensor | None = None
     left_row: int = 0
@@ -53,12 +53,12 @@ class Operand:
     @property
     def transposed(self) -> Operand:
         """The same term for the transposed weight."""
-        kind = {ROW: COLUMN, COLUMN: ROW}.get(self.kind, self.kind)
+        form = {ROW: COLUMN, COLUMN: ROW}.get(self.form, self.form)
         left, right = self.right, self.left
         strides = self.right_column, self.right_rank, self.left_rank, self.left_row
         return replace(
             self,
-            kind=kind,
+            form=form,
             left=left,
             right=right,
             left_row=strides[0],
@@ -93,10 +93,10 @@ def a_operand(terms: Terms, projected: Tensor | None, dtype: torch.dtype) -> Ope
         return Operand(NONE)
     if isinstance(terms.A, LowRank) and terms.product == "matmul":
         wide = TYPES[compute_dtype(dtype)]
-        up, rank = dense(terms.A.up), terms.A.factors[1].shape[0]
+        up, rank = dense(terms.A.up), terms.A.read_rank
         return Operand(ADDED, projected, up, rank, 1, up.shape[1], 1, rank, wide)
     operand = _operand(terms.A, dtype)
-    return operand.transposed if terms.product == "matmul" and operand.kind == ROW else operand
+    return operand.transposed if terms.product == "matmul" and operand.form == ROW else operand
 
 
 def b_operand(terms: Terms, dtype: torch.dtype) -> Operand:
@@ -107,7 +107,7 @@ def _operand(term: Term, dtype: torch.dtype) -> Operand:
     wide = TYPES[compute_dtype(dtype)]
     if isinstance(term, LowRank):
         down, up = dense(term.down), dense(term.up)
-        rank = term.factors[1].shape[0]
+        rank = term.read_rank
         return Operand(LOW_RANK, down, up, down.shape[1], 1, up.shape[1], 1, rank, _factor_type(down, up, wide))
     value = dense(term.value)
     return Operand(ROW, value, None, 0 if isinstance(term, Constant) else row_stride(value), dtype=wide)
@@ -124,13 +124,13 @@ class BiasOperands:
     """C, D, E and b0 as the kernels that form b_eff take them.
 
     Attributes:
-        c: the storage of C; ``c_kind`` is NONE, ROW (a value an input) or LOW_RANK.
+        c: the storage of C; ``c_form`` is NONE, ROW (a value an input) or LOW_RANK.
         cu: its right factor, where it is a low rank of ``rank``.
         d, e, bias: absent where there is no such term; D also where there is no bias.
         stride_c, stride_d, stride_e: from one row of a storage to the next; 0 repeats a constant.
     """
 
-    c_kind: int = NONE
+    c_form: int = NONE
     c: Tensor | None = None
     cu: Tensor | None = None
     d: Tensor | None = None
@@ -157,7 +157,7 @@ def bias_operands(terms: Terms, bias: Tensor | None) -> BiasOperands:
     e, stride_e = _values(terms.E)
     rest = d, e, None if bias is None else dense(bias)
     if isinstance(terms.C, LowRank):
-        c, cu, rank = dense(terms.C.down), dense(terms.C.up), terms.C.factors[1].shape[0]
+        c, cu, rank = dense(terms.C.down), dense(terms.C.up), terms.C.read_rank
         return BiasOperands(LOW_RANK, c, cu, *rest, row_stride(c), stride_d, stride_e, rank)
     vector, stride_c = _values(terms.C)
     return BiasOperands(NONE if vector is None else ROW, vector, None, *rest, stride_c, stride_d, stride_e)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from ..terms import Constant, LowRank
 from .operands import LOW_RANK, cdiv
-from .run import Run
+from .run import BackwardRun
 
 
-def reserve(run: Run) -> None:
+def reserve(run: BackwardRun) -> None:
     """Reserve every slice that the passes of ``run.route`` write, and allocate the buffer."""
     if run.route == "dense":
         _bias_sums(run)
@@ -16,16 +16,16 @@ def reserve(run: Run) -> None:
         _bias_sums(run)
         _token_sums(run)
         _weight_sums(run)
-    run.buffer = run.partials.allocate(run.step.dy, run.wide)
+    run.buffer = run.partials.allocate(run.call.dy, run.wide)
 
 
-def _bias_sums(run: Run) -> None:
+def _bias_sums(run: BackwardRun) -> None:
     """``db`` and its sums, from the token pass."""
-    step, terms = run.step, run.step.terms
-    outputs, slices = step.weight.shape[0], run.token_blocks
+    call, terms = run.call, run.call.terms
+    outputs, slices = call.weight.shape[0], run.token_blocks
     constant_d, constant_e = isinstance(terms.D, Constant), isinstance(terms.E, Constant)
     rows = run.wants("C") or (run.wants("D") and not constant_d) or (run.wants("E") and not constant_e)
-    if rows or (run.route == "solved" and step.b_eff is not None):
+    if rows or (run.route == "solved" and call.b_eff is not None):
         run.reserve("db", slices, outputs)
     if run.wants("D") and constant_d:
         run.reserve("db_bias", slices, 1)
@@ -33,10 +33,10 @@ def _bias_sums(run: Run) -> None:
         run.reserve("db_sum", slices, 1)
 
 
-def _token_sums(run: Run) -> None:
+def _token_sums(run: BackwardRun) -> None:
     """A and B, from the token pass."""
-    step, terms = run.step, run.step.terms
-    outputs, inputs = step.weight.shape
+    call, terms = run.call, run.call.terms
+    outputs, inputs = call.weight.shape
     slices = run.token_blocks
     if run.route == "solved":
         run.reserve("t", slices, outputs)
@@ -57,9 +57,9 @@ def _token_sums(run: Run) -> None:
         run.reserve("b", slices, outputs)
 
 
-def _weight_sums(run: Run) -> None:
+def _weight_sums(run: BackwardRun) -> None:
     """C, and the left factor of a projected A, from the weight pass; lost rows, from the contraction."""
-    outputs, inputs = run.step.weight.shape
+    outputs, inputs = run.call.weight.shape
     row_blocks = cdiv(outputs, run.weight_tile.rows)
     if run.wants("C"):
         run.reserve("dc", row_blocks, inputs)
@@ -70,16 +70,16 @@ def _weight_sums(run: Run) -> None:
         run.reserve("exact", cdiv(inputs, run.contract_tile.columns), outputs)
 
 
-def _contraction(run: Run) -> None:
+def _contraction(run: BackwardRun) -> None:
     """A, B and C, from the contraction of dW."""
-    terms = run.step.terms
-    outputs, inputs = run.step.weight.shape
+    terms = run.call.terms
+    outputs, inputs = run.call.weight.shape
     row_blocks = cdiv(outputs, run.contract_tile.rows)
     column_blocks = cdiv(inputs, run.contract_tile.columns)
     for slot, name, operand in (("A", "a", run.a), ("B", "b", run.b)):
         if not run.wants(slot):
             continue
-        if operand.kind == LOW_RANK:
+        if operand.form == LOW_RANK:
             run.reserve(name, column_blocks, outputs * operand.rank)
             run.reserve(name + "u", row_blocks, inputs * operand.rank)
         elif isinstance(getattr(terms, slot), Constant):
@@ -91,6 +91,6 @@ def _contraction(run: Run) -> None:
         _prompt_sums(run, row_blocks * column_blocks)
 
 
-def _prompt_sums(run: Run, slices: int) -> None:
+def _prompt_sums(run: BackwardRun, slices: int) -> None:
     if run.prompt.rank:
         run.reserve("cu", slices, run.prompt.rank)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..backend import Step
+from ..backend import BackwardCall
 from ..planning.settings import Tile
 from ..terms import Terms, compute_dtype
 from .context import Context, share_of
@@ -45,10 +45,10 @@ class Partials:
 
 
 @dataclass
-class Run:
+class BackwardRun:
     """One backward pass: its operands, and the slices of its buffer of partial sums."""
 
-    step: Step
+    call: BackwardCall
     strategy: str
     shared: Context
     route: str
@@ -62,7 +62,7 @@ class Run:
     @cached_property
     def prompt(self) -> BiasOperands:
         """C alone, of what forms the bias."""
-        return bias_operands(Terms(C=self.step.terms.C), None)
+        return bias_operands(Terms(C=self.call.terms.C), None)
 
     @cached_property
     def token_tile(self) -> Tile:
@@ -79,27 +79,27 @@ class Run:
 
     @property
     def token_blocks(self) -> int:
-        return cdiv(self.step.dy.shape[0], self.token_tile.tokens)
+        return cdiv(self.call.dy.shape[0], self.token_tile.tokens)
 
     @property
     def weight_share(self) -> int:
-        return share_of(self.step.weight.shape[1], self.weight_tile, self.route in ("projected", "solved"))
+        return share_of(self.call.weight.shape[1], self.weight_tile, self.route in ("projected", "solved"))
 
     @property
     def wide(self) -> torch.dtype:
-        return compute_dtype(self.step.weight.dtype)
+        return compute_dtype(self.call.weight.dtype)
 
     @property
     def contracts_b(self) -> bool:
         """Whether the token pass contracts B: for its own gradient, or to solve for A's."""
-        return self.wants("B") or (self.route == "solved" and self.b.kind != NONE)
+        return self.wants("B") or (self.route == "solved" and self.b.form != NONE)
 
     @property
     def sums_bias(self) -> bool:
         return any(map(self.has, ("db", "db_sum", "db_bias")))
 
     def wants(self, slot: str) -> bool:
-        return slot in self.step.wanted
+        return slot in self.call.wanted
 
     def has(self, name: str) -> bool:
         return name in self.slices

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .. import reference
-from ..backend import Backend, Step
+from ..backend import Backend, BackwardCall
 from ..precision import is_on, without_autocast
 from ..routes import reads_token_sums, reuses_output, scales_rows
 from ..terms import Structure, Terms
@@ -23,7 +23,7 @@ from ..terms import Structure, Terms
 _X, _FIRST_STORAGE = 3, 7  # places among the arguments of _GLoRALinear.forward
 
 
-class Recipe(NamedTuple):
+class CallPlan(NamedTuple):
     """What is known of a call before it is made: the same for the same kinds, and tensors that want a gradient.
 
     Attributes:
@@ -42,9 +42,9 @@ class Recipe(NamedTuple):
     of_leaves: bool
 
 
-def recipe_of(terms: Terms, has_bias: bool) -> Recipe:
+def plan_of(terms: Terms, has_bias: bool) -> CallPlan:
     wanted = wanted_slots(terms, has_bias)
-    return Recipe(
+    return CallPlan(
         terms.flatten()[1],
         wanted,
         "A" in wanted or "B" in wanted,
@@ -58,18 +58,18 @@ def glora_linear(backend: Backend, x: Tensor, weight: Tensor, bias: Tensor | Non
     """See :func:`glora_kernels.glora_linear`."""
     if not torch.is_grad_enabled():
         return backend.forward(x, weight, bias, terms).y
-    return differentiable(backend, recipe_of(terms, bias is not None), x, weight, bias, terms)
+    return differentiable(backend, plan_of(terms, bias is not None), x, weight, bias, terms)
 
 
 def differentiable(
-    backend: Backend, recipe: Recipe, x: Tensor, weight: Tensor, bias: Tensor | None, terms: Terms
+    backend: Backend, plan: CallPlan, x: Tensor, weight: Tensor, bias: Tensor | None, terms: Terms
 ) -> Tensor:
-    """The same where grad mode is on, with what :func:`recipe_of` returns for these terms."""
+    """The same where grad mode is on, with what :func:`plan_of` returns for these terms."""
     if backend.whole_layer is not None:
         return backend.whole_layer(x, weight, bias, terms)
     # Formed by autograd, so that second derivatives reach x through them.
-    token_sums = x.sum(-1) if recipe.reads_sums and backend.takes_token_sums else None
-    return _GLoRALinear.apply(backend, recipe, terms, x, token_sums, weight, bias, *terms.storages)
+    token_sums = x.sum(-1) if plan.reads_sums and backend.takes_token_sums else None
+    return _GLoRALinear.apply(backend, plan, terms, x, token_sums, weight, bias, *terms.storages)
 
 
 class _GLoRALinear(torch.autograd.Function):
@@ -77,7 +77,7 @@ class _GLoRALinear(torch.autograd.Function):
     def forward(
         ctx,
         backend: Backend,
-        recipe: Recipe,
+        plan: CallPlan,
         terms: Terms,
         x: Tensor,
         token_sums: Tensor | None,
@@ -86,12 +86,12 @@ class _GLoRALinear(torch.autograd.Function):
         *storages: Tensor,
     ):
         y, projected, b_eff = backend.forward(x, weight, bias, terms)
-        ctx.backend, ctx.recipe, ctx.x_shape = backend, recipe, x.shape
-        ctx.terms = terms if recipe.of_leaves else None  # others than leaves would be kept alive
-        keep = recipe.may_solve and reuses_output(_tokens(x.shape), x.shape[-1], terms) and _can_be_kept(y, backend)
+        ctx.backend, ctx.plan, ctx.x_shape = backend, plan, x.shape
+        ctx.terms = terms if plan.of_leaves else None  # others than leaves would be kept alive
+        keep = plan.may_solve and reuses_output(_tokens(x.shape), x.shape[-1], terms) and _can_be_kept(y, backend)
         ctx.output = y.detach() if keep else None  # shares y's version counter, is in no cycle with ctx
         ctx.output_version = y._version if keep else None
-        kept_x = x if recipe.reads_x and token_sums is None else None
+        kept_x = x if plan.reads_x and token_sums is None else None
         ctx.save_for_backward(kept_x, token_sums, projected, b_eff if keep else None, weight, bias, *storages)
         return y
 
@@ -122,7 +122,7 @@ def _backward(ctx, dy: Tensor):
     if output is not None and output._version != ctx.output_version:
         output = None
     terms, needed = _terms_of(ctx, storages), ctx.needs_input_grad
-    step = Step(
+    call = BackwardCall(
         _flat(dy),
         None if x is None else _flat(x),
         weight,
@@ -131,11 +131,11 @@ def _backward(ctx, dy: Tensor):
         None if output is None else _flat(output),
         b_eff,
         projected,
-        ctx.recipe.wanted,
+        ctx.plan.wanted,
         needed[_X],
         None if token_sums is None else token_sums.reshape(-1),
     )
-    dx, grads = ctx.backend.backward(step)
+    dx, grads = ctx.backend.backward(call)
     if dx is not None and len(ctx.x_shape) != 2:
         dx = dx.reshape(ctx.x_shape)
     found: list[Tensor | None] = []
@@ -150,7 +150,7 @@ def _terms_of(ctx, storages: list[Tensor]) -> Terms:
     """The terms of the saved ``storages``: those of the forward pass, unless hooks have put others in their place."""
     if ctx.terms is not None and all(map(is_, storages, ctx.terms.storages)):
         return ctx.terms
-    return Terms.unflatten(storages, ctx.recipe.structure)
+    return Terms.unflatten(storages, ctx.plan.structure)
 
 
 def batched(dy: Tensor) -> bool:
@@ -187,7 +187,7 @@ def _differentiable_backward(ctx, dy, x, token_sums, weight, bias, storages):
             x = F.pad(token_sums.unsqueeze(-1), (0, ctx.x_shape[-1] - 1))
         elif x is None:  # neither A nor B: no gradient depends on the values of x
             x = dy.new_zeros(ctx.x_shape).requires_grad_(inputs_grad)
-        y = reference.glora_linear(x, weight, bias, Terms.unflatten(storages, ctx.recipe.structure))
+        y = reference.glora_linear(x, weight, bias, Terms.unflatten(storages, ctx.plan.structure))
     inputs, needed = [x, *storages], [inputs_grad, *storages_grad]
     wanted = [tensor for tensor, need in zip(inputs, needed) if need]
     found = iter(torch.autograd.grad(y, wanted, dy, create_graph=create_graph, allow_unused=True))

@@ -120,8 +120,8 @@ def _triton_plan(call: _Call, architecture: str, decision: Decision) -> dict[str
     route = route_of(problem)
     return {
         "strategy": _triton_strategy(call, taken, route if backward else None),
-        "forward_units": sum(launch.kind != PASS for launch in forward),
-        "backward_units": sum(launch.kind != PASS for launch in backward),
+        "forward_units": sum(launch.category != PASS for launch in forward),
+        "backward_units": sum(launch.category != PASS for launch in backward),
         "forward_flops": sum(launch.flops for launch in forward),
         "backward_flops": sum(launch.flops for launch in backward),
         **_saved(call, token_sums=False, output=call.keeps_output),
@@ -244,7 +244,7 @@ def _backward_units(call: _Call) -> int:
 
 
 def _rank(term: object) -> int:
-    return term.factors[1].shape[0] if isinstance(term, LowRank) else 0
+    return term.read_rank if isinstance(term, LowRank) else 0
 
 
 def _forward_flops(call: _Call) -> int:

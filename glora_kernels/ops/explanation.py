@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
-from ..planning.launches import Launch
+from ..planning.launches import PricedLaunch
 from ..planning.prediction import Prediction
 
 
@@ -76,7 +76,7 @@ def _lines(prediction: Prediction) -> list[str]:
     return [first, *(f"    {name:8}  {_summary(*way)}" for name, way in ways.items() if way[0])]
 
 
-def _summary(launches: tuple[Launch, ...], seconds: float) -> str:
+def _summary(launches: tuple[PricedLaunch, ...], seconds: float) -> str:
     moved, flops = sum(launch.bytes for launch in launches), sum(launch.flops for launch in launches)
     names = ", ".join(launch.name for launch in launches)
     return f"{seconds * 1e6:,.1f} us, {moved / 1e6:,.1f} MB, {flops / 1e9:,.3f} GFLOP in {len(launches)}: {names}"

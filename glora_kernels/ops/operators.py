@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..backend import SlotGradients, Step
+from ..backend import BackwardCall, SlotGradients
 from ..checks import check_call
 from ..dispatch import backend_for, decide, tracing_reason
 from ..encoding import PLACES, STORAGES, check_devices, decode, spread
@@ -128,8 +128,8 @@ def _gradients(
     backend = backend_for(decision)
     flat_dy, flat_x = dy.reshape(-1, weight.shape[0]), x.reshape(-1, weight.shape[1])
     projected = backend.project(weight, terms)
-    step = Step(flat_dy, flat_x, weight, bias, terms, None, None, projected, wanted, wants_x)
-    return backend.backward(step)
+    call = BackwardCall(flat_dy, flat_x, weight, bias, terms, None, None, projected, wanted, wants_x)
+    return backend.backward(call)
 
 
 def _reference_gradients(

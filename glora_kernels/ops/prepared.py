@@ -17,20 +17,20 @@ from torch.autograd import forward_ad
 from ..backend import Backend
 from ..checks import check_call, check_term
 from ..dispatch import automatic, backend_for, is_left_open, tracing_reason
-from ..encoding import Kinds, term_of
+from ..encoding import Choices, term_of
 from ..precision import is_on
 from ..terms import Term, Terms
 from ..torch_private import can_guard, guard
-from .autograd import Recipe, differentiable, recipe_of
+from .autograd import CallPlan, differentiable, plan_of
 from .linear import compute
 
 
 class _Use(NamedTuple):
     """One way to read the storages, and where such a call goes by itself."""
 
-    kinds: Kinds
+    choices: Choices
     terms: Terms
-    recipe: Recipe
+    plan: CallPlan
     backend: Backend
 
 
@@ -57,7 +57,7 @@ class PreparedLinear:
         self._terms: dict[tuple[str, str, int], Term] = {}
         self._last: _Use | None = None
 
-    def __call__(self, x: Tensor, operands: Mapping[str, Tensor | None], kinds: Kinds) -> Tensor | None:
+    def __call__(self, x: Tensor, operands: Mapping[str, Tensor | None], choices: Choices) -> Tensor | None:
         """y, or None where anything is not what it was when this was made.
 
         Args:
@@ -76,19 +76,19 @@ class PreparedLinear:
         ):
             return None
         use = self._last
-        if use is None or use.kinds is not kinds:
-            use = self._last = self._use(kinds)
+        if use is None or use.choices is not choices:
+            use = self._last = self._use(choices)
         if not is_left_open():
             return compute(x, self.weight, self.bias, use.terms)
         if torch.is_grad_enabled():
-            return differentiable(use.backend, use.recipe, x, self.weight, self.bias, use.terms)
+            return differentiable(use.backend, use.plan, x, self.weight, self.bias, use.terms)
         return use.backend.forward(x, self.weight, self.bias, use.terms).y
 
-    def _use(self, kinds: Kinds) -> _Use:
-        chosen = {slot: self._term(slot, kind, rank) for slot, (kind, rank) in kinds.items() if kind != "none"}
+    def _use(self, choices: Choices) -> _Use:
+        chosen = {slot: self._term(slot, kind, rank) for slot, (kind, rank) in choices.items() if kind != "none"}
         terms = Terms(**chosen, product=self.product)  # type: ignore[arg-type]
         backend = backend_for(automatic(self.weight, terms))
-        return _Use(kinds, terms, recipe_of(terms, self.bias is not None), backend)
+        return _Use(choices, terms, plan_of(terms, self.bias is not None), backend)
 
     def _term(self, slot: str, kind: str, rank: int) -> Term:
         """Made and checked at its first use."""

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import _torch, reference
-from ..backend import Step
+from ..backend import BackwardCall
 from ..checks import check_call, check_tensor
 from ..dispatch import tracing_reason
 from ..precision import cast_operands, without_autocast
@@ -138,8 +138,8 @@ def _backward(ctx, dy: Tensor):
     }
     for (start, stop), weight, b0, part in _parts(ctx.blocks, ctx.dtype, bias, terms):
         projected = _torch.project(weight, part)
-        step = Step(dy[:, start:stop], x, weight, b0, part, None, None, projected, ctx.wanted, dx is not None)
-        part_dx, part_grads = _torch.backward(step)
+        call = BackwardCall(dy[:, start:stop], x, weight, b0, part, None, None, projected, ctx.wanted, dx is not None)
+        part_dx, part_grads = _torch.backward(call)
         if dx is not None and part_dx is not None:
             dx += part_dx
         for slot, found in part_grads.items():

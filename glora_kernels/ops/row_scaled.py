@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from .. import _torch
-from ..backend import Step
+from ..backend import BackwardCall
 from ..checks import check_call
 from ..precision import cast_operands, without_autocast
 from ..terms import LowRank, Structure, Terms, Vector, compute_dtype
@@ -87,7 +87,9 @@ def _backward(ctx, dy: Tensor):
     terms = Terms.unflatten(storages, ctx.structure)
     dy = dy.reshape(math.prod(ctx.x_shape[:-1]), weight.shape[0])
     rest = ctx.wanted - {"A"}
-    dx, grads = _torch.backward(Step(dy, x, weight, bias, terms, None, None, None, rest, ctx.needs_input_grad[2]))
+    dx, grads = _torch.backward(
+        BackwardCall(dy, x, weight, bias, terms, None, None, None, rest, ctx.needs_input_grad[2])
+    )
     if "A" in ctx.wanted:
         wide = compute_dtype(dy.dtype)
         da = torch.linalg.vecdot(dy.to(wide), z.to(wide), dim=0)

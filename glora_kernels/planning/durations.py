@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from .launches import BLAS, FUSED, PASS, Launch
+from .launches import BLAS, FUSED, PASS, PricedLaunch
 from .machines import Machine
 from .problem import Problem
 
@@ -19,25 +19,25 @@ SHORTEST_SPLIT = 512  # how much of the sum a split keeps at least
 DRAW = 2.0  # a processor can draw this many times its even share of the bandwidth [E]
 
 
-def seconds(launch: Launch, problem: Problem, machine: Machine) -> float:
+def seconds(launch: PricedLaunch, problem: Problem, machine: Machine) -> float:
     """What a launch takes on the device."""
-    rate = _rate(launch.kind, problem, machine)
+    rate = _rate(launch.category, problem, machine)
     bandwidth = machine.cache_bandwidth if launch.bytes < machine.cache else machine.bandwidth
     if launch.shape is None:
         return machine.overhead + max(launch.flops / rate, launch.bytes / bandwidth)
     return machine.overhead + _product_seconds(launch, machine, rate, bandwidth)
 
 
-def _rate(kind: str, problem: Problem, machine: Machine) -> float:
+def _rate(category: str, problem: Problem, machine: Machine) -> float:
     """FLOP/s of a launch of full tiles on all processors."""
     half = problem.element == 2 or problem.tf32
     vendor = machine.half / (1 + problem.tf32) if half else machine.single * 4 / problem.element
-    if kind in (BLAS, PASS):
-        return vendor * (PASS_SHARE if kind == PASS else 1.0)
-    return vendor * ((machine.assembled if kind == FUSED else machine.triton) if half else SINGLE_SHARE)
+    if category in (BLAS, PASS):
+        return vendor * (PASS_SHARE if category == PASS else 1.0)
+    return vendor * ((machine.assembled if category == FUSED else machine.triton) if half else SINGLE_SHARE)
 
 
-def _product_seconds(launch: Launch, machine: Machine, rate: float, bandwidth: float) -> float:
+def _product_seconds(launch: PricedLaunch, machine: Machine, rate: float, bandwidth: float) -> float:
     """The best of a few tiles: waves of them over the processors, or what those at work can draw from memory.
 
     A last wave that is not full counts half of what it leaves idle, since the real tiles are not known here. The
@@ -46,7 +46,9 @@ def _product_seconds(launch: Launch, machine: Machine, rate: float, bandwidth: f
     rows, columns, depth = launch.shape or (0, 0, 0)
     short, long = (rows, columns) if rows < columns else (columns, rows)
     memory, parts = launch.bytes / bandwidth, rows * columns * 4 / machine.cache_bandwidth
-    allowed = [splits for splits in SPLITS if splits == 1 or (launch.kind == BLAS and depth >= splits * SHORTEST_SPLIT)]
+    allowed = [
+        splits for splits in SPLITS if splits == 1 or (launch.category == BLAS and depth >= splits * SHORTEST_SPLIT)
+    ]
     best = math.inf
     for tile_rows, tile_columns, share in TILES:
         tiles = -(-short // tile_rows) * -(-long // tile_columns)

@@ -17,7 +17,7 @@ PASS = "pass"  # bound by memory: reads and writes matrices once or twice
 
 
 @dataclass(frozen=True)
-class Launch:
+class PricedLaunch:
     """One launch.
 
     Attributes:
@@ -25,18 +25,18 @@ class Launch:
         flops: multiplications and additions of its matrix products, each counted once: neither the padding of ranks
             nor that ``fused`` forms W_eff anew for every block of tokens.
         bytes: read from and written to device memory.
-        kind: BLAS, FUSED, CONTRACTED or PASS.
+        category: BLAS, FUSED, CONTRACTED or PASS.
         shape: rows, columns and depth of a dense product.
     """
 
     name: str
     flops: int
     bytes: int
-    kind: str
+    category: str
     shape: tuple[int, int, int] | None = None
 
 
-def launches(problem: Problem, strategy: str) -> tuple[list[Launch], list[Launch]]:
+def launches(problem: Problem, strategy: str) -> tuple[list[PricedLaunch], list[PricedLaunch]]:
     """What forward and backward launch, in order: at most 2 and 5."""
     return _forward(problem, strategy), _backward(problem, strategy)
 
@@ -50,13 +50,13 @@ def scratch_bytes(problem: Problem, strategy: str) -> int:
     return max(formed, backward)
 
 
-def _forward(p: Problem, strategy: str) -> list[Launch]:
+def _forward(p: Problem, strategy: str) -> list[PricedLaunch]:
     if p.adapts_weight and strategy == "fused":
         return [*([_assemble(p, write=False)] if p.projects else []), _fused("y", p)]
     return [*([_assemble(p)] if p.adapts_weight or p.adapts_bias else []), _product("y", p)]
 
 
-def _assemble(p: Problem, write: bool = True) -> Launch:
+def _assemble(p: Problem, write: bool = True) -> PricedLaunch:
     """W_eff and b_eff; V on the way, which takes W0 twice. Without ``write``, V alone."""
     weight, entries = p.weight_bytes, p.outputs * p.inputs
     forms = p.adapts_weight and write
@@ -65,7 +65,7 @@ def _assemble(p: Problem, write: bool = True) -> Launch:
     flops = forms * _assembly(p) + prompt * (2 * entries + 2 * p.inputs * p.rank("C"))
     flops += p.projects * 2 * entries * p.rank("A")
     small = p.factor_bytes + p.projects * p.outputs * p.rank("A") * p.wide + 4 * p.outputs * p.element
-    return Launch("assemble", flops, (reads + forms) * weight + small, PASS)
+    return PricedLaunch("assemble", flops, (reads + forms) * weight + small, PASS)
 
 
 def _assembly(p: Problem) -> int:
@@ -73,22 +73,22 @@ def _assembly(p: Problem) -> int:
     return 2 * p.outputs * p.inputs * (p.rank("A") + p.rank("B"))
 
 
-def _product(name: str, p: Problem) -> Launch:
+def _product(name: str, p: Problem) -> PricedLaunch:
     """A product with the weight (y, dx, g) or, for dW, of dy and x."""
     shapes = {"y": (p.tokens, p.outputs, p.inputs), "dW": (p.outputs, p.inputs, p.tokens)}
     shape = shapes.get(name, (p.tokens, p.inputs, p.outputs))
     moved = p.x_bytes + p.y_bytes + p.weight_bytes
-    return Launch(name, 2 * p.tokens * p.outputs * p.inputs, moved, BLAS, shape)
+    return PricedLaunch(name, 2 * p.tokens * p.outputs * p.inputs, moved, BLAS, shape)
 
 
-def _fused(name: str, p: Problem) -> Launch:
+def _fused(name: str, p: Problem) -> PricedLaunch:
     """The same with W_eff in registers; in the forward pass it forms b_eff too."""
     plain = _product(name, p)
     prompt = 2 * p.outputs * p.inputs * (name == "y" and p.has("C"))
-    return Launch(name, plain.flops + _assembly(p) + prompt, plain.bytes + p.factor_bytes, FUSED, plain.shape)
+    return PricedLaunch(name, plain.flops + _assembly(p) + prompt, plain.bytes + p.factor_bytes, FUSED, plain.shape)
 
 
-def _backward(p: Problem, strategy: str) -> list[Launch]:
+def _backward(p: Problem, strategy: str) -> list[PricedLaunch]:
     route = route_of(p)
     steps = {"scaled": _scaled, "dense": _dense}.get(route, _through_tokens)(p, strategy)
     if any(map(p.wants, SLOTS)):
@@ -96,7 +96,7 @@ def _backward(p: Problem, strategy: str) -> list[Launch]:
     return steps
 
 
-def _through_tokens(p: Problem, strategy: str) -> list[Launch]:
+def _through_tokens(p: Problem, strategy: str) -> list[PricedLaunch]:
     """The routes thin, projected and solved."""
     route, writes = route_of(p), strategy == "assemble" and p.wants_x and p.adapts_weight
     steps = [_token_pass(p, route)] if _needs_token_pass(p, route) else []
@@ -105,16 +105,16 @@ def _through_tokens(p: Problem, strategy: str) -> list[Launch]:
     if p.wants_x:
         steps.append(_fused("dx", p) if p.adapts_weight and not writes else _product("dx", p))
     if route == "solved":  # no row is lost as a rule: then it reads no more than flags
-        steps.append(Launch("contract", 0, 4 * p.outputs * -(-p.inputs // _block(p)), PASS))
+        steps.append(PricedLaunch("contract", 0, 4 * p.outputs * -(-p.inputs // _block(p)), PASS))
     return steps
 
 
-def _scaled(p: Problem, strategy: str) -> list[Launch]:
+def _scaled(p: Problem, strategy: str) -> list[PricedLaunch]:
     steps = [_product("g", p), _token_pass(p, "scaled")]
     return [*steps, _weight_pass(p, "scaled", False)] if p.wants("C") else steps
 
 
-def _dense(p: Problem, strategy: str) -> list[Launch]:
+def _dense(p: Problem, strategy: str) -> list[PricedLaunch]:
     """dW is taken to be in the layer's type; for fp16 it is in fp32."""
     steps = [_token_pass(p, "dense")] if _sums_bias(p, "dense") else []
     if strategy == "assemble":
@@ -126,17 +126,17 @@ def _dense(p: Problem, strategy: str) -> list[Launch]:
     return steps
 
 
-def _contraction(p: Problem) -> Launch:
+def _contraction(p: Problem) -> PricedLaunch:
     """Reads dW and W0, writes W_eff for dx."""
     moved = (2 + p.wants_x) * p.weight_bytes + p.factor_bytes + _contraction_sums(p)
-    return Launch("contract", _contraction_flops(p) + p.wants_x * _assembly(p), moved, PASS)
+    return PricedLaunch("contract", _contraction_flops(p) + p.wants_x * _assembly(p), moved, PASS)
 
 
-def _contracted(p: Problem) -> Launch:
+def _contracted(p: Problem) -> PricedLaunch:
     """dW formed in registers, of dy and x, and contracted there with W0."""
     plain = _product("dW", p)
     moved = plain.bytes + p.factor_bytes + _contraction_sums(p)
-    return Launch("contract", plain.flops + _contraction_flops(p), moved, CONTRACTED, plain.shape)
+    return PricedLaunch("contract", plain.flops + _contraction_flops(p), moved, CONTRACTED, plain.shape)
 
 
 def _contraction_flops(p: Problem) -> int:
@@ -161,7 +161,7 @@ def _contracts_b(p: Problem, route: str) -> bool:
     return route != "dense" and (p.wants("B") or (route == "solved" and p.has("B")))
 
 
-def _token_pass(p: Problem, route: str) -> Launch:
+def _token_pass(p: Problem, route: str) -> PricedLaunch:
     """Reads dy and x (x once more, out of the cache if it stays there) and what else the route says."""
     contracts, scaled = _contracts_b(p, route), route == "scaled"
     through_dy = _sums_bias(p, route) or contracts or route in ("projected", "solved") or (scaled and p.has("B"))
@@ -169,7 +169,7 @@ def _token_pass(p: Problem, route: str) -> Launch:
     twice = reads_x and (route == "projected" or (contracts and (scaled or p.rank("B") > 0)))
     moved = through_dy * p.y_bytes + (reads_x + (twice and _spills(p, p.x_bytes))) * p.x_bytes
     moved += (route == "solved") * p.y_bytes + scaled * (1 + p.wants_x) * p.x_bytes
-    return Launch("token_pass", _thin_flops(p, route), moved + p.factor_bytes + _token_sums(p, route), PASS)
+    return PricedLaunch("token_pass", _thin_flops(p, route), moved + p.factor_bytes + _token_sums(p, route), PASS)
 
 
 def _thin_flops(p: Problem, route: str) -> int:
@@ -183,18 +183,18 @@ def _thin_flops(p: Problem, route: str) -> int:
     return flops
 
 
-def _weight_pass(p: Problem, route: str, writes: bool) -> Launch:
+def _weight_pass(p: Problem, route: str, writes: bool) -> PricedLaunch:
     """Reads W0; writes W_eff for dx, sums for C and for the left factor of a projected A."""
     entries = p.outputs * p.inputs
     flops = writes * _assembly(p) + p.wants("C") * (2 * entries + 4 * p.inputs * p.rank("C"))
     flops += (route == "projected") * 2 * entries * p.rank("A") + (route == "solved") * 2 * PROBED_TOKENS * entries
     moved = (1 + writes) * p.weight_bytes + p.factor_bytes + _weight_sums(p, route)
-    return Launch("weight_pass", flops, moved, PASS)
+    return PricedLaunch("weight_pass", flops, moved, PASS)
 
 
-def _finish(p: Problem, route: str) -> Launch:
+def _finish(p: Problem, route: str) -> PricedLaunch:
     """Reads every partial sum, writes the gradients."""
-    return Launch("finish", 0, _sums(p, route) + p.factor_bytes, PASS)
+    return PricedLaunch("finish", 0, _sums(p, route) + p.factor_bytes, PASS)
 
 
 def _block(p: Problem) -> int:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from .durations import seconds
-from .launches import Launch, launches, scratch_bytes
+from .launches import PricedLaunch, launches, scratch_bytes
 from .machines import machine_for
 from .problem import Problem
 
@@ -38,8 +38,8 @@ class Prediction:
     """
 
     strategy: str
-    forward: tuple[Launch, ...]
-    backward: tuple[Launch, ...]
+    forward: tuple[PricedLaunch, ...]
+    backward: tuple[PricedLaunch, ...]
     forward_seconds: float
     backward_seconds: float
     scratch_bytes: int

@@ -128,7 +128,7 @@ class Problem(NamedTuple):
 def _rank(term: object) -> int:
     if type(term) is not LowRank:
         return 0
-    return term.up.shape[0] if term.rank is None else term.rank
+    return term.read_rank
 
 
 def route_of(problem: Problem) -> str:

@@ -9,7 +9,7 @@ from torch import nn
 from bench import entrants
 from bench.agreement import Truth, require_agreement, results, truth
 from bench.oracle import oracle_model
-from bench.tasks import LayerTask
+from bench.workloads import LayerWorkload
 from glora import PathConfig, SearchSpace
 from glora.layers.linear import GLoRALinear
 from glora_kernels import use_backend
@@ -30,9 +30,9 @@ def field():
 
 
 @pytest.fixture
-def task():
+def workload():
     gen = torch.Generator().manual_seed(1)
-    return LayerTask(torch.randn(7, 6, generator=gen).requires_grad_(), torch.randn(7, 5, generator=gen))
+    return LayerWorkload(torch.randn(7, 6, generator=gen).requires_grad_(), torch.randn(7, 5, generator=gen))
 
 
 def some_paths():
@@ -41,8 +41,8 @@ def some_paths():
     return [{"linear": path} for path in (*paths, *(PathConfig(D=d, E=e) for d in options["D"] for e in options["E"]))]
 
 
-def test_every_entrant_agrees_with_the_oracle(field, task):
-    field.check(task, some_paths(), 8.0)
+def test_every_entrant_agrees_with_the_oracle(field, workload):
+    field.check(workload, some_paths(), 8.0)
     assert not field.refused
     assert set(field.errors) == set(field.models) == set(entrants.ENTRANTS)
     assert 0 < max(field.errors[name] for name in (entrants.OURS, entrants.OURS_MATMUL)) <= 8
@@ -50,10 +50,10 @@ def test_every_entrant_agrees_with_the_oracle(field, task):
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("product", [entrants.OURS, entrants.OURS_MATMUL])
-def test_the_oracle_agrees_with_the_reference_formula(task, bias, product):
+def test_the_oracle_agrees_with_the_reference_formula(workload, bias, product):
     """Two independent writings of the formula, in fp64."""
     model = make_field(bias, ()).models[product].double()
-    wide = task.double()
+    wide = workload.double()
     for paths in some_paths():
         model.linear.path = paths["linear"]
         with use_backend("reference"):
@@ -65,38 +65,38 @@ def test_the_oracle_agrees_with_the_reference_formula(task, bias, product):
 
 
 @pytest.mark.parametrize("who", [name for name in entrants.ENTRANTS if name != entrants.FROZEN])
-def test_an_entrant_that_is_a_little_off_is_refused_and_leaves(field, task, who):
+def test_an_entrant_that_is_a_little_off_is_refused_and_leaves(field, workload, who):
     field.models[who].linear.register_forward_hook(lambda _module, _inputs, y: y * 1.001)
-    field.check(task, [ALL], 8.0)
+    field.check(workload, [ALL], 8.0)
     assert set(field.refused) == {who}
     assert "expected errors over u S" in field.refused[who]
     assert who not in field.models
 
 
 @pytest.mark.parametrize("who", [entrants.LORA, entrants.GLORA, entrants.HIRA, entrants.LYCORIS])
-def test_a_peer_with_other_factors_is_refused(field, task, who):
+def test_a_peer_with_other_factors_is_refused(field, workload, who):
     trained = next(parameter for parameter in field.models[who].parameters() if parameter.requires_grad)
     with torch.no_grad():
         trained.mul_(1.1)
-    field.check(task, [], 8.0)
+    field.check(workload, [], 8.0)
     assert set(field.refused) == {who}
 
 
-def test_a_layer_that_misreads_its_path_is_refused(field, task, monkeypatch):
+def test_a_layer_that_misreads_its_path_is_refused(field, workload, monkeypatch):
     """The oracle reads the path for itself."""
     right = GLoRALinear.terms
     monkeypatch.setattr(GLoRALinear, "terms", lambda self, path=None: right(self, PathConfig(B="vector")))
-    field.check(task, [ALL], 8.0)
+    field.check(workload, [ALL], 8.0)
     assert {entrants.OURS, entrants.OURS_MATMUL} <= set(field.refused)
     assert not {entrants.LORA, entrants.GLORA, entrants.HIRA} & set(field.refused)
 
 
-def test_an_entrant_that_raises_does_not_end_the_run_of_the_others(field, task):
+def test_an_entrant_that_raises_does_not_end_the_run_of_the_others(field, workload):
     def fail(*_):
         raise RuntimeError("no such kernel")
 
     field.models[entrants.GLORA].linear.register_forward_hook(fail)
-    field.check(task, [ALL], 8.0)
+    field.check(workload, [ALL], 8.0)
     assert field.refused == {entrants.GLORA: "RuntimeError: no such kernel"}
 
 
@@ -109,8 +109,8 @@ def test_a_package_that_is_not_installed_is_said(monkeypatch):
     assert made.missing[entrants.LYCORIS] == "the package lycoris is not installed"
 
 
-def test_the_truth_is_in_fp64_and_its_scale_bounds_it(field, task):
-    want, scale = truth(task, field.models[entrants.OURS])
+def test_the_truth_is_in_fp64_and_its_scale_bounds_it(field, workload):
+    want, scale = truth(workload, field.models[entrants.OURS])
     assert set(want) == set(scale)
     for name, tensor in want.items():
         assert tensor.dtype == torch.float64

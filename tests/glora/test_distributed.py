@@ -18,7 +18,7 @@ import glora
 from glora import PathConfig, Recipe, SearchSettings, SearchSpace, evolve, glora_layers, search, sync_gradients, train
 from glora.distributed import _same_everywhere, share, unwrapped, whole
 from glora.peft import export_peft, import_peft
-from glora.processes import rank
+from glora.processes import process_rank
 from glora.training.batches import StepSampler
 from tests.glora.evolution.test_evolution import LAYERS, Counted, additive, scored
 from tests.glora.evolution.test_halving import RUNGS, SAMPLES, Parts, of_part
@@ -51,9 +51,9 @@ def recipe(**changes):
 def own_mlp():
     """Of other weights on every rank, the frozen ones too."""
     model = adapted_mlp()
-    randomize(model, rank())
+    randomize(model, process_rank())
     with torch.no_grad():
-        model.fc1.weight.add_(rank())
+        model.fc1.weight.add_(process_rank())
     return model
 
 
@@ -125,7 +125,7 @@ def assert_close(got, expected, tolerance):
 
 def known_to_first(file):
     """``file`` on rank 0; on others, which are not to touch it, one that cannot be."""
-    return Path("/nowhere") / file.name if rank() else file
+    return Path("/nowhere") / file.name if process_rank() else file
 
 
 def searched(folder, ranks):
@@ -184,7 +184,7 @@ def noisy_and_cut(folder):
     try:
         noisy(folder, cut=10)
     except CutError:
-        torch.manual_seed(rank())  # whatever happens in between
+        torch.manual_seed(process_rank())  # whatever happens in between
     return uncut, noisy(folder, cut=99)
 
 
@@ -342,15 +342,15 @@ def half_precision():
     model = adapted_mlp(dtype=torch.bfloat16)
     randomize(model)
     for parameter in glora.trainable_parameters(model):
-        parameter.grad = torch.full_like(parameter, 1.0 + 2 * rank())
-    model.fc1.Ad.grad = torch.ones(2, 8).t() * rank()
+        parameter.grad = torch.full_like(parameter, 1.0 + 2 * process_rank())
+    model.fc1.Ad.grad = torch.ones(2, 8).t() * process_rank()
     sync_gradients(model)
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
 def other_paths(rank_of_other):
     model = trained_mlp()
-    paths = {**PATHS[0], **({"fc2": PathConfig(B="constant")} if rank() == rank_of_other else {})}
+    paths = {**PATHS[0], **({"fc2": PathConfig(B="constant")} if process_rank() == rank_of_other else {})}
     glora.set_paths(model, paths)
     model(points().tensors[0]).sum().backward()
     sync_gradients(model)
@@ -358,7 +358,7 @@ def other_paths(rank_of_other):
 
 def other_union():
     model = trained_mlp()
-    for paths in PATHS if rank() else PATHS[1:]:
+    for paths in PATHS if process_rank() else PATHS[1:]:
         glora.set_paths(model, paths)
         model(points().tensors[0]).sum().backward()
     sync_gradients(model)
@@ -380,7 +380,7 @@ class FailingData(Dataset):
         return 12
 
     def __getitem__(self, index):
-        if rank() == 1:
+        if process_rank() == 1:
             raise OSError("no such image")
         return points()[index]
 
@@ -394,7 +394,7 @@ def start(model, dataset=None, **options):
 
 
 def nan_on_one(output, target):
-    return output.sum() * (math.nan if rank() == 1 else 1)
+    return output.sum() * (math.nan if process_rank() == 1 else 1)
 
 
 def default_ddp(**options):
@@ -423,7 +423,7 @@ def sharded_over_part():
 
 
 def failing_score(paths):
-    if rank() == 1:
+    if process_rank() == 1:
         raise OSError("no such image")
     return 0.0
 
@@ -467,37 +467,37 @@ REFUSED = {
         r"batch norm, .* got '0'; use torch.nn.SyncBatchNorm",
     ),
     "recipe": (
-        lambda: start(trained_mlp(), recipe=recipe(lr=0.1 + rank())),
+        lambda: start(trained_mlp(), recipe=recipe(lr=0.1 + process_rank())),
         ValueError,
         r"^arguments: expected the same on every rank, got 'recipe' .*'lr': 1.1.* on rank 1",
     ),
     "steps-of-checkpoints": (
-        lambda: start(trained_mlp(), recipe=recipe(checkpoint_every=1 + rank()), checkpoint="/nowhere/file.pt"),
+        lambda: start(trained_mlp(), recipe=recipe(checkpoint_every=1 + process_rank()), checkpoint="/nowhere/file.pt"),
         ValueError,
         r"^arguments: expected the same on every rank, got 'checkpoint_every' 2 on rank 1 and 1 on rank 0",
     ),
     "checkpoint-of-one": (
-        lambda: start(trained_mlp(), checkpoint="/nowhere/file.pt" if rank() else None),
+        lambda: start(trained_mlp(), checkpoint="/nowhere/file.pt" if process_rank() else None),
         ValueError,
         r"^arguments: expected the same on every rank, got 'checkpoint' True on rank 1 and False on rank 0",
     ),
     "journal-of-one": (
-        lambda: search_of(trained_mlp(), journal="/nowhere/search.jsonl" if rank() else None),
+        lambda: search_of(trained_mlp(), journal="/nowhere/search.jsonl" if process_rank() else None),
         ValueError,
         r"^arguments: expected the same on every rank, got 'journal' True on rank 1 and False on rank 0",
     ),
     "fixed-paths": (
-        lambda: start(trained_mlp(seed=rank()), space=None),
+        lambda: start(trained_mlp(seed=process_rank()), space=None),
         ValueError,
         r"^arguments: .* got 'paths' ",
     ),
     "model": (
-        lambda: start(trained_mlp(rank=2 + rank())),
+        lambda: start(trained_mlp(process_rank=2 + process_rank())),
         ValueError,
         r"^model: .* got 'fc1.Ad' torch.float32 torch.strided \(8, 3\) on rank 1",
     ),
     "one-empty": (
-        lambda: start(trained_mlp(), TensorDataset(torch.ones(rank(), 6), torch.zeros(rank(), dtype=torch.long))),
+        lambda: start(trained_mlp(), TensorDataset(torch.ones(process_rank(), 6), torch.zeros(process_rank()).long())),
         (ValueError, RuntimeError),
         (r"^dataset: expected at least one sample", r"^rank 0 failed: ValueError: dataset: expected"),
     ),
@@ -523,12 +523,12 @@ REFUSED = {
         "journal: expected an existing folder, got /nowhere",
     ),
     "weights": (
-        lambda: search_of(trained_mlp(seed=rank())),
+        lambda: search_of(trained_mlp(seed=process_rank())),
         ValueError,
         r"^arguments: expected the same on every rank, got 'scored_by' ",
     ),
     "settings": (
-        lambda: evolve(LAYERS, SPACE, additive, settings=SearchSettings(seed=rank()), progress=False),
+        lambda: evolve(LAYERS, SPACE, additive, settings=SearchSettings(seed=process_rank()), progress=False),
         ValueError,
         r"^arguments: expected the same on every rank, got 'settings' ",
     ),
@@ -561,7 +561,10 @@ def all_read(wrap):
 
 
 def agreement():
-    return [_same_everywhere({"fc1": text}, torch.device("cpu")) for text in ("A", f"A{rank()}", f"A{1 - rank()}")]
+    return [
+        _same_everywhere({"fc1": text}, torch.device("cpu"))
+        for text in ("A", f"A{process_rank()}", f"A{1 - process_rank()}")
+    ]
 
 
 def refusals():
@@ -596,7 +599,7 @@ def gathered():
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     whole, model = sharded(trained_mlp()), adapted_mlp()
     state = get_model_state_dict(whole, options=options)
-    if rank() == 0:
+    if process_rank() == 0:
         with pytest.warns(UserWarning, match="expected the paths of the support tensors too"):
             model.load_state_dict(state)
         glora.set_paths(model, glora.get_paths(whole))
@@ -638,7 +641,7 @@ def test_every_rank_may_save_to_one_path(tmp_path):
 
 def gradients_and_refusals():
     checks = gathered(), all_read(DistributedDataParallel), agreement()
-    return accumulated(rank(), True), half_precision(), sharded_gradients(), *checks, refusals()
+    return accumulated(process_rank(), True), half_precision(), sharded_gradients(), *checks, refusals()
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from glora_kernels import glora_linear
 from glora_kernels._triton import TritonBackend, device
 from glora_kernels._triton.kernels import finish
 from glora_kernels._triton.launch import recorded
-from glora_kernels.backend import Step
+from glora_kernels.backend import BackwardCall
 from tests.interpreter.cases import (
     KINDS,
     PRODUCTS,
@@ -146,7 +146,7 @@ def test_on_a_gpu(dtype, strategy, architecture, monkeypatch):
                 assert len(forward) + len(operations.names) <= 2, (path, forward, operations.names)
             wanted = frozenset(slot for slot, _ in terms.active)
             output = y if expected_route(product, a) == "solved" else None
-            step = Step(y, x, weight, bias, terms, output, b_eff, projected, wanted, True)
+            step = BackwardCall(y, x, weight, bias, terms, output, b_eff, projected, wanted, True)
             with recorded() as backward, Operations() as operations:
                 backend.backward(step)
             assert set(operations.names) <= {"mm"}

@@ -305,7 +305,7 @@ def test_table_is_aligned():
 
 def test_another_order_in_another_process_is_noticed():
     with pytest.raises(AssertionError, match="another order"):
-        work.measure(work.Job(__name__, "cuda:80", 0, "not its label"))
+        work.measure(work.BuildJob(__name__, "cuda:80", 0, "not its label"))
 
 
 class Asked:

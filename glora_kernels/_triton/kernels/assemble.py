@@ -121,10 +121,10 @@ def assembled(
     down = dense(terms.A.down) if isinstance(terms.A, LowRank) else a.left
     w_eff = weight.new_empty(outputs, inputs) if write_weight else None
     b_eff = weight.new_empty(outputs) if write_bias else None
-    projects = a.kind == operands.ADDED
+    projects = a.form == operands.ADDED
     projected = weight.new_empty(outputs, a.rank, dtype=compute_dtype(weight.dtype)) if projects else None
     tile = shared.tile("assemble", a.rank, b.rank, folded.rank)
-    share = share_of(inputs, tile, projects or folded.c_kind != operands.NONE or not write_weight)
+    share = share_of(inputs, tile, projects or folded.c_form != operands.NONE or not write_weight)
     launch(
         assemble_kernel,
         cdiv(outputs, tile.rows) * cdiv(inputs, share),
@@ -158,9 +158,9 @@ def assembled(
         rank_a=a.rank,
         rank_b=b.rank,
         rank_c=folded.rank,
-        A=a.kind,
-        B=b.kind,
-        C=folded.c_kind,
+        A=a.form,
+        B=b.form,
+        C=folded.c_form,
         D=folded.d is not None,
         E=folded.e is not None,
         BIAS=folded.bias is not None,

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..launch import launch
 from ..operands import cdiv, padded_rank
-from ..run import Run, stride
+from ..run import BackwardRun, stride
 from ..tile import LOW_RANK, effective_tile, load_tile, row_part, span, store_tile, sum_slices, term_tile
 
 # Numbers that change from call to call: a new value needs no new build.
@@ -197,16 +197,16 @@ def contract_kernel(
             store_tile(w_eff_ptr, effective_tile(weight, a, b, A, B), rows, columns, K, 1, row_mask, mask)
 
 
-def contraction(run: Run, dw: Tensor | None) -> Tensor | None:
+def contraction(run: BackwardRun, dw: Tensor | None) -> Tensor | None:
     """See contract.py, from ``dw`` or else from dy and x; returns W_eff if dx is to be formed from it.
 
     On the route ``solved`` it forms the lost rows of da, and nothing else.
     """
-    step, solved = run.step, run.route == "solved"
-    outputs, inputs = step.weight.shape
-    dy, x = (step.dy, step.x) if dw is None else (None, None)
-    writes = dw is not None and step.wants_x
-    w_eff = step.weight.new_empty(outputs, inputs) if writes else None
+    call, solved = run.call, run.route == "solved"
+    outputs, inputs = call.weight.shape
+    dy, x = (call.dy, call.x) if dw is None else (None, None)
+    writes = dw is not None and call.wants_x
+    w_eff = call.weight.new_empty(outputs, inputs) if writes else None
     tile, numerics = run.contract_tile, run.shared.numerics
     launch(
         contract_kernel,
@@ -215,7 +215,7 @@ def contraction(run: Run, dw: Tensor | None) -> Tensor | None:
         dw_ptr=dw,
         dy_ptr=dy,
         x_ptr=x,
-        w_ptr=step.weight,
+        w_ptr=call.weight,
         w_eff_ptr=w_eff,
         a_ptr=run.a.left,
         au_ptr=run.a.right,
@@ -232,15 +232,15 @@ def contraction(run: Run, dw: Tensor | None) -> Tensor | None:
         at_dc=run.at("dc"),
         at_cu=run.at("cu"),
         slices=run.token_blocks,
-        M=step.dy.shape[0],
+        M=call.dy.shape[0],
         N=outputs,
         K=inputs,
         stride_ym=stride(dy, 0),
         stride_yn=stride(dy, 1),
         stride_xm=stride(x, 0),
         stride_xk=stride(x, 1),
-        stride_wn=step.weight.stride(0),
-        stride_wk=step.weight.stride(1),
+        stride_wn=call.weight.stride(0),
+        stride_wk=call.weight.stride(1),
         stride_a=run.a.left_row,
         stride_au=run.a.right_rank,
         stride_b=run.b.left_row,
@@ -249,8 +249,8 @@ def contraction(run: Run, dw: Tensor | None) -> Tensor | None:
         rank_a=run.a.rank,
         rank_b=run.b.rank,
         rank_c=run.prompt.rank,
-        A=run.a.kind,
-        B=run.b.kind,
+        A=run.a.form,
+        B=run.b.form,
         GRAD_A=True,
         GRAD_B=run.wants("B") and not solved,
         SUM_B=run.has("b_sum") and not solved,

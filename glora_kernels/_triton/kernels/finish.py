@@ -17,18 +17,18 @@ import triton.language as tl
 from torch import Tensor
 
 from ...planning.settings import Tile
-from .. import jobs as kinds
+from .. import jobs as rules
 from .. import operands
-from ..jobs import FINISH_BLOCK, Job, blocks, table
+from ..jobs import FINISH_BLOCK, GradientJob, blocks, table
 from ..launch import launch
 from ..operands import dense
-from ..run import Run
+from ..run import BackwardRun
 from ..tile import LOW_RANK, ROW, sum_slices
 
 TABLE_WIDTH = tl.constexpr(12)
-TIMES_BIAS = tl.constexpr(kinds.TIMES_BIAS)  # D: times b0
-TIMES_UP = tl.constexpr(kinds.TIMES_UP)  # Cd: times Cu
-SOLVED = tl.constexpr(kinds.SOLVED)  # A from the output
+TIMES_BIAS = tl.constexpr(rules.TIMES_BIAS)  # D: times b0
+TIMES_UP = tl.constexpr(rules.TIMES_UP)  # Cd: times Cu
+SOLVED = tl.constexpr(rules.SOLVED)  # A from the output
 
 # Numbers that change from call to call: a new value needs no new build.
 VARYING = ["jobs", "N", "slices", "exact_slices", "stride_a", "stride_b", "rank_b", "at_t", "at_db", "at_b", "at_exact"]
@@ -114,7 +114,7 @@ def finish_kernel(
     row = table_ptr + job * TABLE_WIDTH
     first_block, source, job_slices, stride = tl.load(row), tl.load(row + 1), tl.load(row + 2), tl.load(row + 3)
     target, size, inner, up = tl.load(row + 4), tl.load(row + 5), tl.load(row + 6), tl.load(row + 7)
-    width, rank, count, kind = tl.load(row + 8), tl.load(row + 9), tl.load(row + 10), tl.load(row + 11)
+    width, rank, count, rule = tl.load(row + 8), tl.load(row + 9), tl.load(row + 10), tl.load(row + 11)
     o = (block - first_block) * BLOCK + tl.arange(0, BLOCK)
     c = tl.where(up != 0, o % inner, o // inner)
     j = tl.where(up != 0, o // inner, o % inner)
@@ -122,13 +122,13 @@ def finish_kernel(
     element = c * width + tl.minimum(j, width - 1)
     value = sum_slices(partials_ptr + source, job_slices, stride, element, mask, BLOCK, WIDE)
     if BIAS:
-        if kind == TIMES_BIAS:
+        if rule == TIMES_BIAS:
             value *= tl.load(bias_ptr + c, mask=mask, other=0.0).to(WIDE)
     if UP:
-        if kind == TIMES_UP:
+        if rule == TIMES_UP:
             value *= tl.load(cu_ptr + j, mask=mask, other=0.0).to(WIDE)
     if SOLVE:
-        if kind == SOLVED:
+        if rule == SOLVED:
             value = solve(
                 c,
                 mask,
@@ -159,10 +159,10 @@ def finish_kernel(
 FINISH_TILE = Tile(0, FINISH_BLOCK, 0, 4, 2)
 
 
-def finish(run: Run, jobs: tuple[Job, ...], grads: Tensor) -> None:
+def finish(run: BackwardRun, jobs: tuple[GradientJob, ...], grads: Tensor) -> None:
     """See finish.py: the jobs' gradients, one after the other in ``grads``."""
-    step, solved = run.step, run.route == "solved"
-    asked = {job.kind for job in jobs}
+    call, solved = run.call, run.route == "solved"
+    asked = {job.rule for job in jobs}
     launch(
         finish_kernel,
         blocks(jobs),
@@ -170,11 +170,11 @@ def finish(run: Run, jobs: tuple[Job, ...], grads: Tensor) -> None:
         table_ptr=table(jobs, grads.device),
         partials_ptr=run.buffer,
         grads_ptr=grads,
-        bias_ptr=None if step.bias is None else dense(step.bias),
+        bias_ptr=None if call.bias is None else dense(call.bias),
         cu_ptr=run.prompt.cu,
         a_ptr=run.a.left if solved else None,
         b_ptr=run.b.left if solved else None,
-        b_eff_ptr=step.b_eff if solved else None,
+        b_eff_ptr=call.b_eff if solved else None,
         lost_ptr=run.lost,
         jobs=len(jobs),
         at_t=run.at("t"),
@@ -183,15 +183,15 @@ def finish(run: Run, jobs: tuple[Job, ...], grads: Tensor) -> None:
         at_exact=run.at("exact"),
         slices=run.token_blocks,
         exact_slices=run.of("exact").number,
-        N=step.weight.shape[0],
+        N=call.weight.shape[0],
         stride_a=run.a.left_row,
         stride_b=run.b.left_row,
         rank_b=run.b.rank,
-        BIAS=kinds.TIMES_BIAS in asked,
-        UP=kinds.TIMES_UP in asked,
+        BIAS=rules.TIMES_BIAS in asked,
+        UP=rules.TIMES_UP in asked,
         SOLVE=solved,
-        B=run.b.kind if solved else operands.NONE,
-        B_EFF=solved and step.b_eff is not None,
+        B=run.b.form if solved else operands.NONE,
+        B_EFF=solved and call.b_eff is not None,
         BLOCK=FINISH_BLOCK,
         WIDE=run.shared.numerics.wide,
     )

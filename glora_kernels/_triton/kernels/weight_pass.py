@@ -19,7 +19,7 @@ from torch import Tensor
 from ...routes import ACCEPTED_LOSS, PROBED_TOKENS
 from ..launch import launch
 from ..operands import Operand, cdiv, padded_rank
-from ..run import Run, stride
+from ..run import BackwardRun, stride
 from ..tile import LOW_RANK, ROW, effective_tile, load_tile, row_part, span, store_tile, sum_slices, term_tile
 
 # Numbers that change from call to call: a new value needs no new build.
@@ -160,23 +160,23 @@ def weight_pass_kernel(
         tl.store(lost_ptr + rows, tl.where(kept, 0, 1), mask=row_mask)
 
 
-def weight_pass(run: Run) -> Tensor | None:
+def weight_pass(run: BackwardRun) -> Tensor | None:
     """See weight_pass.py; returns W_eff if dx is to be formed from it."""
-    step, probes = run.step, run.route == "solved"
-    outputs, inputs = step.weight.shape
-    writes = step.wants_x and step.terms.adapts_weight and run.strategy != "fused" and run.route != "scaled"
+    call, probes = run.call, run.route == "solved"
+    outputs, inputs = call.weight.shape
+    writes = call.wants_x and call.terms.adapts_weight and run.strategy != "fused" and run.route != "scaled"
     if not (writes or probes or run.has("dc") or run.has("ad")):
         return None
-    w_eff = step.weight.new_empty(outputs, inputs) if writes else None
-    run.lost = torch.empty(outputs, dtype=torch.int32, device=step.weight.device) if probes else None
+    w_eff = call.weight.new_empty(outputs, inputs) if writes else None
+    run.lost = torch.empty(outputs, dtype=torch.int32, device=call.weight.device) if probes else None
     a, b = (run.a, run.b) if writes or probes else (Operand(), Operand())
-    x, dy = (step.x, step.dy) if probes else (None, None)
+    x, dy = (call.x, call.dy) if probes else (None, None)
     tile, numerics = run.weight_tile, run.shared.numerics
     launch(
         weight_pass_kernel,
         cdiv(outputs, tile.rows) * cdiv(inputs, run.weight_share),
         tile,
-        w_ptr=step.weight,
+        w_ptr=call.weight,
         w_eff_ptr=w_eff,
         a_ptr=a.left,
         au_ptr=a.right,
@@ -185,7 +185,7 @@ def weight_pass(run: Run) -> Tensor | None:
         c_ptr=run.prompt.c,
         x_ptr=x,
         dy_ptr=dy,
-        b_eff_ptr=step.b_eff,
+        b_eff_ptr=call.b_eff,
         lost_ptr=run.lost,
         partials_ptr=run.buffer,
         at_db=run.at("db"),
@@ -195,12 +195,12 @@ def weight_pass(run: Run) -> Tensor | None:
         at_ad=run.at("ad"),
         at_t=run.at("t"),
         slices=run.token_blocks,
-        M=step.dy.shape[0],
+        M=call.dy.shape[0],
         N=outputs,
         K=inputs,
         share=run.weight_share,
-        stride_wn=step.weight.stride(0),
-        stride_wk=step.weight.stride(1),
+        stride_wn=call.weight.stride(0),
+        stride_wk=call.weight.stride(1),
         stride_xm=stride(x, 0),
         stride_xk=stride(x, 1),
         stride_ym=stride(dy, 0),
@@ -214,15 +214,15 @@ def weight_pass(run: Run) -> Tensor | None:
         rank_a=run.a.rank,
         rank_b=b.rank,
         rank_c=run.prompt.rank,
-        loss=ACCEPTED_LOSS[step.weight.dtype],
-        A=a.kind,
-        B=b.kind,
+        loss=ACCEPTED_LOSS[call.weight.dtype],
+        A=a.form,
+        B=b.form,
         WRITE_WEIGHT=writes,
         DC=run.has("dc"),
         DCU=run.has("cu"),
         DV=run.has("ad"),
         PROBE=probes,
-        B_EFF=step.b_eff is not None,
+        B_EFF=call.b_eff is not None,
         BLOCK_N=tile.rows,
         BLOCK_K=tile.columns,
         RANK_A=run.a.block_rank,

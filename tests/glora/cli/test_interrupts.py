@@ -70,7 +70,7 @@ def cut(arguments, folder, place, times=1, number=signal.SIGINT):
 
 
 MODEL = ("glora.runs.stages", "make_model")
-SAVED = ("glora.training.run:TrainingRun", "save")
+SAVED = ("glora.training.state:TrainingState", "save")
 WRITING = ("torch", "save")  # into a file that is renamed afterwards
 SCORED = ("glora.evolution.journal:Journal", "append")
 

@@ -75,7 +75,7 @@ class DenseProducts(TorchDispatchMode):
 def run(tokens, outputs, inputs, terms, has_bias, wanted, wants_x, strategy):
     """The names of what forward and backward launch on a pretended GPU, the backward pass, and its route."""
     from glora_kernels._triton import TritonBackend, backward, device, launch
-    from glora_kernels.backend import Step
+    from glora_kernels.backend import BackwardCall
     from glora_kernels.routes import reuses_output
 
     x, weight = empty(tokens, inputs, dtype=torch.bfloat16), empty(outputs, inputs, dtype=torch.bfloat16)
@@ -85,7 +85,7 @@ def run(tokens, outputs, inputs, terms, has_bias, wanted, wants_x, strategy):
         with launch.recorded() as forward_launches, DenseProducts(forward_launches):
             y, projected, b_eff = backend.forward(x, weight, bias, terms)
         output = y if "A" in wanted and reuses_output(tokens, inputs, terms) else None
-        step = Step(y, x, weight, bias, terms, output, b_eff, projected, wanted, wants_x)
+        step = BackwardCall(y, x, weight, bias, terms, output, b_eff, projected, wanted, wants_x)
         with launch.recorded() as backward_launches, DenseProducts(backward_launches):
             backend.backward(step)
     return forward_launches, backward_launches, backward.route_of(step)
@@ -96,7 +96,7 @@ def names(launched):
 
 
 def predicted_names(listed):
-    return [{BLAS: "dense", FUSED: "fused"}.get(launch.kind, launch.name) for launch in listed]
+    return [{BLAS: "dense", FUSED: "fused"}.get(launch.category, launch.name) for launch in listed]
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -169,7 +169,9 @@ def test_bytes_and_operations_of_the_main_launches():
         for name, size in expected.items():
             assert size <= found[name].bytes <= 1.05 * size, (strategy, name)
         assert found["y"].flops == pytest.approx(unit, rel=0.03)
-        assert all(unit <= launch.flops < 1.04 * unit for launch in listed if launch.kind in (BLAS, FUSED, CONTRACTED))
+        assert all(
+            unit <= launch.flops < 1.04 * unit for launch in listed if launch.category in (BLAS, FUSED, CONTRACTED)
+        )
 
 
 def test_what_does_not_fit_the_cache_is_read_twice():

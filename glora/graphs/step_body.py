@@ -16,7 +16,7 @@ LossOf = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True, eq=False)
-class GraphTask:
+class StepBody:
     """A training step without its path.
 
     Attributes:

@@ -8,14 +8,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .agreement import Task
+from .agreement import Workload
 from .timing import Timed, Watch
 
 FORWARD, BACKWARD = "forward", "backward"
 
 
 @dataclass(frozen=True, eq=False)
-class LayerTask:
+class LayerWorkload:
     """Forward, and backward from a given gradient of the output.
 
     Args:
@@ -40,15 +40,15 @@ class LayerTask:
         assert self.x.grad is not None
         return {"x": self.x.grad}
 
-    def double(self) -> LayerTask:
-        return LayerTask(self.x.detach().double().requires_grad_(), self.dy.double())
+    def double(self) -> LayerWorkload:
+        return LayerWorkload(self.x.detach().double().requires_grad_(), self.dy.double())
 
-    def magnitudes(self) -> LayerTask:
-        return LayerTask(self.x.detach().float().abs().requires_grad_(), self.dy.float().abs())
+    def magnitudes(self) -> LayerWorkload:
+        return LayerWorkload(self.x.detach().float().abs().requires_grad_(), self.dy.float().abs())
 
 
 @dataclass(frozen=True, eq=False)
-class ClassifierTask:
+class ClassifierWorkload:
     """Forward; cross-entropy and backward.
 
     Args:
@@ -71,15 +71,15 @@ class ClassifierTask:
     def input_gradients(self) -> dict[str, Tensor]:
         return {}
 
-    def double(self) -> ClassifierTask:
-        return ClassifierTask(self.images.double(), self.labels)
+    def double(self) -> ClassifierWorkload:
+        return ClassifierWorkload(self.images.double(), self.labels)
 
     def magnitudes(self) -> None:
         return None
 
 
 @dataclass(frozen=True, eq=False)
-class InferenceTask:
+class InferenceWorkload:
     """Forward alone, without a graph.
 
     Args:
@@ -101,21 +101,21 @@ class InferenceTask:
     def input_gradients(self) -> dict[str, Tensor]:
         return {}
 
-    def double(self) -> InferenceTask:
-        return InferenceTask(self.images.double())
+    def double(self) -> InferenceWorkload:
+        return InferenceWorkload(self.images.double())
 
     def magnitudes(self) -> None:
         return None
 
 
-def step(task: Task, model: nn.Module) -> Timed:
+def step(workload: Workload, model: nn.Module) -> Timed:
     """Both passes, timed one by one; resetting the gradients is not timed."""
 
     def timed(watch: Watch) -> None:
-        task.reset(model)
+        workload.reset(model)
         with watch(FORWARD):
-            output = task.forward(model)
+            output = workload.forward(model)
         with watch(BACKWARD):
-            task.backward(model, output)
+            workload.backward(model, output)
 
     return timed

@@ -43,7 +43,7 @@ class StepRecord(NamedTuple):
     accuracy: float
 
 
-class TrainingRun:
+class TrainingState:
     """A training run's state: everything a checkpoint holds.
 
     Attributes:
