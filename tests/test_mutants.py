@@ -11,14 +11,16 @@ from tests.mutants.equivalent import EQUIVALENT, Equivalent
 from tests.mutants.operators import OPERATORS
 from tests.mutants.plugin import kind_of
 from tests.mutants.runner import COMMON, Journal, Outcome, Suite
-from tests.mutants.sites import KERNEL_FILES, ROOT, mutants, read_sources
+from tests.mutants.sites import KERNEL_FILES, ROOT, mutants, path_of, read_sources
 
 KERNEL = '''
+@triton.jit
 def part(ptr, rows, stride_row, stride_column, row_mask, acc):
     """a + b and tl.trans(c) are words here."""
     return tl.load(ptr, mask=row_mask, other=0.0)
 
 
+@triton.jit
 def kernel(a_ptr, b_ptr, M, N, stride_m, stride_n):
     tl.assume(M > 0)
     %s
@@ -99,6 +101,10 @@ def test_hints_docstrings_and_annotations_are_left_alone():
     assert not mutants({"a.py": KERNEL % "x: tl.constexpr = A"}, operators)
 
 
+def test_what_launches_a_kernel_is_left_alone():
+    assert not mutants({"a.py": "def launcher(M, N):\n    return M + N * 2\n"}, OPERATORS)
+
+
 def test_mutants_of_the_kernels_are_distinct_valid_and_many(found):
     sources = read_sources()
     assert len({m.id for m in found}) == len({(m.file, m.applied(sources[m.file])) for m in found}) == len(found)
@@ -159,10 +165,10 @@ def test_failures_are_told_apart():
 def suite(tmp_path):
     """A tiny repository with two test files."""
     root = tmp_path / "root"
-    (root / "glora_kernels" / "_triton").mkdir(parents=True)
+    (root / "glora_kernels" / "_triton" / "kernels").mkdir(parents=True)
     (root / "tests" / "interpreter").mkdir(parents=True)
     for name in KERNEL_FILES:
-        (root / "glora_kernels" / "_triton" / name).write_text((ROOT / "glora_kernels" / "_triton" / name).read_text())
+        (root / path_of(name)).write_text((ROOT / path_of(name)).read_text())
     names = (*COMMON, "tests/interpreter/test_a.py", "tests/interpreter/test_b.py")
     for name in names:
         (root / name).write_text("")

@@ -36,7 +36,7 @@ def test_other_types_are_refused():
 
 def test_asking_loads_no_package():
     code = (
-        "import sys, glora.adapters as a\n"
+        "import sys, glora.layers.adapters as a\n"
         "kinds = a.adapters()\n"
         "assert len(kinds) == 2, kinds\n"
         "assert not {'transformers', 'bitsandbytes', 'torchao'} & set(sys.modules)\n"
