@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from glora_kernels import available_backends
+from glora_kernels.torch_private import FEATURES_OFF
 
 from .version import __version__
 
@@ -30,6 +31,7 @@ def examine() -> dict[str, Any]:
         "devices": _devices(),
         "cpu_threads": torch.get_num_threads(),
         "backends": available_backends(),
+        "features_off": FEATURES_OFF,
         "problems": problems,
     }
 
@@ -43,6 +45,12 @@ def format_findings(findings: dict[str, Any]) -> str:
     lines += ["", "devices", *(f"  {device}" for device in findings["devices"]), "", "backends"]
     for name, why_not in findings["backends"].items():
         lines.append(f"  {name:<14} {'available' if why_not is None else 'not available: ' + why_not}")
+    if findings["features_off"]:
+        lines += [
+            "",
+            "off with this PyTorch",
+            *(f"  {name}: {what}" for name, what in findings["features_off"].items()),
+        ]
     problems = findings["problems"]
     return "\n".join([*lines, "", "no problems found" if not problems else "problems: " + "; ".join(problems)])
 

@@ -19,11 +19,12 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from glora_kernels.torch_private import is_traceable_wrapper
 
 _LONGEST = 200  # bytes of the target's name in a temporary's, which may have 255
 _STALE = 60.0  # seconds by the file system's own clock: where its locks do not reach other machines, they are the guard
@@ -282,11 +283,12 @@ def checksum(tensors: Iterable[Tensor]) -> int:
 
 def parts(tensor: Tensor) -> Iterator[Tensor]:
     """The tensors that hold the bytes of ``tensor``: itself, or what a quantised one is made of."""
-    if not is_traceable_wrapper_subclass(tensor):
+    if not is_traceable_wrapper(tensor):
         yield tensor
         state = getattr(tensor, "quant_state", None)  # of bitsandbytes' 4-bit weights: scales, and what they mean
         if state is not None:
             yield from state.as_dict(packed=True).values()
         return
-    for name in tensor.__tensor_flatten__()[0]:
-        yield from parts(getattr(tensor, name))
+    wrapper: Any = tensor
+    for name in wrapper.__tensor_flatten__()[0]:
+        yield from parts(getattr(wrapper, name))

@@ -16,6 +16,7 @@ from .ops.prepared import PreparedLinear, can_prepare
 from .ops.row_blocks import RowBlocks, blocked_linear, terms_of_rows
 from .ops.row_scaled import row_scaled_linear
 from .terms import Constant, LowRank, Terms, Vector
+from .torch_private import warn_of_features_off
 
 __all__ = [
     "Constant",
@@ -46,3 +47,5 @@ __all__ = [
     "terms_of_rows",
     "use_backend",
 ]
+
+warn_of_features_off()

@@ -12,13 +12,13 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
 from . import _torch
 from .backend import Backend
 from .planning.machines import nearest
 from .planning.prediction import STRATEGIES
 from .terms import LowRank, Terms
+from .torch_private import forward_mode_is_on, is_fake, transforms_are_active, watched
 
 BACKENDS = ("reference", "torch", "triton", "cuda")
 CHOICES = ("auto", *BACKENDS)
@@ -35,7 +35,7 @@ class BackendChoice(NamedTuple):
 _OPEN = BackendChoice("auto", None)
 _chosen: ContextVar[BackendChoice | None] = ContextVar("glora_backend", default=None)
 _VARIABLE = "GLORA_BACKEND"
-_KEY = os.environ.encodekey(_VARIABLE)  # os.environ itself takes a microsecond: it raises for what is not set
+_variable_is_set = watched(_VARIABLE)
 
 
 class Decision(NamedTuple):
@@ -153,7 +153,7 @@ def _choice() -> tuple[BackendChoice, str]:
 
 def is_left_open() -> bool:
     """Whether nothing was chosen, so that :func:`automatic` decides."""
-    return _chosen.get() is None and _KEY not in os.environ._data  # type: ignore[attr-defined]
+    return _chosen.get() is None and not _variable_is_set()
 
 
 def automatic(weight: Tensor, terms: Terms) -> Decision:
@@ -171,7 +171,7 @@ def automatic(weight: Tensor, terms: Terms) -> Decision:
 
 def triton_unfit(weight: Tensor, terms: Terms) -> str | None:
     """Why the Triton kernels cannot serve these operands, if that is so."""
-    if isinstance(weight, FakeTensor):
+    if is_fake(weight):
         return "fake tensors have no memory to launch on"
     if weight.device.type != "cuda":
         if weight.device.type != "cpu" or not _interpreted():
@@ -190,7 +190,7 @@ def _extension_unfit(weight: Tensor) -> str | None:
     """Why the extension cannot serve this weight, if that is so. On a CPU it has the kernels' arithmetic, for tests."""
     from ._cuda import load
 
-    if isinstance(weight, FakeTensor):
+    if is_fake(weight):
         return "fake tensors have no memory to launch on"
     if weight.device.type == "cpu":
         return None
@@ -214,9 +214,9 @@ def _has_settings(architecture: str) -> bool:
 
 def tracing_reason() -> str | None:
     """Why only plainly composed operations will do, if that is so."""
-    if torch._C._are_functorch_transforms_active():
+    if transforms_are_active():
         return "a torch.func transform is active, which the composed formula supports to any order"
-    if torch.autograd.forward_ad._current_level >= 0:
+    if forward_mode_is_on():
         return "forward-mode AD is active, which the composed formula supports"
     return None
 

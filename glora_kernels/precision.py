@@ -7,6 +7,8 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
+from .torch_private import autocast_is_on
+
 
 def tf32_allowed() -> bool:
     """Whether fp32 products on a GPU may use TF32; follows the older settings too, and never raises as they can."""
@@ -26,19 +28,16 @@ def cast_operands(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tenso
 
     Comes before the checks, so anything that is not a floating tensor passes through to them.
     """
-    if not is_on() or not isinstance(x, Tensor) or not _active(x.device.type):
+    if not autocast_is_on() or not isinstance(x, Tensor) or not _active(x.device.type):
         return x, weight, bias
     dtype = torch.get_autocast_dtype(x.device.type)
     return _cast(x, dtype), _cast(weight, dtype), _cast(bias, dtype)
 
 
-def is_on() -> bool:
-    """Whether autocast is active for any type of device."""
-    return torch._C._is_any_autocast_enabled()
-
-
 def _active(device_type: str) -> bool:
-    return is_on() and device_type != "meta" and torch.is_autocast_enabled(device_type)  # autocast does not know meta
+    return (
+        autocast_is_on() and device_type != "meta" and torch.is_autocast_enabled(device_type)
+    )  # autocast does not know meta
 
 
 def _cast(tensor, dtype: torch.dtype):

@@ -1,66 +1,328 @@
-"""Whether tensors are what they were when they were checked: one call of C++ in place of every check in Python."""
+"""Every private name of PyTorch that this project uses, and what takes its place where a PyTorch lacks it.
+
+PyTorch promises to keep none of these names. Each is looked up and tried once, when this module is imported. Where a
+name is missing, or the trial raises, a public and slower way takes its place. Where there is no public way, the feature
+that needs the name is off, and :data:`FEATURES_OFF` says so. docs/private-names.md has the table; no other file names
+anything private of PyTorch.
+"""
 
 from __future__ import annotations
 
+import os
 import sys
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from functools import reduce
+from importlib import import_module
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.autograd.function import BackwardCFunction
 
-TensorGuards: Any
-try:  # what torch.compile asks before it runs a graph again; PyTorch promises nobody to keep it
-    from torch._C._dynamo.guards import TensorGuards
-except ImportError:
-    TensorGuards = None
+FEATURES_OFF: dict[str, str] = {}  # what does not work on this PyTorch, by the name that is missing
+
+
+def _tried(name: str, trial: Callable[[Any], object], feature: str = "") -> Any:
+    """The object called ``torch.<name>``, or None where it is missing or ``trial`` of it raises.
+
+    Args:
+        feature: what is off then; empty where a slower way has the same results.
+    """
+    try:
+        found = reduce(_member, name.split("."), torch)
+        trial(found)
+    except Exception:  # whatever a changed signature makes of the trial
+        if feature:
+            FEATURES_OFF[f"torch.{name}"] = feature
+        return None
+    return found
+
+
+def _member(holder: Any, name: str) -> Any:
+    if not hasattr(holder, name) and isinstance(holder, ModuleType):
+        import_module(f"{holder.__name__}.{name}")
+    return getattr(holder, name)
+
+
+# -- calls that repeat -------------------------------------------------------------------------------------------------
+
+
+def _guard(guards: Any, x: Tensor, operands: Sequence[Tensor]) -> Callable[..., bool]:
+    sizes = [[None] * (x.dim() - 1) + [x.shape[-1]], *(list(tensor.shape) for tensor in operands)]
+    strides = [[None] * x.dim(), *(list(tensor.stride()) for tensor in operands)]
+    return guards(x, *operands, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check
+
+
+def _try_guards(guards: Any) -> None:
+    x, other = torch.ones(2, 3), torch.ones(3)
+    check = _guard(guards, x, [other])
+    if not check(x, other) or not check(torch.ones(5, 3), other) or check(torch.ones(2, 4), other):
+        raise RuntimeError("another meaning")
+
+
+# torch.compile asks these before it runs a graph again. Without them every call is checked in Python.
+_tensor_guards = _tried("_C._dynamo.guards.TensorGuards", _try_guards)
 
 
 def can_guard() -> bool:
-    """Whether this PyTorch can tell."""
-    return TensorGuards is not None
+    """Whether :func:`guard` works here."""
+    return _tensor_guards is not None
 
 
 def guard(x: Tensor, operands: Sequence[Tensor]) -> Callable[..., bool]:
-    """A function that is called as ``found(x, *operands)``.
+    """A function, to be called as ``found(x, *operands)``, that says whether the tensors are still what they are now.
 
-    It returns True only if every tensor has the type, dtype, device, layout and need of a gradient that it has now,
-    ``operands`` their sizes and strides and ``x`` its number of dimensions and its last one; and if autocast, inference
-    mode, ``torch.func`` transforms and dispatch modes are on or off as they are now. (Forward-mode AD is not seen.)
+    It compares the type, dtype, device, layout and ``requires_grad`` of every tensor; the sizes and strides of the
+    ``operands``; the number of dimensions and the last size of ``x``. It also compares whether autocast, inference
+    mode, ``torch.func`` transforms and dispatch modes are on. It does not see forward-mode AD.
     """
-    sizes = [[None] * (x.dim() - 1) + [x.shape[-1]], *(list(tensor.shape) for tensor in operands)]
-    strides = [[None] * x.dim(), *(list(tensor.stride()) for tensor in operands)]
-    return TensorGuards(x, *operands, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check
+    return _guard(_tensor_guards, x, operands)
 
 
-# What the engine calls of a custom function; newer versions of PyTorch have two.
+# -- the backward pass -------------------------------------------------------------------------------------------------
+
+_REPEATS = (
+    "a forward pass that activation checkpointing repeats takes the path of today, not that of its first run: keep the "
+    "paths until backward is done"
+)
+# The engine calls one of these for a custom function; newer versions of PyTorch have two.
 _ENTRIES = {
     getattr(BackwardCFunction, name).__code__ for name in ("apply", "apply_boxed") if hasattr(BackwardCFunction, name)
 }
+_STARTS = {torch.autograd.backward.__code__, torch.autograd.grad.__code__}
+
+
+def _sequence_number(node: Any) -> int:
+    return node._sequence_nr()
+
+
+_graph_task = _tried("_C._current_graph_task_id", lambda find: find() + 1)
+_current_node = _tried("_C._current_autograd_node", lambda find: find(), _REPEATS)
+_next_number = _tried("_C._autograd._get_sequence_nr", lambda find: find() + 1, _REPEATS)
+_numbered = _tried("ones", lambda ones: _sequence_number(ones((), requires_grad=True).exp().grad_fn) + 1)
+if _numbered is None:
+    FEATURES_OFF["torch.autograd.graph.Node._sequence_nr"] = _REPEATS
+_hooks_on_top = _tried("_C._autograd._top_saved_tensors_default_hooks", lambda find: find(True))
 
 
 def in_backward() -> bool:
-    return torch._C._current_graph_task_id() != -1
+    """Whether the engine of autograd is running in this thread."""
+    if _graph_task is not None:
+        return _graph_task() != -1
+    return any(frame.f_code in _STARTS or frame.f_code in _ENTRIES for frame in _frames())
+
+
+def _frames() -> Iterable[Any]:
+    frame = sys._getframe(1)
+    while frame is not None:
+        yield frame
+        frame = frame.f_back  # type: ignore[assignment]
 
 
 def repeated_node() -> int | None:
     """The number of the autograd node for which backward runs forward again; None outside of backward, and at its end.
 
-    Nodes are numbered in the order in which a thread makes them, so that the number tells when the first run was. A
-    reentrant checkpoint runs a backward pass of its own inside of backward, over nodes that it has just made; the
-    outermost custom function on the stack is the one that was made by the first run.
+    A thread numbers its nodes in the order in which it makes them, so the number tells when the first run was. A
+    reentrant checkpoint runs a backward pass of its own inside backward, over nodes that it has just made. The first
+    run made the outermost custom function on the stack.
     """
-    if not in_backward():
+    if not in_backward() or _current_node is None or not _can_number():
         return None
-    node, frame = torch._C._current_autograd_node(), sys._getframe()
-    while frame is not None:
+    node = _current_node()
+    for frame in _frames():
         if frame.f_code in _ENTRIES:
             node = frame.f_locals["self"]
-        frame = frame.f_back  # type: ignore[assignment]
-    return None if node is None else node._sequence_nr()
+    return None if node is None else _sequence_number(node)
 
 
 def next_node() -> int:
-    """The number of the next autograd node that this thread makes."""
-    return torch._C._autograd._get_sequence_nr()
+    """The number of the next autograd node that this thread makes; 0 where nodes cannot be numbered."""
+    return _next_number() if _can_number() else 0
+
+
+def _can_number() -> bool:
+    return _next_number is not None and _numbered is not None
+
+
+def saving_hooks_are_on() -> bool:
+    """Whether saved-tensor hooks (checkpointing, offloading) are in force; True where that cannot be told."""
+    return _hooks_on_top is None or _hooks_on_top(True) is not None
+
+
+# -- modes and kinds of tensors ----------------------------------------------------------------------------------------
+
+_AUTOCAST_DEVICES = ("cpu", "cuda", "xpu", "mps", "hpu", "mtia")
+_any_autocast = _tried("_C._is_any_autocast_enabled", lambda find: find())
+_transforms = _tried(
+    "_C._are_functorch_transforms_active", lambda find: find(), "torch.func transforms raise PyTorch's own error"
+)
+_level = _tried("autograd.forward_ad._current_level", lambda level: level + 0)
+_batched = _tried("_C._functorch.is_batchedtensor", lambda find: find(torch.ones(())))
+_legacy_batched = _tried("_C._functorch.is_legacy_batchedtensor", lambda find: find(torch.ones(())))
+_fake = _tried("_subclasses.fake_tensor.FakeTensor", lambda kind: isinstance(torch.ones(()), kind))
+_version = _tried("Tensor._version", lambda version: version.__get__(torch.ones(())) + 0)
+_view = _tried("ops.aten._unsafe_view", lambda view: view(torch.ones(2, 3), (6,)))
+_foreach_copy = _tried("_foreach_copy_", lambda copy: copy([torch.ones(2)], [torch.ones(2)]))
+_traceable = _tried("utils._python_dispatch.is_traceable_wrapper_subclass", lambda find: find(torch.ones(())) or None)
+
+
+def autocast_is_on() -> bool:
+    """Whether autocast is active for any type of device."""
+    if _any_autocast is not None:
+        return _any_autocast()
+    return any(map(_autocasts, _AUTOCAST_DEVICES))
+
+
+def _autocasts(device_type: str) -> bool:
+    try:
+        return torch.is_autocast_enabled(device_type)
+    except RuntimeError:  # a type of device that this PyTorch does not know
+        return False
+
+
+def transforms_are_active() -> bool:
+    """Whether a ``torch.func`` transform runs."""
+    return _transforms is not None and _transforms()
+
+
+def forward_mode_is_on() -> bool:
+    """Whether a level of forward-mode AD has been entered."""
+    if _level is not None:
+        return forward_ad._current_level >= 0
+    try:
+        forward_ad.make_dual(torch.ones(()), torch.ones(()))
+    except RuntimeError:  # no level
+        return False
+    return True
+
+
+def is_batched(tensor: Tensor) -> bool:
+    """Whether vmap has batched the tensor."""
+    if _batched is not None and _legacy_batched is not None:
+        return _legacy_batched(tensor) or _batched(tensor)
+    try:
+        tensor.untyped_storage()
+    except (NotImplementedError, RuntimeError):  # only wrappers have none
+        return True
+    return False
+
+
+def is_fake(tensor: Tensor) -> bool:
+    """Whether it is a fake tensor, which has no memory."""
+    return isinstance(tensor, _fake) if _fake is not None else type(tensor).__name__ == "FakeTensor"
+
+
+def version_of(tensor: Tensor) -> int | None:
+    """The number of changes in place that the tensor has seen; None where that cannot be told."""
+    return None if _version is None else tensor._version
+
+
+def unsafe_view(tensor: Tensor, shape: Sequence[int]) -> Tensor:
+    """A view that autograd does not track as one: a successor such as ``ReLU(inplace=True)`` may overwrite it."""
+    return tensor.reshape(tuple(shape)).clone() if _view is None else _view(tensor, shape)
+
+
+def copy_each(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+    """Copy every source into its target."""
+    if _foreach_copy is not None:
+        _foreach_copy(targets, sources)
+        return
+    for target, source in zip(targets, sources):
+        target.copy_(source)
+
+
+def is_traceable_wrapper(tensor: Tensor) -> bool:
+    """Whether the tensor is of a subclass that can be taken apart by ``__tensor_flatten__``."""
+    if _traceable is not None:
+        return _traceable(tensor)
+    return type(tensor) is not Tensor and hasattr(tensor, "__tensor_flatten__")
+
+
+# -- the environment ---------------------------------------------------------------------------------------------------
+
+
+def watched(variable: str) -> Callable[[], bool]:
+    """A function that says whether an environment variable is set. ``os.environ`` itself takes a microsecond for it."""
+    try:
+        key, values = os.environ.encodekey(variable), os.environ._data  # type: ignore[attr-defined]
+        assert (key in values) == (variable in os.environ)
+    except Exception:
+        return lambda: variable in os.environ
+    return lambda: key in values
+
+
+# -- modules: objects with the attributes of a torch.nn.Module ---------------------------------------------------------
+
+_CALL_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_STATE_HOOKS = (
+    "_state_dict_hooks",
+    "_state_dict_pre_hooks",
+    "_load_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
+)
+_COMPILED = "_compiled_call_impl"
+
+
+def _try_module(kind: Any) -> None:
+    """Note what an empty module lacks."""
+    module = kind()
+    for name in (*_CALL_HOOKS, *_STATE_HOOKS, _COMPILED):
+        if not hasattr(module, name):
+            FEATURES_OFF[f"torch.nn.Module.{name}"] = (
+                "a layer that has such is adapted and loses it; it should be refused"
+            )
+
+
+_tried("nn.Module", _try_module)
+
+
+def has_call_hooks(module: Any) -> bool:
+    """Whether calling the module runs hooks."""
+    return any(getattr(module, name, None) for name in _CALL_HOOKS)
+
+
+def has_state_hooks(module: Any) -> bool:
+    """Whether saving or loading the module's state dict runs hooks."""
+    return any(getattr(module, name, None) for name in _STATE_HOOKS)
+
+
+def is_compiled_in_place(module: Any) -> bool:
+    """Whether ``module.compile()`` has been called."""
+    return getattr(module, _COMPILED, None) is not None
+
+
+def held_parameters(module: Any) -> dict[str, Any]:
+    """The module's own parameters by name, with None for those that are registered as absent."""
+    held = getattr(module, "_parameters", None)
+    return dict(module.named_parameters(recurse=False, remove_duplicate=False)) if held is None else held
+
+
+def children_of(module: Any) -> list[tuple[str, Any]]:
+    """The module's own children by name, each as often as it stands there (``named_children`` has each once)."""
+    held = getattr(module, "_modules", None)
+    if held is None:
+        named = module.named_modules(remove_duplicate=False)
+        return [(name, child) for name, child in named if name and "." not in name]
+    return [(name, child) for name, child in held.items() if child is not None]
+
+
+# The wrappers of PyTorch: where each type stands, and the child that it is around. A type that is no longer there is
+# not recognised, and names of parameters keep its part.
+WRAPPERS = (
+    ("torch._dynamo.eval_frame", "OptimizedModule", "_orig_mod"),
+    ("torch.nn.parallel.distributed", "DistributedDataParallel", "module"),
+    ("torch.nn.parallel.data_parallel", "DataParallel", "module"),
+    ("torch.optim.swa_utils", "AveragedModel", "module"),
+    ("torch.distributed.algorithms._checkpoint.checkpoint_wrapper", "ActivationWrapper", "_checkpoint_wrapped_module"),
+    ("torch.distributed.fsdp", "FullyShardedDataParallel", "_fsdp_wrapped_module"),
+)
+COMPILED = WRAPPERS[0]
+
+
+def warn_of_features_off() -> None:
+    """Warn, once for each, of what does not work on this PyTorch."""
+    for name, feature in FEATURES_OFF.items():
+        warnings.warn(f"PyTorch {torch.__version__} has no {name}: {feature}", RuntimeWarning, stacklevel=3)

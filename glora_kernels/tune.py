@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 from ._triton.builds import Case, launches_of
 from ._triton.device import architecture
 from ._triton.kernels.contract import contract_kernel
-from ._triton.launch import Launch, compile_for, launch
+from ._triton.launch import Launch, compile_for, launch, spills
 from .planning.settings import FILE, KERNELS, Rule, Tile, forced_tiles, load, rules
 
 SHAPES = ((768, 768), (3072, 768), (4096, 4096))  # N, K
@@ -95,8 +95,7 @@ def time_launch(one: Launch) -> float | None:
 
     try:
         compiled = compile_for(one.kernel, tuple(one.arguments.values()), one.tile)
-        compiled._init_handles()
-        if compiled.n_spills:
+        if spills(compiled):
             return None
         return do_bench(lambda: launch(one.kernel, one.grid, one.tile, **one.arguments), return_mode="median")
     except (OutOfResources, CompilationError):

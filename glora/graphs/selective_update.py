@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from glora_kernels.torch_private import copy_each
+
 from .step_body import unchanged
 
 # Their state is zero before a parameter's first step; what others start from is known to them alone.
@@ -55,7 +57,7 @@ class SelectiveUpdate:
             updated = flags.index_select(0, self._owners[dtype])
             kept = torch.where(updated, _flat(tensors), before[dtype])
             parts = kept.split([tensor.numel() for tensor in tensors])
-            torch._foreach_copy_(tensors, [part.view_as(tensor) for part, tensor in zip(parts, tensors)])
+            copy_each(tensors, [part.view_as(tensor) for part, tensor in zip(parts, tensors)])
 
 
 def _owners(places: list[int], tensors: Sequence[Tensor]) -> Tensor:

@@ -81,7 +81,7 @@ class GLoRAConv2d(GLoRALayer):
         self.kernel_size, self.stride = _pair(conv.kernel_size), _pair(conv.stride)
         self.padding = conv.padding if isinstance(conv.padding, str) else _pair(conv.padding)
         self.dilation, self.groups, self.padding_mode = _pair(conv.dilation), conv.groups, conv.padding_mode
-        self._border = list(conv._reversed_padding_repeated_twice)  # for F.pad: left, right, top, bottom
+        self._border = _border(self.padding, self.kernel_size, self.dilation)
         self._take_over(conv, self.features(conv), rank, product)
 
     @property
@@ -158,6 +158,17 @@ class GLoRAConv2d(GLoRALayer):
             f"{text}, padding={self.padding}, dilation={self.dilation}, groups={self.groups}, "
             f"padding_mode={self.padding_mode}"
         )
+
+
+def _border(padding: str | tuple[int, int], kernel: tuple[int, int], dilation: tuple[int, int]) -> list[int]:
+    """What the padding adds on each side, as ``F.pad`` takes it: left, right, top, bottom."""
+    if padding == "valid":
+        return [0] * 4
+    border: list[int] = []
+    for axis in (1, 0):
+        total = dilation[axis] * (kernel[axis] - 1)  # of "same": the odd one of an even kernel comes last
+        border += [total // 2, total - total // 2] if isinstance(padding, str) else [padding[axis]] * 2
+    return border
 
 
 def _pair(values: tuple[int, ...]) -> tuple[int, int]:

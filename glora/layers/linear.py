@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from glora_kernels import PreparedLinear, can_prepare, glora_linear, glora_merge
+from glora_kernels.torch_private import held_parameters
 
 from ..config import PathConfig
 from .base import SUPPORT_NAMES, GLoRALayer
@@ -83,13 +84,13 @@ class GLoRALinear(GLoRALayer):
         if torch.compiler.is_compiling():
             return super().forward(x)
         path = self._history.in_force_eagerly()
-        y = None if self._prepared is None else self._prepared(x, self._parameters, path.choices)
+        y = None if self._prepared is None else self._prepared(x, held_parameters(self), path.choices)
         return self._forward_anew(x, path) if y is None else y
 
     def _forward_anew(self, x: Tensor, path: PathConfig) -> Tensor:
         """A call that is looked at as a whole; calls like it are prepared for where that can be."""
         y = glora_linear(x, self.weight, self.bias, self.terms(path))
-        operands: dict[str, Any] = self._parameters
+        operands = held_parameters(self)
         plain = all(type(operand) is nn.Parameter for operand in operands.values() if operand is not None)
         if plain and tuple(operands) == PARAMETER_NAMES and can_prepare(x):
             weight, bias, *storages = operands.values()

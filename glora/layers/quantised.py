@@ -36,6 +36,7 @@ class GLoRAQuantisedLinear(GLoRALinear):
     """
 
     merges_exactly = False
+    SCB: Tensor | None
 
     def __init__(self, *_: Any, **__: Any):
         raise TypeError("GLoRAQuantisedLinear: expected to be made from a layer, by from_linear or glora.inject")
@@ -64,8 +65,7 @@ class GLoRAQuantisedLinear(GLoRALinear):
     @property
     def format(self) -> Format:
         """How the weight is read as it is now; a weight that moves to another device is another one."""
-        scales = self.get_buffer("SCB") if self._buffers["SCB"] is not None else None
-        return format_of(self.plain_type, self.weight, scales)
+        return format_of(self.plain_type, self.weight, self.SCB)
 
     @property
     def matrix(self) -> Tensor:
@@ -140,11 +140,11 @@ class GLoRAQuantisedLinear(GLoRALinear):
 
     def _apply(self, fn, recurse=True):
         """Casting the layer does not cast the scales: they decode the weight."""
-        scales = self._buffers["SCB"]
+        scales = self.SCB
         super()._apply(fn, recurse)
-        if scales is not None:
-            moved = self.get_buffer("SCB")
-            self._buffers["SCB"] = moved if moved.dtype == scales.dtype else scales.to(moved.device)
+        moved = self.SCB
+        if scales is not None and moved is not None and moved.dtype != scales.dtype:
+            self.SCB = scales.to(moved.device)
         return self
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):

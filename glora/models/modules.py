@@ -7,6 +7,8 @@ from contextlib import contextmanager
 
 from torch import nn
 
+from glora_kernels.torch_private import children_of
+
 from ..arguments import require_type
 from ..layers.base import GLoRALayer
 from ..layers.linear import GLoRALinear
@@ -72,8 +74,8 @@ def replace_modules(model: nn.Module, replacements: Mapping[nn.Module, nn.Module
     """Put each new module in every place where its old one stands (a shared module has several)."""
     for parent in list(model.modules()):
         # not named_children(), which passes over a second reference to the same module
-        for name, child in list(parent._modules.items()):
-            if child is not None and child in replacements:
+        for name, child in children_of(parent):
+            if child in replacements:
                 setattr(parent, name, replacements[child])
 
 

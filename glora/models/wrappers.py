@@ -1,4 +1,4 @@
-"""Names of a model without its wrappers: ``fc1.Ad``, not ``_orig_mod.module.fc1.Ad``.
+"""Names of a model without its wrappers: ``fc1.Ad``, not ``module.fc1.Ad``.
 
 ``torch.compile``, data parallelism, averaged models and activation checkpointing put a module around another, at the
 top or anywhere in a model. Files and paths speak of the model as it is without them, so that they fit it with them and
@@ -10,21 +10,13 @@ from __future__ import annotations
 import os
 from collections.abc import Container, Iterator, Mapping
 from itertools import accumulate
-from typing import Any
 
 from torch import Tensor, nn
 
+from glora_kernels.torch_private import COMPILED, WRAPPERS
+
 from ..layers.packages import is_a, loaded
 
-# The module and name of each type, and where it keeps what it wraps. Looked up only where something has loaded them.
-WRAPPERS = (
-    ("torch._dynamo.eval_frame", "OptimizedModule", "_orig_mod"),
-    ("torch.nn.parallel.distributed", "DistributedDataParallel", "module"),
-    ("torch.nn.parallel.data_parallel", "DataParallel", "module"),
-    ("torch.optim.swa_utils", "AveragedModel", "module"),
-    ("torch.distributed.algorithms._checkpoint.checkpoint_wrapper", "ActivationWrapper", "_checkpoint_wrapped_module"),
-    ("torch.distributed.fsdp", "FullyShardedDataParallel", "_fsdp_wrapped_module"),
-)
 # Of which no model's own modules are called.
 _MARKS = {place for *_, place in WRAPPERS} - {"module"}
 
@@ -36,8 +28,8 @@ def is_fsdp1(module: nn.Module) -> bool:
 
 def compiled_modules(model: nn.Module) -> set[nn.Module]:
     """What ``torch.compile`` is around, be it ``model`` or a part of it."""
-    wrappers: list[Any] = [m for m in model.modules() if is_a(m, "torch._dynamo.eval_frame", "OptimizedModule")]
-    return {wrapper._orig_mod for wrapper in wrappers}
+    *kind, place = COMPILED
+    return {getattr(module, place) for module in model.modules() if is_a(module, *kind)}
 
 
 def named_modules(model: nn.Module, remove_duplicate: bool = True) -> Iterator[tuple[str, nn.Module]]:

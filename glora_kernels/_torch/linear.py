@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from ..backend import ForwardResult
 from ..terms import Terms
+from ..torch_private import unsafe_view
 from .assemble import assemble, project
 
 
@@ -17,5 +17,5 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, terms: Terms) -> For
     w_eff, b_eff = assemble(weight, bias, terms, projected)
     y = F.linear(x, w_eff, b_eff)
     if x.dim() != 2:  # in place of a view, which a successor such as ReLU(inplace=True) could not overwrite
-        y = torch.ops.aten._unsafe_view(y, y.shape)
+        y = unsafe_view(y, y.shape)
     return ForwardResult(y, projected, b_eff)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from .. import _torch
@@ -13,6 +12,7 @@ from ..backend import BackwardCall, ForwardResult, SlotGradients
 from ..planning.prediction import strategy_for
 from ..planning.problem import Problem
 from ..terms import Terms
+from ..torch_private import unsafe_view
 from .backward import backward
 from .context import context
 from .device import architecture
@@ -48,7 +48,7 @@ class TritonBackend:
         flat, weight = plain(x.reshape(-1, x.shape[-1])), plain(weight)
         y, projected, b_eff = forward(flat, weight, bias, terms, self._strategy(flat, weight, terms))
         if x.dim() != 2:  # in place of a view, which a successor such as ReLU(inplace=True) could not overwrite
-            y = torch.ops.aten._unsafe_view(y, (*x.shape[:-1], weight.shape[0]))
+            y = unsafe_view(y, (*x.shape[:-1], weight.shape[0]))
         return ForwardResult(y, projected, b_eff)
 
     def backward(self, call: BackwardCall) -> tuple[Tensor | None, SlotGradients]:

@@ -4,10 +4,14 @@ Triton's own launcher examines every argument at every launch, which costs more 
 compiled kernel is found by one dictionary look-up over the numbers, types and alignment of its arguments and called
 directly. What the kernels list as VARYING (tokens, ranks, places in a buffer) is no part of the look-up, but for
 whether it needs 64 bits; shapes and strides are, and repeat from step to step.
+
+The direct call uses what Triton does not promise to keep. Where it fails before the launch, because the compiled kernel
+has other attributes or takes other arguments, this process uses ``kernel[(grid,)](...)`` from then on, which is slower.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -22,6 +26,7 @@ from ..planning.settings import Tile
 ALIGNMENT = 16  # bytes; what Triton assumes of a pointer that it may load wide vectors from
 
 _compiled: dict[tuple, Any] = {}
+_direct = True  # until the direct call fails
 
 
 class Launch(NamedTuple):
@@ -69,12 +74,25 @@ def launch(kernel: Any, grid: int, tile: Tile, /, **arguments: Any) -> None:
 def _run(kernel: Any, grid: int, tile: Tile, arguments: dict[str, Any]) -> None:
     values = tuple(arguments.values())
     pointers = _pointer_count(kernel.fn)
-    tensors = values[:pointers]
-    device = next(tensor for tensor in tensors if tensor is not None).device.index
+    device = next(tensor for tensor in values[:pointers] if tensor is not None).device.index
     if device != torch.cuda.current_device():
         with torch.cuda.device(device):
             return _run(kernel, grid, tile, arguments)
-    types = [None if t is None else (t.dtype, t.data_ptr() % ALIGNMENT == 0) for t in tensors]
+    global _direct
+    if _direct:
+        try:
+            return _run_directly(kernel, grid, tile, arguments, pointers, device)
+        except (AttributeError, TypeError) as error:  # raised before anything is launched
+            _direct = False
+            told = f"glora_kernels: kernels of Triton {triton.__version__} cannot be called directly"
+            warnings.warn(f"{told} ({error}); every launch takes longer", RuntimeWarning, stacklevel=2)
+    _check_order(kernel, arguments)
+    kernel[(grid,)](*values, **_options(tile))
+
+
+def _run_directly(kernel: Any, grid: int, tile: Tile, arguments: dict[str, Any], pointers: int, device: int) -> None:
+    values = tuple(arguments.values())
+    types = [None if t is None else (t.dtype, t.data_ptr() % ALIGNMENT == 0) for t in values[:pointers]]
     fixed, varying = _places(kernel)
     wide = [values[place] >= 2**31 for place in varying]
     key = (kernel.fn, device, tile, *types, *wide, *[values[place] for place in fixed])
@@ -89,8 +107,17 @@ def _run(kernel: Any, grid: int, tile: Tile, arguments: dict[str, Any]) -> None:
 
 def compile_for(kernel: Any, values: tuple, tile: Tile) -> Any:
     """The kernel compiled for such arguments, from Triton's cache where it is there; nothing is launched."""
-    options = {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True}
-    return kernel.warmup(*values, grid=(1,), **options)
+    return kernel.warmup(*values, grid=(1,), **_options(tile))
+
+
+def spills(compiled: Any) -> int:
+    """How many registers a compiled kernel spills, known once it is loaded onto the GPU."""
+    compiled._init_handles()
+    return compiled.n_spills
+
+
+def _options(tile: Tile) -> dict[str, Any]:
+    return {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True}
 
 
 @cache

@@ -12,7 +12,8 @@ from ..checks import check_layer
 from ..dispatch import backend_for, decide
 from ..precision import without_autocast
 from ..terms import Structure, Terms
-from .autograd import batched, wanted_slots
+from ..torch_private import is_batched
+from .autograd import wanted_slots
 
 
 def glora_assemble(weight: Tensor, bias: Tensor | None, terms: Terms) -> tuple[Tensor, Tensor | None]:
@@ -75,7 +76,7 @@ class _Assembled(torch.autograd.Function):
         wanted = ctx.wanted - ({"A", "B"} if dw is None else set()) - ({"C", "D", "E"} if db is None else set())
         like = weight if dw is None else dw
         with without_autocast(weight.device.type):
-            if torch.is_grad_enabled() or batched(like) or (db is not None and batched(db)):
+            if torch.is_grad_enabled() or is_batched(like) or (db is not None and is_batched(db)):
                 return None, None, None, None, *_differentiable(ctx, weight, bias, storages, dw, db)
             grads = contract_dense(weight, bias, terms, dw, db, wanted)
         flat = [grad for slot, term in terms.active for grad in grads.get(slot, (None,) * len(term.storages))]

@@ -16,9 +16,10 @@ from torch.nn import functional as F
 
 from .. import reference
 from ..backend import Backend, BackwardCall
-from ..precision import is_on, without_autocast
+from ..precision import without_autocast
 from ..routes import reads_token_sums, reuses_output, scales_rows
 from ..terms import Structure, Terms
+from ..torch_private import autocast_is_on, is_batched, saving_hooks_are_on, version_of
 
 _X, _FIRST_STORAGE = 3, 7  # places among the arguments of _GLoRALinear.forward
 
@@ -90,14 +91,14 @@ class _GLoRALinear(torch.autograd.Function):
         ctx.terms = terms if plan.of_leaves else None  # others than leaves would be kept alive
         keep = plan.may_solve and reuses_output(_tokens(x.shape), x.shape[-1], terms) and _can_be_kept(y, backend)
         ctx.output = y.detach() if keep else None  # shares y's version counter, is in no cycle with ctx
-        ctx.output_version = y._version if keep else None
+        ctx.output_version = version_of(y) if keep else None
         kept_x = x if plan.reads_x and token_sums is None else None
         ctx.save_for_backward(kept_x, token_sums, projected, b_eff if keep else None, weight, bias, *storages)
         return y
 
     @staticmethod
     def backward(ctx, dy: Tensor):
-        if not is_on():
+        if not autocast_is_on():
             return _backward(ctx, dy)
         with without_autocast(dy.device.type):  # backward may run inside the block that forward ran in
             return _backward(ctx, dy)
@@ -116,10 +117,10 @@ def _backward(ctx, dy: Tensor):
     x, token_sums, projected, b_eff, weight, bias, *storages = ctx.saved_tensors
     output, ctx.output = ctx.output, None
     # Second derivatives, and gradients batched by vmap, go through plainly composed operations.
-    if torch.is_grad_enabled() or batched(dy):
+    if torch.is_grad_enabled() or is_batched(dy):
         return _differentiable_backward(ctx, dy, x, token_sums, weight, bias, storages)
     # A successor such as ReLU(inplace=True) may have overwritten y: then z is formed anew.
-    if output is not None and output._version != ctx.output_version:
+    if output is not None and version_of(output) != ctx.output_version:
         output = None
     terms, needed = _terms_of(ctx, storages), ctx.needs_input_grad
     call = BackwardCall(
@@ -153,11 +154,6 @@ def _terms_of(ctx, storages: list[Tensor]) -> Terms:
     return Terms.unflatten(storages, ctx.plan.structure)
 
 
-def batched(dy: Tensor) -> bool:
-    functorch = torch._C._functorch
-    return functorch.is_legacy_batchedtensor(dy) or functorch.is_batchedtensor(dy)
-
-
 def wanted_slots(terms: Terms, has_bias: bool) -> frozenset[str]:
     """Slots with a storage that wants a gradient; D has none where there is no bias to scale."""
     wanting = {slot for slot, term in terms.active for storage in term.storages if storage.requires_grad}
@@ -171,11 +167,11 @@ def _can_be_kept(y: Tensor, backend: Backend) -> bool:
     change in place could not be seen. The route depends on values, which meta and fake tensors do not
     have; and where the host looks at them, a CUDA graph cannot be captured.
     """
-    if type(y) is not Tensor or y.device.type == "meta":
+    if type(y) is not Tensor or y.device.type == "meta" or version_of(y) is None:
         return False
     if backend.reads_values and y.is_cuda and torch.cuda.is_current_stream_capturing():
         return False
-    return torch._C._autograd._top_saved_tensors_default_hooks(True) is None
+    return not saving_hooks_are_on()
 
 
 def _differentiable_backward(ctx, dy, x, token_sums, weight, bias, storages):

@@ -22,7 +22,7 @@ from ..dispatch import backend_for, decide, tracing_reason
 from ..encoding import PLACES, STORAGES, check_devices, decode, spread
 from ..precision import cast_operands, without_autocast
 from ..terms import SLOTS, Terms
-from ..torch_private import repeated_node
+from ..torch_private import forward_mode_is_on, repeated_node
 
 OPERAND_STORAGES = ", ".join(f"Tensor? {name}" for name in STORAGES)
 _OPERANDS = f"Tensor x, Tensor weight, Tensor? bias, {OPERAND_STORAGES}, Tensor config, str product"
@@ -84,7 +84,7 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, *rest) -> Tensor:
 
 
 def _refuse_forward_mode() -> None:
-    if torch.autograd.forward_ad._current_level >= 0:
+    if forward_mode_is_on():
         raise NotImplementedError("glora::linear has no forward-mode derivative; call glora_kernels.glora_linear")
 
 

@@ -12,15 +12,13 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from ..backend import Backend
 from ..checks import check_call, check_term
 from ..dispatch import automatic, backend_for, is_left_open, tracing_reason
 from ..encoding import Choices, term_of
-from ..precision import is_on
 from ..terms import Term, Terms
-from ..torch_private import can_guard, guard
+from ..torch_private import autocast_is_on, can_guard, forward_mode_is_on, guard
 from .autograd import CallPlan, differentiable, plan_of
 from .linear import compute
 
@@ -72,7 +70,7 @@ class PreparedLinear:
             len(operands) != len(self._operands)
             or not all(map(is_, operands.values(), self._operands))
             or not self._unchanged(x, *self._tensors)
-            or forward_ad._current_level >= 0
+            or forward_mode_is_on()
         ):
             return None
         use = self._last
@@ -103,4 +101,4 @@ class PreparedLinear:
 def can_prepare(x: Tensor) -> bool:
     """Whether calls can be prepared now: nothing is on that changes what a call with the same tensors means."""
     plain = type(x) is Tensor or type(x) is torch.nn.Parameter
-    return can_guard() and plain and not is_on() and tracing_reason() is None
+    return can_guard() and plain and not autocast_is_on() and tracing_reason() is None

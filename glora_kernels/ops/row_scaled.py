@@ -22,6 +22,7 @@ from ..backend import BackwardCall
 from ..checks import check_call
 from ..precision import cast_operands, without_autocast
 from ..terms import LowRank, Structure, Terms, Vector, compute_dtype
+from ..torch_private import unsafe_view
 from .autograd import wanted_slots
 
 
@@ -61,7 +62,7 @@ class _RowScaled(torch.autograd.Function):
         ctx.save_for_backward(tokens if "B" in wanted else None, z if "A" in wanted else None, weight, bias, *storages)
         y = _forward(tokens, z, weight, bias, terms)
         # in place of a view, which a successor such as ReLU(inplace=True) could not overwrite
-        return torch.ops.aten._unsafe_view(y, (*x.shape[:-1], weight.shape[0]))
+        return unsafe_view(y, (*x.shape[:-1], weight.shape[0]))
 
     @staticmethod
     @once_differentiable

@@ -56,6 +56,7 @@ def gpu(monkeypatch):
 
     driver = SimpleNamespace(active=SimpleNamespace(get_current_stream=lambda device: f"stream {device}"))
     monkeypatch.setattr(module, "_compiled", {})
+    monkeypatch.setattr(module, "_direct", True)
     monkeypatch.setattr(module, "compile_for", compile_for)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: state.current)
     monkeypatch.setattr(torch.cuda, "device", Device)
@@ -132,3 +133,43 @@ def test_recorded_launches_do_not_run(gpu):
     assert found[0].arguments == {"x_ptr": x, "y_ptr": y, "N": 10, "stride": 1, "BLOCK": 16}
     run()
     assert len(gpu.launched) == 1
+
+
+class Changed:
+    """A kernel of a Triton whose direct call is not what it was."""
+
+    def __init__(self, missing):
+        self.missing, self.public = missing, []
+        self.fn, self.params, self.arg_names = toy_kernel.fn, toy_kernel.params, toy_kernel.arg_names
+
+    def warmup(self, *values, grid, **options):
+        if self.missing == "warmup":
+            raise TypeError("warmup() got an unexpected keyword argument 'grid'")
+        return SimpleNamespace(**{name: part for name, part in self.parts().items() if name != self.missing})
+
+    def parts(self):
+        def run(*arguments):
+            raise TypeError(f"function takes exactly 20 arguments ({len(arguments)} given)")
+
+        return {"run": run, "function": "function", "packed_metadata": "metadata"}
+
+    def __getitem__(self, grid):
+        return lambda *values, **options: self.public.append((grid, values, options))
+
+
+@pytest.mark.parametrize("missing", ["run", "function", "packed_metadata", "warmup", "arguments"])
+def test_another_direct_call_goes_the_public_way(monkeypatch, missing):
+    """It is said once; the arguments are the same."""
+    monkeypatch.setattr(module, "_compiled", {})
+    monkeypatch.setattr(module, "_direct", True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    active = SimpleNamespace(get_current_stream=lambda device: f"stream {device}")
+    monkeypatch.setattr(triton.runtime, "driver", SimpleNamespace(active=active))
+    kernel, x, y = Changed(missing), FakeTensor(), FakeTensor()
+    arguments = {"x_ptr": x, "y_ptr": y, "N": 10, "stride": 1, "BLOCK": 16}
+    with pytest.warns(RuntimeWarning, match=r"cannot be called directly .*; every launch takes longer"):
+        launch(kernel, 3, TILE, **arguments)
+    launch(kernel, 3, TILE, **arguments)
+    assert kernel.public == [((3,), (x, y, 10, 1, 16), {"num_warps": 4, "num_stages": 2, "enable_fp_fusion": True})] * 2
+    with pytest.raises(AssertionError, match="toy_kernel: expected"):
+        launch(kernel, 3, TILE, **{"y_ptr": y, **arguments})
