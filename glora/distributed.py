@@ -41,6 +41,8 @@ def sync_gradients(model: nn.Module) -> None:
             (the first such rank and layer are named); a model within ``DistributedDataParallel`` or
             ``fully_shard``, which average gradients themselves; a sparse gradient.
     """
+    if not has_group():
+        return
     if holds_replica(model):
         raise ValueError("model: expected one without DistributedDataParallel, which averages gradients itself")
     if holds_shards(model):

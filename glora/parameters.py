@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from torch import nn
 
 from .config import PathConfig
-from .layers.base import GLoRALayer
+from .layers.base import SUPPORT_NAMES, GLoRALayer, names_read
 from .models.modules import glora_layers, require_layers
 from .paths import get_paths, paths_of
 
@@ -62,9 +62,14 @@ def drop_unread_gradients(model: nn.Module, paths: Mapping[str, PathConfig] | Pa
     one backward pass a step: gradients that earlier passes left under other paths would go too.
     """
     layers = glora_layers(model)
-    paths = get_paths(model) if paths is None else paths_of(layers, paths)
+    drop_unread(layers, None if paths is None else paths_of(layers, paths))
+
+
+def drop_unread(layers: Mapping[str, GLoRALayer], paths: Mapping[str, PathConfig] | None = None) -> None:
+    """:func:`drop_unread_gradients` of a model whose ``layers`` are known."""
     for name, layer in layers.items():
-        read = {id(parameter) for parameter in layer.support_parameters(paths[name])}
-        for parameter in layer.support_parameters():
-            if id(parameter) not in read:
-                parameter.grad = None
+        graded = {own: p for own, p in zip(SUPPORT_NAMES, layer.support_parameters()) if p.grad is not None}
+        if graded:
+            read = names_read(layer.path if paths is None else paths[name], layer.bias is not None)
+            for own in graded.keys() - set(read):
+                graded[own].grad = None

@@ -52,7 +52,11 @@ def set_paths(model: nn.Module, paths: Mapping[str, PathConfig] | PathConfig) ->
         RuntimeError: during a backward pass, or while another thread is within :func:`using_paths` of this model.
     """
     layers = require_layers(model)
-    paths = paths_of(layers, paths)
+    set_layer_paths(layers, paths_of(layers, paths))
+
+
+def set_layer_paths(layers: Mapping[str, GLoRALayer], paths: Paths) -> None:
+    """:func:`set_paths` of a model whose ``layers`` are known, with a path for each of them."""
     require_unused(layers.values())
     before = {name: layer.path for name, layer in layers.items()}
     try:

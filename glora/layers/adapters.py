@@ -14,7 +14,7 @@ from .linear import GLoRALinear
 from .packages import loaded
 from .plain import qualified_name
 from .quantised import GLoRAQuantisedLinear
-from .quantised_formats import layer_types
+from .quantised_formats import is_quantised, layer_types
 
 
 class Adapter(NamedTuple):
@@ -29,10 +29,16 @@ class Adapter(NamedTuple):
     features: Callable[[Any], tuple[int, int]]
 
 
+def _linear(linear: nn.Linear, rank: int, product: str) -> GLoRALinear:
+    """torchao puts a quantised weight into a layer whose type stays ``nn.Linear``."""
+    kind = GLoRAQuantisedLinear if is_quantised(linear) else GLoRALinear
+    return kind.from_linear(linear, rank, product)
+
+
 def adapters() -> dict[type[nn.Module], Adapter]:
     """Every type of module that can be adapted, those of packages that are not loaded left out: no model has them."""
     table: dict[type[nn.Module], Adapter] = {
-        nn.Linear: Adapter(GLoRALinear.from_linear, GLoRALinear.features),
+        nn.Linear: Adapter(_linear, GLoRALinear.features),
         nn.Conv2d: Adapter(GLoRAConv2d.from_conv2d, GLoRAConv2d.features),
     }
     conv1d = loaded("transformers.pytorch_utils", "Conv1D")

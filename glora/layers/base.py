@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import nullcontext
+from functools import lru_cache
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -21,8 +22,9 @@ from glora_kernels import (
     reference,
     takes_operator,
 )
+from glora_kernels.torch_private import held_parameters
 
-from ..config import SLOTS, Choice, LayerShape, PathConfig
+from ..config import Choice, LayerShape, PathConfig
 from .path_history import PathHistory
 
 STORAGES = {"A": ("Ad", "Au"), "B": ("Bd", "Bu"), "C": ("Cd", "Cu"), "D": ("D",), "E": ("E",)}
@@ -190,13 +192,9 @@ class GLoRALayer(nn.Module):
 
     def support_parameters(self, path: PathConfig | None = None) -> Iterator[nn.Parameter]:
         """The support tensors: all of them, or those that ``path`` reads."""
-        for slot in SLOTS:
-            kind = "all" if path is None else path.choices[slot].kind
-            if kind == "none" or (path is not None and slot == "D" and self.bias is None):
-                continue
-            names = STORAGES[slot] if kind in ("all", "lora") else STORAGES[slot][:1]
-            for name in names:
-                yield getattr(self, name)
+        held = held_parameters(self)
+        names = SUPPORT_NAMES if path is None else names_read(path, self.bias is not None)
+        return iter([held[name] for name in names])
 
     def terms(self, path: PathConfig | None = None) -> Terms:
         """The storages and how much of each ``path`` (default: :attr:`path`) reads."""
@@ -290,6 +288,14 @@ class GLoRALayer(nn.Module):
 def _write_path(layer: Any, _state: dict, _prefix: str, local_metadata: dict[str, Any]) -> None:
     """Have a state dict carry the path beside the tensors, where it has no name that somebody could trip over."""
     local_metadata["path"] = layer.path.to_dict()
+
+
+@lru_cache(maxsize=4096)
+def names_read(path: PathConfig, has_bias: bool) -> tuple[str, ...]:
+    """The support tensors that ``path`` reads; D scales the bias, so it is read only where there is one."""
+    kinds = {slot: choice.kind for slot, choice in path.choices.items() if slot != "D" or has_bias}
+    read = {slot: names if kinds[slot] == "lora" else names[:1] for slot, names in STORAGES.items() if slot in kinds}
+    return tuple(name for slot, names in read.items() if kinds[slot] != "none" for name in names)
 
 
 def support_shapes(features: tuple[int, int], rank: int, product: str) -> dict[str, tuple[int, ...]]:

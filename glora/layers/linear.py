@@ -12,7 +12,8 @@ from glora_kernels.torch_private import held_parameters
 
 from ..config import PathConfig
 from .base import SUPPORT_NAMES, GLoRALayer
-from .plain import require_plain
+from .plain import qualified_name, require_plain
+from .quantised_formats import is_quantised
 
 PARAMETER_NAMES = ("weight", "bias", *SUPPORT_NAMES)
 
@@ -57,16 +58,15 @@ class GLoRALinear(GLoRALayer):
     def from_linear(cls, linear: nn.Linear, rank: int = 8, product: str = "hadamard") -> GLoRALinear:
         """A layer around the very parameters of ``linear``, which are frozen; nothing is copied.
 
-        A quantised layer is given a :class:`GLoRAQuantisedLinear`.
-
         Raises:
-            TypeError: ``linear`` is not exactly an :class:`torch.nn.Linear`: a subclass may compute
-                something else.
+            TypeError: ``linear`` is not exactly an :class:`torch.nn.Linear`, since a subclass may compute something
+                else; or its weight is quantised, for which there is :class:`GLoRAQuantisedLinear`.
         """
-        from .quantised import GLoRAQuantisedLinear, is_quantised  # here: they build on this file
-
         if is_quantised(linear):
-            return GLoRAQuantisedLinear.from_linear(linear, rank, product)
+            raise TypeError(
+                f"linear: expected a dense weight, got a quantised one ({qualified_name(type(linear))}); "
+                "use glora.inject or glora.GLoRAQuantisedLinear.from_linear"
+            )
         require_plain("linear", linear, nn.Linear)
         return cls._around(linear, rank, product)
 

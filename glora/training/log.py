@@ -16,7 +16,7 @@ from .state import StepRecord, TrainingState
 COLUMNS = ("step", "epoch", "lr", "loss", "accuracy")
 
 
-def save_log(run: TrainingState, file: str | os.PathLike) -> None:
+def save_log(state: TrainingState, file: str | os.PathLike) -> None:
     """Write every step so far, atomically: a run that was cut and resumed has one log without gaps.
 
     ``step`` counts from 1, ``epoch`` is the number of passes over the data after it; accuracy is that of the batch, and
@@ -25,8 +25,8 @@ def save_log(run: TrainingState, file: str | os.PathLike) -> None:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(COLUMNS)
-    for step, record in enumerate(run.records, 1):
-        epoch = step * run.recipe.batch_size / run.samples
+    for step, record in enumerate(state.records, 1):
+        epoch = step * state.recipe.batch_size / state.samples
         accuracy = "" if math.isnan(record.accuracy) else f"{record.accuracy:.6g}"
         writer.writerow((step, f"{epoch:.4f}", f"{record.lr:.6g}", f"{record.loss:.6g}", accuracy))
     content = text.getvalue().encode()

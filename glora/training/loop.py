@@ -15,7 +15,7 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -30,9 +30,9 @@ from ..arguments import FILE, require_function, require_integer, require_type
 from ..config import SearchSpace
 from ..distributed import copy_from_first, require_trainable, unwrapped
 from ..files import require_file
-from ..models.modules import glora_layers
+from ..layers.base import GLoRALayer
 from ..parameters import trainable_parameters
-from ..paths import get_paths, sampler_for, set_paths
+from ..paths import get_paths, sampler_for, set_layer_paths
 from ..processes import from_first, is_first, require_agreement, require_group, together, world_size
 from ..samples import require_data
 from ..sampling import PathSampler
@@ -114,44 +114,46 @@ def train(
     """
     require_group()
     together(lambda: _check_types(recipe, space, loss_fn, checkpoint, log, on_step))
-    run, sampler = together(lambda: _prepare(model, dataset, recipe, space, loss_fn, log, workers))
+    state, sampler = together(lambda: _prepare(model, dataset, recipe, space, loss_fn, log, workers))
     if world_size() > 1:
-        _start_alike(run, checkpoint is not None)
+        _start_alike(state, checkpoint is not None)
     if checkpoint is not None:
-        run.data = from_first(lambda: fingerprint(dataset))
-    if checkpoint is None or not run.load(checkpoint):
+        state.data = from_first(lambda: fingerprint(dataset))
+    if checkpoint is None or not state.load(checkpoint):
         torch.manual_seed(recipe.seed)
     elif progress and is_first():
-        tqdm.write(f"train: continues from {os.fspath(checkpoint)}, step {run.step} of {recipe.steps}", file=sys.stderr)
+        tqdm.write(
+            f"train: continues from {os.fspath(checkpoint)}, step {state.step} of {recipe.steps}", file=sys.stderr
+        )
     if recipe.label_smoothing:
         loss_fn = partial(F.cross_entropy, label_smoothing=recipe.label_smoothing)
-    paths_before = get_paths(run.inner)
+    paths_before = {name: layer.path for name, layer in state.layers.items()}
     model.train()
-    resumed_from, started = run.step, time.perf_counter()
-    steps = batches(dataset, recipe, run.step, workers, pin_memory=run.device.type == "cuda")
-    bar = tqdm(total=recipe.steps, initial=run.step, desc="train", unit="step", disable=not (progress and is_first()))
+    resumed_from, started = state.step, time.perf_counter()
+    steps = batches(dataset, recipe, state.step, workers, pin_memory=state.device.type == "cuda")
+    bar = tqdm(total=recipe.steps, initial=state.step, desc="train", unit="step", disable=not (progress and is_first()))
     meter = Meter(recipe.batch_size)
     try:
-        while run.step < recipe.steps:
+        while state.step < recipe.steps:
             if sampler is not None:
-                set_paths(run.inner, sampler.sample(run.generator))
-            with _all_layers_run(run.inner) if run.step == resumed_from else nullcontext():
-                record = take_step(run, steps, loss_fn)
+                set_layer_paths(state.layers, sampler.sample(state.generator))
+            with _all_layers_run(state.layers) if state.step == resumed_from else nullcontext():
+                record = take_step(state, steps, loss_fn)
             meter.update(record)
             bar.update()
             bar.set_postfix_str(meter.text(), refresh=False)
-            _save(run, checkpoint, log)
+            _save(state, checkpoint, log)
             if on_step is not None:
-                on_step(run.step, record.loss)
+                on_step(state.step, record.loss)
     finally:
         bar.close()
         if paths_before:
-            set_paths(run.inner, paths_before)
+            set_layer_paths(state.layers, paths_before)
     seconds = time.perf_counter() - started
-    images = (run.step - resumed_from) * recipe.batch_size
+    images = (state.step - resumed_from) * recipe.batch_size
     speed = images / seconds if seconds else 0.0
-    losses = tuple(record.loss for record in run.records)
-    return TrainSummary(run.step, losses, seconds, speed, resumed_from, run.seconds)
+    losses = tuple(record.loss for record in state.records)
+    return TrainSummary(state.step, losses, seconds, speed, resumed_from, state.seconds)
 
 
 def _check_types(
@@ -204,28 +206,28 @@ def _prepare(
     return TrainingState(model, parameters, recipe, space, samples), sampler
 
 
-def _start_alike(run: TrainingState, saves: bool) -> None:
+def _start_alike(state: TrainingState, saves: bool) -> None:
     """Make sure that all ranks train the same, from the same tensors, and save at the same steps."""
-    saving = {"checkpoint": saves, "checkpoint_every": run.recipe.checkpoint_every}
-    require_agreement("arguments", {**run.task(), **saving})
-    if not run.averages_itself:
-        copy_from_first(run.inner)
+    saving = {"checkpoint": saves, "checkpoint_every": state.recipe.checkpoint_every}
+    require_agreement("arguments", {**state.task(), **saving})
+    if not state.averages_itself:
+        copy_from_first(state.inner)
 
 
-def _save(run: TrainingState, checkpoint: str | os.PathLike | None, log: str | os.PathLike | None) -> None:
+def _save(state: TrainingState, checkpoint: str | os.PathLike | None, log: str | os.PathLike | None) -> None:
     """After every ``checkpoint_every`` steps, and the last. The log goes first: a finished checkpoint has its log."""
-    if run.step % run.recipe.checkpoint_every and run.step < run.recipe.steps:
+    if state.step % state.recipe.checkpoint_every and state.step < state.recipe.steps:
         return
     if log is not None:
-        save_log(run, log)
+        save_log(state, log)
     if checkpoint is not None:
-        run.save(checkpoint)
+        state.save(checkpoint)
 
 
 @contextmanager
-def _all_layers_run(model: nn.Module) -> Iterator[None]:
+def _all_layers_run(layers: Mapping[str, GLoRALayer]) -> Iterator[None]:
     """Warn of adapted layers whose forward is not called in the block: nothing they hold has an effect."""
-    idle: dict[nn.Module, str] = {layer: name for name, layer in glora_layers(model).items()}
+    idle: dict[nn.Module, str] = {layer: name for name, layer in layers.items()}
 
     def ran(layer: nn.Module, *_: object) -> None:
         idle.pop(layer, None)

@@ -18,6 +18,7 @@ from ..arguments import differences
 from ..config import SearchSpace
 from ..distributed import averages_itself, sharded_like, unwrapped, whole
 from ..files import checksum, require_file, write_atomically
+from ..layers.base import GLoRALayer
 from ..models.contents import require_fit, slots
 from ..models.modules import glora_layers
 from ..models.wrappers import modules_by_name, name_in, named_buffers, named_parameters, tensors_in
@@ -80,6 +81,11 @@ class TrainingState:
         self.generator = torch.Generator().manual_seed(mix(recipe.seed, -1))
         self._seconds, self._started = 0.0, time.perf_counter()
 
+    @cached_property
+    def layers(self) -> dict[str, GLoRALayer]:
+        """The adapted layers by name, found once: a walk over the model takes longer than the paths of a step."""
+        return glora_layers(self.inner)
+
     @property
     def device(self) -> torch.device:
         return self.parameters[0].device
@@ -99,12 +105,11 @@ class TrainingState:
         """What is to be trained and how, beside the tensors."""
         recipe = {name: value for name, value in asdict(self.recipe).items() if name != "checkpoint_every"}
         common: dict[str, Any] = {"recipe": recipe, "samples": self.samples}
-        layers = glora_layers(self.inner)
-        if layers:
-            common["products"] = {name: layer.product for name, layer in layers.items()}
+        if self.layers:
+            common["products"] = {name: layer.product for name, layer in self.layers.items()}
         if self.space is not None:
             return {**common, "space": self.space.to_dict()}
-        return {**common, "paths": {name: layer.path.to_dict() for name, layer in layers.items()}}
+        return {**common, "paths": {name: layer.path.to_dict() for name, layer in self.layers.items()}}
 
     def _identity(self) -> dict[str, Any]:
         """What a checkpoint must agree on to be continued; steps between checkpoints may differ."""
@@ -112,10 +117,10 @@ class TrainingState:
 
     def _require_same(self, identity: Mapping[str, Any], file: str | os.PathLike) -> None:
         """Raise ValueError, saying in what they differ, unless a checkpoint is this run's."""
-        own, found, layers = self._identity(), dict(identity), glora_layers(self.inner)
+        own, found = self._identity(), dict(identity)
         for key in ("products", "paths"):
             if key in found:
-                found[key] = {name_in(layers, name): value for name, value in found[key].items()}
+                found[key] = {name_in(self.layers, name): value for name, value in found[key].items()}
         common = own.get("products", {}).keys() & found.get("products", {}).keys()  # other layers have other tensors
         for each in (own, found):
             each["products"] = {name: product for name, product in each.get("products", {}).items() if name in common}

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from ..arguments import type_of
 from ..distributed import share, sync_gradients
-from ..parameters import drop_unread_gradients
+from ..parameters import drop_unread
 from ..processes import gather, world_size
 from ..samples import require_output, require_pair
 from .state import StepRecord, TrainingState
@@ -20,68 +20,68 @@ from .state import StepRecord, TrainingState
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 
-def take_step(run: TrainingState, batches: Iterator[tuple[Tensor, Tensor]], loss_fn: Loss) -> StepRecord:
+def take_step(state: TrainingState, batches: Iterator[tuple[Tensor, Tensor]], loss_fn: Loss) -> StepRecord:
     """Forward, backward and update; loss and accuracy are those of the whole batch.
 
     Raises:
         ValueError: a loss that is not finite, or that depends on nothing that is trained.
         TypeError: a loss that is no scalar tensor; without a loss of one's own, an output that is no tensor.
     """
-    run.scheduler.step_update(run.step)
-    run.optimizer.zero_grad(set_to_none=True)
+    state.scheduler.step_update(state.step)
+    state.optimizer.zero_grad(set_to_none=True)
     own: list[Tensor] = []
 
     def forward() -> tuple[float, float, int]:
         batch = next(batches)
         require_pair("dataset", batch)
         x, target = batch
-        x, target = x.to(run.device, non_blocking=True), target.to(run.device, non_blocking=True)
-        with _precision(run):
-            output = run.model(x)
+        x, target = x.to(state.device, non_blocking=True), target.to(state.device, non_blocking=True)
+        with _precision(state):
+            output = state.model(x)
             if getattr(loss_fn, "func", loss_fn) is F.cross_entropy:
                 require_output(output, ", or pass a loss_fn that takes what it returns")
             own.append(_scalar(loss_fn(output, target)))
-        return float(own[0].detach()), _accuracy(output, target), share(run.recipe.batch_size)[1]
+        return float(own[0].detach()), _accuracy(output, target), share(state.recipe.batch_size)[1]
 
     loss, accuracy = _weighted_means(gather(forward))
     if not math.isfinite(loss):
-        raise ValueError(f"loss: expected a finite value, got {loss} at step {run.step}; try a smaller lr")
+        raise ValueError(f"loss: expected a finite value, got {loss} at step {state.step}; try a smaller lr")
     if own[0].requires_grad:
-        _backward(run, own[0])
-        _update(run)
-    elif run.space is None:  # a random path may read nothing at all
+        _backward(state, own[0])
+        _update(state)
+    elif state.space is None:  # a random path may read nothing at all
         raise ValueError(
             "loss: expected one that depends on what is trained, got one without a gradient; is the forward pass "
             "detached or under no_grad?"
         )
-    record = StepRecord(run.optimizer.param_groups[0]["lr"], loss, accuracy)
-    run.records.append(record)
-    run.step += 1
+    record = StepRecord(state.optimizer.param_groups[0]["lr"], loss, accuracy)
+    state.records.append(record)
+    state.step += 1
     return record
 
 
-def _precision(run: TrainingState) -> AbstractContextManager:
-    if run.recipe.amp is None:
+def _precision(state: TrainingState) -> AbstractContextManager:
+    if state.recipe.amp is None:
         return nullcontext()
-    return torch.autocast(run.device.type, getattr(torch, run.recipe.amp))
+    return torch.autocast(state.device.type, getattr(torch, state.recipe.amp))
 
 
-def _backward(run: TrainingState, loss: Tensor) -> None:
+def _backward(state: TrainingState, loss: Tensor) -> None:
     """Gradients of the whole batch's loss: the mean over ranks, each weighted by its share."""
-    batch_size = run.recipe.batch_size
+    batch_size = state.recipe.batch_size
     weight = world_size() * share(batch_size)[1] / batch_size
-    run.scaler.scale(loss if weight == 1 else loss * weight).backward()
-    drop_unread_gradients(run.inner)
-    if not run.averages_itself:
-        sync_gradients(run.model)
+    state.scaler.scale(loss if weight == 1 else loss * weight).backward()
+    drop_unread(state.layers)
+    if not state.averages_itself:
+        sync_gradients(state.model)
 
 
-def _update(run: TrainingState) -> None:
-    run.scaler.unscale_(run.optimizer)
-    if run.recipe.clip_norm is not None:
-        nn.utils.clip_grad_norm_(run.parameters, run.recipe.clip_norm)
-    run.scaler.step(run.optimizer)
-    run.scaler.update()
+def _update(state: TrainingState) -> None:
+    state.scaler.unscale_(state.optimizer)
+    if state.recipe.clip_norm is not None:
+        nn.utils.clip_grad_norm_(state.parameters, state.recipe.clip_norm)
+    state.scaler.step(state.optimizer)
+    state.scaler.update()
 
 
 def _weighted_means(shares: list[tuple[float, float, int]]) -> tuple[float, float]:

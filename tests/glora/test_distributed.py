@@ -492,7 +492,7 @@ REFUSED = {
         r"^arguments: .* got 'paths' ",
     ),
     "model": (
-        lambda: start(trained_mlp(process_rank=2 + process_rank())),
+        lambda: start(trained_mlp(rank=2 + process_rank())),
         ValueError,
         r"^model: .* got 'fc1.Ad' torch.float32 torch.strided \(8, 3\) on rank 1",
     ),
@@ -721,7 +721,7 @@ def test_shares_are_a_partition(count, ranks, monkeypatch):
     monkeypatch.setattr("glora.distributed.world_size", lambda: ranks)
     taken = []
     for own in range(ranks):
-        monkeypatch.setattr("glora.distributed.rank", lambda own=own: own)
+        monkeypatch.setattr("glora.distributed.process_rank", lambda own=own: own)
         part, counted = share(count)
         assert counted in (count // ranks, -(-count // ranks))
         assert len(range(count)[part]) == max(counted, 1)

@@ -91,7 +91,7 @@ def decoded(linear):
 
 
 def adapted(make, product="hadamard", path=MIXED, bias=True):
-    layer = GLoRALinear.from_linear(make(bias), 2, product)
+    layer = GLoRAQuantisedLinear.from_linear(make(bias), 2, product)
     randomize(layer)
     layer.path = path
     return layer
@@ -117,7 +117,7 @@ def tokens(*leading):
 @each_kind
 def test_the_weight_is_read_as_its_package_decodes_it(make):
     linear = make()
-    layer = GLoRALinear.from_linear(linear, 2)
+    layer = GLoRAQuantisedLinear.from_linear(linear, 2)
     assert type(layer) is GLoRAQuantisedLinear
     assert layer.weight is linear.weight
     assert len(quantised._Blocks(layer).bounds) == 3
@@ -128,7 +128,7 @@ def test_the_weight_is_read_as_its_package_decodes_it(make):
 def test_a_fresh_layer_multiplies_by_the_decoded_weight(make):
     linear = make()
     weight = decoded(linear)
-    layer = GLoRALinear.from_linear(linear, 2)
+    layer = GLoRAQuantisedLinear.from_linear(linear, 2)
     torch.testing.assert_close(layer(tokens(2, 3)), nn.functional.linear(tokens(2, 3), weight, linear.bias))
 
 
@@ -137,10 +137,10 @@ def test_outputs_stay_those_of_the_layer():
     x = torch.randn(4, 64, generator=generator(1))
     for linear, inputs in ((four_bit(sizes=(64, OUT)).train(), x), (torchao_linear(), tokens())):
         expected = linear(inputs)
-        torch.testing.assert_close(GLoRALinear.from_linear(linear, 2)(inputs), expected)
+        torch.testing.assert_close(GLoRAQuantisedLinear.from_linear(linear, 2)(inputs), expected)
     linear = eight_bit()
     expected = linear(tokens())
-    layer = GLoRALinear.from_linear(linear, 2)  # after a call: its scales are in another place then
+    layer = GLoRAQuantisedLinear.from_linear(linear, 2)  # after a call: its scales are in another place then
     torch.testing.assert_close(layer(tokens()), expected, rtol=0.05, atol=0.05)
 
 
@@ -192,7 +192,7 @@ def test_four_bits_take_what_eight_bits_and_fp32_do_not():
     sizes = {}
     for name, make in (("nf4", four_bit), ("int8", eight_bit)):
         linear = make(False, sizes=(512, 512))
-        layer = GLoRALinear.from_linear(linear, 2)
+        layer = GLoRAQuantisedLinear.from_linear(linear, 2)
         frozen = {
             k: t for k, t in layer.state_dict().items() if k not in dict(layer.named_parameters()) or k == "weight"
         }
@@ -202,7 +202,7 @@ def test_four_bits_take_what_eight_bits_and_fp32_do_not():
 
 
 def test_compute_dtype_of_a_four_bit_layer():
-    layer = GLoRALinear.from_linear(four_bit(compute_dtype=torch.bfloat16), 2)
+    layer = GLoRAQuantisedLinear.from_linear(four_bit(compute_dtype=torch.bfloat16), 2)
     randomize(layer)
     x = tokens()
     expected = glora_linear(x.bfloat16(), layer.matrix.bfloat16(), layer.bias.bfloat16(), layer.terms())
@@ -223,7 +223,7 @@ def test_copies_pickles_and_state(make):
     for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
         assert torch.equal(other(x), expected)
     changed = layer.merge(PathConfig(A="constant", B="vector"), requantise=True)
-    other = GLoRALinear.from_linear(changed, 2)  # on another weight: all that is frozen comes from the state
+    other = GLoRAQuantisedLinear.from_linear(changed, 2)  # on another weight: all that is frozen comes from the state
     assert not torch.equal(other.matrix, layer.matrix)
     other.load_state_dict(layer.state_dict(), strict=True)
     other.path = layer.path
@@ -232,7 +232,10 @@ def test_copies_pickles_and_state(make):
 
 @pytest.mark.parametrize("make", [four_bit, four_bit_plain_scales, eight_bit], ids=lambda make: make.__name__)
 def test_loads_the_plain_layer_strictly(make):
-    layer, plain = adapted(make), GLoRALinear.from_linear(make(), 2).merge(PathConfig(A="constant"), requantise=True)
+    layer, plain = (
+        adapted(make),
+        GLoRAQuantisedLinear.from_linear(make(), 2).merge(PathConfig(A="constant"), requantise=True),
+    )
     layer.load_state_dict(plain.state_dict(), strict=True)
     layer.path = PathConfig()
     torch.testing.assert_close(layer(tokens()), nn.functional.linear(tokens(), decoded(plain), plain.bias))
@@ -268,7 +271,7 @@ def test_requantised(make, product, bias):
     lost = float((held - w_eff.weight).abs().max())
     assert math.isclose(layer.requantisation_error(merged), lost, rel_tol=1e-4)
     assert 0 < lost < 0.2 * float(w_eff.weight.abs().max())
-    again = GLoRALinear.from_linear(merged, 2)
+    again = GLoRAQuantisedLinear.from_linear(merged, 2)
     torch.testing.assert_close(again(tokens()), nn.functional.linear(tokens(), held, merged.bias))
 
 
@@ -280,7 +283,7 @@ def test_an_asymmetric_int8_weight_stays_one():
         linear.weight.detach(), quantization.PerRow(), quantization.MappingType.ASYMMETRIC
     )
     linear.weight = nn.Parameter(weight, requires_grad=False)
-    layer = GLoRALinear.from_linear(linear, 2)
+    layer = GLoRAQuantisedLinear.from_linear(linear, 2)
     layer.path = PathConfig(A="constant")
     layer.Ad.data.fill_(0.5)
     merged = layer.merge(requantise=True)
@@ -436,7 +439,7 @@ def test_weights_that_are_not_quantised_yet():
     ):
         flags = [p.requires_grad for p in linear.parameters()]
         with pytest.raises(TypeError, match="not quantised yet; move the model to its device first"):
-            GLoRALinear.from_linear(linear, 2)
+            GLoRAQuantisedLinear.from_linear(linear, 2)
         assert [p.requires_grad for p in linear.parameters()] == flags
 
 
@@ -445,7 +448,7 @@ def test_weights_that_were_repacked_for_the_cpu():
     linear = four_bit(sizes=(64, 64))
     linear.weight.quant_state.packing_format_for_cpu = True
     with pytest.raises(TypeError, match="repacked for this CPU; adapt the model before it is run"):
-        GLoRALinear.from_linear(linear, 2)
+        GLoRAQuantisedLinear.from_linear(linear, 2)
 
 
 def test_other_formats_and_types():
@@ -456,22 +459,30 @@ def test_other_formats_and_types():
     linear = nn.Linear(64, 256)
     linear.weight = nn.Parameter(to_nf4(linear.weight.detach(), 64, 256), requires_grad=False)
     with pytest.raises(TypeError, match=r"expected a weight of torchao's Int8Tensor, got .*NF4Tensor"):
-        GLoRALinear.from_linear(linear, 2)
+        GLoRAQuantisedLinear.from_linear(linear, 2)
     scaled = Int8Tensor.from_hp(torch.ones(4, 4), PerRow(), act_pre_scale=torch.ones(4))
     linear.weight = nn.Parameter(scaled, requires_grad=False)
     with pytest.raises(TypeError, match="without act_pre_scale"):
-        GLoRALinear.from_linear(linear, 2)
+        GLoRAQuantisedLinear.from_linear(linear, 2)
     with pytest.raises(TypeError, match=r"linear: expected .* got torch.nn.Linear"):
         GLoRAQuantisedLinear.from_linear(nn.Linear(2, 2))
     with pytest.raises(TypeError, match="expected to be made from a layer"):
         GLoRAQuantisedLinear(2, 2)
 
 
+@each_kind
+def test_the_dense_layer_names_the_quantised_one(make):
+    linear = make(True)
+    with pytest.raises(TypeError, match=r"linear: expected a dense weight, got a quantised one .*GLoRAQuantisedLinear"):
+        GLoRALinear.from_linear(linear, 2)
+    assert isinstance(glora.inject(nn.Sequential(linear), 2)[0], GLoRAQuantisedLinear)
+
+
 def test_hooks_and_subclasses():
     linear = eight_bit()
     linear.register_forward_hook(lambda *_: None)
     with pytest.raises(TypeError, match="linear: expected one without hooks"):
-        GLoRALinear.from_linear(linear, 2)
+        GLoRAQuantisedLinear.from_linear(linear, 2)
 
     class Own(type(four_bit())):
         pass
@@ -494,7 +505,7 @@ def test_two_bases_of_equal_packed_values_and_other_scales_are_told_apart():
 @pytest.mark.parametrize("make", [four_bit, eight_bit])
 def test_a_state_of_a_plain_layer_is_refused_and_nothing_is_loaded(make):
     pytest.importorskip("bitsandbytes")
-    layer = GLoRALinear.from_linear(make(sizes=(64, 64)), 2)
+    layer = GLoRAQuantisedLinear.from_linear(make(sizes=(64, 64)), 2)
     before = layer(torch.ones(1, 64))
     with pytest.raises(RuntimeError, match="weight: expected the packed"):
         layer.load_state_dict(nn.Linear(64, 64).state_dict())
@@ -503,7 +514,7 @@ def test_a_state_of_a_plain_layer_is_refused_and_nothing_is_loaded(make):
 
 def test_packed_values_without_their_scales_are_missing_keys():
     pytest.importorskip("bitsandbytes")
-    layer = GLoRALinear.from_linear(four_bit(sizes=(64, 64)), 2)
+    layer = GLoRAQuantisedLinear.from_linear(four_bit(sizes=(64, 64)), 2)
     state = {name: tensor for name, tensor in layer.state_dict().items() if not name.startswith("weight.")}
     with pytest.raises(RuntimeError, match=r"Missing key.*weight\.absmax"):
         layer.load_state_dict(state)
