@@ -1,53 +1,53 @@
-"""Arithmetic on loaded tiles, shared by the kernels: the effective weight, the bias, thin products, partial sums.
+"""Arithmetic on loaded tiles, shared by the kernels: the effective weight, the bias, partial sums.
 
-A term acts on a tile of the weight in one of five ways. The transposed weight, which dx multiplies by, is the
-same tile with rows and columns exchanged, so that no kernel knows which product it computes.
-A constant is a vector of stride 0.
+A term acts on a tile of the weight in one of five ways. To form dx, a kernel is given the transposed weight: the
+same tile with rows and columns exchanged. So no kernel knows which product it computes. A constant is a vector of
+stride 0. All strides count elements; ``rank`` is what is read, BLOCK_RANK what the matrix units are given.
 """
 
 import triton
 import triton.language as tl
 
 NONE = tl.constexpr(0)
-ROW = tl.constexpr(1)  # one value a row of the tile
-COLUMN = tl.constexpr(2)  # one value a column
+ROW = tl.constexpr(1)  # one value per row of the tile
+COLUMN = tl.constexpr(2)  # one value per column
 LOW_RANK = tl.constexpr(3)  # left @ right
-ADDED = tl.constexpr(4)  # left @ right as well, but of A: added to the weight (matmul product), not multiplied
+ADDED = tl.constexpr(4)  # V @ Au (matmul product): A is added to the weight, not multiplied with it
 
 
 @triton.jit
 def span(first, BLOCK: tl.constexpr, INDEX: tl.constexpr):
-    """The indices of a block from ``first`` on. INDEX is int64 where an offset into a matrix could pass 2^31."""
+    """The BLOCK indices from ``first`` on. INDEX is int64 where an offset into a matrix could pass 2^31."""
     return (first + tl.arange(0, BLOCK)).to(INDEX)
 
 
 @triton.jit
 def load_tile(ptr, rows, columns, stride_row, stride_column, row_mask, column_mask):
-    """[rows, columns] of a matrix, zero outside."""
+    """The elements [rows, columns] of the matrix at ``ptr``; zero where a mask is false."""
     offsets = rows[:, None] * stride_row + columns[None, :] * stride_column
     return tl.load(ptr + offsets, mask=row_mask[:, None] & column_mask[None, :], other=0.0)
 
 
 @triton.jit
 def store_tile(ptr, value, rows, columns, stride_row, stride_column, row_mask, column_mask):
-    """One cast, to the type of the pointer."""
+    """Store ``value``, [rows, columns], where both masks are true; one cast, to the type of the pointer."""
     offsets = rows[:, None] * stride_row + columns[None, :] * stride_column
     tl.store(ptr + offsets, value.to(ptr.dtype.element_ty), mask=row_mask[:, None] & column_mask[None, :])
 
 
 @triton.jit
 def row_part(
-    ptr,
-    rows,
-    stride_row,
-    stride_rank,
-    rank,
-    row_mask,
-    KIND: tl.constexpr,
-    BLOCK_RANK: tl.constexpr,
-    DTYPE: tl.constexpr,
+    ptr,  # left factor (rows, R), or a value per row (rows,); read
+    rows,  # indices of the tile's rows
+    stride_row,  # to the next row; 0 repeats a constant
+    stride_rank,  # left factor: to the next rank
+    rank,  # ranks that are read
+    row_mask,  # where rows are inside the matrix
+    KIND: tl.constexpr,  # form of the term on the tile
+    BLOCK_RANK: tl.constexpr,  # rank, padded
+    DTYPE: tl.constexpr,  # type of the result
 ):
-    """What a term needs of its rows: the left factor [rows, BLOCK_RANK], a value a row, or nothing."""
+    """What a term needs for the rows of a tile: its left factor [rows, BLOCK_RANK], one value per row, or nothing."""
     if KIND == LOW_RANK or KIND == ADDED:
         ranks = tl.arange(0, BLOCK_RANK)
         return load_tile(ptr, rows, ranks, stride_row, stride_rank, row_mask, ranks < rank).to(DTYPE)
@@ -59,20 +59,20 @@ def row_part(
 
 @triton.jit
 def term_tile(
-    row_part,
-    ptr,
-    columns,
-    stride_rank,
-    stride_column,
-    rank,
-    column_mask,
-    KIND: tl.constexpr,
-    BLOCK_RANK: tl.constexpr,
-    DTYPE: tl.constexpr,
-    WIDE: tl.constexpr,
-    PRECISION: tl.constexpr,
+    row_part,  # what row_part returned for the tile's rows
+    ptr,  # right factor (R, columns), or a value per column (columns,); read
+    columns,  # indices of the tile's columns
+    stride_rank,  # right factor: to the next rank
+    stride_column,  # to the next column; 0 repeats a constant
+    rank,  # ranks that are read
+    column_mask,  # where columns are inside the matrix
+    KIND: tl.constexpr,  # form of the term on the tile
+    BLOCK_RANK: tl.constexpr,  # rank, padded
+    DTYPE: tl.constexpr,  # type in which the factors meet
+    WIDE: tl.constexpr,  # type of the result: fp32, or fp64 for fp64 layers
+    PRECISION: tl.constexpr,  # input_precision of left @ right
 ):
-    """The term itself, [rows, columns] or what broadcasts to it, in WIDE."""
+    """The term itself in WIDE: [rows, columns], or a shape that broadcasts to it."""
     if KIND == LOW_RANK or KIND == ADDED:
         ranks = tl.arange(0, BLOCK_RANK)
         right = load_tile(ptr, ranks, columns, stride_rank, stride_column, ranks < rank, column_mask).to(DTYPE)
@@ -89,8 +89,8 @@ def term_tile(
 def effective_tile(weight, a, b, A: tl.constexpr, B: tl.constexpr):
     """``weight * (1 + a) + b``, or ``weight + a + b`` where A is added.
 
-    Written as fused multiply-adds: a plain ``+`` would be folded into the accumulator of the dot that made b,
-    and the load of the weight would no longer be pipelined (guides/kernels.md, 3.5).
+    Written as fused multiply-adds. Triton would fold a plain ``+`` into the accumulator of the dot that made b, and
+    would then no longer pipeline the load of the weight (guides/kernels.md, 3.5).
     """
     if A == ADDED:
         result = tl.fma(weight, 1.0, a)
@@ -112,7 +112,7 @@ def effective_tile(weight, a, b, A: tl.constexpr, B: tl.constexpr):
 def prompt_tile(
     ptr, up_ptr, columns, stride_row, rank, column_mask, C: tl.constexpr, BLOCK_RANK: tl.constexpr, WIDE: tl.constexpr
 ):
-    """c of ``W0 c``, [columns]."""
+    """c of ``W0 c``, [columns]: the vector at ``ptr``, or Cd Cu with Cd (K, R) at ``ptr``, Cu (R, 1) at ``up_ptr``."""
     if C == LOW_RANK:
         ranks = tl.arange(0, BLOCK_RANK)
         down = load_tile(ptr, columns, ranks, stride_row, 1, column_mask, ranks < rank).to(WIDE)
@@ -124,18 +124,18 @@ def prompt_tile(
 
 @triton.jit
 def bias_tile(
-    prompt,
-    bias_ptr,
-    d_ptr,
-    e_ptr,
-    rows,
-    stride_d,
-    stride_e,
-    row_mask,
-    BIAS: tl.constexpr,
-    D: tl.constexpr,
-    E: tl.constexpr,
-    WIDE: tl.constexpr,
+    prompt,  # W0 c of the rows, [rows]; zero without C
+    bias_ptr,  # b0 (N,), read if BIAS
+    d_ptr,  # D (N,), read if D
+    e_ptr,  # E (N,), read if E
+    rows,  # indices of the rows
+    stride_d,  # D: to the next output; 0 repeats a constant
+    stride_e,  # E: to the next output; 0 repeats a constant
+    row_mask,  # rows < N
+    BIAS: tl.constexpr,  # whether there is a b0
+    D: tl.constexpr,  # whether there is a D
+    E: tl.constexpr,  # whether there is an E
+    WIDE: tl.constexpr,  # type of the result: fp32, or fp64 for fp64 layers
 ):
     """``b0 + b0 * D + E + W0 c``, [rows], given ``W0 c``."""
     result = prompt
@@ -151,7 +151,7 @@ def bias_tile(
 
 @triton.jit
 def sum_slices(ptr, slices, stride, offsets, mask, BLOCK: tl.constexpr, WIDE: tl.constexpr):
-    """Partial sums added up in a fixed order: ``sum_s ptr[s * stride + offsets]``, [BLOCK]."""
+    """Partial sums added up in a fixed order: ``sum_s ptr[s * stride + offsets]``, [BLOCK]; zero where not ``mask``."""
     total = tl.zeros([BLOCK], dtype=WIDE)
     for first in range(0, slices, 16):
         index = (first + tl.arange(0, 16)).to(tl.int64)  # slices are many: their offsets may pass 2^31

@@ -3,8 +3,8 @@
     W_eff = W0 * (1 + A) + B   or   W0 + V Au + B with V = W0 Ad (matmul product)
     b_eff = b0 + b0 * D + E + W0 c
 
-A program owns BLOCK_N rows. It walks all columns where a sum over them is needed (V, W0 c), else a share of them.
-Formed in fp32 (fp64 for fp64) and rounded once at the store.
+The shapes are in kernels/__init__.py. A program owns BLOCK_N rows. It walks all columns where a sum over them is needed
+(V, W0 c), else a share of them. Results are formed in fp32 (fp64 for fp64 layers) and rounded once, when stored.
 """
 
 import triton
@@ -24,60 +24,62 @@ VARYING = ["rank_a", "rank_b", "rank_c", "share"]
 
 @triton.jit(do_not_specialize=VARYING)
 def assemble_kernel(
-    w_ptr,  # (N, K) read
-    w_eff_ptr,  # (N, K) written
-    b_eff_ptr,  # (N,) written
-    v_ptr,  # (N, rank of A) written
-    a_ptr,
-    au_ptr,
-    b_ptr,
-    bu_ptr,
-    c_ptr,
-    cu_ptr,
-    bias_ptr,
-    d_ptr,
-    e_ptr,
-    N,
-    K,
-    share,  # columns a program walks
-    stride_wn,
-    stride_wk,
-    stride_a,
-    stride_b,
-    stride_bu,
-    stride_au,
-    stride_auk,
-    stride_c,
-    stride_d,
-    stride_e,
-    rank_a,
-    rank_b,
-    rank_c,
-    A: tl.constexpr,
-    B: tl.constexpr,
-    C: tl.constexpr,
-    D: tl.constexpr,
-    E: tl.constexpr,
-    BIAS: tl.constexpr,
-    WRITE_WEIGHT: tl.constexpr,
-    WRITE_BIAS: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    RANK_A: tl.constexpr,
-    RANK_B: tl.constexpr,
-    RANK_C: tl.constexpr,
-    FACTOR_A: tl.constexpr,
-    FACTOR_B: tl.constexpr,
-    INDEX: tl.constexpr,
-    WIDE: tl.constexpr,
-    PRECISION: tl.constexpr,
+    w_ptr,  # W0 (N, K), read
+    w_eff_ptr,  # W_eff (N, K), contiguous, written if WRITE_WEIGHT
+    b_eff_ptr,  # b_eff (N,), written if WRITE_BIAS
+    v_ptr,  # V = W0 Ad (N, rank_a), written if A is ADDED
+    a_ptr,  # Ad: (N, R), or (K, R) if A is ADDED; or a value per row (N,); read
+    au_ptr,  # Au (R, K), or a value per column (K,) if A is COLUMN; read
+    b_ptr,  # Bd (N, R), or a value per row (N,); read
+    bu_ptr,  # Bu (R, K), read if B is LOW_RANK
+    c_ptr,  # Cd (K, R), or c (K,); read
+    cu_ptr,  # Cu (R, 1), read if C is LOW_RANK
+    bias_ptr,  # b0 (N,), read if BIAS
+    d_ptr,  # D (N,), read if D
+    e_ptr,  # E (N,), read if E
+    N,  # outputs: rows of W0
+    K,  # inputs: columns of W0
+    share,  # columns that one program walks
+    stride_wn,  # W0: to the next row
+    stride_wk,  # W0: to the next column
+    stride_a,  # a_ptr: to the next row; 0 repeats a constant
+    stride_b,  # b_ptr: to the next row; 0 repeats a constant
+    stride_bu,  # Bu: to the next rank
+    stride_au,  # Au: to the next rank
+    stride_auk,  # au_ptr: to the next column; 0 repeats a constant
+    stride_c,  # c_ptr: to the next input
+    stride_d,  # D: to the next output; 0 repeats a constant
+    stride_e,  # E: to the next output; 0 repeats a constant
+    rank_a,  # ranks of A that are read; its storage may hold more
+    rank_b,  # ranks of B that are read
+    rank_c,  # ranks of C that are read
+    A: tl.constexpr,  # form of A on a tile: NONE, ROW, COLUMN, LOW_RANK or ADDED (tile.py)
+    B: tl.constexpr,  # form of B on a tile: NONE, ROW or LOW_RANK
+    C: tl.constexpr,  # form of c: NONE, ROW (a vector) or LOW_RANK
+    D: tl.constexpr,  # whether there is a D
+    E: tl.constexpr,  # whether there is an E
+    BIAS: tl.constexpr,  # whether there is a b0
+    WRITE_WEIGHT: tl.constexpr,  # whether W_eff is formed
+    WRITE_BIAS: tl.constexpr,  # whether b_eff is formed
+    BLOCK_N: tl.constexpr,  # rows per tile
+    BLOCK_K: tl.constexpr,  # columns per tile
+    RANK_A: tl.constexpr,  # rank_a padded to a power of two, at least 16
+    RANK_B: tl.constexpr,  # rank_b padded likewise
+    RANK_C: tl.constexpr,  # rank_c padded likewise
+    FACTOR_A: tl.constexpr,  # type in which the factors of A meet
+    FACTOR_B: tl.constexpr,  # type in which the factors of B meet
+    INDEX: tl.constexpr,  # type of offsets: int64 if one could pass 2^31, else int32
+    WIDE: tl.constexpr,  # type of sums and of W_eff before rounding: fp32, or fp64 for fp64 layers
+    PRECISION: tl.constexpr,  # input_precision of products of factors
 ):
+    # A program is one block of rows and one share of the columns.
     shares = tl.cdiv(K, share)
     row_block, part = tl.program_id(0) // shares, tl.program_id(0) % shares
     rows = span(row_block * BLOCK_N, BLOCK_N, INDEX)
     row_mask = rows < N
     first, last = part * share, min(K, (part + 1) * share)
     tl.assume(last > first)
+    # V = W0 Ad needs every column: here a share is the whole row. V is stored, since backward reads it too.
     if A == ADDED:
         v = tl.zeros([BLOCK_N, RANK_A], dtype=WIDE)
         ranks = tl.arange(0, RANK_A)
@@ -91,6 +93,7 @@ def assemble_kernel(
     else:
         left = row_part(a_ptr, rows, stride_a, 1, rank_a, row_mask, A, RANK_A, FACTOR_A)
     b_rows = row_part(b_ptr, rows, stride_b, 1, rank_b, row_mask, B, RANK_B, FACTOR_B)
+    # The second walk forms W0 c, and W_eff tile by tile. Columns from `last` on belong to the next program.
     prompt = tl.zeros([BLOCK_N], dtype=WIDE)
     if WRITE_WEIGHT or C != NONE:
         for k in range(first, last, BLOCK_K):
@@ -106,6 +109,7 @@ def assemble_kernel(
                 )
                 b = term_tile(b_rows, bu_ptr, columns, stride_bu, 1, rank_b, mask, B, RANK_B, FACTOR_B, WIDE, PRECISION)
                 store_tile(w_eff_ptr, effective_tile(weight, a, b, A, B), rows, columns, K, 1, row_mask, mask)
+    # With C a share is the whole row, so this program's W0 c is complete.
     if WRITE_BIAS and part == 0:
         bias = bias_tile(prompt, bias_ptr, d_ptr, e_ptr, rows, stride_d, stride_e, row_mask, BIAS, D, E, WIDE)
         tl.store(b_eff_ptr + rows, bias.to(b_eff_ptr.dtype.element_ty), mask=row_mask)
@@ -114,7 +118,7 @@ def assemble_kernel(
 def assembled(
     weight: Tensor, bias: Tensor | None, terms: Terms, shared: Context, write_weight: bool, write_bias: bool
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """What is asked for, by one launch; see assemble.py."""
+    """``(W_eff, b_eff, V)`` by one launch; None for what is not asked for or not needed."""
     outputs, inputs = weight.shape
     a, folded = a_operand(terms, None, weight.dtype), bias_operands(terms if write_bias else Terms(), bias)
     b = b_operand(terms, weight.dtype) if write_weight else Operand()

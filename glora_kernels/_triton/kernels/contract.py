@@ -1,12 +1,13 @@
-"""dW contracted with W0 and the factors, tile by tile.
+"""dW contracted with W0 and the factors of the terms, tile by tile.
 
-    H = dW * W0      dAd = H Au^T     dAu = Ad^T H     da = sum_k H (A a value a row)
-                     dBd = dW Bu^T    dBu = Bd^T dW    db_n = sum_k dW (B a value a row)
-    dc = W0^T db     W_eff as in the forward pass, for dx
+    H = dW * W0      dAd = H Au^T     dAu = Ad^T H     da_n = sum_k H_nk     (A one value per row)
+                     dBd = dW Bu^T    dBu = Bd^T dW           sum_k dW_nk    (B one value per row)
+    dc = W0^T db     dCu = Cd^T dc    W_eff as in the forward pass, for dx
 
-dW is read (a dense product wrote it), or with GEMM formed here from dy and x, so that no (N, K) buffer exists.
-Every result is linear in dW: sums over columns leave as one slice a block of columns, sums over rows as one a block of
-rows, fp32, and ``finish`` adds them up in a fixed order. With ONLY_LOST a program whose rows are all kept does nothing.
+The shapes are in kernels/__init__.py. dW is read (a dense product wrote it), or with GEMM formed here from dy and x, so
+that no (N, K) buffer exists. A program owns one tile of dW. Sums over columns leave as one slice per block of columns,
+sums over rows as one per block of rows, in fp32; ``finish`` adds them up in a fixed order. That is possible since every
+result is linear in dW or db. With ONLY_LOST a program whose rows are all kept does nothing.
 """
 
 import triton
@@ -24,25 +25,26 @@ VARYING = ["M", "slices", "rank_a", "rank_b", "rank_c", "at_a", "at_au", "at_b",
 
 @triton.jit
 def store_factor_gradients(
-    tile,  # [BLOCK_N, BLOCK_K]
-    left_ptr,
-    right_ptr,
-    stride_left,
-    stride_right,
-    down_ptr,  # this block's slice of (slices, N, rank)
-    up_ptr,  # this block's slice of (slices, K, rank)
-    rows,
-    columns,
-    rank,
-    row_mask,
-    mask,
-    BLOCK_RANK: tl.constexpr,
-    DTYPE: tl.constexpr,
-    DOT: tl.constexpr,
+    tile,  # [BLOCK_N, BLOCK_K] of dW for B, of H for A
+    left_ptr,  # Ad or Bd (N, R), read
+    right_ptr,  # Au or Bu (R, K), read
+    stride_left,  # left factor: to the next row
+    stride_right,  # right factor: to the next rank
+    down_ptr,  # slice of this block of columns, (N, R), written
+    up_ptr,  # slice of this block of rows, (K, R), written
+    rows,  # indices of the tile's rows, [BLOCK_N]
+    columns,  # indices of its columns, [BLOCK_K]
+    rank,  # ranks that are read
+    row_mask,  # rows < N
+    mask,  # columns < K
+    BLOCK_RANK: tl.constexpr,  # rank, padded
+    DTYPE: tl.constexpr,  # type of both sides of the products
+    DOT: tl.constexpr,  # input_precision of the products
 ):
-    """``tile right^T`` and ``left^T tile``."""
+    """Store ``tile right^T`` and ``left^T tile``: what this tile adds to the gradients of left and right."""
     ranks = tl.arange(0, BLOCK_RANK)
     rank_mask = ranks < rank
+    # Loaded through exchanged strides: these are right^T, [BLOCK_K, BLOCK_RANK], and left^T.
     right = load_tile(right_ptr, columns, ranks, 1, stride_right, mask, rank_mask).to(DTYPE)
     left = load_tile(left_ptr, ranks, rows, 1, stride_left, rank_mask, row_mask).to(DTYPE)
     operand = tile.to(DTYPE)
@@ -54,78 +56,80 @@ def store_factor_gradients(
 
 @triton.jit(do_not_specialize=VARYING)
 def contract_kernel(
-    dw_ptr,  # (N, K) read, contiguous
-    dy_ptr,  # (M, N) read with GEMM
-    x_ptr,  # (M, K) read with GEMM
-    w_ptr,
-    w_eff_ptr,  # (N, K) written
-    a_ptr,
-    au_ptr,
-    b_ptr,
-    bu_ptr,
-    c_ptr,
-    lost_ptr,  # (N,) read with ONLY_LOST
-    partials_ptr,
-    at_a,
-    at_au,
-    at_b,
-    at_bu,
-    at_db,
-    at_dc,
-    at_cu,
-    slices,
-    M,
-    N,
-    K,
-    stride_ym,
-    stride_yn,
-    stride_xm,
-    stride_xk,
-    stride_wn,
-    stride_wk,
-    stride_a,
-    stride_au,
-    stride_b,
-    stride_bu,
-    stride_c,
-    rank_a,
-    rank_b,
-    rank_c,
-    A: tl.constexpr,
-    B: tl.constexpr,
-    GRAD_A: tl.constexpr,
-    GRAD_B: tl.constexpr,
-    SUM_B: tl.constexpr,
-    DC: tl.constexpr,
-    DCU: tl.constexpr,  # Cd^T dc
-    WRITE_WEIGHT: tl.constexpr,
-    GEMM: tl.constexpr,
-    ONLY_LOST: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    RANK_A: tl.constexpr,
-    RANK_B: tl.constexpr,
-    RANK_C: tl.constexpr,
-    FACTOR_A: tl.constexpr,
-    FACTOR_B: tl.constexpr,
-    CONTRACT: tl.constexpr,  # the type in which dW meets the factors
-    CONTRACT_DOT: tl.constexpr,
-    INDEX: tl.constexpr,
-    WIDE: tl.constexpr,
-    PRECISION: tl.constexpr,
-    DOT: tl.constexpr,
+    dw_ptr,  # dW (N, K), contiguous, read without GEMM
+    dy_ptr,  # dy (M, N), read with GEMM
+    x_ptr,  # x (M, K), read with GEMM
+    w_ptr,  # W0 (N, K), read
+    w_eff_ptr,  # W_eff (N, K), contiguous, written if WRITE_WEIGHT
+    a_ptr,  # Ad (N, R), or a (N,); read
+    au_ptr,  # Au (R, K), read if A is LOW_RANK
+    b_ptr,  # Bd (N, R), or a value per row (N,); read
+    bu_ptr,  # Bu (R, K), read if B is LOW_RANK
+    c_ptr,  # Cd (K, R), read with DCU
+    lost_ptr,  # (N,) int32, read with ONLY_LOST: 1 where the row of da is lost
+    partials_ptr,  # buffer of partial sums: db is read, the rest written
+    at_a,  # dAd (column blocks, N, R), or da (column blocks, N)
+    at_au,  # dAu (row blocks, K, R)
+    at_b,  # dBd (column blocks, N, R); or sum_k dW (column blocks, N); with SUM_B (tiles,)
+    at_bu,  # dBu (row blocks, K, R)
+    at_db,  # db (slices, N), from the token pass
+    at_dc,  # dc (row blocks, K)
+    at_cu,  # Cd^T dc (tiles, R)
+    slices,  # slices of db in the buffer: blocks of tokens
+    M,  # tokens
+    N,  # outputs: rows of W0
+    K,  # inputs: columns of W0
+    stride_ym,  # dy: to the next token
+    stride_yn,  # dy: to the next output
+    stride_xm,  # x: to the next token
+    stride_xk,  # x: to the next input
+    stride_wn,  # W0: to the next row
+    stride_wk,  # W0: to the next column
+    stride_a,  # a_ptr: to the next row
+    stride_au,  # Au: to the next rank
+    stride_b,  # b_ptr: to the next row; 0 repeats a constant
+    stride_bu,  # Bu: to the next rank
+    stride_c,  # Cd: to the next row
+    rank_a,  # ranks of A that are read; its storage may hold more
+    rank_b,  # ranks of B that are read
+    rank_c,  # ranks of C that are read
+    A: tl.constexpr,  # form of A: ROW or LOW_RANK
+    B: tl.constexpr,  # form of B: NONE, ROW or LOW_RANK
+    GRAD_A: tl.constexpr,  # whether the gradient of A is formed
+    GRAD_B: tl.constexpr,  # whether the gradient of B is formed
+    SUM_B: tl.constexpr,  # whether B is a constant: its gradient is one number per tile
+    DC: tl.constexpr,  # whether dc is formed
+    DCU: tl.constexpr,  # whether Cd^T dc is formed, for dCu
+    WRITE_WEIGHT: tl.constexpr,  # whether W_eff is formed, for dx
+    GEMM: tl.constexpr,  # whether dW is formed here, from dy and x
+    ONLY_LOST: tl.constexpr,  # whether blocks of rows without a lost row are skipped
+    BLOCK_M: tl.constexpr,  # tokens per step of the sum dy^T x
+    BLOCK_N: tl.constexpr,  # rows per tile
+    BLOCK_K: tl.constexpr,  # columns per tile
+    RANK_A: tl.constexpr,  # rank_a padded to a power of two, at least 16
+    RANK_B: tl.constexpr,  # rank_b padded likewise
+    RANK_C: tl.constexpr,  # rank_c padded likewise
+    FACTOR_A: tl.constexpr,  # type in which the factors of A meet
+    FACTOR_B: tl.constexpr,  # type in which the factors of B meet
+    CONTRACT: tl.constexpr,  # type in which dW meets the factors (why: context.Numerics)
+    CONTRACT_DOT: tl.constexpr,  # input_precision of those products
+    INDEX: tl.constexpr,  # type of offsets: int64 if one could pass 2^31, else int32
+    WIDE: tl.constexpr,  # type of sums and of W_eff before rounding: fp32, or fp64 for fp64 layers
+    PRECISION: tl.constexpr,  # input_precision of products of factors, for W_eff
+    DOT: tl.constexpr,  # input_precision of products with x or dy
 ):
     column_blocks = tl.cdiv(K, BLOCK_K)
+    # 64 bits, since a slice may begin beyond 2^31 in the buffer.
     row_block = (tl.program_id(0) // column_blocks).to(tl.int64)
     column_block = (tl.program_id(0) % column_blocks).to(tl.int64)
     rows, columns = span(row_block * BLOCK_N, BLOCK_N, INDEX), span(column_block * BLOCK_K, BLOCK_K, INDEX)
     row_mask, mask = rows < N, columns < K
+    # Where no row of the block is lost, nobody reads its sums.
     wanted = True
     if ONLY_LOST:
         wanted = tl.max(tl.load(lost_ptr + rows, mask=row_mask, other=0), 0) > 0
     if wanted:
-        if GEMM:
+        if GEMM:  # this tile of dW = dy^T x, in the order of the tokens
             dw = tl.zeros([BLOCK_N, BLOCK_K], dtype=WIDE)
             tl.assume(M > 0)
             for m in range(0, M, BLOCK_M):
@@ -136,6 +140,7 @@ def contract_kernel(
                 dw = tl.dot(tl.trans(dy), x, dw, input_precision=DOT, out_dtype=WIDE)
         else:
             dw = load_tile(dw_ptr, rows, columns, K, 1, row_mask, mask).to(WIDE)
+        # dBd and dBu. If B is one value per row, sum_k dW; if it is a constant, the sum of the tile.
         if GRAD_B and B == LOW_RANK:
             store_factor_gradients(
                 dw,
@@ -160,6 +165,7 @@ def contract_kernel(
             tl.store(partials_ptr + at_b + column_block * N + rows, tl.sum(dw, 1), mask=row_mask)
         if GRAD_A or DC or WRITE_WEIGHT:
             weight = load_tile(w_ptr, rows, columns, stride_wn, stride_wk, row_mask, mask).to(WIDE)
+        # The same for A, with H = dW * W0 in place of dW.
         if GRAD_A and A == LOW_RANK:
             store_factor_gradients(
                 dw * weight,
@@ -180,6 +186,7 @@ def contract_kernel(
             )
         elif GRAD_A:
             tl.store(partials_ptr + at_a + column_block * N + rows, tl.sum(dw * weight, 1), mask=row_mask)
+        # dc = W0^T db over the rows of this block. db is still in slices of the token pass.
         if DC:
             db = sum_slices(partials_ptr + at_db, slices, N, rows, row_mask, BLOCK_N, WIDE)
             dc = tl.sum(weight * db[:, None], 0)
@@ -198,7 +205,7 @@ def contract_kernel(
 
 
 def contraction(run: BackwardRun, dw: Tensor | None) -> Tensor | None:
-    """See contract.py, from ``dw`` or else from dy and x; returns W_eff if dx is to be formed from it.
+    """Launch the kernel on ``dw``, or else on dy and x; returns W_eff if dx is to be formed from it.
 
     On the route ``solved`` it forms the lost rows of da, and nothing else.
     """

@@ -1,15 +1,18 @@
-"""Partial sums turned into gradients: every slice added up in a fixed order, cast once, zero where nothing is read.
+"""Partial sums turned into gradients: slices added up in a fixed order, the sum cast once, zero where nothing is read.
 
-One launch serves all gradients of a layer. What there is to do stands in a small table on the device, one row a
-gradient, so that a new path needs no new kernel. A row says which slices to add up and how the elements of the
-gradient, which has the shape of its storage, are found in them:
+One launch serves all gradients of a layer. A small table on the device says what to do, one row per gradient, so that a
+new path needs no new kernel. A row says which slices to add up, and how an element of the gradient, which has the shape
+of its storage, is found in them:
 
     element o = (c, j) of a storage of ``inner`` columns (or of the transposed right factor, ``up``)
     value     = sum_s partials[source + s * stride + c * width + min(j, width - 1)]    for c < count and j < rank
 
-The gradient of a row scale, solved from the output (SOLVED), is
+The rule of a row may multiply the value by b0[c] (TIMES_BIAS, for D) or by Cu[j] (TIMES_UP, for Cd). With the rule
+SOLVED it is the gradient of A as a hadamard vector, solved from the output y, where t = sum_m dy y:
 
     da = (t - b_eff db - sum_k B dW) / (1 + a)     and in lost rows the sum formed from dW and W0
+
+The shapes are in kernels/__init__.py.
 """
 
 import triton
@@ -36,33 +39,34 @@ VARYING = ["jobs", "N", "slices", "exact_slices", "stride_a", "stride_b", "rank_
 
 @triton.jit
 def solve(
-    rows,
-    mask,
-    partials_ptr,
-    a_ptr,
-    b_ptr,
-    b_eff_ptr,
-    lost_ptr,
-    at_t,
-    at_db,
-    at_b,
-    at_exact,
-    slices,
-    exact_slices,
-    N,
-    stride_a,
-    stride_b,
-    rank_b,
-    B: tl.constexpr,
-    B_EFF: tl.constexpr,
-    BLOCK: tl.constexpr,
-    WIDE: tl.constexpr,
+    rows,  # indices n, [BLOCK]
+    mask,  # which of them are wanted, [BLOCK]
+    partials_ptr,  # buffer of partial sums, read
+    a_ptr,  # a (N,), read
+    b_ptr,  # Bd (N, R), or a value per row (N,); read
+    b_eff_ptr,  # b_eff (N,), read with B_EFF
+    lost_ptr,  # (N,) int32, read: 1 where the row is lost
+    at_t,  # t = sum_m dy y (slices, N)
+    at_db,  # db (slices, N)
+    at_b,  # dBd (slices, N, R), or sum_k dW (slices, N)
+    at_exact,  # da of lost rows, from dW and W0 (exact_slices, N)
+    slices,  # slices of t, db and at_b: blocks of tokens
+    exact_slices,  # slices of at_exact: blocks of columns
+    N,  # outputs
+    stride_a,  # a: to the next row
+    stride_b,  # b_ptr: to the next row; 0 repeats a constant
+    rank_b,  # ranks of B that are read
+    B: tl.constexpr,  # form of B: NONE, ROW or LOW_RANK
+    B_EFF: tl.constexpr,  # whether the layer has a b_eff
+    BLOCK: tl.constexpr,  # elements per program
+    WIDE: tl.constexpr,  # type of sums: fp32, or fp64 for fp64 layers
 ):
-    """da of the given rows, [BLOCK]."""
+    """da of the given rows, [BLOCK], by the equation above."""
     da = sum_slices(partials_ptr + at_t, slices, N, rows, mask, BLOCK, WIDE)
     if B_EFF:
         db = sum_slices(partials_ptr + at_db, slices, N, rows, mask, BLOCK, WIDE)
         da -= tl.load(b_eff_ptr + rows, mask=mask, other=0.0).to(WIDE) * db
+    # sum_k B dW = sum_r Bd dBd, since dBd = dW Bu^T.
     if B == LOW_RANK:
         for r in range(0, rank_b):
             d_left = sum_slices(partials_ptr + at_b, slices, N * rank_b, rows * rank_b + r, mask, BLOCK, WIDE)
@@ -70,6 +74,8 @@ def solve(
     elif B == ROW:
         d_rows = sum_slices(partials_ptr + at_b, slices, N, rows, mask, BLOCK, WIDE)
         da -= tl.load(b_ptr + rows * stride_b, mask=mask, other=0.0).to(WIDE) * d_rows
+    # Exact sums are read for lost rows alone: where a block has none, they were never written.
+    # A lost row may have 1 + a = 0: it divides by 1, and takes the exact sum.
     lost = tl.load(lost_ptr + rows, mask=mask, other=0) > 0
     scale = 1.0 + tl.load(a_ptr + rows * stride_a, mask=mask, other=0.0).to(WIDE)
     exact = sum_slices(partials_ptr + at_exact, exact_slices, N, rows, mask & lost, BLOCK, WIDE)
@@ -78,35 +84,36 @@ def solve(
 
 @triton.jit(do_not_specialize=VARYING)
 def finish_kernel(
-    table_ptr,  # (jobs, TABLE_WIDTH) int64
-    partials_ptr,
-    grads_ptr,  # all gradients, one after the other: written
-    bias_ptr,
-    cu_ptr,
-    a_ptr,
-    b_ptr,
-    b_eff_ptr,
-    lost_ptr,
-    jobs,
-    at_t,
-    at_db,
-    at_b,
-    at_exact,
-    slices,
-    exact_slices,
-    N,
-    stride_a,
-    stride_b,
-    rank_b,
-    BIAS: tl.constexpr,
-    UP: tl.constexpr,
-    SOLVE: tl.constexpr,
-    B: tl.constexpr,
-    B_EFF: tl.constexpr,
-    BLOCK: tl.constexpr,
-    WIDE: tl.constexpr,
+    table_ptr,  # (jobs, TABLE_WIDTH) int64, read: one row per gradient
+    partials_ptr,  # buffer of partial sums, read
+    grads_ptr,  # all gradients, one after the other, written
+    bias_ptr,  # b0 (N,), read with BIAS
+    cu_ptr,  # Cu (R, 1), read with UP
+    a_ptr,  # a (N,), read with SOLVE
+    b_ptr,  # Bd (N, R), or a value per row (N,); read with SOLVE
+    b_eff_ptr,  # b_eff (N,), read with SOLVE and B_EFF
+    lost_ptr,  # (N,) int32, read with SOLVE: 1 where the row is lost
+    jobs,  # gradients to make: rows of the table
+    at_t,  # t = sum_m dy y (slices, N)
+    at_db,  # db (slices, N)
+    at_b,  # dBd (slices, N, R), or sum_k dW (slices, N)
+    at_exact,  # da of lost rows, from dW and W0 (exact_slices, N)
+    slices,  # slices of t, db and at_b: blocks of tokens
+    exact_slices,  # slices of at_exact: blocks of columns
+    N,  # outputs
+    stride_a,  # a: to the next row
+    stride_b,  # b_ptr: to the next row; 0 repeats a constant
+    rank_b,  # ranks of B that are read
+    BIAS: tl.constexpr,  # whether some job multiplies by b0
+    UP: tl.constexpr,  # whether some job multiplies by Cu
+    SOLVE: tl.constexpr,  # whether some job solves for da
+    B: tl.constexpr,  # form of B, for SOLVE: NONE, ROW or LOW_RANK
+    B_EFF: tl.constexpr,  # whether b_eff is taken off, for SOLVE
+    BLOCK: tl.constexpr,  # elements per program
+    WIDE: tl.constexpr,  # type of sums: fp32, or fp64 for fp64 layers
 ):
     block = tl.program_id(0)
+    # The job of this block: the last one whose first block is not beyond it.
     job = 0
     for index in range(1, jobs):
         if block >= tl.load(table_ptr + index * TABLE_WIDTH):
@@ -115,10 +122,12 @@ def finish_kernel(
     first_block, source, job_slices, stride = tl.load(row), tl.load(row + 1), tl.load(row + 2), tl.load(row + 3)
     target, size, inner, up = tl.load(row + 4), tl.load(row + 5), tl.load(row + 6), tl.load(row + 7)
     width, rank, count, rule = tl.load(row + 8), tl.load(row + 9), tl.load(row + 10), tl.load(row + 11)
+    # Element o is row c and column j of the storage; of a right factor (R, columns), c is the column, j the rank.
     o = (block - first_block) * BLOCK + tl.arange(0, BLOCK)
     c = tl.where(up != 0, o % inner, o // inner)
     j = tl.where(up != 0, o // inner, o % inner)
     mask = (o < size) & (c < count) & (j < rank)
+    # With width 1 every j reads the same sum: dCd[c, j] = dc[c] Cu[j].
     element = c * width + tl.minimum(j, width - 1)
     value = sum_slices(partials_ptr + source, job_slices, stride, element, mask, BLOCK, WIDE)
     if BIAS:
@@ -160,7 +169,7 @@ FINISH_TILE = Tile(0, FINISH_BLOCK, 0, 4, 2)
 
 
 def finish(run: BackwardRun, jobs: tuple[GradientJob, ...], grads: Tensor) -> None:
-    """See finish.py: the jobs' gradients, one after the other in ``grads``."""
+    """Write the gradients of all jobs into ``grads``, one after the other."""
     call, solved = run.call, run.route == "solved"
     asked = {job.rule for job in jobs}
     launch(

@@ -1,18 +1,21 @@
 """The gradients of thin terms and of the bias in one pass over dy and x.
 
-For a term that adds ``left right`` to W_eff, with dW = dy^T x never formed:
+A term adds ``left right`` to W_eff: Bd Bu, or V Au where A is a low rank of the matmul product. With dW = dy^T x, which
+is never formed:
 
     P = x right^T  (M, R)        d left  = dy^T P  (N, R)
     Q = dy left    (M, R)        d right = Q^T x   (R, K)
 
-and for the bias ``db = sum_m dy``. Where A scales inputs (W_eff = W0 diag(1 + a) + B), with g = dy W0 given:
+For B as one value per row, right is a row of ones: P = sum_k x. The bias needs ``db = sum_m dy``. Where A scales inputs
+(W_eff = W0 diag(1 + a) + B), with g = dy W0 (M, K) given:
 
     dx = g (1 + a) + Q right     da = sum_m x g
 
-and where A scales rows, and its gradient is solved from the output: ``t = sum_m dy y``.
+Where A scales rows, and its gradient is solved from the output y: ``t = sum_m dy y`` (N,).
 
-A program owns BLOCK_M tokens: it walks x once for P, dy once, x once more (out of the cache) for d right. Sums over
-tokens leave as one slice a program, (slices, N, R) and the like in fp32; ``finish`` adds them up in a fixed order.
+A program owns BLOCK_M tokens: it walks x for P, then dy, then x again (out of the cache) for d right. Sums over tokens
+leave as one slice per program, (programs, N, R) and the like in fp32; ``finish`` adds them up in a fixed order.
+Other shapes are in kernels/__init__.py.
 """
 
 import torch
@@ -46,18 +49,18 @@ VARYING = [
 
 @triton.jit
 def thin_product(
-    tile,
-    ptr,
-    columns,
-    stride_column,
-    stride_rank,
-    rank,
-    mask,
-    acc,
-    BLOCK_RANK: tl.constexpr,
-    DOT: tl.constexpr,
+    tile,  # [tokens, columns] of x or dy
+    ptr,  # factor (columns, R), read
+    columns,  # indices of the block's columns
+    stride_column,  # factor: to the next column of the tile
+    stride_rank,  # factor: to the next rank
+    rank,  # ranks that are read
+    mask,  # where columns are inside the matrix
+    acc,  # [tokens, BLOCK_RANK], the sum so far
+    BLOCK_RANK: tl.constexpr,  # rank, padded
+    DOT: tl.constexpr,  # input_precision of the product
 ):
-    """``acc + tile factor`` over a block of columns, [tokens, BLOCK_RANK]."""
+    """``acc + tile factor`` over a block of columns, [tokens, BLOCK_RANK]; the factor takes the type of the tile."""
     ranks = tl.arange(0, BLOCK_RANK)
     factor = load_tile(ptr, columns, ranks, stride_column, stride_rank, mask, ranks < rank)
     return tl.dot(tile, factor.to(tile.dtype), acc, input_precision=DOT, out_dtype=acc.dtype)
@@ -65,7 +68,10 @@ def thin_product(
 
 @triton.jit
 def store_slice(ptr, tile, thin, block, columns, size, rank, mask, BLOCK_RANK: tl.constexpr, DOT: tl.constexpr):
-    """``tile^T thin``, [columns, BLOCK_RANK], into slice ``block`` of (slices, size, rank)."""
+    """Store ``tile^T thin``, (columns, rank), in slice ``block`` of (slices, size, rank) at ``ptr``; size: N or K.
+
+    ``tile`` is [tokens, columns] of dy or x, ``thin`` is P or Q, [tokens, BLOCK_RANK], as the type of the tile.
+    """
     ranks = tl.arange(0, BLOCK_RANK)
     product = tl.dot(tl.trans(tile), thin.to(tile.dtype), input_precision=DOT)
     store_tile(ptr + block * size * rank, product, columns, ranks, rank, 1, mask, ranks < rank)
@@ -73,57 +79,58 @@ def store_slice(ptr, tile, thin, block, columns, size, rank, mask, BLOCK_RANK: t
 
 @triton.jit(do_not_specialize=VARYING)
 def token_pass_kernel(
-    x_ptr,  # (M, K) read
-    dy_ptr,  # (M, N) read
-    other_ptr,  # the output (M, N), or g = dy W0 (M, K) where A scales inputs: read, contiguous
-    dx_ptr,  # (M, K) written where A scales inputs
-    a_ptr,  # ADDED: V, (N, rank of A). COLUMN: a over the inputs
-    au_ptr,
-    b_ptr,
-    bu_ptr,
-    bias_ptr,
-    partials_ptr,  # the slices of a gradient begin at its at_...
-    at_db,
-    at_db_sum,
-    at_db_bias,
-    at_t,
-    at_a,
-    at_au,
-    at_b,
-    at_b_sum,
-    at_bu,
-    M,
-    N,
-    K,
-    stride_xm,
-    stride_xk,
-    stride_ym,
-    stride_yn,
-    stride_a,
-    stride_au,
-    stride_b,
-    stride_bu,
-    rank_a,
-    rank_b,
-    A: tl.constexpr,  # NONE, ADDED or COLUMN; its gradient is wanted
-    B: tl.constexpr,  # NONE, ROW or LOW_RANK
-    GRAD_B: tl.constexpr,
-    SUM_A: tl.constexpr,  # a constant: its gradient is one number a slice
-    SUM_B: tl.constexpr,
-    DB: tl.constexpr,
-    DB_SUM: tl.constexpr,  # sum_n db
-    DB_BIAS: tl.constexpr,  # sum_n db b0
-    OUTPUT: tl.constexpr,
-    WRITE_DX: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    RANK_A: tl.constexpr,
-    RANK_B: tl.constexpr,
-    INDEX: tl.constexpr,
-    WIDE: tl.constexpr,
-    DOT: tl.constexpr,
+    x_ptr,  # x (M, K), read
+    dy_ptr,  # dy (M, N), read
+    other_ptr,  # y (M, N) with OUTPUT; g = dy W0 (M, K) if A is COLUMN; contiguous, read
+    dx_ptr,  # dx (M, K), contiguous, written with WRITE_DX
+    a_ptr,  # V (N, R) if A is ADDED; a over the inputs (K,) if A is COLUMN; read
+    au_ptr,  # Au (R, K), read if A is ADDED
+    b_ptr,  # Bd (N, R), or a value per row (N,); read
+    bu_ptr,  # Bu (R, K), read if B is LOW_RANK
+    bias_ptr,  # b0 (N,), read with DB_BIAS
+    partials_ptr,  # buffer of partial sums, written: one slice per program
+    at_db,  # db (programs, N)
+    at_db_sum,  # sum_n db (programs,), for a constant E
+    at_db_bias,  # sum_n db b0 (programs,), for a constant D
+    at_t,  # t = sum_m dy y (programs, N)
+    at_a,  # dV (programs, N, R) if A is ADDED; da (programs, K) if COLUMN; (programs,) with SUM_A
+    at_au,  # dAu (programs, K, R)
+    at_b,  # dBd (programs, N, R), or sum_k dW (programs, N)
+    at_b_sum,  # sum of dW over rows and columns (programs,)
+    at_bu,  # dBu (programs, K, R)
+    M,  # tokens
+    N,  # outputs: rows of W0
+    K,  # inputs: columns of W0
+    stride_xm,  # x: to the next token
+    stride_xk,  # x: to the next input
+    stride_ym,  # dy: to the next token
+    stride_yn,  # dy: to the next output
+    stride_a,  # a_ptr: to the next row of V or the next input; 0 repeats a constant
+    stride_au,  # Au: to the next rank
+    stride_b,  # b_ptr: to the next row; 0 repeats a constant
+    stride_bu,  # Bu: to the next rank
+    rank_a,  # ranks of A that are read; its storage may hold more
+    rank_b,  # ranks of B that are read
+    A: tl.constexpr,  # NONE if the gradient of A is not formed here, else ADDED or COLUMN (tile.py)
+    B: tl.constexpr,  # form of B: NONE, ROW or LOW_RANK
+    GRAD_B: tl.constexpr,  # whether B meets dW: for its gradient, or to solve for da
+    SUM_A: tl.constexpr,  # whether A is a constant: its gradient is one number per slice
+    SUM_B: tl.constexpr,  # whether B is a constant: its gradient is one number per slice
+    DB: tl.constexpr,  # whether db is stored
+    DB_SUM: tl.constexpr,  # whether sum_n db is stored
+    DB_BIAS: tl.constexpr,  # whether sum_n db b0 is stored
+    OUTPUT: tl.constexpr,  # whether t is formed, from the output y
+    WRITE_DX: tl.constexpr,  # whether dx is formed, from g
+    BLOCK_M: tl.constexpr,  # tokens per program
+    BLOCK_N: tl.constexpr,  # outputs per step
+    BLOCK_K: tl.constexpr,  # inputs per step
+    RANK_A: tl.constexpr,  # rank_a padded to a power of two, at least 16
+    RANK_B: tl.constexpr,  # rank_b padded likewise
+    INDEX: tl.constexpr,  # type of offsets: int64 if one could pass 2^31, else int32
+    WIDE: tl.constexpr,  # type of sums: fp32, or fp64 for fp64 layers
+    DOT: tl.constexpr,  # input_precision of products with x or dy
 ):
+    # 64 bits, since a slice may begin beyond 2^31 in the buffer.
     block = tl.program_id(0).to(tl.int64)
     tokens = span(block * BLOCK_M, BLOCK_M, INDEX)
     token_mask = tokens < M
@@ -131,7 +138,7 @@ def token_pass_kernel(
     tl.assume(K > 0)
     tl.assume(N > 0)
 
-    # P: what the right factors see of x.
+    # First walk, over x: P = x right^T.
     p_a = tl.zeros([BLOCK_M, RANK_A], dtype=WIDE)
     p_b = tl.zeros([BLOCK_M, RANK_B], dtype=WIDE)
     x_sum = tl.zeros([BLOCK_M], dtype=WIDE)
@@ -147,7 +154,7 @@ def token_pass_kernel(
             elif GRAD_B:
                 x_sum += tl.sum(x.to(WIDE), 1)
 
-    # d left and the bias, and Q: what the left factors see of dy.
+    # Second walk, over dy: db, t, d left = dy^T P, and Q = dy left.
     q_a = tl.zeros([BLOCK_M, RANK_A], dtype=WIDE)
     q_b = tl.zeros([BLOCK_M, RANK_B], dtype=WIDE)
     y_sum = tl.zeros([BLOCK_M], dtype=WIDE)
@@ -193,7 +200,7 @@ def token_pass_kernel(
     if SUM_B:
         tl.store(partials_ptr + at_b_sum + block, tl.sum(b_sum, 0))
 
-    # d right, and dx and da where A scales inputs.
+    # Third walk, over x again: d right = Q^T x, and da and dx where A scales inputs.
     a_sum = tl.zeros([BLOCK_K], dtype=WIDE)
     if A != NONE or THIN_B:
         for k in range(0, K, BLOCK_K):
@@ -226,7 +233,7 @@ def token_pass_kernel(
 
 
 def token_pass(run: BackwardRun, g: Tensor | None = None) -> Tensor | None:
-    """See token_pass.py; with ``g = dy W0`` it returns dx."""
+    """Launch the kernel, if anything needs it; given ``g = dy W0`` (M, K), it returns dx if that is wanted."""
     call = run.call
     contracts_b = run.contracts_b and run.route != "dense"
     if not (contracts_b or run.sums_bias or run.route in ("projected", "scaled", "solved")):
@@ -235,7 +242,7 @@ def token_pass(run: BackwardRun, g: Tensor | None = None) -> Tensor | None:
     dx = torch.empty_like(g) if g is not None and call.wants_x else None
     a = run.a if run.route in ("projected", "scaled") else Operand()
     b = run.b if contracts_b or dx is not None else Operand()
-    # A constant scales rows and inputs alike: here it is a value over the inputs, of stride 0.
+    # A constant scales rows and inputs alike: here it is passed as a value per input, of stride 0.
     over_inputs = a.right if a.form == operands.COLUMN else a.left
     tile = run.token_tile
     launch(
