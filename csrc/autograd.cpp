@@ -17,7 +17,7 @@ constexpr int kInputs = 3 + kStorages + 2;  // x, weight, bias, the storages, co
 
 at::Tensor or_none(const Optional& tensor) { return tensor ? *tensor : at::Tensor(); }
 
-// Which slots have a storage that wants a gradient; D has none where there is no bias to scale.
+// Which slots have a storage that wants a gradient. Without a bias to scale, D has none.
 std::array<bool, kSlots> wanted_slots(const Terms& terms, const at::Tensor& bias) {
   std::array<bool, kSlots> wanted{};
   for (int slot = 0; slot < kSlots; ++slot) {
@@ -28,7 +28,7 @@ std::array<bool, kSlots> wanted_slots(const Terms& terms, const at::Tensor& bias
   return wanted;
 }
 
-// By is_grads_batched, or by vmap around torch.autograd.grad: there is no memory that a kernel could read.
+// Batched by is_grads_batched, or by vmap around torch.autograd.grad: then there is no memory for a kernel to read.
 bool is_batched(const at::Tensor& gradient) {
   const auto keys = gradient.key_set();
   return keys.has(c10::DispatchKey::Batched) || keys.has(c10::DispatchKey::FuncTorchBatched);
@@ -61,7 +61,7 @@ struct Linear : Function<Linear> {
                                 "backend 'cuda' has no second derivatives; use_backend('torch') has");
     TORCH_CHECK_NOT_IMPLEMENTED(!is_batched(gradients[0]),
                                 "backend 'cuda' takes no batched gradients; use_backend('torch') does");
-    // backward may run inside the block of autocast that forward ran in
+    // backward may run inside the autocast block of forward
     const c10::impl::ExcludeDispatchKeyGuard without_autocast(c10::autocast_dispatch_keyset);
     const variable_list kept = ctx->get_saved_variables();
     Storages storages;

@@ -14,7 +14,7 @@ struct Output {
 // y for x of any leading shape.
 Output linear_forward(const at::Tensor& x, const at::Tensor& weight, const at::Tensor& bias, const Terms& terms);
 
-// The same, differentiable in x and the storages, once.
+// The same y, differentiable once in x and the storages.
 at::Tensor linear(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
                   const std::array<std::optional<at::Tensor>, kStorages>& storages, const std::vector<int64_t>& config,
                   bool matmul);

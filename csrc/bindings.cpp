@@ -1,4 +1,4 @@
-// The module glora_kernels._C: what Python calls (glora_kernels/_cuda/).
+// The module glora_kernels._C, which glora_kernels/_cuda/ calls.
 #include <torch/extension.h>
 
 #include "autograd.h"

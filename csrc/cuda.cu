@@ -1,4 +1,4 @@
-// The kernels on a GPU. Each writes what it alone sums, in a fixed order: no atomics, the same bits every time.
+// The kernels on a GPU. One warp or thread sums an element, in a fixed order: no atomics, the same bits every time.
 #include <cuda_runtime.h>
 
 #include <c10/util/BFloat16.h>
@@ -20,7 +20,7 @@ void check_launch(const char* kernel) {
   if (error != cudaSuccess) throw std::runtime_error(std::string(kernel) + ": " + cudaGetErrorString(error));
 }
 
-// A row's neighbouring elements in one access.
+// Neighbouring elements of a row, read or written in one access.
 template <typename T, int COLUMNS>
 struct alignas(sizeof(T) * COLUMNS) Pack {
   T values[COLUMNS];
@@ -54,7 +54,7 @@ __global__ void __launch_bounds__(kThreads) assemble_kernel(Assembly<T, C> work)
   }
 }
 
-// A warp a row.
+// One warp per row: work.down, the sums over columns.
 template <typename T, typename C>
 __global__ void __launch_bounds__(kThreads) contract_rows_kernel(Contraction<T, C> work, int first) {
   constexpr int kWarps = kThreads / kLanes;
@@ -74,7 +74,7 @@ __global__ void __launch_bounds__(kThreads) contract_rows_kernel(Contraction<T, 
   }
 }
 
-// A thread a column, a block a chunk of rows.
+// One thread per column, one block per chunk of rows: work.up_parts, the sums over rows.
 template <typename T, typename C>
 __global__ void __launch_bounds__(kThreads) contract_columns_kernel(Contraction<T, C> work, int first) {
   const int64_t k = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x, columns = work.gradient.columns;
@@ -91,7 +91,7 @@ __global__ void __launch_bounds__(kThreads) contract_columns_kernel(Contraction<
   }
 }
 
-constexpr int64_t kMostBlocks = 65535;  // along y; the kernels go on from there
+constexpr int64_t kMostBlocks = 65535;  // along y; a kernel's loop takes the rest
 
 unsigned blocks(int64_t count) { return static_cast<unsigned>(count < kMostBlocks ? count : kMostBlocks); }
 

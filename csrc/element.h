@@ -1,7 +1,7 @@
-// What a thread computes, for CUDA and, so that it can be tested without a GPU, for the host: no torch, no launches.
+// What a thread computes: for CUDA, and for the host, so that tests need no GPU. No torch, no launches.
 //
-// Every path is W_eff = W0 * (1 + scale) + shift + shift, elementwise over (N, K), with factors of a few forms. The
-// matmul product fits in too: A as a vector is a scale a column, and A as a low rank the shift (W0 Ad) Au.
+// Every path is W_eff = W0 * (1 + scale) + first + second, elementwise over (N, K), with factors of a few forms. In the
+// matmul product, A as a vector is a scale per column, and A as a low rank is `first`: (W0 Ad) Au.
 #pragma once
 
 #include <cstdint>
@@ -18,8 +18,8 @@ namespace glora {
 
 enum class Form : int { none, constant, row, column, low_rank };
 
-// An (N, K) matrix; C is the compute type. The strides are in elements. Of a constant `down[0]` is read; of a row
-// vector `down[n * down_row]`; of a column vector `down[k * down_row]`; of a low rank
+// An (N, K) matrix; C is the compute type. The strides are in elements. Element (n, k) is `down[0]` for a constant;
+// `down[n * down_row]` for a row vector; `down[k * down_row]` for a column vector; for a low rank
 // `sum_r down[n * down_row + r * down_rank] * up[r * up_rank + k * up_column]`.
 template <typename C>
 struct Factor {
@@ -31,7 +31,7 @@ struct Factor {
   int64_t up_rank = 0, up_column = 0;
 };
 
-// Adds the part of `factor` with its upper left corner at (n, k) to a tile; rows from `rows` on are left alone.
+// Adds to a tile the part of `factor` whose upper left corner is (n, k). Tile rows from `rows` on are not changed.
 template <typename C, int ROWS, int COLUMNS>
 GLORA_HD void add_factor(const Factor<C>& factor, int64_t n, int64_t k, int rows, C (&tile)[ROWS][COLUMNS]) {
   if (factor.form == Form::none) return;
@@ -83,10 +83,10 @@ GLORA_HD void effective_tile(const Factor<C>& scale, const Factor<C>& first, con
     for (int j = 0; j < COLUMNS; ++j) result[i][j] = static_cast<T>(tile[i][j]);
 }
 
-constexpr int kRanks = 8;   // that one pass over dW contracts with
-constexpr int kLanes = 32;  // that share a row
+constexpr int kRanks = 8;   // ranks that one pass over dW contracts with
+constexpr int kLanes = 32;  // lanes of a warp that share a row
 
-// What dW is contracted with: dW itself, or dW * W0 where `weight` is given.
+// The (N, K) gradient that is contracted: dW, or dW * W0 where `weight` is given.
 template <typename T, typename C>
 struct Gradient {
   const T* dw;

@@ -1,4 +1,4 @@
-// The kernels' arithmetic on the host, thread by thread: for tests without a GPU, and for tensors on a CPU.
+// The arithmetic of the kernels on the host, thread by thread: for tests without a GPU, and for CPU tensors.
 #include <algorithm>
 
 #include <c10/util/BFloat16.h>
@@ -29,7 +29,7 @@ void contract_host(const Contraction<T, C>& work) {
     for (int64_t n = 0; work.down && n < work.rows; ++n) {
       C lanes[kLanes][kRanks];
       for (int lane = 0; lane < kLanes; ++lane) row_part(work.gradient, work.factor, first, n, lane, lanes[lane]);
-      for (int step = kLanes / 2; step > 0; step /= 2)  // as the shuffles of a warp do
+      for (int step = kLanes / 2; step > 0; step /= 2)  // in the order of a warp's shuffles
         for (int lane = 0; lane < step; ++lane)
           for (int r = 0; r < kRanks; ++r) lanes[lane][r] += lanes[lane + step][r];
       for (int r = 0; r < count; ++r) work.down[n * rank + first + r] = lanes[0][r];

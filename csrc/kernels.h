@@ -1,4 +1,4 @@
-// The launchers, on raw pointers: `cuda.cu` has them for a GPU, `host.cpp` for the host, in the same order of sums.
+// The launchers, on raw pointers: for a GPU in `cuda.cu`, for the host in `host.cpp`. Both sum in the same order.
 #pragma once
 
 #include "element.h"
@@ -8,10 +8,10 @@ namespace glora {
 template <typename T, typename C>
 struct Assembly {
   const T* weight;
-  int64_t weight_row, rows, columns;  // W0 is (rows, columns), its columns next to each other
+  int64_t weight_row, rows, columns;  // W0 is (rows, columns) with columns of stride 1
   Factor<C> scale, first, second;
   T* result;  // contiguous
-  bool vectors;  // whether rows begin at multiples of 16 bytes and hold whole ones
+  bool vectors;  // whether rows begin at multiples of 16 bytes and are multiples of 16 bytes long
 };
 
 template <typename T, typename C>
@@ -20,7 +20,7 @@ struct Contraction {
   Factor<C> factor;
   int64_t rows;
   C* down;      // (rows, rank), or null
-  C* up_parts;  // (chunks, rank, columns), or null: one sum a chunk of rows
+  C* up_parts;  // (chunks, rank, columns), or null: one sum per chunk of rows
   int64_t chunk;
 };
 

@@ -13,7 +13,7 @@
 namespace glora {
 namespace {
 
-// A tensor of the compute type keeps what a factor points to alive.
+// A factor, and the tensors of the compute type that keep alive what it points to.
 template <typename C>
 struct Held {
   at::Tensor down, up;
@@ -40,7 +40,7 @@ Held<C> held(const at::Tensor& weight, const Term& term, bool columns, const at:
   return result;
 }
 
-// The matrix with its columns next to each other, and no negation pending.
+// The matrix with columns of stride 1 and without a pending negation.
 at::Tensor with_rows(const at::Tensor& matrix) {
   const at::Tensor plain = matrix.resolve_neg();
   return plain.stride(1) == 1 ? plain : plain.contiguous();

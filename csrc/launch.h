@@ -7,11 +7,11 @@
 
 namespace glora {
 
-// W0 * (1 + scale) + shift + shift: see element.h. Terms of the compute type; `projected` replaces Ad of the matmul product.
+// W_eff, (N, K): see element.h. `projected`, V = W0 Ad, takes the place of Ad in the matmul product.
 at::Tensor assemble(const at::Tensor& weight, const Terms& terms, const at::Tensor& projected);
 
-// What `factor`, a low rank, is given by the gradient dW, or dW * W0 where `weight` is defined: (N, r) and (r, K). A vector
-// or constant is given its (N, 1) sums over columns, and no second.
+// dW, or dW * W0 where `weight` is defined, contracted with a low-rank `factor`: the gradients of its left, (N, r), and
+// its right factor, (r, K). For a vector or constant: the (N, 1) sums over columns, and no second tensor.
 std::pair<at::Tensor, at::Tensor> contract(const at::Tensor& dw, const at::Tensor& weight, const Term& factor);
 
 }  // namespace glora

@@ -7,7 +7,7 @@ namespace {
 
 at::Tensor as(const at::Tensor& tensor, at::ScalarType type) { return tensor.to(type); }
 
-// Gradients in the shape and type of the storages they belong to: zero where these are not read.
+// A gradient in the shape and type of its storage: zero in the part that is not read.
 at::Tensor into(const at::Tensor& storage, const at::Tensor& value, int64_t axis) {
   if (value.sizes() == storage.sizes()) return value.to(storage.scalar_type());
   at::Tensor result = at::zeros_like(storage);
@@ -15,7 +15,7 @@ at::Tensor into(const at::Tensor& storage, const at::Tensor& value, int64_t axis
   return result;
 }
 
-// Of a vector or constant, from one value a row.
+// The gradient of a vector or constant, from one value per row.
 at::Tensor into_entries(const Term& term, const at::Tensor& rows) {
   if (term.kind == Kind::vector)
     return term.down.dim() == 1 ? rows.to(term.down.scalar_type()) : into(term.down, rows.unsqueeze(1), 1);
@@ -58,7 +58,7 @@ void bias_gradients(const at::Tensor& dy, const at::Tensor& weight, const at::Te
   sink.low_rank(C, terms[C], at::outer(dc, right.squeeze(1)), at::mv(left.t(), dc).unsqueeze(1));
 }
 
-// A term that adds its matrix to one whose gradient is dW, or that scales W0 by it (`weight` defined).
+// The gradients of a term that adds its matrix to W_eff or, where `weight` is defined, multiplies W0 by it.
 void through_dw(Slot slot, const Term& term, const at::Tensor& dw, const at::Tensor& weight, Sink sink) {
   const auto [left, right] = contract(dw, weight, term);
   if (term.kind == Kind::low_rank)
@@ -67,7 +67,7 @@ void through_dw(Slot slot, const Term& term, const at::Tensor& dw, const at::Ten
     sink.entries(slot, term, left.squeeze(1));
 }
 
-// B without dW, by products of its thin factors.
+// The gradients of B without dW, by products of its thin factors.
 void thin(const Term& term, const at::Tensor& dy, const at::Tensor& x, Sink sink) {
   if (term.kind != Kind::low_rank) return sink.entries(B, term, at::mv(dy.t(), x.sum(1)));
   const auto type = x.scalar_type();
@@ -75,7 +75,7 @@ void thin(const Term& term, const at::Tensor& dy, const at::Tensor& x, Sink sink
                 at::mm(at::mm(dy, as(term.left(), type)).t(), x));
 }
 
-// A of W0 + W0 A.
+// The gradients of A in W0 + W0 A.
 void matmul_gradient(const Term& term, const at::Tensor& dy, const at::Tensor& x, const at::Tensor& weight,
                      const at::Tensor& projected, Sink sink) {
   const auto type = x.scalar_type(), wide = compute_type(type);

@@ -7,8 +7,8 @@
 namespace glora {
 namespace {
 
-constexpr int64_t kBlocks = 512;    // a few for each multiprocessor
-constexpr int64_t kShortest = 128;  // rows of a chunk: 8 ranks of partial sums are then a sixteenth of dW
+constexpr int64_t kBlocks = 512;    // a few per multiprocessor
+constexpr int64_t kShortest = 128;  // rows of a chunk: the partial sums of 8 ranks are then a sixteenth of dW
 
 int64_t divided_up(int64_t whole, int64_t part) { return (whole + part - 1) / part; }
 

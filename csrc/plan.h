@@ -5,11 +5,11 @@
 
 namespace glora {
 
-// Rows that one block sums over for the gradient of an `up`: as many partial sums as fill a GPU, and no more memory than
-// a sixteenth of dW for ranks up to 8.
+// How the rows are split into partial sums for the gradient of an `up`: enough of them to fill a GPU; for ranks up to
+// 8, no more memory than a sixteenth of dW.
 struct ContractionPlan {
-  int64_t chunk;   // rows
-  int64_t chunks;  // partial sums of each element
+  int64_t chunk;   // rows that one block sums over
+  int64_t chunks;  // partial sums per element
 };
 
 ContractionPlan plan_contraction(int64_t rows, int64_t columns);

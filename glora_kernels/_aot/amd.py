@@ -1,4 +1,4 @@
-"""What AMD assembly shows: the kernel's own record of its resources, and the instructions in it."""
+"""Reads AMD assembly: the record of the kernel's resources, and its instructions."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ _TRAP = re.compile(r"^\s*s_trap\b", re.MULTILINE)
 
 
 def resource(amdgcn: str, name: str) -> int:
-    """One entry of the record, such as ``vgpr_spill_count``."""
+    """One entry of the record of resources, such as ``vgpr_spill_count``."""
     found = re.findall(rf"^\s*(?:- )?\.{name}:\s+(\d+)", amdgcn, re.MULTILINE)
     if not found:
         raise RuntimeError(f"assembly: expected an entry .{name}, got none")

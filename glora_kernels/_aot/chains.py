@@ -1,4 +1,4 @@
-"""Matrix products of one loop body that add to each other: miscompiled for Blackwell by some Tritons (triton#10821)."""
+"""Matrix products of one loop body that add to each other: some Tritons miscompile them on Blackwell (triton#10821)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def chained_dots(ttir: str) -> list[str]:
     """Every dot whose accumulator is another dot of the same loop body, as ``"%b onto %a"``.
 
     The loop of a line is the innermost one around it, found by counting braces; the two halves of an
-    ``scf.while`` count as one body. Values are followed in order, as names may be used again.
+    ``scf.while`` count as one body. Values are followed in order, since a name may be used again.
     """
     found = []
     loops: list[tuple[int, int]] = []  # around this line: (depth of the body, which loop)

@@ -1,7 +1,7 @@
-"""A build through Triton's compiler, for a GPU that need not be there, as the launcher would ask for it.
+"""Compiles a build as the launcher would, for a GPU that need not be there.
 
 The launcher's own call (``_triton/launch.py``) is made with stand-ins for its arguments. So Triton specialises them as
-it will at a launch, and keeps the kernel under the same key: what the gate has compiled, no launch compiles again.
+it will at a launch, and keeps the kernel under the same key: a launch does not compile again what the gate compiled.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _POINTED = {kind: dtype for dtype, kind in POINTERS.items()}
 
 @dataclass(frozen=True)
 class Pointer:
-    """A tensor as far as Triton specialises one."""
+    """A stand-in for a tensor: what Triton specialises a tensor by."""
 
     dtype: torch.dtype
     address: int
@@ -32,7 +32,7 @@ class Pointer:
         return self.address
 
     def ptr_range(self) -> int:
-        """Asked on AMD GPUs alone, where tensors below 2 GiB are read by shorter instructions: it is one of those."""
+        """Asked on AMD GPUs only: there Triton reads tensors below 2 GiB, as this one, by shorter instructions."""
         return 0
 
 
@@ -43,7 +43,7 @@ class AbsentGPU:
         self.target = target
 
     def get_current_device(self) -> str:
-        return self.target.name  # Triton keeps kernels by device: each target has one of its own
+        return self.target.name  # Triton keeps kernels by device: each target is one device
 
     def get_current_stream(self, device: str) -> None:
         return None
@@ -53,9 +53,9 @@ class AbsentGPU:
 
 
 def compiled(build: Build, target: Target) -> CompiledKernel:
-    """The build for the target; what Triton's cache has is not compiled again.
+    """The build compiled for the target, or taken from Triton's cache.
 
-    From then on Triton takes this process for one with such a GPU: nothing can be launched in it any more.
+    After this call Triton assumes that the process has such a GPU, so the process can launch nothing any more.
 
     Raises:
         ValueError: the build does not say what each argument is.

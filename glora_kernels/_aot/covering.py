@@ -1,4 +1,4 @@
-"""A few of many that show all there is to see between them."""
+"""Chooses a few builds that together show every trait of all builds."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ if TYPE_CHECKING:
 
 
 def traits(build: Build) -> frozenset[Hashable]:
-    """What can differ between two builds of a kernel, each by itself.
+    """What can differ between two builds of a kernel, as separate traits.
 
-    The value of each constant, the type of each argument and whether it is a multiple of 16, warps and stages.
+    They are the value of each constant, the type of each argument and whether it is a multiple of 16, warps and stages.
     """
     arguments = {name: (kind, name in build.divisible) for name, kind in build.signature.items()}
     found = {**build.constexprs, **arguments, "num_warps": build.num_warps, "num_stages": build.num_stages}
@@ -21,10 +21,10 @@ def traits(build: Build) -> frozenset[Hashable]:
 
 
 def cover(shown: Sequence[AbstractSet[Hashable]]) -> list[int]:
-    """The places of a few sets whose union is that of all, in ascending order.
+    """The places of a few sets whose union is the union of all sets, in ascending order.
 
-    Greedy: each time the set with most that is new, the first of those that are equal. The same answer in every
-    process, since only the order of the sets decides.
+    Greedy: each time it takes the set with the most new elements, the first one if several have as many. Every process
+    gets the same answer, since only the order of the sets decides.
 
     Example:
         >>> cover([{1}, {1, 2}, {3}, {2}])

@@ -1,4 +1,4 @@
-"""What a cubin shows: its resources, the instructions in it, and what the assembler had to say about it.
+"""Reads a cubin: its resources, its instructions, and what the assembler said about it.
 
 The tools are those inside Triton (or where ``TRITON_NVDISASM_PATH`` and the like point).
 """
@@ -22,7 +22,7 @@ _SERIALISED = re.compile(r"serialized due to (.*?)(?: in the function|$)", re.MU
 
 
 def resources(dump: str) -> tuple[int, int]:
-    """Registers and bytes of stack of a thread, from ``cuobjdump --dump-resource-usage``."""
+    """Registers and bytes of stack per thread, from ``cuobjdump --dump-resource-usage``."""
     found = [(int(registers), int(stack)) for registers, stack in _RESOURCES.findall(dump)]
     if not found:
         raise RuntimeError(f"cuobjdump: expected a line with REG and STACK, got {dump!r}")
@@ -43,13 +43,13 @@ def traps(ptx: str) -> int:
 
 
 def serialisation(log: str) -> str | None:
-    """Why the assembler let no two matrix instructions overlap (C7515 and its like), if it says so."""
+    """Why the assembler serialised the matrix instructions (C7515 and the like), or None if it does not say so."""
     found = _SERIALISED.search(log)
     return found[1] if found else None
 
 
 def disassembled(cubin: bytes) -> tuple[str, str]:
-    """The texts for ``resources`` and ``opcodes``."""
+    """The texts that ``resources`` and ``opcodes`` read."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -60,10 +60,10 @@ def disassembled(cubin: bytes) -> tuple[str, str]:
 
 
 def assembler_log(kernel: CompiledKernel) -> str:
-    """What ptxas says about the kernel, which Triton does not keep: assembled again, by Triton and in its way.
+    """What ptxas says about the kernel. Triton does not keep it, so Triton assembles the kernel again, in the same way.
 
     Raises:
-        RuntimeError: the log is not about the code in the kernel.
+        RuntimeError: the second assembly gave other code than the kernel's, or no log.
     """
     target = kernel.metadata.target
     backend = make_backend(target)

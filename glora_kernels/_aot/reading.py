@@ -1,4 +1,4 @@
-"""What one compiled kernel shows. Reading takes as long as compiling, so it is kept in Triton's cache as well."""
+"""What one compiled kernel shows. Reading takes as long as compiling, so the result is kept in Triton's cache too."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ _SOURCES = b"".join(file.read_bytes() for file in sorted(Path(__file__).parent.g
 
 
 class Reading(NamedTuple):
-    """Of a kernel that compiled; a count is absent or 0 where the target has no such thing."""
+    """What a compiled kernel shows; a count is absent or 0 where the target has no such thing."""
 
-    registers: int  # of a thread
-    stack: int  # bytes of a thread in memory
+    registers: int  # per thread
+    stack: int  # bytes per thread, in memory
     spills: dict[str, int]  # NVIDIA: local loads and stores in the code; AMD: spilled registers
     shared: int  # bytes
     tensor_memory: int  # columns
     matrix: dict[str, int]  # matrix instructions
     traps: int
-    serialised: str | None  # why the assembler let matrix instructions not overlap
+    serialised: str | None  # why the assembler serialised matrix instructions
     chained: list[str]  # dots of one loop that add to each other
 
 
 def read(kernel: CompiledKernel) -> Reading:
-    """What the kernel shows, from the cache if this very code was read before."""
+    """What the kernel shows; from the cache if the same code was read before."""
     cache = get_cache_manager(_key(kernel))
     path = cache.get_file(_FILE)
     if path is not None:
@@ -43,7 +43,7 @@ def read(kernel: CompiledKernel) -> Reading:
 
 
 def _key(kernel: CompiledKernel) -> str:
-    """Changes with the kernel, the compiler (both are in its hash), its output and the code that reads it."""
+    """A key that changes with the kernel and the compiler (both are in the hash), the output and the reading code."""
     key = hashlib.sha256(kernel.hash.encode() + _SOURCES)
     for text in kernel.asm.values():
         key.update(text if isinstance(text, bytes) else text.encode())

@@ -1,4 +1,4 @@
-"""The architectures that a kernel can be compiled for, and how much shared memory a launch may ask of each."""
+"""The architectures that a kernel can be compiled for, and how much shared memory a launch may use on each."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import NamedTuple
 from triton.backends.compiler import GPUTarget
 
 SHARED_LIMITS = {  # bytes for one program
-    "cuda:80": 101_376,  # of an sm_86 and sm_89, which take the tiles of an sm_80: that one has 166,912
+    "cuda:80": 101_376,  # the limit of sm_86 and sm_89, which use the tiles of sm_80; sm_80 itself has 166,912
     "cuda:86": 101_376,
     "cuda:89": 101_376,
     "cuda:90": 232_448,
@@ -26,7 +26,7 @@ def target_named(name: str) -> Target:
     """The target of a name like ``cuda:90``.
 
     Raises:
-        ValueError: a name whose limits are not known here.
+        ValueError: the limits of this name are not known here.
     """
     if name not in SHARED_LIMITS:
         raise ValueError(f"targets: expected some of {', '.join(SHARED_LIMITS)}, got {name!r}")

@@ -1,4 +1,4 @@
-"""What a compiled kernel must show to be shipped. Each rule is one function: None, or expected and got."""
+"""What a compiled kernel must show to be shipped. Each rule is one function: it returns None, or expected and got."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def failures(build: Build, target: Target, reading: Reading) -> list[str]:
 
 
 def _spill(build: Build, target: Target, reading: Reading) -> str | None:
-    # Without a stack, scalar registers of an AMD GPU went to lanes of vector registers and not to memory.
+    # Without a stack, an AMD GPU's scalar registers were spilled to lanes of vector registers, not to memory.
     spills = {name: count for name, count in reading.spills.items() if name != "sgpr" or reading.stack}
     if not reading.stack and not any(spills.values()):
         return None
@@ -54,7 +54,7 @@ def _tensor_memory(build: Build, target: Target, reading: Reading) -> str | None
 
 
 def _trap(build: Build, target: Target, reading: Reading) -> str | None:
-    """A compiler that cannot do it may write a kernel that only stops the device."""
+    """A compiler that cannot compile a kernel may write one that only stops the device."""
     return f"trap: expected none, got {reading.traps}" if reading.traps else None
 
 

@@ -1,6 +1,6 @@
-"""Builds compiled and read in other processes: neither an exception nor an abort of the compiler stops the rest.
+"""Compiles and reads builds in other processes: an exception or an abort of the compiler does not stop the rest.
 
-A build travels as (module, target, place), since neither a kernel nor a compiler's exception can be pickled.
+A build is passed on as (module, target, place), since kernels and the compiler's exceptions cannot be pickled.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from .targets import target_named
 if TYPE_CHECKING:
     from .._triton.builds import Build
 
-_LONGEST_ERROR = 300  # some carry the whole assembly
+_LONGEST_ERROR = 300  # characters; some errors contain the whole assembly
 
 
 class BuildJob(NamedTuple):
-    module: str  # whose shipped(target) lists the builds
+    module: str  # its shipped(target) lists the builds
     target: str
     place: int  # in that list
-    label: str  # of that build: it must be the same in every process
+    label: str  # the label of that build: it must be the same in every process
 
 
 @cache
@@ -40,7 +40,7 @@ def builds_of(module: str, target: str) -> list[Build]:
 
 
 def measured(jobs: Sequence[BuildJob], workers: int) -> Iterator[Reading | str]:
-    """For every job, in order, what its kernel shows, or in one line why there is no kernel."""
+    """For every job, in order: what its kernel shows, or one line that says why there is no kernel."""
     processes = _Processes(workers)
     try:
         with ThreadPoolExecutor(workers) as threads:
@@ -54,7 +54,7 @@ def measure(job: BuildJob) -> Reading | str:
     build = builds_of(job.module, job.target)[job.place]
     assert build.label == job.label, f"{job.module}.shipped: another order in another process"
     try:
-        with redirect_stdout(io.StringIO()):  # where Triton prints what the assembler refuses
+        with redirect_stdout(io.StringIO()):  # Triton prints there what the assembler refuses
             return read(compiled(build, target_named(job.target)))
     except Exception as error:  # the compiler's own, of any type
         text = " ".join(f"{type(error).__name__}: {error}".split())
@@ -62,7 +62,7 @@ def measure(job: BuildJob) -> Reading | str:
 
 
 class _Processes:
-    """Pools of one process each: what ends a process is known to be the one job in it."""
+    """Pools of one process each: if a process ends, the one job in it is the cause."""
 
     def __init__(self, count: int) -> None:
         self._idle: SimpleQueue[ProcessPoolExecutor] = SimpleQueue()

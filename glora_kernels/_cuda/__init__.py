@@ -1,4 +1,4 @@
-"""The optional extension ``glora_kernels._C``, built from ``csrc/``: what loads it, and the backend that calls it."""
+"""The optional extension ``glora_kernels._C``, built from ``csrc/``: loading it, and the backend that calls it."""
 
 from .backend import ExtensionBackend
 from .extension import BUILD, fault, load

@@ -1,4 +1,4 @@
-"""The extension as a backend: terms packed for C++, tensors made flat."""
+"""The extension as a backend: it packs the terms for C++."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Packed = tuple[list[Tensor | None], list[int], bool]
 
 
 def pack(terms: Terms) -> Packed:
-    """The eight storages, kind and rank of each slot, and whether the product is matmul: what csrc/layer.h takes."""
+    """What csrc/layer.h takes: the eight storages, kind and rank of each slot, and whether the product is matmul."""
     storages: list[Tensor | None] = [None] * len(STORAGES)
     config = [0] * (2 * len(SLOTS))
     for slot, term in terms.active:
@@ -31,7 +31,7 @@ def pack(terms: Terms) -> Packed:
 
 
 class ExtensionBackend:
-    """See :class:`glora_kernels.backend.Backend`. A hadamard A of any kind takes dW; the output is not kept."""
+    """See :class:`glora_kernels.backend.Backend`. A hadamard A of any kind needs dW; the output is not kept."""
 
     reads_values = False
     takes_token_sums = False
@@ -48,7 +48,7 @@ class ExtensionBackend:
         return ForwardResult(*self.extension.forward(x, weight, bias, *pack(terms)))
 
     def backward(self, call: BackwardCall) -> tuple[Tensor | None, SlotGradients]:
-        """The gradient of x, if wanted, and those of the storages of every wanted slot."""
+        """The gradient of x, if wanted, and the gradients of the storages of every wanted slot."""
         wanted = [slot in call.wanted for slot in SLOTS]
         dx, *grads = self.extension.backward(
             call.dy, call.x, call.weight, call.bias, *pack(call.terms), call.projected, wanted, call.wants_x

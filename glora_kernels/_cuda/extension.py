@@ -1,4 +1,4 @@
-"""Finding the extension, or saying why it is not there."""
+"""Finds the extension, or says why it is not there."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _NAME = "glora_kernels._C"
 
 
 def load() -> Any:
-    """The module. Raises ImportError where it is not built, or was built for another PyTorch."""
+    """The module. Raises ImportError if it is not built, or was built for another PyTorch."""
     import torch  # noqa: F401  # its libraries have to be there first
 
     return import_module(_NAME)
@@ -20,7 +20,7 @@ def load() -> Any:
 
 @cache
 def fault() -> str | None:
-    """Why the extension cannot be used, or None. Tried once."""
+    """Why the extension cannot be used, or None if it can. Tried once per process."""
     if find_spec(_NAME) is None:
         return f"the extension is not built; `{BUILD}` in the source tree builds it where nvcc is"
     try:

@@ -4,8 +4,8 @@ from .assemble import assemble, project
 from .gradients import backward
 from .linear import forward
 
-reads_values = True  # which rows of da have to be formed anew
-takes_token_sums = True  # a vector or constant B reads nothing else of x
+reads_values = True  # to see which rows of da cannot be solved from the output
+takes_token_sums = True  # for a vector or constant B, nothing else of x is read
 whole_layer = None
 
 __all__ = ["assemble", "backward", "forward", "project", "reads_values", "takes_token_sums", "whole_layer"]

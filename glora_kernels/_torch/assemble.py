@@ -1,6 +1,6 @@
 """W_eff and b_eff, formed in fp32 (fp64 for fp64 layers) and rounded once.
 
-Merging and the forward pass share this one function: a merged layer multiplies by the very
+Merging and the forward pass share this one function, so a merged layer multiplies by the very
 same bits as the unmerged one.
 """
 
@@ -17,7 +17,7 @@ def assemble(
 ) -> tuple[Tensor, Tensor | None]:
     """``(W_eff, b_eff)`` in the dtype of ``weight``; an operand that no term changes is returned as it is.
 
-    ``projected`` is what :func:`project` returned for these arguments, if it is at hand.
+    ``projected`` is the result of :func:`project` for these arguments, if there is one already.
     """
     dtype = weight.dtype
     wide_weight = weight.to(compute_dtype(dtype)) if terms.adapts_weight or terms.C is not None else weight
@@ -77,7 +77,7 @@ def project(weight: Tensor, terms: Terms) -> Tensor | None:
 
 
 def _effective_weight(weight: Tensor, terms: Terms, projected: Tensor | None) -> Tensor:
-    """W_eff in the dtype of ``weight``, as a new tensor, in as few passes over it as the kinds allow."""
+    """W_eff, a new tensor in the dtype of ``weight``, in as few passes over it as the kinds allow."""
     if terms.B is not None and not isinstance(terms.B, LowRank):
         shift = _per_row(terms.B, weight.dtype)
         shift = shift[:, None] if isinstance(terms.B, Vector) else shift

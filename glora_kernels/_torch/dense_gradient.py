@@ -1,4 +1,4 @@
-"""The gradients of the storages from those of W_eff and b_eff, where dW is at hand as a dense (N, K) matrix."""
+"""The gradients of the storages from the gradients of W_eff and b_eff, where dW is a dense (N, K) matrix."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def contract_dense(
     Args:
         weight, bias, terms: as in the forward pass; ``weight`` is (N, K).
         dw: the gradient of W_eff, (N, K); read if A or B is wanted.
-        db: the gradient of b_eff, (N,); read if C, D or E is.
+        db: the gradient of b_eff, (N,); read if C, D or E is wanted.
     """
     wide = compute_dtype(weight.dtype)
     grads: SlotGradients = {}
@@ -38,7 +38,7 @@ def contract_dense(
 
 
 def _contract_a(weight: Tensor, terms: Terms, dw: Tensor) -> tuple[Tensor, ...]:
-    """``dA = dW * W0`` for hadamard; ``dA = W0^T dW`` for matmul, which is (K, K) and never formed."""
+    """The gradients of A. Hadamard: ``dA = dW * W0``. Matmul: ``dA = W0^T dW``, (K, K), which is never formed."""
     term = terms.A
     assert term is not None
     if terms.product == "hadamard":

@@ -3,15 +3,15 @@
 One unit is one dense GEMM of 2 M N K operations. With dW = dy^T x, an (N, K) matrix:
 
 * ``dx = dy W_eff`` costs one unit, whatever the kinds;
-* a low-rank B, or a vector or constant one, reads dW only through thin products, such as
-  ``dBd = dy^T (x Bu^T)``: no unit; a vector or constant reads of x its sum over the inputs alone;
+* the gradient of B needs dW only through thin products, such as ``dBd = dy^T (x Bu^T)``: no unit.
+  If B is a vector or a constant, it needs of x only the sum over the inputs;
 * A as a constant, and every A of the matmul product, needs no dW either: ``dx`` is formed from
   ``g = dy W0``, and ``da = sum x * g``;
-* A as a hadamard vector needs ``da_n = sum_m dy_mn z_mn`` with ``z = x W0^T``. The output holds
+* A as a hadamard vector needs ``da_n = sum_m dy_mn z_mn`` with ``z = x W0^T``. The output contains
   z already, ``y = (1 + a) z + x B^T + b_eff``, so ``da`` is solved for, except in rows where that
   would lose digits: see ``row_scale.py``;
 * A as a hadamard low rank needs dW itself: ``dAd = (dW * W0) Au^T``, ``dAu = Ad^T (dW * W0)``.
-  One more unit, and B is then read from dW as well.
+  That is one more unit, and the gradient of B is then formed from dW as well.
 
 Shapes: dy (M, N), x (M, K), weight (N, K).
 """
@@ -31,7 +31,7 @@ from .thin import b_gradient, contract_b, matmul_a_gradient
 
 
 def backward(call: BackwardCall) -> tuple[Tensor | None, SlotGradients]:
-    """The gradient of x, if wanted, and those of the storages of every wanted slot."""
+    """The gradient of x, if wanted, and the gradients of the storages of every wanted slot."""
     wanted = call.wanted
     db = None
     if wanted & {"C", "D", "E"} or call.output is not None:
@@ -60,7 +60,7 @@ def _input_gradient(call: BackwardCall) -> Tensor:
 
 
 def _gradients_through_dw(call: BackwardCall) -> SlotGradients:
-    """A, and B if wanted, from the dense dW; hadamard product, A low rank."""
+    """The gradients of A, and of B if wanted, from the dense dW; A is a low rank of the hadamard product."""
     dy, x, terms = call.dy, call.x, call.terms
     assert x is not None and terms.A is not None
     dw = (dy.t() @ x).to(compute_dtype(dy.dtype))
@@ -73,7 +73,7 @@ def _gradients_through_dw(call: BackwardCall) -> SlotGradients:
 
 
 def contract(term: Term, dw: Tensor) -> tuple[Tensor, ...]:
-    """Gradients of a term that adds its (N, K) matrix to one whose gradient is ``dw``."""
+    """Gradients of a term that adds its (N, K) matrix to a matrix whose gradient is ``dw``."""
     if isinstance(term, LowRank):
         down, up = factors_as(term, dw.dtype)
         return into_storages(term, (up @ dw.t()).t(), down.t() @ dw)
@@ -87,7 +87,7 @@ def _b_gradients(call: BackwardCall) -> SlotGradients:
 
 
 def _thin_gradients(call: BackwardCall, db: Tensor | None) -> SlotGradients:
-    """A and B where no dW is needed, and A scales no inputs."""
+    """The gradients of A and B where no dW is needed and A does not scale inputs."""
     dy, x, weight, terms = call.dy, call.x, call.weight, call.terms
     if "A" not in call.wanted:
         return _b_gradients(call)
@@ -107,7 +107,7 @@ def _thin_gradients(call: BackwardCall, db: Tensor | None) -> SlotGradients:
 
 
 def _scaled_input_gradient(call: BackwardCall) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """dx and A's gradients where A scales inputs: ``g = dy W0, dx = g (1 + a) + dy B, da = sum x * g``."""
+    """dx and the gradients of A where A scales inputs: ``g = dy W0, dx = g (1 + a) + dy B, da = sum x * g``."""
     dy, x, terms = call.dy, call.x, call.terms
     assert x is not None and terms.A is not None
     wide = compute_dtype(dy.dtype)

@@ -1,4 +1,4 @@
-"""The torch backend: W_eff in one pass, then one dense product; gradients in closed form."""
+"""The forward pass of the torch backend: W_eff in one pass, then one dense product."""
 
 from __future__ import annotations
 

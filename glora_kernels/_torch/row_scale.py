@@ -1,8 +1,8 @@
-"""The gradient of A as a hadamard vector, solved from the output at no dense product.
+"""The gradient of A as a hadamard vector, solved from the output without a dense product.
 
-``da_n = sum_m dy_mn z_mn`` with ``z = x W0^T`` would be a dense GEMM to form. But the output holds
-z: ``y = (1 + a) z + x B^T + b_eff``. So da is solved for, and only the rows where that would lose
-digits are formed from z.
+``da_n = sum_m dy_mn z_mn`` needs ``z = x W0^T``, a dense GEMM. But the output contains z already:
+``y = (1 + a) z + x B^T + b_eff``. So da is solved for, and z is formed only for the rows where that
+would lose digits.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ def row_scale_gradient(call: BackwardCall, db: Tensor | None, thin: Thin | None)
 def _unreliable_rows(dy: Tensor, x: Tensor, weight: Tensor, scale: Tensor, b_eff: Tensor, thin: Thin | None) -> Tensor:
     """Rows where solving ``da`` from the output loses digits, as a mask (N,).
 
-    The rounding errors of what is taken off the output must not dwarf those that the contract
-    allows for ``da``. Over some evenly spaced tokens their scales, with |.| on every factor,
-    are held against each other: ``sum |dy| (|b_eff| + |x| |B|^T)`` and ``|s| sum |dy| |x| |W0|^T``.
+    The rounding errors of what is taken off the output must not dwarf the errors that the contract
+    allows for ``da``. The scales of both, with |.| on every factor, are compared over some evenly
+    spaced tokens: ``sum |dy| (|b_eff| + |x| |B|^T)`` and ``|s| sum |dy| |x| |W0|^T``.
     (``|x B^T|`` would not do: after a layer norm it can be 0 where its terms are large.)
     A row without evidence (dy zero on all of these tokens, ``s = 0``, NaN) counts as unreliable.
     """

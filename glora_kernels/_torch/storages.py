@@ -1,4 +1,4 @@
-"""Gradients in the shape of the storages they belong to."""
+"""Gradients in the shape of the storages that they belong to."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from ..terms import LowRank, Term, Vector
 
 
 def into_storages(term: Term, *values: Tensor) -> tuple[Tensor, ...]:
-    """Gradients in the shape and dtype of the term's storages: ``values`` where they are read, else zero.
+    """Gradients in the shape and dtype of the term's storages: ``values`` in the part that is read, else zero.
 
-    A constant takes one value a row and is given their sum.
+    For a constant, ``values`` has one value per row, and the gradient is their sum.
     """
     if isinstance(term, LowRank):
         rank = term.read_rank

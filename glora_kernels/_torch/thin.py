@@ -1,9 +1,9 @@
-"""Terms whose gradients need no dense dW: each is a product of thin factors, at most R wide.
+"""Gradients that need no dense dW: the term is a product of thin factors, at most R wide.
 
 For a term that adds ``rows^T columns`` to W_eff, with dW = dy^T x never formed:
 ``d rows = columns dW^T = (columns x^T) dy`` and ``d columns = rows dW = (rows dy^T) x``.
-Thin factors are kept as (r, .) rather than (., r): the same product is 2 to 10 times slower on a
-CPU with the long side first.
+Thin factors are kept as (r, .) rather than (., r): on a CPU the same product is 2 to 10 times
+slower with the long side first.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Thin(NamedTuple):
 
 
 def contract_b(call: BackwardCall) -> Thin:
-    """B's contraction with dW; of x it reads the sums alone where B is a vector or constant."""
+    """The contraction of B with dW. If B is a vector or constant, it reads only the sums of x over the inputs."""
     dy, x, term = call.dy, call.x, call.terms.B
     if isinstance(term, LowRank):
         assert x is not None
@@ -49,7 +49,7 @@ def _token_sums(call: BackwardCall) -> Tensor:
 
 
 def b_gradient(call: BackwardCall, thin: Thin) -> tuple[Tensor, ...]:
-    """Gradients of B's storages from its contraction with dW."""
+    """Gradients of the storages of B from its contraction with dW."""
     dy, x, term = call.dy, call.x, call.terms.B
     if isinstance(term, LowRank):
         assert x is not None
@@ -59,7 +59,7 @@ def b_gradient(call: BackwardCall, thin: Thin) -> tuple[Tensor, ...]:
 
 
 def matmul_a_gradient(dy: Tensor, x: Tensor, weight: Tensor, term: LowRank, projected: Tensor) -> tuple[Tensor, ...]:
-    """A of ``W0 Ad Au``: with ``projected = W0 Ad`` it is the term ``projected Au``, and ``dAd = W0^T d projected``."""
+    """Gradients of A in ``W0 Ad Au``, or ``projected Au`` with ``projected = W0 Ad``; ``dAd = W0^T d projected``."""
     _, up = factors_as(term, x.dtype)
     d_projected = (up @ x.t()) @ dy
     return into_storages(term, (d_projected @ weight).t(), (projected.t().to(dy.dtype) @ dy.t()) @ x)

@@ -1,4 +1,4 @@
-"""What the differentiable layer calls: shapes made flat, a strategy chosen, kernels launched."""
+"""What the differentiable layer calls: it makes shapes flat, chooses a strategy and launches kernels."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class TritonBackend:
     """See :class:`glora_kernels.backend.Backend`.
 
     Attributes:
-        strategy: ``"assemble"`` or ``"fused"``; None leaves it to the cost model.
+        strategy: ``"assemble"`` or ``"fused"``; None lets the cost model choose.
     """
 
     strategy: str | None = None
@@ -33,12 +33,12 @@ class TritonBackend:
 
     @property
     def reads_values(self) -> bool:
-        """No: which rows of da are lost is decided on the device."""
+        """No: the device decides which rows of da are lost."""
         return False
 
     @property
     def takes_token_sums(self) -> bool:
-        """No: its passes read x itself."""
+        """No: the passes read x itself."""
         return False
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None, terms: Terms) -> ForwardResult:
@@ -52,7 +52,7 @@ class TritonBackend:
         return ForwardResult(y, projected, b_eff)
 
     def backward(self, call: BackwardCall) -> tuple[Tensor | None, SlotGradients]:
-        """The gradient of x, if wanted, and those of the storages of every wanted slot."""
+        """The gradient of x, if wanted, and the gradients of the storages of every wanted slot."""
         if call.dy.numel() == 0 or call.weight.numel() == 0:
             return _torch.backward(call)
         x = None if call.x is None else plain(call.x)
@@ -78,5 +78,5 @@ class TritonBackend:
 
 
 def plain(tensor: Tensor) -> Tensor:
-    """The tensor without a pending negation, which only PyTorch's own operations see (``z.conj().imag`` has one)."""
+    """The tensor without a pending negation (``z.conj().imag`` has one): only PyTorch's own operations would see it."""
     return tensor.resolve_neg() if tensor.is_neg() else tensor

@@ -1,6 +1,6 @@
 """The backward pass: which kernels run, in which order, and where their partial sums go.
 
-Five routes, by what A is and whether its gradient is wanted (launches, dense products included, in brackets):
+Five routes, by the kind of A and whether its gradient is wanted. In brackets: launches, dense products included.
 
     thin       A is none, or no gradient of it is wanted    token pass, weight pass, dx, finish                   [4]
     projected  A is a low rank of the matmul product        token pass, weight pass, dx, finish                   [4]
@@ -9,7 +9,7 @@ Five routes, by what A is and whether its gradient is wanted (launches, dense pr
     dense      A is a hadamard low rank, or scales rows     token pass (db), dW, contraction, dx, finish          [5]
                and the output is not at hand
 
-With the fused strategy dx multiplies by W_eff in registers and dW is contracted as it is formed: no (N, K) buffer.
+With the fused strategy dx is formed with W_eff in registers, and dW is contracted as it is formed: no (N, K) buffer.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from .run import BackwardRun
 
 
 def route_of(call: BackwardCall) -> str:
-    """See the module's docstring."""
+    """The route of a call: see the table above."""
     terms, wanted = call.terms, call.wanted
     if "A" not in wanted:
         return "thin"
@@ -46,7 +46,7 @@ def route_of(call: BackwardCall) -> str:
 
 
 def backward(call: BackwardCall, strategy: str) -> tuple[Tensor | None, SlotGradients]:
-    """The gradient of x, if wanted, and those of the storages of every wanted slot."""
+    """The gradient of x, if wanted, and the gradients of the storages of every wanted slot."""
     a = a_operand(call.terms, call.projected, call.weight.dtype)
     b = b_operand(call.terms, call.weight.dtype)
     matrices = (call.dy,) if call.x is None else (call.dy, call.x)
@@ -88,7 +88,7 @@ _ROUTES = {
 
 
 def _input_gradient(run: BackwardRun, w_eff: Tensor | None) -> Tensor | None:
-    """``dx = dy W_eff``, with W_eff as a pass has written it, or else formed in registers."""
+    """``dx = dy W_eff``, (M, K), with the W_eff that a pass has written, or else with W_eff formed in registers."""
     call = run.call
     if not call.wants_x:
         return None
@@ -102,7 +102,7 @@ def _input_gradient(run: BackwardRun, w_eff: Tensor | None) -> Tensor | None:
 
 
 def _weight_gradient(dy: Tensor, x: Tensor | None) -> Tensor:
-    """``dW = dy^T x``, (N, K): in bf16 for bf16, whose range suffices; in fp32 for fp16, where sums could overflow."""
+    """``dW = dy^T x``, (N, K), in the type of dy; for fp16 in fp32, since sums in fp16 could overflow."""
     assert x is not None
     if dy.dtype != torch.float16:
         return dy.t() @ x

@@ -1,7 +1,7 @@
 """Every kernel build that this package ships for an architecture.
 
-Found by running the host code on meta tensors and writing down what it would launch, so that what is compiled ahead
-of time is what is launched.
+They are found by running the host code on meta tensors and recording what it would launch. So what is compiled ahead of
+time is what is launched.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ POINTERS = {
     torch.int32: "*i32",
     torch.int64: "*i64",
 }
-SIZE = (768, 1024)  # N, K: divisible by 16, as nearly all are
+SIZE = (768, 1024)  # N, K: divisible by 16, as in nearly all layers
 TOKENS = (16, 256, 8192, 16384)
 RANKS = (8, 64)
 
@@ -53,7 +53,7 @@ class Build(NamedTuple):
 
 
 class Case(NamedTuple):
-    """One layer call to look at."""
+    """One layer call whose launches are recorded."""
 
     dtype: torch.dtype
     factors: torch.dtype
@@ -87,7 +87,7 @@ def shipped(target: str) -> list[Build]:
 
 
 def _cases() -> Iterator[Case]:
-    """Every kind with each product in bf16; what differs by type, rank and tokens beside it."""
+    """Every kind with each product in bf16; in other types, ranks and numbers of tokens the kinds that differ there."""
     kinds = ("lora", "vector", "constant", "none")
     others = ("lora", "vector", "none")  # of B; a constant is a vector of stride 0, summed elsewhere
     for product, a, b, strategy in itertools.product(("hadamard", "matmul"), kinds, others, ("assemble", "fused")):
@@ -114,7 +114,7 @@ def _builds_of(case: Case, architecture: str) -> Iterator[Build]:
 
 
 def launches_of(case: Case, size: tuple[int, int] = SIZE, device: str = "meta") -> tuple[list[Launch], list[Launch]]:
-    """What forward and backward of a layer of ``size`` (N, K) would launch; on meta tensors see ``pretended``."""
+    """What forward and backward of a layer of ``size`` (N, K) would launch; meta tensors need ``pretended``."""
     backend = TritonBackend(case.strategy)
     x, weight, bias, terms = _operands(case, size, device)
     wanted = frozenset(slot for slot in SLOTS if getattr(terms, slot) is not None)
@@ -152,7 +152,7 @@ def _operands(case: Case, size: tuple[int, int], device: str) -> tuple[Tensor, T
 
 
 def build_of(launch: Launch, label: str, launches: int = 1) -> Build:
-    """The build that serves a launch, as Triton would specialise it: 1 is a constant, a multiple of 16 is known."""
+    """The build that Triton would make for a launch: it takes 1 as a constant and knows multiples of 16."""
     signature, divisible, constexprs = {}, set(), {}
     for parameter in launch.kernel.params:
         name, value = parameter.name, launch.arguments[parameter.name]
@@ -183,7 +183,7 @@ def build_of(launch: Launch, label: str, launches: int = 1) -> Build:
 
 
 def _thin_dots(launch: Launch) -> bool:
-    """Whether the token pass has products with factors in it."""
+    """Whether this is a token pass with products with factors in it."""
     if launch.kernel is not token_pass_kernel:
         return False
     thin_b = launch.arguments["GRAD_B"] and launch.arguments["B"] == LOW_RANK

@@ -1,4 +1,4 @@
-"""What every launch of a call shares: tiles of the machine, types and precisions, the type of an index."""
+"""What all launches of a call share: the tiles of the machine, types and precisions, the type of an index."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ class Numerics(NamedTuple):
     """Types and precisions of one call; the numerical contract (docs/numerics.md) decides them.
 
     Attributes:
-        wide: sums and effective weights.
-        factors: precision at which fp32 factors meet: close to fp32, at the speed of the matrix units for half layers.
-        stream: precision of products with x and dy; of consequence in fp32 only.
-        rough: precision of what is only compared in size.
-        contract: the type in which dW meets the factors, with its precision. bf16 keeps the range of fp32; a product
-            of dW and W0 in fp16 could overflow, and TF32 has the same roundoff.
+        wide: the type of sums and effective weights.
+        factors: the precision at which fp32 factors meet: close to fp32; in half layers at the speed of matrix units.
+        stream: the precision of products with x and dy; it matters in fp32 only.
+        rough: the precision of numbers that are only compared in size.
+        contract, contract_precision: type and precision in which dW meets the factors. bf16 layers use bf16, which has
+            the range of fp32. fp16 layers use fp32 at ``rough``: dW * W0 in fp16 could overflow, TF32 rounds alike.
     """
 
     wide: tl.dtype
@@ -59,11 +59,11 @@ def index_type(tokens: int, weight: Tensor, *matrices: Tensor) -> tl.dtype:
     return tl.int64 if largest >= 2**31 else tl.int32
 
 
-SHARE_BLOCKS = 4  # blocks of columns that a program walks where it may choose
+SHARE_BLOCKS = 4  # blocks of columns that a program walks where it need not walk all
 
 
 class Context(NamedTuple):
-    """What every launch of a call shares."""
+    """What all launches of a call share."""
 
     architecture: str
     numerics: Numerics
@@ -76,12 +76,12 @@ class Context(NamedTuple):
 
 
 def context(tokens: int, weight: Tensor, *matrices: Tensor) -> Context:
-    """``matrices``: what is read beside the weight, by (row, column)."""
+    """``matrices``: the other matrices that the call reads, each with two dimensions."""
     name = architecture(weight.device)
     found = numerics(weight.dtype, is_hip(name), tf32_allowed())
     return Context(name, found, index_type(tokens, weight, *matrices), weight.element_size(), tokens)
 
 
 def share_of(inputs: int, tile: Tile, whole_rows: bool) -> int:
-    """Columns that one program walks: all of them where a row is summed up, else a few blocks, to fill the machine."""
+    """Columns that one program walks: all where rows are summed up, else a few blocks, so as to fill the machine."""
     return inputs if whole_rows else tile.columns * SHARE_BLOCKS

@@ -1,4 +1,4 @@
-"""Which GPU a tensor is on, as the settings name it."""
+"""The name that the settings give to the GPU of a tensor."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def architecture(device: torch.device) -> str:
 
 @contextmanager
 def pretended(name: str) -> Iterator[None]:
-    """Take meta tensors for tensors on a GPU of this architecture: to see what would be launched there."""
+    """Treat meta tensors as tensors on a GPU of this architecture, to see what would be launched there."""
     global _pretended
     before, _pretended = _pretended, name
     try:

@@ -1,4 +1,4 @@
-"""The forward pass and merging: which kernels run, on what."""
+"""The forward pass and merging: which kernels run, and on which operands."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, terms: Terms, strate
 
 
 def project(weight: Tensor, terms: Terms, shared: Context) -> Tensor | None:
-    """V = W0 Ad where A is a low rank of the matmul product; nothing else is written."""
+    """V = W0 Ad, (N, R), where A is a low rank of the matmul product, else None; nothing else is written."""
     if a_operand(terms, None, weight.dtype).form != ADDED:
         return None
     return assembled(weight, None, terms, shared, write_weight=False, write_bias=False)[2]

@@ -1,4 +1,4 @@
-"""The gradients that a backward pass returns: which slices each is summed from."""
+"""The gradients that a backward pass returns, and the slices that each is the sum of."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .run import NO_SLICES, BackwardRun
 
 
 def gradients(run: BackwardRun) -> SlotGradients:
-    """The gradients of every wanted slot, by one launch, in one buffer if all storages are of one dtype."""
+    """The gradients of every wanted slot, by one launch into one buffer, in the dtype of the storages if they agree."""
     jobs = _jobs(run)
     if not jobs:
         return {}
@@ -30,7 +30,7 @@ def gradients(run: BackwardRun) -> SlotGradients:
 
 
 def _jobs(run: BackwardRun) -> list[tuple[str, Tensor, GradientJob]]:
-    """What there is to finish: slot, storage and job, in the order of the storages."""
+    """Slot, storage and job of every gradient to make, in the order of the storages."""
     jobs = []
     for slot, term in run.call.terms.active:
         if run.wants(slot):

@@ -1,4 +1,4 @@
-"""Which gradients ``finish`` is to make, and of which partial sums."""
+"""The gradients that ``finish`` is to make, and the partial sums that each is made of."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from torch import Tensor
 from .run import ALIGN, Slices
 
 FINISH_BLOCK = 256
-PLAIN, TIMES_BIAS, TIMES_UP, SOLVED = range(4)  # what a sum is multiplied with, or solved for
-TABLES = 1 << 16  # kept at once, of less than a kilobyte each
+PLAIN, TIMES_BIAS, TIMES_UP, SOLVED = range(4)  # what happens to a sum: see kernels/finish.py
+TABLES = 1 << 16  # how many are kept; each takes less than a kilobyte
 _captured: list[tuple[Tensor, Tensor]] = []
 
 
 class GradientJob(NamedTuple):
-    """One gradient: its storage's size, and how its elements are found in the slices (see finish.py)."""
+    """One gradient: the size of its storage, and how its elements are found in the slices (see kernels/finish.py)."""
 
     size: int
     inner: int
@@ -30,7 +30,7 @@ class GradientJob(NamedTuple):
 
 
 def left_job(storage: Tensor, slices: Slices, rank: int, rule: int = PLAIN, width: int | None = None) -> GradientJob:
-    """A left factor or a vector: one row a row."""
+    """A left factor or a vector: each row of the storage reads one row of the slices."""
     inner = storage.shape[1] if storage.dim() == 2 else 1
     width = rank if width is None else width
     return GradientJob(storage.numel(), inner, False, slices, width, rank, storage.shape[0], rule)
@@ -47,7 +47,7 @@ def constant_job(storage: Tensor, slices: Slices) -> GradientJob:
 
 
 def targets(jobs: tuple[GradientJob, ...]) -> tuple[list[int], int]:
-    """Where each gradient begins in the common buffer, and the size of it."""
+    """Where each gradient begins in the common buffer, and the size of that buffer."""
     starts, size = [], 0
     for job in jobs:
         starts.append(size)
@@ -61,10 +61,10 @@ def blocks(jobs: tuple[GradientJob, ...]) -> int:
 
 @lru_cache(maxsize=TABLES)
 def table(jobs: tuple[GradientJob, ...], device: torch.device) -> Tensor:
-    """The jobs as a table on the device; small, and kept, since the same paths come again.
+    """The jobs as a table on the device. Tables are small, and they are kept, since the same paths come again.
 
-    It is copied from pinned memory, so that the host need not wait, nor a capture fail; what a captured graph reads
-    is kept for good.
+    A table is copied from pinned memory: the host then need not wait, and a capture does not fail. A table that a
+    captured graph reads is kept for good.
     """
     rows, first = [], 0
     for job, target in zip(jobs, targets(jobs)[0]):

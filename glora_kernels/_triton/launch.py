@@ -1,9 +1,9 @@
 """Launching a compiled kernel with as little Python as possible.
 
-Triton's own launcher examines every argument at every launch, which costs more than the GEMM of a ViT layer. Here a
-compiled kernel is found by one dictionary look-up over the numbers, types and alignment of its arguments and called
-directly. What the kernels list as VARYING (tokens, ranks, places in a buffer) is no part of the look-up, but for
-whether it needs 64 bits; shapes and strides are, and repeat from step to step.
+Triton's own launcher examines every argument at every launch. That costs more than the GEMM of a ViT layer. Here one
+dictionary look-up finds the compiled kernel, and it is called directly. The key holds the types and alignment of
+the tensors, and the other arguments: shapes and strides repeat from step to step. Of the arguments that a kernel lists
+as VARYING (tokens, ranks, places in a buffer) it says only whether they need 64 bits.
 
 The direct call uses what Triton does not promise to keep. Where it fails before the launch, because the compiled kernel
 has other attributes or takes other arguments, this process uses ``kernel[(grid,)](...)`` from then on, which is slower.
@@ -23,14 +23,14 @@ from triton.runtime.interpreter import InterpretedFunction
 
 from ..planning.settings import Tile
 
-ALIGNMENT = 16  # bytes; what Triton assumes of a pointer that it may load wide vectors from
+ALIGNMENT = 16  # bytes: Triton loads wide vectors from a pointer that is a multiple of this
 
 _compiled: dict[tuple, Any] = {}
 _direct = True  # until the direct call fails
 
 
 class Launch(NamedTuple):
-    """One launch, as :func:`launch` is asked for it."""
+    """The arguments of one call of :func:`launch`."""
 
     kernel: Any
     grid: int
@@ -43,7 +43,7 @@ _record: list[Launch] | None = None
 
 @contextmanager
 def recorded() -> Iterator[list[Launch]]:
-    """Write down launches inside the ``with`` block instead of running them (for the gate and for tests)."""
+    """Record launches inside the ``with`` block instead of running them (for the gate and for tests)."""
     global _record
     before, _record = _record, []
     try:
@@ -57,10 +57,10 @@ def launch(kernel: Any, grid: int, tile: Tile, /, **arguments: Any) -> None:
 
     Args:
         kernel: a ``triton.jit`` function whose parameters are pointers, then numbers, then constants.
-        grid: how many programs.
-        tile: its warps and stages.
-        arguments: in the order of the kernel's parameters. An absent tensor is None: the constants must see to it that
-            it is not read. The device is that of the tensors, whichever is current.
+        grid: the number of programs.
+        tile: says how many warps and stages.
+        arguments: in the order of the kernel's parameters. An absent tensor is None; the constants must keep the kernel
+            from reading it. The kernel runs on the device of the tensors, whichever device is current.
     """
     if _record is not None:
         _record.append(Launch(kernel, grid, tile, arguments))
@@ -106,7 +106,7 @@ def _run_directly(kernel: Any, grid: int, tile: Tile, arguments: dict[str, Any],
 
 
 def compile_for(kernel: Any, values: tuple, tile: Tile) -> Any:
-    """The kernel compiled for such arguments, from Triton's cache where it is there; nothing is launched."""
+    """The kernel compiled for such arguments, or taken from Triton's cache; nothing is launched."""
     return kernel.warmup(*values, grid=(1,), **_options(tile))
 
 
@@ -122,7 +122,7 @@ def _options(tile: Tile) -> dict[str, Any]:
 
 @cache
 def _places(kernel: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Where the numbers and constants stand that a build depends on, and the numbers that it does not."""
+    """The places of the numbers and constants that a build depends on, and of the numbers that it does not."""
     numbers = [parameter for parameter in kernel.params if not parameter.name.endswith("_ptr")]
     varying = tuple(parameter.num for parameter in numbers if parameter.do_not_specialize)
     return tuple(parameter.num for parameter in numbers if parameter.num not in varying), varying
@@ -135,6 +135,6 @@ def _pointer_count(function: Any) -> int:
 
 
 def _check_order(kernel: Any, arguments: dict[str, Any]) -> None:
-    """Arguments go by position, which is faster: they must stand as the parameters do."""
+    """Arguments are passed by position, which is faster: they must be in the order of the parameters."""
     names = list(kernel.arg_names)
     assert names == list(arguments), f"{kernel.fn.__name__}: expected {names}, got {list(arguments)}"

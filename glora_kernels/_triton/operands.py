@@ -1,4 +1,4 @@
-"""What the kernels are told of a term: how it acts on a tile of the weight, where its factors are, how they stride."""
+"""What the kernels are told about a term: how it acts on a tile of the weight, its factors and their strides."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TYPES = {
     torch.float32: tl.float32,
     torch.float64: tl.float64,
 }
-SMALLEST_RANK = 16  # matrix units take no smaller inner side; the rest is masked
+SMALLEST_RANK = 16  # matrix units take no smaller inner dimension; the rest is masked
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,11 +29,11 @@ class Operand:
 
     Attributes:
         form: NONE, ROW, COLUMN, LOW_RANK or ADDED.
-        left: (rows, rank), or one value a row.
-        right: (rank, columns), or one value a column.
+        left: (rows, rank), or one value per row.
+        right: (rank, columns), or one value per column.
         left_row, left_rank, right_rank, right_column: strides; 0 repeats a constant.
-        rank: how much is read.
-        dtype: in which the factors meet.
+        rank: how many ranks are read.
+        dtype: the type in which the factors meet.
     """
 
     form: int = NONE
@@ -78,17 +78,17 @@ def padded_rank(rank: int) -> int:
 
 
 def dense(tensor: Tensor) -> Tensor:
-    """The storage itself, or a copy where its strides are unusual: kernels read rows of unit stride."""
+    """The storage itself, or a contiguous copy: the kernels read rows of unit stride."""
     return tensor if tensor.is_contiguous() else tensor.contiguous()
 
 
 def row_stride(storage: Tensor) -> int:
-    """From one row to the next of a contiguous storage, of one or two dimensions."""
+    """The stride from one row to the next of a contiguous storage of one or two dimensions."""
     return storage.shape[1] if storage.dim() == 2 else 1
 
 
 def a_operand(terms: Terms, projected: Tensor | None, dtype: torch.dtype) -> Operand:
-    """A on the weight (N, K), ``projected`` being V = W0 Ad where A is a low rank of the matmul product."""
+    """A as it acts on the weight (N, K); ``projected`` is V = W0 Ad where A is a low rank of the matmul product."""
     if terms.A is None:
         return Operand(NONE)
     if isinstance(terms.A, LowRank) and terms.product == "matmul":
@@ -114,19 +114,19 @@ def _operand(term: Term, dtype: torch.dtype) -> Operand:
 
 
 def _factor_type(down: Tensor, up: Tensor, wide: tl.dtype) -> tl.dtype:
-    """The factors' own half type: its products are exact in fp32. Anything else meets in the compute type."""
+    """The half type of both factors, whose products are exact in fp32; other factors meet in the compute type."""
     half = down.dtype == up.dtype and down.dtype.itemsize == 2
     return TYPES[down.dtype] if half and wide == tl.float32 else wide
 
 
 @dataclass(frozen=True, eq=False)
 class BiasOperands:
-    """C, D, E and b0 as the kernels that form b_eff take them.
+    """C, D, E and b0, in the form that the kernels for b_eff take.
 
     Attributes:
-        c: the storage of C; ``c_form`` is NONE, ROW (a value an input) or LOW_RANK.
-        cu: its right factor, where it is a low rank of ``rank``.
-        d, e, bias: absent where there is no such term; D also where there is no bias.
+        c: the storage of C; ``c_form`` is NONE, ROW (one value per input) or LOW_RANK.
+        cu: the right factor of C, where C is a low rank of ``rank``.
+        d, e, bias: None where there is no such term; d also where there is no bias.
         stride_c, stride_d, stride_e: from one row of a storage to the next; 0 repeats a constant.
     """
 
@@ -148,7 +148,7 @@ class BiasOperands:
 
     @property
     def adapts(self) -> bool:
-        """Whether it differs from b0."""
+        """Whether b_eff differs from b0."""
         return self.c is not None or self.d is not None or self.e is not None
 
 

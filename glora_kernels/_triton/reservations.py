@@ -1,4 +1,4 @@
-"""Which partial sums a backward pass makes: how many slices of what size, decided before anything runs."""
+"""Which partial sums a backward pass makes: the number and size of the slices, decided before anything runs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def reserve(run: BackwardRun) -> None:
 
 
 def _bias_sums(run: BackwardRun) -> None:
-    """``db`` and its sums, from the token pass."""
+    """The slices of ``db`` and of its sums, from the token pass."""
     call, terms = run.call, run.call.terms
     outputs, slices = call.weight.shape[0], run.token_blocks
     constant_d, constant_e = isinstance(terms.D, Constant), isinstance(terms.E, Constant)
@@ -34,7 +34,7 @@ def _bias_sums(run: BackwardRun) -> None:
 
 
 def _token_sums(run: BackwardRun) -> None:
-    """A and B, from the token pass."""
+    """The slices for A and B, from the token pass."""
     call, terms = run.call, run.call.terms
     outputs, inputs = call.weight.shape
     slices = run.token_blocks
@@ -58,7 +58,7 @@ def _token_sums(run: BackwardRun) -> None:
 
 
 def _weight_sums(run: BackwardRun) -> None:
-    """C, and the left factor of a projected A, from the weight pass; lost rows, from the contraction."""
+    """The slices for C and for Ad of a projected A, from the weight pass; those for lost rows, from the contraction."""
     outputs, inputs = run.call.weight.shape
     row_blocks = cdiv(outputs, run.weight_tile.rows)
     if run.wants("C"):
@@ -71,7 +71,7 @@ def _weight_sums(run: BackwardRun) -> None:
 
 
 def _contraction(run: BackwardRun) -> None:
-    """A, B and C, from the contraction of dW."""
+    """The slices for A, B and C, from the contraction of dW."""
     terms = run.call.terms
     outputs, inputs = run.call.weight.shape
     row_blocks = cdiv(outputs, run.contract_tile.rows)

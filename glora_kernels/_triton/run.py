@@ -15,11 +15,11 @@ from ..terms import Terms, compute_dtype
 from .context import Context, share_of
 from .operands import NONE, BiasOperands, Operand, bias_operands, cdiv
 
-ALIGN = 16  # elements, so that every part begins on a boundary of 64 bytes
+ALIGN = 16  # elements: every part of the buffer begins at a multiple of 64 bytes
 
 
 class Slices(NamedTuple):
-    """``number`` slices of ``size`` numbers each, from ``at`` on."""
+    """``number`` slices of ``size`` elements each; the first begins at element ``at`` of the buffer."""
 
     at: int
     number: int
@@ -30,7 +30,7 @@ NO_SLICES = Slices(0, 0, 0)
 
 
 class Partials:
-    """One buffer for all partial sums: reserve first, then allocate."""
+    """The layout of one buffer for all partial sums: reserve every part first, then allocate."""
 
     def __init__(self) -> None:
         self.size = 0
@@ -61,7 +61,7 @@ class BackwardRun:
 
     @cached_property
     def prompt(self) -> BiasOperands:
-        """C alone, of what forms the bias."""
+        """The operands of C; D, E and b0 are left out."""
         return bias_operands(Terms(C=self.call.terms.C), None)
 
     @cached_property
@@ -91,7 +91,7 @@ class BackwardRun:
 
     @property
     def contracts_b(self) -> bool:
-        """Whether the token pass contracts B: for its own gradient, or to solve for A's."""
+        """Whether B is contracted with dW: for the gradient of B, or to solve for the gradient of A."""
         return self.wants("B") or (self.route == "solved" and self.b.form != NONE)
 
     @property

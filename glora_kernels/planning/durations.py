@@ -1,4 +1,4 @@
-"""What a launch would take on a machine, in seconds."""
+"""The predicted time of a launch on a machine, in seconds."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from .problem import Problem
 # Shares of the vendor's rate; [E] is an estimate, as in machines.py.
 SINGLE_SHARE = 0.5  # products in Triton, in fp32 without TF32 [E]
 PASS_SHARE = 0.2  # thin products inside passes, padded to a rank of 16 [E]
-# Tiles (rows, columns) and the share of the best rate that they reach: smaller ones load more for each operation.
-# [E] the first four are those of guides/kernels.md, section 1.
+# Tiles (rows, columns) and the share of the best rate that they reach: smaller tiles load more for each operation.
+# [E] the first four are from guides/kernels.md, section 1.
 TILES = ((128, 256, 1.0), (128, 128, 0.92), (64, 128, 0.78), (64, 64, 0.55), (32, 64, 0.35), (16, 64, 0.2))
-SPLITS = (1, 2, 4, 8)  # of the sum of a product, by the vendor's library; the kernels here do not split
-SHORTEST_SPLIT = 512  # how much of the sum a split keeps at least
+SPLITS = (1, 2, 4, 8)  # into how many parts the vendor's library splits the sum of a product; our kernels do not split
+SHORTEST_SPLIT = 512  # the fewest terms of the sum in one part
 DRAW = 2.0  # a processor can draw this many times its even share of the bandwidth [E]
 
 
 def seconds(launch: PricedLaunch, problem: Problem, machine: Machine) -> float:
-    """What a launch takes on the device."""
+    """The predicted time of a launch on the device."""
     rate = _rate(launch.category, problem, machine)
     bandwidth = machine.cache_bandwidth if launch.bytes < machine.cache else machine.bandwidth
     if launch.shape is None:
@@ -38,10 +38,11 @@ def _rate(category: str, problem: Problem, machine: Machine) -> float:
 
 
 def _product_seconds(launch: PricedLaunch, machine: Machine, rate: float, bandwidth: float) -> float:
-    """The best of a few tiles: waves of them over the processors, or what those at work can draw from memory.
+    """The shortest time over a few tile sizes.
 
-    A last wave that is not full counts half of what it leaves idle, since the real tiles are not known here. The
-    vendor's library may split the sum as well, and then adds up fp32 parts.
+    Tiles run in waves over the processors. A time is that of the arithmetic, or that of the bytes which the processors
+    at work can draw from memory, if it is longer. A last wave that is not full counts half of what it leaves idle,
+    since the real tiles are not known here. The vendor's library may split the sum as well; it then adds up fp32 parts.
     """
     rows, columns, depth = launch.shape or (0, 0, 0)
     short, long = (rows, columns) if rows < columns else (columns, rows)

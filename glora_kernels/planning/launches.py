@@ -1,4 +1,4 @@
-"""What each strategy launches, with the operations and bytes of every launch."""
+"""The launches of each strategy, with the operations and bytes of every launch."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from ..terms import SLOTS
 from .machines import machine_for
 from .problem import VECTOR, Problem, route_of
 
-# Kinds of launches. A dense product is of 2 M N K operations.
+# Categories of launches. A dense product has 2 M N K operations.
 BLAS = "blas"  # a dense product of the vendor's library
-FUSED = "fused"  # a dense product in Triton, of which an operand is W_eff, formed in registers
-CONTRACTED = "contracted"  # a dense product in Triton, dW, contracted in registers
+FUSED = "fused"  # a dense product in Triton with W_eff, which is formed in registers
+CONTRACTED = "contracted"  # a dense product in Triton that forms dW and contracts it in registers
 PASS = "pass"  # bound by memory: reads and writes matrices once or twice
 
 
@@ -21,10 +21,10 @@ class PricedLaunch:
     """One launch.
 
     Attributes:
-        name: a kernel, or what a dense product makes.
-        flops: multiplications and additions of its matrix products, each counted once: neither the padding of ranks
-            nor that ``fused`` forms W_eff anew for every block of tokens.
-        bytes: read from and written to device memory.
+        name: the kernel, or the result of a dense product.
+        flops: multiplications and additions of its matrix products, each counted once. The padding of ranks is not
+            counted, and W_eff is counted once although ``fused`` forms it again for every block of tokens.
+        bytes: bytes that it reads from and writes to device memory.
         category: BLAS, FUSED, CONTRACTED or PASS.
         shape: rows, columns and depth of a dense product.
     """
@@ -37,12 +37,12 @@ class PricedLaunch:
 
 
 def launches(problem: Problem, strategy: str) -> tuple[list[PricedLaunch], list[PricedLaunch]]:
-    """What forward and backward launch, in order: at most 2 and 5."""
+    """What forward and backward launch, in order: at most 2 launches and 5."""
     return _forward(problem, strategy), _backward(problem, strategy)
 
 
 def scratch_bytes(problem: Problem, strategy: str) -> int:
-    """Of what forward or backward hold at once beside their results: W_eff, dW, g = dy W0 and partial sums."""
+    """The bytes that forward or backward hold at once, apart from their results: W_eff, dW, g = dy W0, partial sums."""
     p, route = problem, route_of(problem)
     formed = p.weight_bytes * (p.adapts_weight and strategy == "assemble")
     backward = formed * (p.wants_x and route != "scaled") + formed * (route == "dense")
@@ -57,7 +57,7 @@ def _forward(p: Problem, strategy: str) -> list[PricedLaunch]:
 
 
 def _assemble(p: Problem, write: bool = True) -> PricedLaunch:
-    """W_eff and b_eff; V on the way, which takes W0 twice. Without ``write``, V alone."""
+    """Forms W_eff and b_eff, and V, for which it walks W0 twice. Without ``write``, V alone."""
     weight, entries = p.weight_bytes, p.outputs * p.inputs
     forms = p.adapts_weight and write
     prompt = p.has("C") and write
@@ -69,12 +69,12 @@ def _assemble(p: Problem, write: bool = True) -> PricedLaunch:
 
 
 def _assembly(p: Problem) -> int:
-    """Operations of the low ranks in W_eff, V being given."""
+    """The operations for the low ranks in W_eff, when V is given."""
     return 2 * p.outputs * p.inputs * (p.rank("A") + p.rank("B"))
 
 
 def _product(name: str, p: Problem) -> PricedLaunch:
-    """A product with the weight (y, dx, g) or, for dW, of dy and x."""
+    """A dense product: with the weight (y, dx, g), or of dy and x (dW)."""
     shapes = {"y": (p.tokens, p.outputs, p.inputs), "dW": (p.outputs, p.inputs, p.tokens)}
     shape = shapes.get(name, (p.tokens, p.inputs, p.outputs))
     moved = p.x_bytes + p.y_bytes + p.weight_bytes
@@ -82,7 +82,7 @@ def _product(name: str, p: Problem) -> PricedLaunch:
 
 
 def _fused(name: str, p: Problem) -> PricedLaunch:
-    """The same with W_eff in registers; in the forward pass it forms b_eff too."""
+    """The product y or dx with W_eff in registers; in the forward pass it forms b_eff too."""
     plain = _product(name, p)
     prompt = 2 * p.outputs * p.inputs * (name == "y" and p.has("C"))
     return PricedLaunch(name, plain.flops + _assembly(p) + prompt, plain.bytes + p.factor_bytes, FUSED, plain.shape)
@@ -104,7 +104,7 @@ def _through_tokens(p: Problem, strategy: str) -> list[PricedLaunch]:
         steps.append(_weight_pass(p, route, writes))
     if p.wants_x:
         steps.append(_fused("dx", p) if p.adapts_weight and not writes else _product("dx", p))
-    if route == "solved":  # no row is lost as a rule: then it reads no more than flags
+    if route == "solved":  # usually no row is lost: then it reads nothing but flags
         steps.append(PricedLaunch("contract", 0, 4 * p.outputs * -(-p.inputs // _block(p)), PASS))
     return steps
 
@@ -115,7 +115,7 @@ def _scaled(p: Problem, strategy: str) -> list[PricedLaunch]:
 
 
 def _dense(p: Problem, strategy: str) -> list[PricedLaunch]:
-    """dW is taken to be in the layer's type; for fp16 it is in fp32."""
+    """The route dense. dW counts as being in the layer's type, although it is in fp32 for fp16."""
     steps = [_token_pass(p, "dense")] if _sums_bias(p, "dense") else []
     if strategy == "assemble":
         steps += [_product("dW", p), _contraction(p)]
@@ -133,7 +133,7 @@ def _contraction(p: Problem) -> PricedLaunch:
 
 
 def _contracted(p: Problem) -> PricedLaunch:
-    """dW formed in registers, of dy and x, and contracted there with W0."""
+    """Forms dW from dy and x in registers, and contracts it there with W0."""
     plain = _product("dW", p)
     moved = plain.bytes + p.factor_bytes + _contraction_sums(p)
     return PricedLaunch("contract", plain.flops + _contraction_flops(p), moved, CONTRACTED, plain.shape)
@@ -162,7 +162,7 @@ def _contracts_b(p: Problem, route: str) -> bool:
 
 
 def _token_pass(p: Problem, route: str) -> PricedLaunch:
-    """Reads dy and x (x once more, out of the cache if it stays there) and what else the route says."""
+    """Reads dy, x (a second time too, from the cache if x fits there) and what else the route needs."""
     contracts, scaled = _contracts_b(p, route), route == "scaled"
     through_dy = _sums_bias(p, route) or contracts or route in ("projected", "solved") or (scaled and p.has("B"))
     reads_x = contracts or route in ("projected", "scaled")
@@ -173,7 +173,7 @@ def _token_pass(p: Problem, route: str) -> PricedLaunch:
 
 
 def _thin_flops(p: Problem, route: str) -> int:
-    """4 M (N + K) operations a rank for both gradients of a low rank, half of it for its part in dx."""
+    """4 M (N + K) operations per rank for both gradients of a low rank, and half as many for its part in dx."""
     both, contracts = 2 * p.tokens * (p.outputs + p.inputs), _contracts_b(p, route)
     flops = (route == "projected") * 2 * both * p.rank("A") + contracts * 2 * both * p.rank("B")
     if contracts and not p.rank("B"):
@@ -193,12 +193,12 @@ def _weight_pass(p: Problem, route: str, writes: bool) -> PricedLaunch:
 
 
 def _finish(p: Problem, route: str) -> PricedLaunch:
-    """Reads every partial sum, writes the gradients."""
+    """Reads every partial sum and writes the gradients."""
     return PricedLaunch("finish", 0, _sums(p, route) + p.factor_bytes, PASS)
 
 
 def _block(p: Problem) -> int:
-    """How many of them a block has, by the settings for Ampere and later."""
+    """How many tokens, rows or columns a block has, by the settings for Ampere and later."""
     return 64 if p.element == 2 and max(p.ranks) <= 16 else 32
 
 
@@ -233,5 +233,5 @@ def _contraction_sums(p: Problem) -> int:
 
 
 def _spills(p: Problem, size: int) -> bool:
-    """Whether a matrix that a pass walks twice is read twice from memory, too: what is at work at once fills the L2."""
+    """Whether a pass that walks a matrix twice reads it twice from memory, since the L2 cannot hold it."""
     return size > machine_for(p.architecture).cache

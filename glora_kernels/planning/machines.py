@@ -1,4 +1,4 @@
-"""What GPUs can do, as far as the cost model asks, and which architecture stands in for an unknown one. Pure data."""
+"""The figures of GPUs that the cost model needs, and the architecture that stands in for an unknown one. Pure data."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ INTERPRETED_AS = "sm_90"  # Triton's interpreter has no speed of its own to pred
 
 @dataclass(frozen=True)
 class Machine:
-    """What an architecture can do, as far as the model asks.
+    """The figures of an architecture that the cost model needs.
 
     Attributes:
         processors: multiprocessors (compute units).
-        half, single: FLOP/s that the vendor's BLAS reaches in half types and in fp32. TF32 is half of ``half``.
-        triton: the rate of a plain product written in Triton, as a share of the vendor's.
-        assembled: the same where an operand is formed in registers on the way.
+        half, single: FLOP/s that the vendor's BLAS reaches in half types and in fp32. TF32 reaches half of ``half``.
+        triton: the rate of a plain product written in Triton, as a share of the vendor's rate.
+        assembled: the same share for a product whose operand is formed in registers.
         bandwidth: bytes/s of device memory.
-        cache, cache_bandwidth: launches that move fewer bytes than ``cache`` do so at this rate, out of the L2.
+        cache, cache_bandwidth: a launch of fewer bytes than ``cache`` moves them at this rate, from the L2.
         overhead: seconds from the end of one launch to the start of the work of the next.
     """
 
@@ -36,8 +36,8 @@ class Machine:
     overhead: float
 
 
-# Sources: [M] measured by us (none yet), [P] published by the vendor, [E] estimate; 1 and 3 are sections of the study
-# guides/kernels.md, whose figures come from compiled code, published timings and its own model, never from a run.
+# Sources: [M] measured by us (none yet), [P] published by the vendor, [E] estimate. The numbers 1 and 3 are sections of
+# the study guides/kernels.md: its figures come from compiled code, published timings and its own model, not from a run.
 # ``assembled`` is ``triton`` times section 3's ratio of matrix cycles to all cycles of the loop, A and B low rank.
 MACHINES = {
     "sm_80": Machine(  # A100 SXM 80 GB: 108 processors, 312 TFLOP/s, fp32 19.5, 2.04 TB/s, L2 2 x 20 MB [P]
@@ -125,7 +125,7 @@ def machine_for(architecture: str) -> Machine:
     """The machine of an architecture, or of the nearest older one of its family.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is no such machine.
     """
     name = nearest(INTERPRETED_AS if architecture == INTERPRETER else architecture, MACHINES)
     if name is None:

@@ -1,4 +1,4 @@
-"""One layer call, as far as its cost depends on it."""
+"""What the cost of a layer call depends on."""
 
 from __future__ import annotations
 
@@ -15,18 +15,19 @@ _KINDS: dict[type, str] = {type(None): NONE, Constant: CONSTANT, Vector: VECTOR,
 
 
 class Problem(NamedTuple):
-    """One layer call, as far as its cost depends on it.
+    """One layer call: what its cost depends on.
 
     Attributes:
         tokens, outputs, inputs: M, N, K.
-        kinds, ranks: of A to E; a rank of 0 where there is none.
+        kinds, ranks: the kinds and ranks of A to E; the rank is 0 where the kind has none.
         product: ``"hadamard"`` or ``"matmul"``.
-        element, factor: bytes of an element of W0, x and dy; of the factors of A and B.
+        element: bytes of an element of W0, x and dy.
+        factor: bytes of an element of the factors of A and B.
         bias: whether there is a b0.
-        wanted: the slots that want a gradient; None for all that are not none.
-        wants_x: whether x does.
+        wanted: the slots that want a gradient; None for all slots that have a term.
+        wants_x: whether x wants a gradient.
         tf32: whether fp32 products use TF32.
-        architecture: ``sm_90``, ``gfx942`` and the like; ``interpreter`` is taken for an ``sm_90``.
+        architecture: ``sm_90``, ``gfx942`` and the like; ``interpreter`` is treated as an ``sm_90``.
     """
 
     tokens: int
@@ -54,7 +55,7 @@ class Problem(NamedTuple):
         wanted: frozenset[str] | None = None,
         wants_x: bool = True,
     ) -> Problem:
-        """The problem of a call: on the way of every call, so kept to plain look-ups."""
+        """The problem of a call. Every call makes one, so only plain look-ups are done here."""
         a, b, c, d, e = terms.A, terms.B, terms.C, terms.D, terms.E
         outputs, inputs = weight.shape
         element = weight.element_size()
@@ -85,7 +86,7 @@ class Problem(NamedTuple):
         return self.kind(slot) != NONE
 
     def wants(self, slot: str) -> bool:
-        """Whether the slot wants a gradient; D has none without a bias to scale."""
+        """Whether the slot wants a gradient; without a bias to scale, D has none."""
         asked = self.wanted is None or slot in self.wanted
         return asked and self.has(slot) and (slot != "D" or self.bias)
 
@@ -121,7 +122,7 @@ class Problem(NamedTuple):
 
     @property
     def factor_bytes(self) -> int:
-        """Of A and B."""
+        """Bytes of the factors of A and B."""
         return self.factor * (self.outputs + self.inputs) * (self.rank("A") + self.rank("B"))
 
 
@@ -132,7 +133,7 @@ def _rank(term: object) -> int:
 
 
 def route_of(problem: Problem) -> str:
-    """The route of the backward pass, see ``_triton/backward.py``; y is taken to be kept wherever that can pay off."""
+    """The route of the backward pass (see ``_triton/backward.py``), if y is kept wherever that can pay off."""
     kind = problem.kind("A")
     if not problem.wants("A"):
         return "thin"

@@ -1,6 +1,6 @@
-"""Tile settings as data: ``settings.json``, pinned by architecture, kernel, element size, tokens and rank.
+"""Tile settings as data: ``settings.json`` fixes them by architecture, kernel, element size, tokens and rank.
 
-No timing decides at import or at run time. ``python -m glora_kernels.tune`` measures and writes the file, which is
+Nothing is timed at import or at run time. ``python -m glora_kernels.tune`` measures and writes the file, which is
 then committed.
 """
 
@@ -27,9 +27,9 @@ class Tile:
     """How a kernel cuts its work.
 
     Attributes:
-        tokens, rows, columns: the block sizes along M, N (or out) and K (or the reduction); 0 where there is none.
-        warps, stages: warps a program, stages of the software pipeline.
-        swap: form the product transposed (``fused`` only).
+        tokens, rows, columns: the block sizes along M, N (``fused``: OUT) and K (RED); 0 where there is none.
+        warps, stages: warps per program, stages of the software pipeline.
+        swap: whether the product is formed transposed (``fused`` only).
     """
 
     tokens: int
@@ -42,11 +42,11 @@ class Tile:
 
 @dataclass(frozen=True)
 class Rule:
-    """A tile and how far it is meant for; the first rule that fits a call is taken.
+    """A tile and the calls that it is meant for; the first rule that fits a call is used.
 
     Attributes:
-        element: bytes of an element of x, from which on; 0 for any.
-        max_tokens, max_rank: the largest that it is meant for; None for any.
+        elements: the sizes of an element of x that it is meant for, in bytes.
+        max_tokens, max_rank: the largest values that it is meant for; None for any.
     """
 
     tile: Tile
@@ -87,7 +87,7 @@ def tile_for(kernel: str, architecture: str, element: int, tokens: int, rank: in
 def forced_tiles(tiles: dict[str, Tile]) -> Iterator[None]:
     """Use these tiles inside the ``with`` block, whatever the file says (for tests and the tuner).
 
-    For the whole process: autograd runs backward passes on a GPU in a thread of its own.
+    They hold for the whole process, since autograd runs backward passes on a GPU in its own thread.
     """
     global _forced
     before, _forced = _forced, {**_forced, **tiles}
@@ -99,7 +99,7 @@ def forced_tiles(tiles: dict[str, Tile]) -> Iterator[None]:
 
 @lru_cache
 def rules(architecture: str) -> Table:
-    """The rules of an architecture by kernel, or of the nearest older one of its family."""
+    """The rules, by kernel, of an architecture or of the nearest older one of its family."""
     tables = load()
     name = nearest(architecture, tuple(tables))
     if name is None:
@@ -109,7 +109,7 @@ def rules(architecture: str) -> Table:
 
 @lru_cache
 def load(path: Path = FILE) -> dict[str, Table]:
-    """Every architecture's rules; one that only names another has the same.
+    """The rules of every architecture; an entry that only names another architecture has the rules of that one.
 
     Raises:
         ValueError: a file of another version, or without rules for a kernel.
