@@ -20,6 +20,7 @@ from .launches import PricedLaunch, launches, scratch_bytes
 from .machines import machine_for
 from .problem import Problem
 
+STRATEGIES = ("assemble", "fused")
 WINS = 0.98  # fused is taken below this share of assemble's time: the vendor's rate is known better
 REMEMBERED = 1 << 15  # problems
 
@@ -78,6 +79,3 @@ def predict(problem: Problem, strategy: str) -> Prediction:
     forward, backward = launches(problem, strategy)
     there, back = (sum(seconds(launch, problem, machine) for launch in part) for part in (forward, backward))
     return Prediction(strategy, tuple(forward), tuple(backward), there, back, scratch_bytes(problem, strategy))
-
-
-STRATEGIES = ("assemble", "fused")
