@@ -8,28 +8,26 @@ from .backbones import features, load_backbone
 from .config import LayerShape, PathConfig, SearchSpace
 from .distributed import sync_gradients
 from .evaluation import Metrics, evaluate, evaluate_merged
-from .evolution.loop import evolve, search
-from .evolution.result import SearchResult
-from .evolution.selection import Candidate
-from .evolution.settings import SearchSettings
-from .formats.adapter_file import load_adapter, save_adapter
-from .formats.lycoris import load_lycoris, save_lycoris
-from .formats.official import load_official, official_paths, save_official
-from .graphs.graphed_step import GraphedStep
+from .evolution import Candidate, SearchResult, SearchSettings, evolve, search
+from .formats import (
+    load_adapter,
+    load_lycoris,
+    load_official,
+    official_paths,
+    save_adapter,
+    save_lycoris,
+    save_official,
+)
+from .graphs import GraphedStep
 from .injection import inject
-from .layers.base import GLoRALayer
-from .layers.conv1d import GLoRAConv1D
-from .layers.conv2d import GLoRAConv2d
-from .layers.linear import GLoRALinear
-from .layers.quantised import GLoRAQuantisedLinear
+from .layers import GLoRAConv1D, GLoRAConv2d, GLoRALayer, GLoRALinear, GLoRAQuantisedLinear
 from .merging import MergeReport, merge, unmerge
 from .model_summary import Summary, summary
-from .models.modules import glora_layers
+from .models import glora_layers
 from .parameters import count_parameters, drop_unread_gradients, trainable_parameters
 from .paths import get_paths, sample_paths, set_paths, using_paths
 from .presets import PRESETS, Preset, apply_preset, preset_path
-from .training.loop import TrainSummary, train
-from .training.recipe import Recipe
+from .training import Recipe, TrainSummary, train
 from .version import __version__
 
 __all__ = [
