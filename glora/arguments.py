@@ -10,13 +10,13 @@ FILE = (str, os.PathLike, type(None))
 
 
 def require_type(argument: str, value: object, kind: type | tuple[type, ...], expected: str) -> None:
-    """Raise TypeError, naming the argument, unless ``value`` is of ``kind``, which ``expected`` says in words."""
+    """Raise TypeError, naming the argument, unless ``value`` is of ``kind``; ``expected`` says it in words."""
     if not isinstance(value, kind):
         raise TypeError(f"{argument}: expected {expected}, got {type_of(value)}")
 
 
 def require_function(argument: str, value: object, expected: str) -> None:
-    """Raise TypeError unless ``value`` can be called with values; a class would be made, not called."""
+    """Raise TypeError unless ``value`` can be called with values; a class is refused: a call only makes an instance."""
     if isinstance(value, type) or not callable(value):
         raise TypeError(f"{argument}: expected {expected}, got {type_of(value)}")
 
@@ -28,25 +28,25 @@ def require_integer(argument: str, value: object, least: int) -> None:
 
 
 def type_of(value: object) -> str:
-    """What ``value`` is, for a message."""
+    """The type of ``value``, in words for a message."""
     return f"the class {value.__name__} itself" if isinstance(value, type) else type(value).__name__
 
 
-MOST = 8  # of what a message lists
+MOST = 8  # entries that a message lists
 
 
 def differences(found: Mapping[str, Any], expected: Mapping[str, Any], form: str = " {}, expected {}") -> str:
     """The innermost entries that differ, such as ``"limit 9000, expected 3; settings seed 0, expected 1"``.
 
     Args:
-        form: what follows a name: of the two values.
+        form: the text after a name, with places for the two values.
     """
     entries = list(_differing(found, expected, form))
     return "; ".join(entries[:MOST]) + _rest(entries)
 
 
 def listed(names: Iterable[str]) -> str:
-    """As a list, of which a message holds the first few."""
+    """The first few ``names`` as a list for a message, and how many more there are."""
     names = list(names)
     return f"{names[:MOST]}{_rest(names)}"
 

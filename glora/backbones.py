@@ -32,22 +32,22 @@ def load_backbone(
     drop_path: float = 0.0,
     options: Mapping[str, Any] = {},
 ) -> nn.Module:
-    """A classifier of timm, for :func:`glora.inject`.
+    """Make a classifier of timm, for :func:`glora.inject`.
 
-    Weights that are read have to fit: every one of the model's is in them, and nothing else. The exceptions are
-    timm's own: it renames what an architecture's first release called otherwise, resamples position embeddings
-    and patches to another size, and loads a few architectures loosely (DLA, ConvNeXt's ``fcmae``). A classifier
-    head of another class count, or none, is replaced by a fresh one, as the official code does:
-    ``reset_classifier``, which draws from torch's generator. Seed it first.
+    Weights that are read have to fit: they hold every tensor of the model and nothing else. The exceptions are
+    timm's own: it renames the tensors of an architecture's first release, resamples position embeddings and
+    patches to another size, and loads a few architectures loosely (DLA, ConvNeXt's ``fcmae``). A classifier head
+    that is missing or has another class count is replaced by a fresh one, as in the official code.
+    ``reset_classifier`` does that and draws from torch's generator: seed it first.
 
     Args:
-        name: timm's, as in ``timm.list_models()``, with or without a tag: ``"vit_base_patch16_224.orig_in21k"``.
+        name: timm's name, as in ``timm.list_models()``, with or without a tag: ``"vit_base_patch16_224.orig_in21k"``.
         classes: outputs of the head.
-        weights: None leaves **everything as randomly initialised**. ``"hub"`` is timm's pretrained loading, of the
+        weights: None leaves **everything as randomly initialised**. ``"hub"`` loads timm's pretrained
             weights that the tag names. Otherwise a file: ``.npz`` as Google published plain Vision Transformers
             (ViT-B_16.npz, and those of "How to train your ViT?"), ``.safetensors``, or ``.pth`` and ``.pt`` with a
-            state dict or one under ``"model"`` or ``"state_dict"`` (averaged weights beside it are preferred), which
-            are read without running code of theirs.
+            state dict or one under ``"model"`` or ``"state_dict"`` (averaged weights beside it are preferred). Reading
+            them runs no code of theirs.
         drop_path: the largest rate of stochastic depth, that of the last block.
         options: further arguments of ``timm.create_model``, such as ``img_size``.
 
@@ -59,7 +59,7 @@ def load_backbone(
         ValueError: an unknown or deprecated name, a value out of range, a file that cannot be read, or one of
             another model; what is missing and what is unexpected is listed. ``"hub"`` where timm has no weights.
         TypeError: options that the architecture does not take.
-        ConnectionError: the hub cannot be reached; says how to do without.
+        ConnectionError: the hub cannot be reached; says how to do without it.
     """
     config = _checked(name, classes, weights, drop_path, options)
     build = partial(_build, name, drop_path, options)
@@ -84,14 +84,14 @@ def check_backbone(
     drop_path: float = 0.0,
     options: Mapping[str, Any] = {},
 ) -> None:
-    """Raise what :func:`load_backbone` would for these arguments, without a model or a network."""
+    """Raise what :func:`load_backbone` would for these arguments; needs no network and builds no model."""
     _checked(name, classes, weights, drop_path, options)
 
 
 def features(model: nn.Module, x: Tensor) -> Tensor:
-    """What the classifier head of a timm model reads: pooled and normalised, ``(n, d)``, for images ``(n, c, h, w)``.
+    """The input of a timm model's classifier head: pooled and normalised, ``(n, d)``, for images ``(n, c, h, w)``.
 
-    Mode and gradients are the caller's: for features alone, ``model.eval()`` and ``torch.no_grad()``.
+    The caller sets mode and gradients: for features alone, ``model.eval()`` and ``torch.no_grad()``.
 
     Raises:
         TypeError: a model without timm's ``forward_features`` and ``forward_head``.
@@ -182,7 +182,7 @@ def _build(name: str, drop_path: float, options: Mapping[str, Any], **loading: A
 
 
 def _from_hub(build: Build, name: str, config: Any) -> Any:
-    """With the head that the weights came with."""
+    """The model with the head that the weights came with."""
     try:
         return build(pretrained=True)
     except OSError as error:
@@ -195,12 +195,12 @@ def _from_hub(build: Build, name: str, config: Any) -> Any:
 
 
 def _from_state_dict(build: Build, name: str, file: Path, config: Any) -> Any:
-    """With the head of the file, or without one if it has none."""
+    """The model with the head of the file, or without a head if the file has none."""
     from timm.models import load_state_dict
 
     with _reading(file):
         found = load_state_dict(str(file))
-    # a class count of timm's own would let it drop a head, and then overlook whatever else is missing
+    # with its own class count, timm would drop a head, and then overlook whatever else is missing
     loading = {"file": str(file), "num_classes": _head_classes(found, config.classifier)}
     try:
         return build(pretrained=True, num_classes=loading["num_classes"], pretrained_cfg_overlay=loading)
@@ -209,7 +209,7 @@ def _from_state_dict(build: Build, name: str, file: Path, config: Any) -> Any:
 
 
 def _head_classes(tensors: Mapping[str, Tensor], classifier: str | tuple[str, ...] | None) -> int:
-    """The classes of the head in a state dict, 0 if there is none: ``head.fc`` was ``head`` in first releases."""
+    """The number of classes of a state dict's head, 0 without one; ``head.fc`` was ``head`` in first releases."""
     name = classifier[0] if isinstance(classifier, tuple) else classifier or ""
     while name:
         if f"{name}.weight" in tensors:
@@ -219,7 +219,7 @@ def _head_classes(tensors: Mapping[str, Tensor], classifier: str | tuple[str, ..
 
 
 def _from_google(build: Build, name: str, file: Path, classes: int) -> Any:
-    """With the head of the file if it has so many classes, or without one."""
+    """The model with the head of the file if that has ``classes`` outputs, else without a head."""
     from timm.models.vision_transformer import VisionTransformer
 
     names, head = _google_contents(file)
@@ -230,7 +230,7 @@ def _from_google(build: Build, name: str, file: Path, classes: int) -> Any:
     missing, unexpected = sorted(wanted - names), sorted(names - wanted)
     if missing or unexpected:
         raise _other_model(name, str(file), f"missing {missing}, unexpected {unexpected}")
-    # timm copies what it knows of and says nothing of the rest: a layer scale, another norm
+    # timm copies what it knows and is silent about the rest: a layer scale, another norm
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.fill_(torch.nan)
@@ -245,10 +245,10 @@ def _from_google(build: Build, name: str, file: Path, classes: int) -> Any:
 
 
 def _google_contents(file: Path) -> tuple[set[str], int]:
-    """The names of the arrays, and the classes of the head. Head and pre-logits, which are optional, are left out."""
+    """The names of the arrays without the optional head and pre-logits, and the number of classes of the head."""
     import numpy as np
 
-    # opened here: np.load leaves what it opens open where it is damaged
+    # opened here: np.load leaves a damaged file open if it opened it
     with _reading(file), open(file, "rb") as stream, np.load(stream, allow_pickle=False) as arrays:
         names = set(arrays.files)
         head = len(arrays["head/bias"]) if "head/bias" in names else 0
@@ -270,7 +270,7 @@ def _google_names(depth: int) -> set[str]:
 
 @contextmanager
 def _reading(file: Path) -> Iterator[None]:
-    """Whatever a reader of somebody else's files raises, as a ValueError that names this one."""
+    """Turn whatever a reader of somebody else's files raises into a ValueError that names ``file``."""
     try:
         yield
     except Exception as error:

@@ -1,4 +1,4 @@
-"""Running the benchmarks, which stand outside of this package: ``bench/`` in a checkout, ``glora_bench`` installed."""
+"""Running the benchmarks, which are not part of this package: ``bench/`` in a checkout, ``glora_bench`` installed."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ def run_benchmarks(groups: Sequence[str], options: Sequence[str], results: Path,
         groups: some of :data:`GROUPS`.
         options: of ``pytest bench/`` (``bench/README.md``), such as ``("--shapes", "vit_b")``.
         results: the folder for ``results.json``, ``table.md`` and the pictures.
-        quiet: what pytest prints goes to standard error.
+        quiet: send what pytest prints to standard error.
 
     Returns:
-        The exit status: 0, 1 if something was wrong or not timed, 2 or more if the options are.
+        The exit status: 0; 1 if something was wrong or not timed; 2 or more if the options are wrong.
 
     Raises:
         ModuleNotFoundError: the benchmarks, or what they need, are not installed.

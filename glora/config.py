@@ -31,7 +31,7 @@ class Choice(NamedTuple):
 
 
 class LayerShape(NamedTuple):
-    """What parameter counts depend on."""
+    """The properties of a layer that parameter counts depend on."""
 
     out_features: int
     in_features: int
@@ -41,7 +41,7 @@ class LayerShape(NamedTuple):
 
 @cache
 def parse_choice(slot: str, text: str) -> Choice:
-    """``"lora_8"``, ``"vector"``, ``"constant"`` or ``"none"``, in any case (the official code writes ``LoRA_8``).
+    """Parse ``"lora_8"``, ``"vector"``, ``"constant"`` or ``"none"``, in any case (the official code has ``LoRA_8``).
 
     Raises:
         ValueError: a kind that ``slot`` does not have, or a rank that is not a positive integer.
@@ -95,15 +95,15 @@ class PathConfig:
 
     @property
     def makes_bias(self) -> bool:
-        """Whether a layer without bias gets one by this path: C or E is there."""
+        """Whether this path gives a bias to a layer without one: C or E is not none."""
         return self.C != "none" or self.E != "none"
 
     def without_bias(self) -> PathConfig:
-        """This path with C, D and E ``"none"``: what a layer without bias can take and stay without one."""
+        """This path with C, D and E ``"none"``: under it a layer without bias stays without one."""
         return PathConfig(self.A, self.B)
 
     def count(self, shape: LayerShape) -> int:
-        """Parameters this path reads in a layer of ``shape``: what a search's limit counts."""
+        """The number of parameters that this path reads in a layer of ``shape``; a search's limit counts these."""
         return sum(count_choice(slot, getattr(self, slot), shape) for slot in SLOTS)
 
     def to_dict(self) -> dict[str, str]:
@@ -129,7 +129,7 @@ class PathConfig:
 
 @cache
 def count_choice(slot: str, text: str, shape: LayerShape) -> int:
-    """Parameters one support tensor reads. D of a layer without bias has nothing to scale: 0."""
+    """The number of parameters that one support tensor reads; 0 for D of a layer without bias: nothing to scale."""
     kind, rank = parse_choice(slot, text)
     if kind == "none" or (slot == "D" and not shape.bias):
         return 0
@@ -149,11 +149,11 @@ class SearchSpace:
         ranks: the ranks a low-rank tensor may take, each once.
         A, B, C, D, E: the kinds allowed, out of those the tensor has.
         bias_free: in layers without a bias, C, D and E are ``"none"`` whatever is allowed elsewhere. Merging then
-            creates no bias, which the model's own file format or class may have no place for (:func:`glora.merge`).
+            creates no bias: the model's own file format or class may have no place for one (:func:`glora.merge`).
 
     Raises:
         ValueError: no rank, a rank below 1 or given twice, no kind, or one the tensor does not have.
-        TypeError: ``bias_free`` is no bool.
+        TypeError: ``bias_free`` is not a bool.
     """
 
     ranks: tuple[int, ...] = (8, 4)
@@ -185,21 +185,21 @@ class SearchSpace:
 
     @cached_property
     def options(self) -> dict[str, tuple[str, ...]]:
-        """What each tensor may be, ``"lora"`` spelled out for every rank; of a layer with a bias."""
+        """What each tensor of a layer with a bias may be, ``"lora"`` spelled out for every rank."""
         return {slot: tuple(self._spelled_out(getattr(self, slot))) for slot in SLOTS}
 
     def options_for(self, bias: bool) -> dict[str, tuple[str, ...]]:
-        """:attr:`options` of a layer with or without a bias: they differ where the space is ``bias_free``."""
+        """:attr:`options` of a layer with or without a bias: they differ if the space is ``bias_free``."""
         return self.options if bias or not self.bias_free else {**self.options, **dict.fromkeys("CDE", ("none",))}
 
     def _spelled_out(self, kinds: tuple[str, ...]) -> list[str]:
         return [text for kind in kinds for text in ([f"lora_{r}" for r in self.ranks] if kind == "lora" else [kind])]
 
     def count(self, layers: int = 1, bias: bool = True) -> int:
-        """How many paths a model of so many layers has: 432 a layer for one rank, 900 for two.
+        """How many paths a model of so many layers has: 432 per layer for one rank, 900 for two.
 
         Args:
-            bias: whether the layers have one; without, a ``bias_free`` space has 16 paths a layer for one rank.
+            bias: whether the layers have one; without, a ``bias_free`` space has 16 paths per layer for one rank.
         """
         return math.prod(len(options) for options in self.options_for(bias).values()) ** layers
 
@@ -208,13 +208,13 @@ class SearchSpace:
         return self.sample_many(1, generator, bias)[0]
 
     def sample_many(self, layers: int, generator: torch.Generator, bias: bool = True) -> list[PathConfig]:
-        """Paths drawn uniformly and independently, one a layer, from one call of the generator."""
+        """Paths drawn uniformly and independently, one per layer, from one call of the generator."""
         draws = torch.rand(layers, len(SLOTS), generator=generator, dtype=torch.float64).tolist()
         options = self.options_for(bias).values()
         return [make_path(*(o[int(u * len(o))] for o, u in zip(options, row))) for row in draws]
 
     def to_dict(self) -> dict:
-        """Plain data for JSON; without ``bias_free`` where that is False, as journals and checkpoints always had it."""
+        """Plain data for JSON; ``bias_free`` is left out if False, as journals and checkpoints always had it."""
         kinds = {name: list(getattr(self, name)) for name in ("ranks", *SLOTS)}
         return {**kinds, "bias_free": True} if self.bias_free else kinds
 

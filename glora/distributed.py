@@ -1,8 +1,8 @@
 """Gradients, tensors and shares of a model that several processes train.
 
-A random path leaves most support tensors without a gradient. ``DistributedDataParallel``, as it is by default,
-then leaves some of the others as they were on each rank, and says nothing. Here the ranks first make sure that
-they read the same tensors, and average the gradients of those alone.
+A random path leaves most support tensors without a gradient. ``DistributedDataParallel``, with its default settings,
+then silently leaves some of the other gradients unaveraged. Here the ranks first make sure that they read the same
+tensors, and then average the gradients of those alone.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from .processes import has_group, process_rank, require_agreement, world_size
 
 
 def sync_gradients(model: nn.Module) -> None:
-    """Average the gradients of ``model`` over all processes: between ``backward`` and ``step``.
+    """Average the gradients of ``model`` over all processes; call it between ``backward`` and ``step``.
 
-    ``grad = (1 / W) * sum over the W ranks of grad``, by one all-reduce a dtype and device. Gradients that are
-    None stay None. After several backward passes under different paths these are the tensors that any of the
-    paths read. Does nothing with one process.
+    ``grad = (1 / W) * sum over the W ranks of grad``, by one all-reduce per dtype and device. Gradients that are
+    None stay None. After several backward passes under different paths, the tensors with a gradient are those
+    that any of the paths read. Does nothing with one process.
 
     Every rank calls it. Where their shares of a batch differ in size, multiply the mean loss of each share by
     ``W * share / batch`` before ``backward``, as :func:`glora.train` does.
@@ -68,7 +68,7 @@ def _form(tensor: Tensor) -> str:
 
 
 def _same_everywhere(state: dict[str, str], device: torch.device) -> bool:
-    """One all-reduce of two numbers: the largest hash, and the smallest negated."""
+    """Whether ``state`` is the same on all ranks: one all-reduce finds the largest hash, and the smallest, negated."""
     digest = hashlib.blake2b(repr(state).encode(), digest_size=7).digest()
     own = int.from_bytes(digest, "big")
     bounds = torch.tensor([own, -own], device=device)
@@ -84,7 +84,7 @@ def _average(gradients: Iterable[Tensor]) -> None:
         buckets[gradient.dtype, gradient.device].append(gradient)
     for bucket in buckets.values():
         flat = torch.cat([gradient.reshape(-1) for gradient in bucket])
-        flat /= world_size()  # first: the sum might be beyond the range of fp16
+        flat /= world_size()  # before the sum, which might overflow fp16
         dist.all_reduce(flat)
         for gradient, mean in zip(bucket, flat.split([gradient.numel() for gradient in bucket])):
             gradient.copy_(mean.view_as(gradient))
@@ -101,7 +101,7 @@ def share(batch_size: int) -> tuple[slice, int]:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model within ``DistributedDataParallel``; any other as it is."""
+    """The model within ``DistributedDataParallel``; any other model as it is."""
     return model.module if isinstance(model, DistributedDataParallel) else model
 
 
@@ -123,7 +123,7 @@ def averages_itself(model: nn.Module) -> bool:
 
 
 def require_trainable(model: nn.Module, random_paths: bool) -> None:
-    """Raise ValueError for a model that several processes would train wrongly without a word."""
+    """Raise ValueError for a model that several processes would silently train wrongly."""
     _require_no_fsdp1(model)
     _require_held(model)
     inner = unwrapped(model)
@@ -194,7 +194,7 @@ def copy_from_first(model: nn.Module) -> None:
 
 
 def require_whole(model: nn.Module) -> None:
-    """Raise ValueError for a model of which this rank holds a part only."""
+    """Raise ValueError for a model of which this rank holds only a part."""
     require_model(model)
     _require_no_fsdp1(model)
     if holds_shards(model):
@@ -214,7 +214,7 @@ def _require_no_fsdp1(model: nn.Module) -> None:
 
 
 def _require_held(model: nn.Module) -> None:
-    """Support tensors have the shapes that they were made in; other trained ones are not emptied."""
+    """Raise ValueError if support tensors have lost the shapes they were made in, or other trained ones are empty."""
     absent = {name for name, p in named_parameters(model) if p.requires_grad and tuple(p.shape) == (0,)}
     for name, layer in glora_layers(model).items():
         shapes = support_shapes((layer.out_features, layer.in_features), layer.rank, layer.product)
@@ -223,14 +223,14 @@ def _require_held(model: nn.Module) -> None:
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Whether this rank holds a part of ``tensor`` only."""
+    """Whether this rank holds only a part of ``tensor``."""
     from torch.distributed.tensor import DTensor  # here: half a second to import
 
     return isinstance(tensor, DTensor)
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """A sharded tensor put together, on every rank; any other as it is."""
+    """A sharded tensor put together, on every rank; any other tensor as it is."""
     return tensor.full_tensor() if has_group() and is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 

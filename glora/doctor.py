@@ -21,7 +21,7 @@ def examine() -> dict[str, Any]:
     """The findings as plain data; ``problems`` is empty on a sound installation."""
     packages = {name: _version(name) for name in (*REQUIRED, *OPTIONAL)}
     problems = [f"{name} is not installed" for name in REQUIRED if packages[name] is None]
-    if platform.system() != "Linux":  # Triton exists for Linux only; the torch backend does without
+    if platform.system() != "Linux":  # Triton exists for Linux only; the torch backend does not need it
         problems = [problem for problem in problems if not problem.startswith("triton")]
     return {
         "glora": __version__,

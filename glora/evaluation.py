@@ -30,7 +30,7 @@ class Metrics(NamedTuple):
 
 
 class Totals(NamedTuple):
-    """Cross-entropy and right answers added up over ``samples``: what parts of a data set can be put together from."""
+    """Cross-entropy and right answers added up over ``samples``; those of parts of a data set can be added."""
 
     loss: float
     right: int
@@ -71,10 +71,10 @@ def count(
     call: Callable[[int, Tensor], Tensor] | None = None,
     workers: int = 0,
 ) -> Totals:
-    """As :func:`evaluate`, added up, of what a search calls ``validation``.
+    """As :func:`evaluate`, but as sums; errors name the data set ``validation``, as a search does.
 
     Args:
-        call: stands in for ``model(x)``, as ``call(batch number, x)``.
+        call: called as ``call(batch number, x)`` in place of ``model(x)``.
     """
     return _count(model, _loader(dataset, batch_size, workers), call, "validation")
 
@@ -112,7 +112,7 @@ def evaluate_merged(
 ) -> Metrics:
     """As :func:`evaluate`, with every layer merged under ``paths`` for the time of the call.
 
-    Each W_eff is assembled once, not once a batch; layers with a quantised base are used unmerged. The
+    Each W_eff is assembled once, not once per batch; layers with a quantised base are used unmerged. The
     model and its paths are left as they are.
 
     Raises:
@@ -133,10 +133,10 @@ class MergedLayer(NamedTuple):
 def merged_under(
     model: nn.Module, paths: Mapping[str, PathConfig] | PathConfig, kept: dict[str, MergedLayer]
 ) -> Iterator[nn.Module]:
-    """The model that computes what ``model`` does under ``paths``, with plain layers, for a ``with`` block.
+    """For a ``with`` block, a model of plain layers that computes what ``model`` does under ``paths``.
 
     Args:
-        kept: plain layers of the previous call by name. Those of an equal path are used again, the others replaced.
+        kept: plain layers of the previous call by name. Those with an equal path are used again, the others replaced.
 
     Raises:
         ValueError: paths of another model; parameters that are sharded or on meta; hooks on an adapted layer.
@@ -148,7 +148,7 @@ def merged_under(
     exact = {name: layer for name, layer in layers.items() if layer.merges_exactly}
     for name, layer in exact.items():
         if name not in kept or kept[name].path != paths[name]:
-            kept.pop(name, None)  # first: two of them need not fit into memory
+            kept.pop(name, None)  # first: both might not fit into memory
             kept[name] = MergedLayer(paths[name], layer.merge(paths[name], safe=False))
     replacements: dict[nn.Module, nn.Module] = {layer: kept[name].plain for name, layer in exact.items()}
     unmerged = using_paths(model, paths) if len(exact) < len(layers) else nullcontext()

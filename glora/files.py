@@ -1,7 +1,7 @@
 """Writing files so that a reader sees the old one or the new one, never a part, however many write at once.
 
-A writer fills a temporary of its own, ``.<name>.<16 hex digits>.tmp`` beside the target, and renames it over. What a
-killed writer leaves is removed by a later one: it is not locked, and has not changed for a minute.
+Each writer fills its own temporary, ``.<name>.<16 hex digits>.tmp`` beside the target, and renames it to the target.
+A later writer removes the temporary of a killed one: it is not locked, and has not changed for a minute.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from torch import Tensor
 
 from glora_kernels.torch_private import is_traceable_wrapper
 
-_LONGEST = 200  # bytes of the target's name in a temporary's, which may have 255
-_STALE = 60.0  # seconds by the file system's own clock: where its locks do not reach other machines, they are the guard
+_LONGEST = 200  # bytes of the target's name in the temporary's name, which may have 255
+_STALE = 60.0  # seconds by the file system's own clock: they protect writers on machines that its locks do not reach
 
 
 def write_atomically(file: str | os.PathLike, write: Callable[[BinaryIO], object], argument: str = "file") -> None:
-    """Call ``write`` with a temporary file beside ``file``, flush it to disk, then rename it over.
+    """Call ``write`` with a temporary file beside ``file``, flush it to disk, then rename it to ``file``.
 
-    Killed at any moment, or failing, it leaves the previous ``file`` as it was. Of several writers at once, in any
-    number of processes, the last to finish stays; each file is whole. A link is written through: it stays, and what
-    it points to is replaced. The permissions of an existing file are kept; a new one has those of ``open``.
+    If it fails or is killed at any moment, the previous ``file`` stays as it was. If several write at once, in any
+    number of processes, each file is whole and the last one finished stays. A link stays, and the file that it points
+    to is replaced. The permissions of an existing file are kept; a new one has those of ``open``.
 
     Raises:
         ValueError: as :func:`require_file`.
@@ -58,12 +58,12 @@ def write_atomically(file: str | os.PathLike, write: Callable[[BinaryIO], object
 
 
 def write_folder_atomically(argument: str, folder: str | os.PathLike, files: Mapping[str, bytes]) -> None:
-    """Make ``folder`` hold exactly ``files``: all of them or, whenever it is killed, what was there before.
+    """Make ``folder`` hold exactly ``files``; if killed at any moment, it leaves all of them or what was there before.
 
-    The new folder is written beside it and renamed. A former one, which may hold nothing but files of these names, is
-    first renamed to ``.<name>.<16 hex digits>.old``, for which moment a reader finds no folder; where a run was killed
-    between the two renames it stays there whole, and the next call puts it back before anything else. Of several
-    writers at once the last to finish stays. (Exchanging both in one call of Linux would close the gap, but not help a
+    The new folder is written beside the former one, which may hold only files of these names. The former one is renamed
+    to ``.<name>.<16 hex digits>.old``, then the new one takes its place; between the two a reader finds no folder. If a
+    run is killed there, the former folder stays whole, and the next call first puts it back. If several write at once,
+    the last folder finished stays. (One call of Linux could exchange both and close the gap. It would not help a
     reader, who opens one file after the other.)
 
     Raises:
@@ -130,7 +130,7 @@ def require_new_folder(argument: str, folder: str | os.PathLike, files: Iterable
     """Where to write ``folder``; a former one that a killed writer has put aside is put back.
 
     Raises:
-        ValueError: there is no folder to put it in, or it holds something else than ``files``, which would be lost.
+        ValueError: there is no folder to put it in, or it holds other things than ``files``, which would be lost.
     """
     target = Path(folder).resolve()
     require_folder(argument, target)
@@ -151,7 +151,7 @@ def _write(content: bytes, stream: BinaryIO) -> None:
 
 
 def _keep_mode(old: Path, new: Path) -> None:
-    """Permissions of what is replaced; those of ``open`` where nothing is."""
+    """Give ``new`` the permissions of ``old``; without an ``old`` it keeps those of ``open``."""
     with contextlib.suppress(FileNotFoundError):
         shutil.copymode(old, new)
 
@@ -161,11 +161,11 @@ def _temporary(target: Path, ending: str) -> Path:
 
 
 def _left_over(target: Path, ending: str) -> list[Path]:
-    """Temporaries of ``target``, of writers that live or not, and of versions that had one name for all."""
+    """Temporaries of ``target``: of living and killed writers, and of versions that had one name for all writers."""
     pattern = re.compile(rf"\.{re.escape(_stem(target))}(\.[0-9a-f]{{16}})?\.{ending}")
     try:
         return [target.with_name(name) for name in os.listdir(target.parent) if pattern.fullmatch(name)]
-    except OSError:  # a folder that may be written to and not be read
+    except OSError:  # a folder that may be written to but not read
         return []
 
 
@@ -176,7 +176,7 @@ def _stem(target: Path) -> str:
 
 @contextlib.contextmanager
 def _new_folder(folder: Path) -> Iterator[None]:
-    """A folder that is locked for the ``with`` block."""
+    """Make a folder that is locked for the ``with`` block."""
     folder.mkdir()
     with _opened(folder) as descriptor:
         if descriptor is not None:
@@ -185,7 +185,7 @@ def _new_folder(folder: Path) -> Iterator[None]:
 
 
 def _swap(new: Path, target: Path) -> None:
-    """Put ``new`` in the place of ``target``, which other writers may be doing too."""
+    """Put ``new`` in the place of ``target``; other writers may be doing the same."""
     while True:
         olds, old = _left_over(target, "old"), _temporary(target, "old")
         with contextlib.suppress(FileNotFoundError):
@@ -216,7 +216,7 @@ def _put_back(target: Path) -> None:
 
 
 def _discard(old: Path) -> None:
-    """Remove a former folder: under another name first, so that nobody puts back a part of it."""
+    """Rename and then remove a former folder, so that nobody puts back a part of it."""
     doomed = old.with_name(f"{old.name.removesuffix('.old')}.tmp")
     with contextlib.suppress(OSError):
         os.replace(old, doomed)
@@ -242,7 +242,7 @@ def _changed(path: Path) -> float:
 
 
 def _lock(descriptor: int) -> bool:
-    """Take the lock that says that a temporary's writer lives; False if another has it, or there are no locks."""
+    """Take the lock that says that a temporary's writer lives; False if a process holds it or there are no locks."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
@@ -252,7 +252,7 @@ def _lock(descriptor: int) -> bool:
 
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[int | None]:
-    """A descriptor of a file or folder; None where there is none, or it cannot be opened."""
+    """A descriptor of a file or folder; None if it does not exist or cannot be opened."""
     try:
         descriptor = os.open(path, os.O_RDONLY)
     except OSError:
@@ -285,7 +285,7 @@ def parts(tensor: Tensor) -> Iterator[Tensor]:
     """The tensors that hold the bytes of ``tensor``: itself, or what a quantised one is made of."""
     if not is_traceable_wrapper(tensor):
         yield tensor
-        state = getattr(tensor, "quant_state", None)  # of bitsandbytes' 4-bit weights: scales, and what they mean
+        state = getattr(tensor, "quant_state", None)  # bitsandbytes' 4-bit weights: scales and their meaning
         if state is not None:
             yield from state.as_dict(packed=True).values()
         return

@@ -34,17 +34,17 @@ def inject(
     Then only three things require grad: the support tensors, the heads, and whatever the excluded modules left
     trainable. :func:`glora.summary` says what became of every weight. A frozen weight may be tied to other modules: it
     stays tied, and each adapted layer has support tensors of its own. A name selects a module if its dotted components
-    occur in a row in the module's: ``"qkv"``, ``"mlp.fc1"``, ``"blocks.11"``; never by a part of a component.
+    are consecutive components of the module's name: ``"qkv"``, ``"mlp.fc1"``, ``"blocks.11"``; parts of one never do.
 
     Args:
         rank: the largest rank a path may ask for.
         targets: names of layers to adapt; None for every ``nn.Linear``, and every ``Conv1D`` of Hugging Face's GPT-2.
-        exclude: names of modules that are left exactly as they are, beside the heads.
-        heads: names of modules that are not adapted and train in full. None for those that are recognised: timm's
-            ``get_classifier()``, what stands beside the base model of a Transformers model (``classifier``, ``score``,
-            ``lm_head``), ``fc``, ``classifier`` and ``head`` of others. Of these, a parameter that is shared with the
-            rest of the model (a tied ``lm_head``) is frozen, and one that was frozen before stays so. What a
-            target selects within heads alone is adapted instead. ``()`` for none.
+        exclude: names of modules, apart from the heads, that are left exactly as they are.
+        heads: names of modules that are not adapted and train in full; ``()`` for none. None recognises them: timm's
+            ``get_classifier()``, the modules beside the base model of a Transformers model (``classifier``, ``score``,
+            ``lm_head``), and ``fc``, ``classifier`` and ``head`` of other models. In recognised heads, a parameter that
+            is shared with the rest of the model (a tied ``lm_head``) is frozen, and one that was frozen before stays
+            so. If a target selects nothing outside recognised heads, what it selects is adapted instead.
         product: ``"hadamard"`` or ``"matmul"``.
         convolutions: adapt every ``nn.Conv2d`` too (:class:`GLoRAConv2d`), or those among the targets.
 
@@ -53,12 +53,12 @@ def inject(
 
     Raises:
         ValueError: an empty, repeated or unmatched name; a target with nothing that can be adapted; nothing to adapt; a
-            model adapted before; a layer that shares a trainable parameter with a head that was named or with an
-            excluded module. The model is unchanged then.
+            model adapted before; a layer that shares a trainable parameter with a named head or an excluded module. The
+            model is unchanged then.
         TypeError: a model within ``DistributedDataParallel`` or another wrapper that has seen its parameters, or one
             that PEFT has adapted; a target of a subclass of what is adapted, which may compute something else, or one
-            that another module reads and never calls; a layer with hooks, pruning or weight norm, one compiled by
-            itself, or one that an ``nn.TransformerEncoderLayer`` or ``nn.MultiheadAttention`` reads directly.
+            that another module reads and never calls; a layer with hooks, pruning or weight norm, one compiled on
+            its own, or one that an ``nn.TransformerEncoderLayer`` or ``nn.MultiheadAttention`` reads directly.
 
     Warns:
         UserWarning: linear weights stay frozen because they cannot be adapted (a subclass of ``nn.Linear``, attention
@@ -82,7 +82,7 @@ def inject(
         raise ValueError(
             "model: expected a model that contains linear layers; use GLoRALinear.from_linear for one layer"
         )
-    # with every name of a shared module: each of them may be a target, or excluded
+    # all names of a shared module: any of them may be a target, or excluded
     named = {name: module for name, module in modules_by_name(model).items() if name}
     for argument, names in (("targets", targets), ("exclude", excluded), ("heads", named_heads)):
         _check_matched(argument, names or (), list(named))
@@ -129,7 +129,7 @@ def inject(
 
 
 def adapt(model: nn.Module, ranks: Mapping[nn.Module, int], product: str, kept: set[int]) -> None:
-    """Replace exactly the modules of ``ranks``, and freeze every parameter of ``model`` whose id is not ``kept``.
+    """Replace exactly the modules of ``ranks``, and freeze every parameter of ``model`` whose id is not in ``kept``.
 
     Raises:
         TypeError: one of the modules cannot be replaced (see :func:`inject`); the model is unchanged then.
@@ -140,7 +140,7 @@ def adapt(model: nn.Module, ranks: Mapping[nn.Module, int], product: str, kept: 
     for module in ranks:
         if module in readers:
             raise _bypassed(names[module], readers[module])
-    for module in compiled_modules(model):  # what is around them goes on calling them
+    for module in compiled_modules(model):  # their wrappers would go on calling them
         if module in ranks:
             raise TypeError(f"model: expected {names[module]!r} not compiled by itself; compile it afterwards")
     replacements: dict[nn.Module, nn.Module] = {}
@@ -161,7 +161,7 @@ def adapt(model: nn.Module, ranks: Mapping[nn.Module, int], product: str, kept: 
 
 
 def require_free(model: nn.Module) -> None:
-    """Raise TypeError for a model that something else has hold of: it would go on with parameters that are replaced."""
+    """Raise TypeError for a model that something else holds on to: it would go on with parameters that are replaced."""
     for name, module in model.named_modules():
         where = repr(name) if name else "the model"
         if isinstance(module, nn.parallel.DistributedDataParallel) or is_fsdp1(module):
@@ -189,14 +189,14 @@ def _selected(named: Mapping[str, nn.Module], patterns: Iterable[str]) -> set[nn
 def _not_targeted(
     heads: Mapping[str, nn.Module], targets: tuple[str, ...] | None, named: Mapping[str, nn.Module]
 ) -> set[nn.Module]:
-    """The modules of ``heads`` without those that a target selects, and nothing beside heads: they are meant."""
+    """The modules of ``heads``, less those of a target that selects nothing outside heads: it means them."""
     parts = {part for head in heads.values() for part in head.modules()}
     selections = [_selected(named, [target]) for target in targets or ()]
     return parts - {module for selection in selections if selection <= parts for module in selection}
 
 
 def _own_parameters(modules: Iterable[nn.Module]) -> set[int]:
-    """The ids of what ``modules`` hold themselves, not through others."""
+    """The ids of the parameters that ``modules`` hold themselves, not through children."""
     return {id(p) for module in modules for p in module.parameters(recurse=False)}
 
 
@@ -207,7 +207,7 @@ def _choose(
     bypassed: Mapping[nn.Module, str],
     never_called: Container[nn.Module],
 ) -> list[nn.Module]:
-    """Those of ``considered`` to adapt. Raises TypeError if a target selects one of the right kind that cannot be."""
+    """The modules to adapt. Raises TypeError if a target selects one of the right kind that cannot be adapted."""
     chosen: dict[nn.Module, None] = {}
     for name, module in considered.items():
         if not isinstance(module, tuple(kinds)):
@@ -238,7 +238,7 @@ def _hints(
     heads: Mapping[str, nn.Module],
     read: Container[nn.Module],
 ) -> str:
-    """What else the caller might have meant, and what there is that cannot be adapted."""
+    """What else the caller might have meant, and what cannot be adapted, for an error."""
     hints = []
     if others := unadaptable(considered, kinds, read):
         hints.append(f"it cannot adapt {describe({name: considered[name] for name in others})}")
@@ -255,7 +255,7 @@ def _bypassed(name: str, reader: str) -> TypeError:
 
 
 def _check_kept(model: nn.Module, chosen: Iterable[nn.Module], kept: set[int]) -> None:
-    """Raise ValueError if what is excluded would go on training a parameter that an adapted layer freezes."""
+    """Raise ValueError if an excluded module or a head would still train a parameter that an adapted layer freezes."""
     frozen = {id(p) for module in chosen for p in module.parameters() if p.requires_grad}
     if frozen & kept:
         named = model.named_parameters(remove_duplicate=False)
@@ -287,7 +287,7 @@ def _check_targets(
     heads: set[nn.Module],
     kinds: Sequence[type[nn.Module]],
 ) -> None:
-    """Each target selects something that can be adapted: none is left out without a word."""
+    """Raise ValueError for a target that selects nothing that can be adapted."""
     for pattern in targets:
         selected = {name: module for name, module in named.items() if matches(name, pattern)}
         adaptable = {module for module in selected.values() if isinstance(module, tuple(kinds))}
@@ -306,7 +306,7 @@ def _check_targets(
 def _warn_of_unadaptable(
     named: Mapping[str, nn.Module], kinds: Sequence[type[nn.Module]], read: Container[nn.Module]
 ) -> None:
-    """A word on linear weights that stay frozen without the caller having asked for that."""
+    """Warn of linear weights that stay frozen although the caller did not ask for that."""
     found = unadaptable(named, kinds, read)
     if found:
         warnings.warn(

@@ -33,10 +33,10 @@ class LayerMerge:
         difference: largest absolute difference between merged and unmerged outputs on random
             tokens; 0 where both multiply by the same bits, as the torch backend does.
         error: largest absolute error of the merged output against the formula in fp64.
-        bias_created: the merged layer has a bias that the base had not (C or E).
-        untied: the base's weight or bias was another module's too; the merged one is not.
-        requantisation: for a quantised base, the largest absolute difference between W_eff and what
-            the merged weight holds of it; None where W_eff is held as it is.
+        bias_created: the merged layer has a bias that the base did not have (C or E).
+        untied: the base shared its weight or bias with another module; the merged layer does not.
+        requantisation: for a quantised base, the largest absolute difference between W_eff and the
+            merged weight as decoded; None for other bases.
     """
 
     name: str
@@ -53,14 +53,14 @@ class MergeReport:
     """What :func:`merge` did.
 
     Attributes:
-        layers: one entry a layer, in the model's order.
+        layers: one entry per layer, in the model's order.
         largest_difference, largest_error: over all layers.
-        largest_requantisation: over those with a quantised base; None if there is none.
+        largest_requantisation: over the layers with a quantised base; None if there is none.
         model_difference: largest absolute difference of the model's output on the sample, if given.
         originals: the layers that :func:`unmerge` puts back, if they were kept.
         dropped_biases: the created biases that ``from_pretrained`` of the model's class will not load.
-        config_changes: entries of the model's config that were set True, so that it loads all of them.
-        zero_biases: modules that these entries concern too, and that were given a bias of zeros.
+        config_changes: entries of the model's config that were set True, so that it loads the created biases.
+        zero_biases: other modules that these entries concern: they were given a bias of zeros.
     """
 
     layers: tuple[LayerMerge, ...]
@@ -129,7 +129,7 @@ class MergeReport:
         return f"{text}; a model that is built anew needs a bias there before it loads them"
 
 
-@torch.inference_mode(False)  # the merged weights may be trained on
+@torch.inference_mode(False)  # the merged weights may be trained later
 def merge(
     model: nn.Module,
     sample: Tensor | None = None,
@@ -141,33 +141,32 @@ def merge(
 ) -> MergeReport:
     """Replace every adapted layer of ``model`` by a plain one of the type it was made from, in place.
 
-    The merged model has the names, shapes and module types that it had before ``inject``, and so its
-    cost; only a weight that was tied to another module is a parameter of its own afterwards, as a warning and the
-    report say. Tying it again undoes the merge: transformers' ``tie_weights()`` does, unless the model's
-    ``config.tie_word_embeddings`` is set to False.
-    Effective weights are formed in fp32 (fp64 for fp64) and rounded once.
+    The merged model has the names, shapes, module types and cost that it had before ``inject``. There is one exception:
+    a weight that was tied to another module becomes a parameter of its own, as a warning and the report say. Tying it
+    again undoes the merge; transformers' ``tie_weights()`` does so unless the model's ``config.tie_word_embeddings`` is
+    set to False. Effective weights are formed in fp32 (fp64 for fp64) and rounded once.
 
     Args:
         sample: an input of the model; the difference of its output is reported.
         keep: keep the adapted layers in the report, so that :func:`unmerge` restores them exactly.
         safe: refuse a merged weight, bias or output that is not finite.
-        bias: what happens where the path of a layer without a bias makes one (C or E), as the report says:
+        bias: what to do where the path of a layer without a bias makes one (C or E); the report lists these layers:
 
-            - ``"auto"``: the plain layer gets a bias; refused where the model's ``from_pretrained`` would drop it, as
-              that of Transformers does without an error.
-            - ``"config"``: as ``"auto"``, but what the config of a Transformers model can give a bias it is made to
-              (``attention_bias`` and the like); other layers that the entry concerns get a bias of zeros.
-            - ``"create"``: the plain layer gets a bias all the same; a warning says where it would be dropped.
-            - ``"forbid"``: refused, as for a file format or an engine that has no place for it.
+            - ``"auto"``: the plain layer gets a bias; refused where the model's ``from_pretrained`` would drop it (that
+              of Transformers does so without an error).
+            - ``"config"``: as ``"auto"``, but sets entries of a Transformers model's config that can give the layer a
+              bias (``attention_bias`` and the like); other layers that the entry concerns get a bias of zeros.
+            - ``"create"``: the plain layer always gets a bias; a warning says where it would be dropped.
+            - ``"forbid"``: refused; for a file format or an engine that has no place for a bias.
 
-            Training and searching over ``glora.SearchSpace(..., bias_free=True)`` leaves such paths out.
-        requantise: merge layers with a quantised base (:class:`GLoRAQuantisedLinear`) too, by quantising W_eff anew;
+            Training and searching over ``glora.SearchSpace(..., bias_free=True)`` avoids such paths.
+        requantise: merge layers with a quantised base (:class:`GLoRAQuantisedLinear`) too, by quantising W_eff again;
             the report says what that cost.
 
     Raises:
         ValueError: nothing to merge; sharded parameters, or some on meta or offloaded; hooks on an adapted layer, which
-            would be lost; a quantised base without ``requantise``; a bias against ``bias``; by layer, (with ``safe``) a
-            result that is not finite. The model is unchanged then.
+            would be lost; a quantised base without ``requantise``; a bias that ``bias`` refuses; with ``safe``, a
+            result that is not finite, by layer. The model is unchanged then.
 
     Warns:
         UserWarning: weights that are no longer tied; created biases that ``from_pretrained`` will drop, or that stand
@@ -228,13 +227,13 @@ def merge(
 
 
 def unmerge(model: nn.Module, report: MergeReport) -> None:
-    """Undo ``merge(model, keep=True)``: the very layers that were there, with no bit changed.
+    """Undo ``merge(model, keep=True)``: put the very same layers back, with no bit changed.
 
     A copy of the merged model gets copies of them, so that it shares nothing with the original.
 
     Raises:
-        ValueError: the report kept no layers, or ``model`` has something else than a plain layer
-            of the right type and shape in one of their places; the model is unchanged then.
+        ValueError: the report kept no layers, or one of their places in ``model`` does not hold a plain
+            layer of the right type and shape; the model is unchanged then.
     """
     require_type("report", report, MergeReport, "what merge(model, keep=True) returned")
     if report.originals is None:
@@ -260,7 +259,7 @@ def _merged(layer: GLoRALayer, safe: bool) -> nn.Module:
 
 
 def require_mergeable(layers: Mapping[str, GLoRALayer]) -> None:
-    """Raise ValueError, naming the first, for a layer whose numbers are elsewhere, or with hooks that would be lost."""
+    """Raise ValueError, naming layers, if one has parameters on meta, or if some have hooks, which would be lost."""
     for name, layer in layers.items():
         absent = next((own for own, parameter in layer.named_parameters() if parameter.is_meta), None)
         if absent is not None:
@@ -277,7 +276,7 @@ def require_mergeable(layers: Mapping[str, GLoRALayer]) -> None:
 
 
 def _check_biases(policy: str, model: nn.Module, layers: Mapping[str, GLoRALayer]) -> list[Home]:
-    """Where created biases will be saved, with the switches that are to be set; ValueError for what is refused."""
+    """Where created biases will be saved, with the config entries to set. Raises ValueError for what is refused."""
     if policy not in ("auto", "config", "create", "forbid"):
         raise ValueError(f"bias: expected 'auto', 'config', 'create' or 'forbid', got {policy!r}")
     made = [name for name, layer in layers.items() if layer.bias is None and layer.path.makes_bias]
@@ -357,10 +356,10 @@ def _is_tied(layer: GLoRALayer, users: Mapping[int, int]) -> bool:
 
 @torch.no_grad()
 def _measure(name: str, layer: GLoRALayer, plain: nn.Module, untied: bool) -> LayerMerge:
-    """Both layers on random inputs of unit variance, and the formula in fp64."""
+    """Compare both layers, and the formula in fp64, on random inputs of unit variance."""
     x = layer.probe(torch.Generator().manual_seed(0))
     with torch.autocast(x.device.type, enabled=False):
-        # not by calling them, which would run hooks that are on all modules
+        # forward itself: a call would run hooks that are on all modules
         y, unmerged = layer.outputs_merged(plain, x).double(), layer.forward(x).double()
         exact = layer.exact(x)
     created = plain.bias is not None and layer.bias is None

@@ -16,7 +16,7 @@ from .models.readers import read_by_others
 from .models.wrappers import named_modules, named_parameters
 from .parameters import count_parameters
 
-# A parameter of three dimensions is taken for many matrices (the experts of a mixture) from this share of all of them.
+# Parameters that hold many matrices (the experts of a mixture) are named if they are more than this share of all.
 NOTEWORTHY = 0.05
 ONE_DIMENSIONAL = (nn.Conv1d, nn.ConvTranspose1d)
 
@@ -28,7 +28,7 @@ class Summary:
     Attributes:
         adapted: ``(kind, N, K, rank)`` of every adapted layer, by name.
         trained: the number of values of every other parameter that trains, by name.
-        frozen: why no adapter stands at every other weight of two or more dimensions, by the name of its parameter.
+        frozen: for every other weight of two or more dimensions, by the name of its parameter, why it has no adapter.
         support_values: how many values the support tensors hold.
         path_values: how many of them the current paths read.
         coverage: the share of all weights of two or more dimensions, counted in values, that is adapted.
@@ -76,7 +76,7 @@ def summary(model: nn.Module) -> Summary:
     """
     layers = require_layers(model)
     of_layers = {id(p) for layer in layers.values() for p in layer.parameters()}
-    # by the weight, which layers may share; a quantised one is packed
+    # each weight once, since layers may share it; N * K, since a quantised one is packed
     covered = sum({id(layer.weight): layer.out_features * layer.in_features for layer in layers.values()}.values())
     others = sum(p.numel() for p in model.parameters() if p.ndim >= 2 and id(p) not in of_layers)
     return Summary(
@@ -92,7 +92,7 @@ def summary(model: nn.Module) -> Summary:
 def unadaptable(
     named: Mapping[str, nn.Module], kinds: Iterable[type[nn.Module]], read: Container[nn.Module]
 ) -> list[str]:
-    """Those of ``named`` with linear weights that look like ``kinds`` and cannot be adapted, or are ``read``."""
+    """The names of modules that look like ``kinds`` but cannot be adapted, or whose weights are ``read``."""
     kinds = tuple(kinds)
     matrices = sum(p.numel() for module in set(named.values()) for p in module.parameters(False) if p.ndim >= 2)
     projections = {m.out_proj for m in named.values() if isinstance(m, nn.MultiheadAttention)}
@@ -108,7 +108,7 @@ def unadaptable(
 
 
 def describe(named: Mapping[str, nn.Module]) -> str:
-    """Kinds and first names of modules: ``28 FalconLinear ('h.0.mlp.up', ...)``; of those with parameters, if any."""
+    """Kinds and first names of modules (if any has parameters, only those): ``28 FalconLinear ('h.0.mlp.up', ...)``."""
     shown = {n: m for n, m in named.items() if any(True for _ in m.parameters(recurse=False))} or named
     names: dict[str, list[str]] = {}
     for name, module in shown.items():

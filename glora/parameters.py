@@ -1,4 +1,4 @@
-"""What is trained, and how much of it a path reads; asked of the layers, never read off names."""
+"""Which parameters train, and how many of them a path reads; the layers say so, never the names."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def support_ids(layers: Mapping[str, GLoRALayer]) -> set[int]:
 
 
 def trained_beside(model: nn.Module, layers: Mapping[str, GLoRALayer]) -> set[int]:
-    """The ids of what trains in ``model`` and is no support tensor of its ``layers``, such as the head."""
+    """The ids of what trains in ``model`` apart from the support tensors of its ``layers``, such as the head."""
     return {id(p) for p in trainable_parameters(model)} - support_ids(layers)
 
 
@@ -57,9 +57,9 @@ def count_parameters(model: nn.Module, paths: Mapping[str, PathConfig] | PathCon
 def drop_unread_gradients(model: nn.Module, paths: Mapping[str, PathConfig] | PathConfig | None = None) -> None:
     """Set to None the gradients of support tensors that ``paths`` (default: the current ones) do not read.
 
-    Eagerly they are None already. A compiled graph serves every path and cannot know: there they are zero, and an
-    optimiser would move the tensors by their moments and weight decay. Call it between ``backward`` and ``step``, with
-    one backward pass a step: gradients that earlier passes left under other paths would go too.
+    Without a compiler they are None already. A compiled graph serves every path and makes them zero; an optimiser would
+    then move the tensors by their moments and weight decay. Call it between ``backward`` and ``step``, with one
+    backward pass per step: it also drops gradients that earlier passes left under other paths.
     """
     layers = glora_layers(model)
     drop_unread(layers, None if paths is None else paths_of(layers, paths))

@@ -19,7 +19,7 @@ from .models.wrappers import name_in
 from .sampling import PathSampler
 
 Paths = dict[str, PathConfig]
-# Who is within using_paths. Not on the layer: a copy that is made there is nobody's, and pickles hold no threads.
+# Who is within using_paths. Not kept on the layer: a copy made there belongs to nobody, and pickles hold no threads.
 _users: WeakKeyDictionary[GLoRALayer, tuple[int, asyncio.Task | None]] = WeakKeyDictionary()
 _lock = threading.Lock()
 
@@ -27,22 +27,20 @@ _lock = threading.Lock()
 def get_paths(model: nn.Module) -> Paths:
     """The path of every adapted layer, by name.
 
-    A copy has paths of its own from then on, and averages of weights (``torch.optim.swa_utils.AveragedModel``, timm's
-    ``ModelEma``) are made in a copy: ``set_paths(ema.module, get_paths(model))`` before it is evaluated.
+    A copy of a model has its own paths. Averages of weights (``torch.optim.swa_utils.AveragedModel``, timm's
+    ``ModelEma``) are such copies: call ``set_paths(ema.module, get_paths(model))`` before you evaluate one.
     """
     return {name: layer.path for name, layer in glora_layers(model).items()}
 
 
 def set_paths(model: nn.Module, paths: Mapping[str, PathConfig] | PathConfig) -> None:
-    """Set the path of every adapted layer, by its name without or with those of wrappers (:func:`glora_layers`).
+    """Set the path of every adapted layer, by its name with or without those of wrappers (:func:`glora_layers`).
 
-    One path is that of every layer.
-
-    Paths may change between a forward pass and its backward, under activation checkpointing too: what
+    Paths may change between a forward pass and its backward. Under activation checkpointing, a layer that
     is run again takes the path of its first run (:mod:`glora.layers.path_history`).
 
     Args:
-        paths: of every layer by name, or one path for all of them. To change some:
+        paths: the path of every layer by name, or one path for all of them. To change some:
             ``p = glora.get_paths(model); p["blocks.0.fc1"] = ...; glora.set_paths(model, p)``.
 
     Raises:
@@ -72,12 +70,12 @@ def set_layer_paths(layers: Mapping[str, GLoRALayer], paths: Paths) -> None:
 def using_paths(model: nn.Module, paths: Mapping[str, PathConfig] | PathConfig) -> Iterator[nn.Module]:
     """Set paths for a ``with`` block, as :func:`set_paths` does, and restore the previous ones at its end.
 
-    Also where the block merges the model. A layer has one path, for all threads: one thread (or task of asyncio) at a
-    time may be in such a block of a model. To serve several, hold a lock around the block, or give each a
-    ``copy.deepcopy(model)``.
+    They are restored even if the block merges the model. A layer has one path for all threads, so only one thread (or
+    asyncio task) at a time may be in such a block of a model. To serve several, hold a lock around the block, or give
+    each a ``copy.deepcopy(model)``.
 
     Raises:
-        ValueError, TypeError, RuntimeError: as :func:`set_paths`; RuntimeError also while another thread is in one.
+        ValueError, TypeError, RuntimeError: as :func:`set_paths`; RuntimeError also if another thread is in a block.
     """
     layers = list(glora_layers(model).values())
     with _using(layers):
@@ -147,10 +145,10 @@ def sampler_for(model: nn.Module, space: SearchSpace, limit: int | None = None) 
 
 
 def paths_of(layers: Mapping[str, object], paths: Mapping[str, PathConfig] | PathConfig) -> Paths:
-    """``paths`` of exactly ``layers``, by their names and in their order; one path is that of every layer.
+    """``paths`` by the names and in the order of ``layers``; a single path is that of every layer.
 
     Raises:
-        ValueError: names missing from or unknown to the model, which are listed, or one given twice, without and with
+        ValueError: names missing from or unknown to the model, which are listed, or one given twice, with and without
             the names of wrappers.
         TypeError: neither a path nor a mapping of them.
     """

@@ -1,4 +1,4 @@
-"""One for all: other methods of parameter-efficient fine-tuning as single paths, initialised as they are.
+"""One for all: other methods of parameter-efficient fine-tuning as single paths, initialised as those methods are.
 
 Each preset is a path of :class:`glora.PathConfig` under which a layer computes what the method's own equation says,
 outputs and gradients; ``docs/presets.md`` has the equations, what is not expressible, and the test of each claim.
@@ -37,10 +37,10 @@ class Preset:
         kinds: the tensors that are not ``"none"``; ``"lora"`` stands for a low rank of the rank asked for.
         product: the one that the equation needs, ``"hadamard"`` or ``"matmul"``; None: either.
         source: where the method is published.
-        exactness: how far the path is the method.
+        exactness: how closely the path follows the method.
         right_factor: draws the right factor of a low rank ``(rank, K)`` in place, as the method does; left factors
             and vectors start at zero. None without a low rank.
-        needs_bias: whether a layer without bias is left as it is: the method would have nothing there to train.
+        needs_bias: whether a layer without bias is left as it is, since the method has nothing to train there.
     """
 
     name: str
@@ -150,7 +150,7 @@ def preset_path(name: str, rank: int = 8) -> PathConfig:
     """The path of a preset, its low ranks of ``rank`` (ignored where it has none).
 
     Raises:
-        ValueError: an unknown name, the presets are listed; a rank below 1.
+        ValueError: an unknown name (the presets are listed); a rank below 1.
     """
     return _preset(name).path(rank)
 
@@ -158,9 +158,9 @@ def preset_path(name: str, rank: int = 8) -> PathConfig:
 def apply_preset(model: nn.Module, name: str, rank: int = 8, *, bias_free: bool = False) -> nn.Module:
     """Make an injected model train as a preset's method does: paths, and initial values of what they read.
 
-    Every adapted layer takes the path. What it reads of the storages starts afresh, so outputs become those of the
-    frozen model: left factors and vectors zero, right factors drawn from torch's global generator as the method
-    draws them. What it does not read stays as it is, and so do the classifier head and its flags.
+    Every adapted layer takes the path. The parts of the storages that it reads start afresh, so outputs become those of
+    the frozen model: left factors and vectors are zero, right factors are drawn from torch's global generator as the
+    method draws them. Everything else stays as it is, the classifier head and its flags included.
 
     Args:
         model: after :func:`glora.inject`, with the preset's product.

@@ -1,7 +1,7 @@
 """Several processes that do the same work (ranks): what each has to say, and what rank 0 says to all.
 
 Every function is called by every rank, with the default process group of ``torch.distributed``; with
-one process, or no group, it only calls what it is given. What one rank raises is raised on all.
+one process, or no group, it only calls what it is given. An error on one rank is raised on all.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 
 if dist.is_available() and not dist.is_initialized():
-    # Its functions have the process group of the time of its import as a default argument. The first optimiser
-    # imports it, as a rule after init_process_group: destroy_process_group then cannot end the threads of gloo, and
-    # one that still waits for the interpreter's lock may abort the process at its exit.
+    # Imported before there is a group, which its functions would keep as a default argument. The first optimiser
+    # imports it, usually after init_process_group: then destroy_process_group cannot end gloo's threads, and a thread
+    # that still waits for the interpreter's lock may abort the process at its exit.
     import torch.distributed.nn.functional  # noqa: F401
 
 T = TypeVar("T")
@@ -38,7 +38,7 @@ def is_first() -> bool:
 
 
 def is_launched_first() -> bool:
-    """As :func:`is_first`, without a group: the process that speaks where ``torchrun`` has started several."""
+    """As :func:`is_first`, but needs no group: the process that prints if ``torchrun`` has started several."""
     return not (dist.is_available() and dist.is_torchelastic_launched()) or os.environ.get("RANK", "0") == "0"
 
 
@@ -53,7 +53,7 @@ def require_group() -> None:
 
 
 def gather(call: Callable[[], T]) -> list[T]:
-    """What ``call`` returns on each rank (anything that pickles), on every rank.
+    """On every rank, the list of what ``call`` returns on each rank (anything that pickles).
 
     Raises:
         RuntimeError: another rank raised; its number and message are given.
@@ -82,7 +82,7 @@ def from_first(call: Callable[[], T]) -> T:
     """What ``call`` returns on rank 0, the only one to call it.
 
     Raises:
-        ValueError, RuntimeError: on the other ranks, if rank 0 raised a ValueError, or anything else.
+        ValueError, RuntimeError: on the other ranks, if rank 0 raised a ValueError or anything else, respectively.
     """
     if world_size() == 1:
         return call()

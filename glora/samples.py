@@ -1,6 +1,6 @@
 """What a data set has to hold, with messages that say what to pass instead.
 
-The data set itself is looked at before any work; its samples where they are read, in the processes that read them.
+The data set itself is checked before any work, its samples when they are read, in the processes that read them.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def require_pair(argument: str, batch: Any) -> None:
 
 
 def pair_at(argument: str, dataset: Any, index: int) -> Any:
-    """The sample at ``index``. Raises TypeError unless it is a pair of what makes tensors."""
+    """The sample at ``index``. Raises TypeError unless it is a pair of tensors, arrays or numbers."""
     sample = dataset[index]
     require_pair(argument, collate([sample]))
     return sample
