@@ -3,7 +3,7 @@
     python -m glora_kernels.aot
 
 needs no GPU. That a kernel compiles says little: one that does not fit becomes a trap or cannot be launched, and one
-that spills is slow. So the code that came out is read, and the gate fails (exit status 1) on
+that spills is slow. So the gate reads the code that came out, and fails (exit status 1) on
 
 - a spill, into memory or into other registers;
 - no matrix instruction in a kernel that is meant to have some, or, in a plain loop, ones that the assembler serialised;
@@ -12,10 +12,10 @@ that spills is slow. So the code that came out is read, and the gate fails (exit
 - two dots in one loop that add to each other, which some releases of Triton miscompile for Blackwell;
 - an exception or an abort of the compiler.
 
-What is compiled is what ``shipped(target)`` of ``glora_kernels/_triton/builds.py`` lists; for a target named after
-``--cover`` a few of them, in which every kernel has each trait that it has in any (``_aot/covering.py``).
+It compiles the builds that ``shipped(target)`` of ``glora_kernels/_triton/builds.py`` lists; for a target named after
+``--cover`` only a few of them, in which every kernel has each trait that it has in any build (``_aot/covering.py``).
 Triton's cache (``TRITON_CACHE_DIR``) keeps the kernels, under the key that a launch looks for, and what was read in
-them: what has not changed is not compiled again.
+them: only what has changed is compiled again.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def gate(
 
     Args:
         targets: like ``"cuda:90"`` or ``"hip:gfx942"``.
-        covered: those of the targets of which a cover is enough.
+        covered: the targets for which a cover is enough.
         builds: the name of a module whose ``shipped(target)`` lists the builds, in the same order in every process.
         only: take the builds whose label contains this.
         jobs: how many processes (default: one for each CPU).

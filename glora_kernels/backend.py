@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .terms import Terms
 
-SlotGradients = dict[str, tuple[Tensor, ...]]  # of each wanted slot, in the order of its storages
+SlotGradients = dict[str, tuple[Tensor, ...]]  # by wanted slot, in the order of the slot's storages
 
 
 class BackwardCall(NamedTuple):
@@ -17,13 +17,13 @@ class BackwardCall(NamedTuple):
 
     Attributes:
         dy: the gradient of y, (M, N).
-        x: (M, K), or None if neither A nor B wants a gradient, or only one that reads ``token_sums``.
+        x: (M, K), or None if neither A nor B wants a gradient, or the gradient reads only ``token_sums``.
         weight, bias, terms: as in the forward pass.
         output, b_eff: y, (M, N), if it is at hand and unchanged, and the bias (N,) that was added to it.
         projected: V = W0 Ad, (N, r), where A is a low rank of the matmul product.
         wanted: the slots that want a gradient.
         wants_x: whether x does.
-        token_sums: ``sum_k x_mk``, (M,), where they were kept in place of x.
+        token_sums: ``sum_k x_mk``, (M,), if they were kept in place of x.
     """
 
     dy: Tensor
@@ -44,7 +44,7 @@ class ForwardResult(NamedTuple):
 
     Attributes:
         y: the output.
-        projected: V = W0 Ad, (N, r), where A is a low rank of the matmul product: backward reads it too.
+        projected: V = W0 Ad, (N, r), if A is a low rank of the matmul product: backward reads it too.
         b_eff: the bias (N,) that was added, or None.
     """
 
@@ -54,11 +54,11 @@ class ForwardResult(NamedTuple):
 
 
 class Backend(Protocol):
-    """Gradients in closed form; arguments have been checked, and autocast is off.
+    """A backend with gradients in closed form; its arguments have been checked, and autocast is off.
 
     Attributes:
         reads_values: whether the host looks at values in backward, so that it cannot be captured in a CUDA graph.
-        takes_token_sums: whether ``sum_k x_mk`` serves in backward in place of x, where nothing else of x is read.
+        takes_token_sums: whether backward takes ``sum_k x_mk`` in place of x if it reads nothing else of x.
     """
 
     @property
@@ -69,7 +69,7 @@ class Backend(Protocol):
 
     @property
     def whole_layer(self) -> Callable[[Tensor, Tensor, Tensor | None, Terms], Tensor] | None:
-        """Forward and backward as one call, with an autograd node of its own; None: :mod:`.autograd` has the node."""
+        """Forward and backward as one call with its own autograd node; None: :mod:`.ops.autograd` makes the node."""
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None, terms: Terms) -> ForwardResult:
         """y for x of any leading shape."""

@@ -11,7 +11,7 @@ FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def check_call(x: Tensor, weight: Tensor, bias: Tensor | None, terms: Terms) -> None:
-    """Raise ValueError or TypeError if ``glora_linear(x, weight, bias, terms)`` makes no sense."""
+    """Raise ValueError or TypeError if ``glora_linear(x, weight, bias, terms)`` is not a valid call."""
     check_layer(weight, bias, terms)
     check_tensor("x", x)
     if x.dim() == 0:
@@ -61,7 +61,7 @@ def check_layer(weight: Tensor, bias: Tensor | None, terms: Terms) -> None:
 
 
 def _sides(slot: str, rows: int, columns: int, product: str) -> tuple[int, int]:
-    """The matrix a term stands for, as (rows, columns); a vector has one value a row."""
+    """The shape (rows, columns) of the matrix a term stands for; a vector has one value per row."""
     if slot == "A":
         return (rows if product == "hadamard" else columns), columns
     return {"B": (rows, columns), "C": (columns, 1), "D": (rows, 1), "E": (rows, 1)}[slot]

@@ -45,7 +45,7 @@ class Decision(NamedTuple):
 
 
 def available_backends() -> dict[str, str | None]:
-    """Every backend, with None if it can be used here and otherwise the reason why it cannot."""
+    """Every backend, with None if it can be used here, or else the reason why not."""
     return {
         "reference": None,
         "torch": None,
@@ -72,7 +72,7 @@ def _triton_fault() -> str | None:
         import triton
 
         triton.runtime.driver.active.get_current_target()
-    except Exception as error:  # whatever it takes the driver to start
+    except Exception as error:  # the start of the driver may raise anything
         return f"Triton cannot be used: {type(error).__name__}: {error}"
     return None
 
@@ -97,9 +97,9 @@ def use_backend(name: str, strategy: str | None = None) -> Iterator[None]:
     :func:`glora_kernels.explain` predicts to be faster.
 
     The environment variable ``GLORA_BACKEND`` does the same for a whole process; the innermost
-    ``use_backend`` wins. The choice belongs to the thread (or task) that made it; a backward pass keeps that
-    of its forward pass. A compiled graph asks when it runs, forward and backward each: there the variable is the
-    sure way, since PyTorch runs backward on a GPU in a thread of its own.
+    ``use_backend`` wins. The choice belongs to the thread (or task) that made it; a backward pass keeps the
+    choice of its forward pass. But a compiled graph reads the choice when it runs, in forward and in backward:
+    set the variable there, since PyTorch runs backward on a GPU in a thread of its own.
 
     Raises:
         ValueError: an unknown name, or a strategy of another backend.
@@ -157,7 +157,7 @@ def is_left_open() -> bool:
 
 
 def automatic(weight: Tensor, terms: Terms) -> Decision:
-    """Where a call goes by itself: the same for the same devices, dtypes and ranks.
+    """Where a call goes automatically: the same for the same devices, dtypes and ranks.
 
     No transform or forward-mode AD may be active.
     """
@@ -231,7 +231,7 @@ def _check_choice(name: str, source: str) -> None:
 
 
 def backend_for(decision: Decision) -> Backend:
-    """The backend that was decided for (not the reference); Triton is loaded at its first use."""
+    """The backend of a decision (not the reference); Triton is loaded at its first use."""
     if decision.backend == "torch":
         return _torch
     if decision.backend == "cuda":

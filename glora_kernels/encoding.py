@@ -22,7 +22,7 @@ def encode(kinds: Choices, since: int | None = None) -> Tensor:
 
     Args:
         since: the number of the first autograd node that can be made under this configuration, as a sixth row. The
-            operator then raises where backward runs it again for an earlier node (:func:`check_current`).
+            operator then raises if backward runs it again for an earlier node (``ops/operators.py``).
 
     Raises:
         ValueError: an unknown tensor or kind.

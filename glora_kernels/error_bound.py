@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 UNIT_ROUNDOFF = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8, torch.float32: 2.0**-24, torch.float64: 2.0**-53}
-# c. fp64 is the vehicle of tests and has no promise of its own; the bound of fp32 holds there too.
+# c of each dtype. fp64 is for tests and has no promise of its own; the bound of fp32 holds there too.
 PROMISED = {torch.float16: 3.0, torch.bfloat16: 3.0, torch.float32: 8.0, torch.float64: 8.0}
 
 
@@ -19,7 +19,7 @@ def largest_constant(actual: Tensor, expected: Tensor, scale: Tensor, dtype: tor
     Args:
         actual: computed in ``dtype``.
         expected, scale: the truth and S, in fp64.
-        dtype: whose u and tiny; tiny is its smallest subnormal number.
+        dtype: its u and tiny are used; tiny is its smallest subnormal number.
     """
     tiny = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
     error = (actual.double() - expected).abs()

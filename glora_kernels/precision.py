@@ -11,7 +11,7 @@ from .torch_private import autocast_is_on
 
 
 def tf32_allowed() -> bool:
-    """Whether fp32 products on a GPU may use TF32; follows the older settings too, and never raises as they can."""
+    """Whether fp32 products on a GPU may use TF32; follows torch's older settings too, but unlike them never raises."""
     return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
@@ -24,9 +24,9 @@ def without_autocast(device_type: str) -> AbstractContextManager:
 
 
 def cast_operands(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The three in the autocast dtype where autocast is active; fp64, as everywhere, is left alone.
+    """The three in the autocast dtype if autocast is active; fp64 is left alone, as everywhere.
 
-    Comes before the checks, so anything that is not a floating tensor passes through to them.
+    It runs before the checks, so anything that is not a floating tensor passes through to them.
     """
     if not autocast_is_on() or not isinstance(x, Tensor) or not _active(x.device.type):
         return x, weight, bias

@@ -15,7 +15,7 @@ from .terms import Constant, LowRank, Term, Terms, Vector
 
 
 def dense(term: Term, rows: int, columns: int) -> Tensor:
-    """A term as a ``(rows, columns)`` matrix; a vector holds one value a row."""
+    """A term as a ``(rows, columns)`` matrix; a vector holds one value per row."""
     if isinstance(term, LowRank):
         down, up = term.factors
         return down @ up

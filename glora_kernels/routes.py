@@ -1,4 +1,4 @@
-"""Which way a gradient can be had, by what the terms are: asked by every backend and by the plan."""
+"""How a gradient can be formed, by the kinds of the terms: every backend and the plan ask here."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ from .terms import Constant, LowRank, Terms, Vector
 
 
 def needs_weight_gradient(terms: Terms, wanted: frozenset[str]) -> bool:
-    """Whether the third unit, dW, is needed."""
+    """Whether the third dense product, dW, is needed."""
     return "A" in wanted and isinstance(terms.A, LowRank) and terms.product == "hadamard"
 
 
 def reads_token_sums(terms: Terms, wanted: frozenset[str]) -> bool:
-    """Whether all that is read of x is ``sum_k x_mk``, as by the gradient ``dy^T (x 1)`` of a vector or constant B."""
+    """Whether only ``sum_k x_mk`` of x is read, as by the gradient ``dy^T (x 1)`` of a vector or constant B."""
     return "A" not in wanted and "B" in wanted and not isinstance(terms.B, LowRank)
 
 
 def scales_inputs(terms: Terms) -> bool:
-    """Whether A is a factor on each input or on everything: ``W_eff = W0 diag(1 + a) + B``."""
+    """Whether A scales each input, or everything: ``W_eff = W0 diag(1 + a) + B``."""
     return isinstance(terms.A, Constant) or (isinstance(terms.A, Vector) and terms.product == "matmul")
 
 
 def scales_rows(terms: Terms) -> bool:
-    """Whether A is a factor on each output: ``W_eff = diag(1 + a) W0 + B``."""
+    """Whether A scales each output: ``W_eff = diag(1 + a) W0 + B``."""
     return isinstance(terms.A, Vector) and terms.product == "hadamard"
 
 
@@ -31,11 +31,11 @@ def scales_rows(terms: Terms) -> bool:
 MIN_TOKENS_TO_REUSE = 64
 MIN_INPUTS_TO_REUSE = 64
 # Tokens on which the loss of digits is estimated, and how much of it is accepted. The contract allows an error of
-# 3 u S in half types and 8 u S in others; part of it is left to the sums.
+# 3 u S in half types and 8 u S in others; the sums need a part of that.
 PROBED_TOKENS = 16
 ACCEPTED_LOSS = {torch.float16: 2.0, torch.bfloat16: 2.0, torch.float32: 3.0, torch.float64: 3.0}
 
 
 def reuses_output(tokens: int, inputs: int, terms: Terms) -> bool:
-    """Whether ``da`` can be solved from the output, so that it is worth keeping for backward."""
+    """Whether ``da`` can be solved from the output, so that the output is worth keeping for backward."""
     return scales_rows(terms) and tokens >= MIN_TOKENS_TO_REUSE and inputs >= MIN_INPUTS_TO_REUSE

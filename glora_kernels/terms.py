@@ -52,7 +52,7 @@ class LowRank:
 
 @dataclass(frozen=True, eq=False)
 class Vector:
-    """One value a row (or a column: see the table in :class:`Terms`).
+    """One value per row (or per column: see the table in :class:`Terms`).
 
     Args:
         value: ``(length,)``, or a storage ``(length, R)`` of which the first column is read.
@@ -118,16 +118,16 @@ class Terms:
     ========== ============================== ==================== ============
     tensor     LowRank                        Vector               Constant
     ========== ============================== ==================== ============
-    A hadamard down (N, R), up (R, K)         (N,), one a row      everywhere
+    A hadamard down (N, R), up (R, K)         (N,), one per row    everywhere
     A matmul   down (K, R), up (R, K)         (K,), the diagonal   times identity
-    B          down (N, R), up (R, K)         (N,), one a row      everywhere
+    B          down (N, R), up (R, K)         (N,), one per row    everywhere
     C          down (K, R), up (R, 1)         (K,)                 not allowed
     D, E       not allowed                    (N,)                 everywhere
     ========== ============================== ==================== ============
 
     Attributes:
         active: the slots that are not none with their terms, in the order A to E.
-        storages: those of the active slots, in that order.
+        storages: the storages of the active slots, in that order.
 
     Raises:
         TypeError: a term of a kind its slot does not allow.

@@ -2,10 +2,10 @@
 
     python -m glora_kernels.tune [--kernels fused token_pass] [--missing] [--seconds 600] [--out settings.json]
 
-Nothing here runs by itself: production reads ``_triton/settings.json`` and never measures. For every rule of the
+Nothing here runs automatically: production reads ``planning/settings.json`` and never measures. For every rule of the
 architecture the candidates are run on layers of a ViT-B and of a 7B LLaMA, with as many tokens and as large a rank as
-the rule is meant for; kernels that spill or do not fit are left out; the tile with the least sum of medians, each over
-the best of its shape, is taken. The rules themselves (up to how many tokens, which rank) stay as they are.
+the rule is meant for. Kernels that spill or do not fit are left out. Each median is divided by the best of its shape;
+the tile with the least sum is taken. The rules themselves (up to how many tokens, which rank) stay as they are.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from ._triton.launch import Launch, compile_for, launch, spills
 from .planning.settings import FILE, KERNELS, Rule, Tile, forced_tiles, load, rules
 
 SHAPES = ((768, 768), (3072, 768), (4096, 4096))  # N, K
-TOKENS = 12608  # where a rule has no limit: ViT-B at batch 64
+TOKENS = 12608  # if a rule has no limit: ViT-B at batch 64
 RANK = 64
 
 Measure = Callable[[Launch], float | None]
@@ -50,7 +50,7 @@ def candidates(kernel: str, tile: Tile) -> Iterator[Tile]:
 
 
 def problems(kernel: str, rule: Rule, element: int) -> Iterator[list[Launch]]:
-    """For each shape, what of the kernel a layer launches that the rule is meant for; all terms are low rank."""
+    """For each shape, the kernel's launches in a layer that the rule is meant for; all terms are low rank."""
     dtype = torch.bfloat16 if element == 2 else torch.float32
     strategy = "fused" if kernel in ("fused", "gemm_contract") else "assemble"
     product = "matmul" if kernel == "token_pass" else "hadamard"  # there A has gradients of its own in that pass
@@ -71,7 +71,7 @@ def best_tile(kernel: str, rule: Rule, measure: Measure, tiles: Sequence[Tile], 
     """The tile with the least time, summed over shapes relative to the best of each; the present one if none runs.
 
     Args:
-        deadline: of ``time.monotonic``: tiles whose turn comes later are left out.
+        deadline: by ``time.monotonic``; tiles whose turn comes later are left out.
     """
     times: dict[Tile, list[float]] = {}
     for tile in tiles:
@@ -103,7 +103,7 @@ def time_launch(one: Launch) -> float | None:
 
 
 def tune(name: str, kernels: Sequence[str], measure: Measure, seconds: float = math.inf) -> dict[str, list[Rule]]:
-    """The rules of architecture ``name`` with the tiles that were fastest; once time is up the rest stay."""
+    """The rules of architecture ``name`` with the fastest tiles; rules not reached in time stay the same."""
     deadline = time.monotonic() + seconds
     table = rules(name)
     todo = [(kernel, rule) for kernel in kernels for rule in table[kernel]]
@@ -116,7 +116,7 @@ def tune(name: str, kernels: Sequence[str], measure: Measure, seconds: float = m
 
 
 def write(name: str, tuned: dict[str, list[Rule]], file: Path, source: Path = FILE) -> None:
-    """``source`` with the tuned rules in place of those of architecture ``name``, written to ``file``."""
+    """Write ``source`` to ``file``, with the tuned rules in place of those of architecture ``name``."""
     content = json.loads(source.read_text())
     table = {**rules(name), **tuned}
     content["architectures"][name] = {kernel: [_entry(rule) for rule in table[kernel]] for kernel in KERNELS}
@@ -124,7 +124,7 @@ def write(name: str, tuned: dict[str, list[Rule]], file: Path, source: Path = FI
 
 
 def render(content: dict) -> str:
-    """The settings as JSON, one rule a line."""
+    """The settings as JSON, one rule per line."""
     blocks = []
     for name, table in content["architectures"].items():
         if isinstance(table, str):

@@ -1,4 +1,4 @@
-"""W_eff and b_eff themselves: what merging stores, and, differentiably, what other layers than linear ones use."""
+"""W_eff and b_eff themselves: merging stores them; layers other than linear ones use them, with gradients."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def glora_assemble(weight: Tensor, bias: Tensor | None, terms: Terms) -> tuple[T
 
     Returns:
         ``(N, K)`` and ``(N,)`` or None, in the dtype of ``weight``. Differentiable in every storage, to any order; a
-        gradient has the shape and dtype of its storage and is zero where the storage is not read. Kept for backward are
-        the arguments, and nothing dense.
+        gradient has the shape and dtype of its storage and is zero where the storage is not read. Only the arguments
+        are kept for backward, nothing dense.
 
     Raises:
         TypeError, ValueError: an argument that does not fit, by name, before anything is computed.

@@ -3,7 +3,7 @@
     glora::assemble(weight, bias, ad, au, bd, bu, cd, cu, d, e, config, product) -> (W_eff, b_eff)
     glora::assemble_backward(dw, db, weight, ..., config, product, needs) -> [d ad, ..., d e]
 
-As in ``registered.py`` kinds and ranks are data: one graph serves every path. So b_eff is always there, zero where no
+As in ``operators.py``, kinds and ranks are data: one graph serves every path. So b_eff is always there, zero if no
 term makes one, and the gradient of a storage that is not read is zero.
 """
 
@@ -30,7 +30,7 @@ library.define(
 
 
 def configured_assemble(weight: Tensor, bias: Tensor | None, storages, config: Tensor, product: str):
-    """:func:`glora_kernels.glora_assemble` with kinds and ranks as data; b_eff is zero where there is none.
+    """:func:`glora_kernels.glora_assemble` with kinds and ranks as data; b_eff is zero if there is none.
 
     Args:
         weight, bias: as there.

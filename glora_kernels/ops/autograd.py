@@ -1,7 +1,7 @@
 """The differentiable layer, for every backend that computes gradients in closed form: save, call, return.
 
-An ``autograd.Function`` of the old style around plain functions: a registered operator with its own autograd formula
-costs 40 microseconds more a call (guides/reliability.md, 3a). ``registered.py`` has that one, for compilers.
+It is an ``autograd.Function`` of the old style around plain functions. A registered operator with its own autograd
+formula costs 40 microseconds more per call; ``operators.py`` has one, for compilers.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ _X, _FIRST_STORAGE = 3, 7  # places among the arguments of _GLoRALinear.forward
 
 
 class CallPlan(NamedTuple):
-    """What is known of a call before it is made: the same for the same kinds, and tensors that want a gradient.
+    """What is known of a call before it is made; it depends only on the kinds and on which tensors want a gradient.
 
     Attributes:
-        structure: that of the terms.
+        structure: the structure of the terms.
         wanted: see :func:`wanted_slots`.
-        reads_x: whether a gradient of a storage depends on x; of ``reads_sums``, on its sums alone.
+        reads_x, reads_sums: whether a gradient of a storage depends on x; whether only on ``sum_k x_mk``.
         may_solve: whether the gradient of A can be solved from the output.
-        of_leaves: whether all storages are leaves of autograd, which live on whoever else holds them.
+        of_leaves: whether all storages are leaves of autograd, so that keeping them keeps no graph alive.
     """
 
     structure: Structure
@@ -65,7 +65,7 @@ def glora_linear(backend: Backend, x: Tensor, weight: Tensor, bias: Tensor | Non
 def differentiable(
     backend: Backend, plan: CallPlan, x: Tensor, weight: Tensor, bias: Tensor | None, terms: Terms
 ) -> Tensor:
-    """The same where grad mode is on, with what :func:`plan_of` returns for these terms."""
+    """:func:`glora_linear` if grad mode is on, with what :func:`plan_of` returns for these terms."""
     if backend.whole_layer is not None:
         return backend.whole_layer(x, weight, bias, terms)
     # Formed by autograd, so that second derivatives reach x through them.
@@ -88,7 +88,7 @@ class _GLoRALinear(torch.autograd.Function):
     ):
         y, projected, b_eff = backend.forward(x, weight, bias, terms)
         ctx.backend, ctx.plan, ctx.x_shape = backend, plan, x.shape
-        ctx.terms = terms if plan.of_leaves else None  # others than leaves would be kept alive
+        ctx.terms = terms if plan.of_leaves else None  # this would keep others than leaves alive
         keep = plan.may_solve and reuses_output(_tokens(x.shape), x.shape[-1], terms) and _can_be_kept(y, backend)
         ctx.output = y.detach() if keep else None  # shares y's version counter, is in no cycle with ctx
         ctx.output_version = version_of(y) if keep else None
@@ -119,7 +119,7 @@ def _backward(ctx, dy: Tensor):
     # Second derivatives, and gradients batched by vmap, go through plainly composed operations.
     if torch.is_grad_enabled() or is_batched(dy):
         return _differentiable_backward(ctx, dy, x, token_sums, weight, bias, storages)
-    # A successor such as ReLU(inplace=True) may have overwritten y: then z is formed anew.
+    # A successor such as ReLU(inplace=True) may have overwritten y: then z is formed again.
     if output is not None and version_of(output) != ctx.output_version:
         output = None
     terms, needed = _terms_of(ctx, storages), ctx.needs_input_grad
@@ -161,11 +161,11 @@ def wanted_slots(terms: Terms, has_bias: bool) -> frozenset[str]:
 
 
 def _can_be_kept(y: Tensor, backend: Backend) -> bool:
-    """Whether y may be kept outside ``save_for_backward``, and the route of its reuse be taken.
+    """Whether y may be kept outside ``save_for_backward`` and reused in backward.
 
     Under saved-tensor hooks (checkpointing, offloading) keeping it would defeat their purpose, and a
-    change in place could not be seen. The route depends on values, which meta and fake tensors do not
-    have; and where the host looks at them, a CUDA graph cannot be captured.
+    change in place could not be seen. Reuse depends on values, which meta and fake tensors do not have.
+    If the host reads the values, a CUDA graph cannot be captured.
     """
     if type(y) is not Tensor or y.device.type == "meta" or version_of(y) is None:
         return False
@@ -179,7 +179,7 @@ def _differentiable_backward(ctx, dy, x, token_sums, weight, bias, storages):
     create_graph = torch.is_grad_enabled()
     inputs_grad, storages_grad = ctx.needs_input_grad[_X], ctx.needs_input_grad[_FIRST_STORAGE:]
     with torch.enable_grad():
-        if token_sums is not None:  # gradients depend on these sums, and on nothing else of x
+        if token_sums is not None:  # gradients depend on nothing of x but these sums
             x = F.pad(token_sums.unsqueeze(-1), (0, ctx.x_shape[-1] - 1))
         elif x is None:  # neither A nor B: no gradient depends on the values of x
             x = dy.new_zeros(ctx.x_shape).requires_grad_(inputs_grad)

@@ -33,8 +33,8 @@ def glora_conv2d(
 
     With W0 seen as ``(N, K)``, ``K = I * kh * kw``: ``W_eff = W0 + W0 * A + B`` (hadamard) or ``W0 + W0 @ A + B``
     (matmul), and ``b_eff = b0 + b0 * D + E + W0 c`` as for :func:`glora_kernels.glora_linear`. The prompt c has an
-    entry for each weight of a kernel, and ``W0 c`` is one number an output channel: the same at every position, at the
-    padded border too, which is what a merged bias can hold. With groups, A of the matmul product and c act on the
+    entry for each weight of a kernel, and ``W0 c`` is one number per output channel: the same at every position, at
+    the padded border too, so that a merged bias can hold it. With groups, A of the matmul product and c act on the
     inputs of a group, and are the same for all. Source: arXiv 2306.07967, Eq. 10, which it extends to convolutions.
 
     Args:

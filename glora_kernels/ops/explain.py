@@ -67,7 +67,7 @@ def explain(
             instead, wherever the operands are and whatever backend is chosen.
 
     Raises:
-        ValueError: an architecture of which, and of whose older relatives, nothing is known.
+        ValueError: an architecture if nothing is known of it or of its older relatives.
     """
     x, weight, bias = cast_operands(x, weight, bias)
     check_call(x, weight, bias, terms)
@@ -208,7 +208,7 @@ def _extension_plan(call: _Call) -> dict[str, Any]:
 
 
 def _saved(call: _Call, token_sums: bool, output: bool) -> dict[str, Any]:
-    """x or its sums, V = W0 Ad, and y with the bias that was added to it, where they are kept."""
+    """What is kept of x or its sums, V = W0 Ad, and y with the bias that was added to it."""
     (tokens, outputs, _), terms, size = call.sizes, call.terms, call.x.element_size()
     projected = isinstance(terms.A, LowRank) and terms.product == "matmul"
     adapts_bias = terms.C is not None or terms.E is not None or (terms.D is not None and call.bias is not None)

@@ -19,10 +19,10 @@ class Explanation:
         tokens, outputs, inputs: M, N, K.
         forward_units, backward_units: dense GEMMs of 2 M N K operations each.
         forward_flops, backward_flops: multiplications and additions of all matrix products.
-        saved: what is kept for backward beside parameters; ``"token sums"`` are ``sum_k x_mk``, kept in place of x.
-        saved_bytes: the size of it; an output that the rest of the graph holds anyway included.
-        architecture: of the Triton backend, and only there, as are the following: ``sm_90``, ``gfx942`` and the like.
-        route: of its backward pass, see docs/strategies.md.
+        saved: what is kept for backward besides parameters; ``"token sums"`` are ``sum_k x_mk``, kept in place of x.
+        saved_bytes: its size, including an output that the rest of the graph holds anyway.
+        architecture: ``sm_90``, ``gfx942`` and the like; this and the following for the Triton backend only.
+        route: the route of its backward pass, see docs/strategies.md.
         choice: why its strategy was picked.
         predictions: launches, operations, bytes and seconds of both strategies, the one that is taken first.
     """

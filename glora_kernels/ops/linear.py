@@ -1,4 +1,4 @@
-"""The two operations: check once, decide, call."""
+"""The adapted linear layer and its merge: check once, decide, call."""
 
 from __future__ import annotations
 
@@ -30,11 +30,10 @@ def glora_linear(x: Tensor, weight: Tensor, bias: Tensor | None, terms: Terms) -
         terms: support tensors, of any floating dtype.
 
     Returns:
-        ``(..., N)`` in the dtype of ``x``; under ``torch.autocast``, in the autocast dtype. W_eff and
-        b_eff are formed in fp32 (fp64 for fp64) and rounded once (the reference backend computes in the
-        dtype it is given). Differentiable in ``x`` and in
-        every storage in ``terms``, to any order; a gradient has the shape and dtype of its storage
-        and is zero where the storage is not read. ``x`` may be empty.
+        ``(..., N)`` in the dtype of ``x``; under ``torch.autocast``, in the autocast dtype. W_eff and b_eff are formed
+        in fp32 (fp64 for fp64) and rounded once (the reference backend computes in the dtype it is given).
+        Differentiable in ``x`` and in every storage in ``terms``, to any order; a gradient has the shape and dtype of
+        its storage and is zero where the storage is not read. ``x`` may be empty.
 
     Raises:
         TypeError, ValueError: an argument that does not fit, by name, before anything is computed.
@@ -60,7 +59,7 @@ def compute(x: Tensor, weight: Tensor, bias: Tensor | None, terms: Terms) -> Ten
 def glora_merge(weight: Tensor, bias: Tensor | None, terms: Terms, safe: bool = True) -> tuple[Tensor, Tensor | None]:
     """``(W_eff, b_eff)`` as new tensors: one plain linear layer that does what the adapted one did.
 
-    Formed in fp32 (fp64 for fp64) and rounded once to the dtype of ``weight``; these are the very
+    They are formed in fp32 (fp64 for fp64) and rounded once to the dtype of ``weight``; these are the very
     bits that :func:`glora_linear` multiplies by (the reference backend: every operation in the dtype
     of ``weight``). The arguments are left as they are.
 

@@ -1,11 +1,11 @@
-"""The layer as operators of ``torch.library``: for ``torch.compile``, ``torch.export`` and who calls them directly.
+"""The layer as operators of ``torch.library``: for ``torch.compile``, ``torch.export`` and direct calls.
 
     glora::linear(x, weight, bias, ad, au, bd, bu, cd, cu, d, e, config, product) -> y
     glora::linear_backward(dy, x, weight, ..., config, product, needs) -> [dx, d ad, ..., d e]
 
-Kinds and ranks are data (``configuration.py``): one graph serves every path. A compiler cannot know what will be
-sampled, so here the gradient of a tensor that is not read is zero rather than None, and the output is not kept for
-backward: da of a row scale is formed from dW.
+Kinds and ranks are data (``glora_kernels/encoding.py``): one graph serves every path. A compiler cannot know what will
+be sampled, so here the gradient of a tensor that is not read is zero rather than None, and the output is not kept
+for backward: da of a row scale is formed from dW.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def _refuse_forward_mode() -> None:
 
 @torch.library.register_fake("glora::linear", lib=library)
 def _linear_fake(x: Tensor, weight: Tensor, bias: Tensor | None, *rest) -> Tensor:
-    # Meta tensors among real ones come here too: without the checks they would be answered with unwritten memory.
+    # Meta tensors among real ones come here too: without the checks the answer would be unwritten memory.
     *storages, config, _ = rest
     check_call(x, weight, bias, Terms())
     check_devices(weight, storages, config)
@@ -188,8 +188,8 @@ torch.library.register_autograd(
 def check_current(config: Tensor) -> None:
     """Raise RuntimeError if this call repeats one that was made before ``config`` was.
 
-    A checkpoint around a compiled function runs it again during backward, with the configuration of today. A checkpoint
-    that was compiled itself keeps the configuration, and is right.
+    A checkpoint around a compiled function runs it again during backward, with the current configuration. A checkpoint
+    that was compiled itself keeps the first configuration, which is right.
     """
     node = repeated_node()
     if node is not None and len(config) > len(SLOTS) and node < config[-1, 0].item():

@@ -1,4 +1,4 @@
-"""Kinds and ranks as data on the device: masks say what is read of every storage, no branch of the host does.
+"""Kinds and ranks as data on the device: masks, not branches on the host, say what is read of every storage.
 
 Every path is put into terms of one fixed form, which the ordinary operations then compute. A vector is
 ``down[:, 0] 1^T`` and a constant ``down[0, 0] 1 1^T``, so that for the hadamard product
@@ -6,7 +6,7 @@ Every path is put into terms of one fixed form, which the ordinary operations th
     A = a_down a_up,  B = b_down b_up,  c = c_down c_up,  d and e as vectors
 
 hold every path, with zeros where a factor is not read. For the matmul product a vector or constant is a diagonal s:
-``W0 A = W0 diag(s) + (W0 a_down) a_up``, of which the second term is of the form of B and joins it.
+``W0 A = W0 diag(s) + (W0 a_down) a_up``, whose second term has the form of B and is added to B.
 
 What is not read is replaced (``where``, ``masked_fill``), never multiplied by zero: NaN in it reaches neither the
 output nor a gradient, and its own gradient is exactly zero. Only plain operations, no synchronisation, no shape that
@@ -36,11 +36,11 @@ class Masks(NamedTuple):
     """What is read of the storages of one slot: booleans over the columns of its left storage, ``(R,)`` each.
 
     Attributes:
-        unread: not read at its own place, as a low rank or a vector.
-        unspread: not the one element of a constant, which is read for every row.
-        unranked: not read as a low rank, of the right storage neither.
-        unscaled: not read as a vector.
-        first: the first one. The right factor of a vector or constant has ones there.
+        unread: the column is not read at its own place, as a low rank or a vector.
+        unspread: the column does not hold the one element of a constant, which is read for every row.
+        unranked: neither the column nor its row of the right storage is read as a low rank.
+        unscaled: the column is not read as a vector.
+        first: it is the first column. The right factor of a vector or constant has ones there.
     """
 
     unread: Tensor
@@ -55,7 +55,7 @@ def path_masks(config: Tensor, rank: int) -> Tensor:
 
     Args:
         config: what :func:`glora_kernels.encode` makes, one or a stack of them, on any device.
-        rank: R, the largest rank of any storage that they will be used for.
+        rank: R, the largest rank of any storage that the masks will be used for.
 
     Raises:
         ValueError: another shape, or a rank below 1.
@@ -86,8 +86,8 @@ def masked_terms(
 ) -> Terms:
     """The terms that ``masks`` select, in one form for all kinds and ranks.
 
-    :func:`glora_kernels.glora_linear` and its siblings compute with them what they do with the ordinary terms, and
-    gradients reach the storages, once: zero where they are not read. For the matmul product B holds that of A, too.
+    :func:`glora_kernels.glora_linear` and its siblings compute with them what they compute with the ordinary terms.
+    First derivatives reach the storages, zero where these are not read. For the matmul product B also holds A's.
 
     Args:
         weight, bias: frozen ``W0``, ``(N, K)``, and ``b0``, ``(N,)`` or None, as the operation gets them.
@@ -114,7 +114,7 @@ def masked_terms(
 
 
 def row_scaled_terms(weight: Tensor, bias: Tensor | None, storages: Sequence[Tensor], masks: Tensor) -> Terms:
-    """As :func:`masked_terms` for the hadamard product, where A is known to be no low rank: it is a vector then.
+    """As :func:`masked_terms` for the hadamard product, if A is known to be no low rank: it is a vector then.
 
     A low-rank A would be read as none.
     """
@@ -152,7 +152,7 @@ def _bias_terms(
 
 
 def _scale(down: Tensor, masks: Masks) -> Vector:
-    """A vector or constant as one value a row; zero for other kinds."""
+    """A vector or constant as one value per row; zero for other kinds."""
     return Vector(_Left.apply(down[:, :1], masks.unscaled[:1], masks.unspread[:1]).squeeze(1))
 
 
@@ -195,7 +195,7 @@ class _Right(torch.autograd.Function):
 
 
 class _Project(torch.autograd.Function):
-    """``W0 down``, in the dtype of ``down``; kept for backward is W0 as it is, not as it is cast."""
+    """``W0 down``, in the dtype of ``down``; W0 itself is kept for backward, not its cast."""
 
     @staticmethod
     def forward(ctx, weight: Tensor, down: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
-"""A layer that is called again and again with the same operands: what has been checked is not checked once more.
+"""A layer that is called again and again with the same operands: what has been checked is not checked again.
 
-:func:`glora_kernels.glora_linear` looks at every operand at every call, which takes longer than a small layer's
-arithmetic. Here a call only asks whether everything still is what it was (``guard.py``).
+:func:`glora_kernels.glora_linear` checks every operand at every call, which takes longer than a small layer's
+arithmetic. Here a call only asks whether everything is still what it was (``torch_private.py``).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from .linear import compute
 
 
 class _Use(NamedTuple):
-    """One way to read the storages, and where such a call goes by itself."""
+    """One way to read the storages, and the backend that serves it automatically."""
 
     choices: Choices
     terms: Terms
@@ -42,7 +42,7 @@ class PreparedLinear:
     """
 
     def __init__(self, x: Tensor, weight: Tensor, bias: Tensor | None, storages: tuple[Tensor, ...], product: str):
-        """Takes calls with such an ``x``, of any number of tokens.
+        """Prepare for calls with inputs like ``x``, of any number of tokens.
 
         Raises:
             TypeError, ValueError: ``x``, ``weight`` or ``bias`` does not fit.
@@ -56,11 +56,11 @@ class PreparedLinear:
         self._last: _Use | None = None
 
     def __call__(self, x: Tensor, operands: Mapping[str, Tensor | None], choices: Choices) -> Tensor | None:
-        """y, or None where anything is not what it was when this was made.
+        """y, or None if anything is not what it was when this object was made.
 
         Args:
             operands: what the layer holds now, in the order weight, bias, storages.
-            kinds: kind and rank by slot, as for :func:`glora_kernels.encode`; a mapping that nobody changes.
+            choices: kind and rank by slot, as for :func:`glora_kernels.encode`; a mapping that nobody changes.
 
         Raises:
             TypeError, ValueError: a storage that is read and does not fit.
@@ -89,7 +89,7 @@ class PreparedLinear:
         return _Use(choices, terms, plan_of(terms, self.bias is not None), backend)
 
     def _term(self, slot: str, kind: str, rank: int) -> Term:
-        """Made and checked at its first use."""
+        """The term, made and checked at its first use."""
         known = self._terms.get((slot, kind, rank))
         if known is None:
             known = term_of(slot, kind, rank, self.storages)
@@ -99,6 +99,6 @@ class PreparedLinear:
 
 
 def can_prepare(x: Tensor) -> bool:
-    """Whether calls can be prepared now: nothing is on that changes what a call with the same tensors means."""
+    """Whether calls can be prepared now: no mode is on that changes what a call with the same tensors means."""
     plain = type(x) is Tensor or type(x) is torch.nn.Parameter
     return can_guard() and plain and not autocast_is_on() and tracing_reason() is None

@@ -1,7 +1,7 @@
-"""The adapted linear layer where W0 is not at hand as a matrix, but by blocks of its rows: a quantised base.
+"""The adapted linear layer for a W0 that is read by blocks of its rows, not as a matrix: a quantised base.
 
-A block is had twice, in forward and again in backward, and W_eff exists one block at a time: kept for backward are x
-and the support tensors. The products are those of the torch backend.
+Each block is read twice, in forward and again in backward, and W_eff exists one block at a time: only x and the support
+tensors are kept for backward. The products are those of the torch backend.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def blocked_linear(x: Tensor, blocks: RowBlocks, bias: Tensor | None, terms: Ter
         TypeError, ValueError: an argument that does not fit, by name, before anything is computed.
     """
     check_tensor("x", x)
-    stand_in = x.new_empty(()).expand(blocks.shape)  # W0 to the checks, in no memory
+    stand_in = x.new_empty(()).expand(blocks.shape)  # W0 for the checks, without memory
     x, stand_in, bias = cast_operands(x, stand_in, bias)
     check_call(x, stand_in, bias, terms)
     with without_autocast(x.device.type):
@@ -72,7 +72,7 @@ def blocked_linear(x: Tensor, blocks: RowBlocks, bias: Tensor | None, terms: Ter
 
 
 def terms_of_rows(terms: Terms, start: int, stop: int) -> Terms:
-    """What ``terms`` are to the rows from ``start`` to before ``stop``: views of the same storages."""
+    """The part of ``terms`` for the rows from ``start`` to before ``stop``: views of the same storages."""
     parts = {slot: _of_rows(term, start, stop) if _has_rows(slot, terms) else term for slot, term in terms.active}
     return Terms(**parts, product=terms.product)  # type: ignore[arg-type]
 

@@ -1,11 +1,11 @@
-"""The layer with A as a hadamard vector, at 2 dense products without a look at values.
+"""The layer with A as a hadamard vector, at 2 dense products and without reading values on the host.
 
 The torch backend solves the gradient of a row scale from the output, and looks on the host for rows where that loses
-digits. A CUDA graph cannot look. Here ``z = x W0^T`` itself is formed and kept for backward in place of the output:
+digits. A CUDA graph cannot do that. Here ``z = x W0^T`` itself is formed and kept for backward in place of the output:
 
     y = (1 + a) z + (x Bu^T) Bd^T + b_eff,    da_n = sum_m dy_mn z_mn
 
-which forward has at the one product it costs anyway. W_eff is not formed in forward; it is in backward, for dx.
+z takes the one product that forward needs anyway. W_eff is formed only in backward, for dx.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def row_scaled_linear(x: Tensor, weight: Tensor, bias: Tensor | None, terms: Ter
 
     Returns:
         ``(..., N)`` in the dtype of ``x``; under ``torch.autocast``, in the autocast dtype. z is rounded to that dtype
-        once before it is scaled, so that y is not of the bits of a merged layer. Kept for backward are x and z.
+        once before it is scaled, so y does not have the bits of a merged layer. x and z are kept for backward.
         Differentiable once.
 
     Raises:
