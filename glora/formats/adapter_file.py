@@ -1,8 +1,8 @@
 """Adapters on disk: safetensors, with versioned JSON metadata, written atomically.
 
 The file holds the support tensors of every adapted layer under their names in the model (``blocks.0.attn.qkv.Ad``),
-every other trainable parameter (the classifier head), and the buffers beside the adapted layers that training may have
-changed although nothing of them is trained (the statistics of batch norm). Names are those of the model without
+every other trainable parameter (the classifier head), and the buffers outside the adapted layers that training may have
+changed although they are not trained (the statistics of batch norm). Names are those of the model without
 wrappers (``models/wrappers.py``). The header entry ``glora`` holds a JSON object: format, product, for each layer its
 rank and path, and for each parameter that the file does not hold a checksum of some of its values. Files of format 1
 had no buffers and no checksums.
@@ -42,7 +42,7 @@ READABLE = (1, 2)
 def save_adapter(model: nn.Module, file: str | os.PathLike) -> None:
     """Write the support tensors, the paths, every other trainable parameter and the buffers of ``model``.
 
-    Every rank of a job may call it with one ``file``.
+    Every rank of a job may call it with the same ``file``.
 
     Raises:
         ValueError: ``model`` has no adapted layer, or layers of both products, or parameters that this process does
@@ -79,7 +79,7 @@ def save_adapter(model: nn.Module, file: str | os.PathLike) -> None:
 
 
 def _marks(model: nn.Module, but: Container[str] = ()) -> dict[str, str]:
-    """The dtype and a checksum of some evenly spaced values of every parameter, but those that are named."""
+    """The dtype and a checksum of some evenly spaced values of every parameter, except those named in ``but``."""
     marks = {}
     for name, parameter in named_parameters(model):
         if name not in but:
@@ -100,7 +100,7 @@ def _storable(buffer: Tensor) -> bool:
 def load_adapter(model: nn.Module, file: str | os.PathLike) -> nn.Module:
     """Load what :func:`save_adapter` wrote, paths included; a model without GLoRA gets it injected.
 
-    Either may be within ``torch.compile`` or another wrapper, or not. Everything is checked before anything is changed.
+    Both models may be within ``torch.compile`` or another wrapper. Everything is checked before anything is changed.
 
     Returns:
         ``model`` itself.
@@ -127,7 +127,7 @@ def apply_adapter(
     """Put ``tensors``, of every adapted layer and of whatever else was trained, into ``model``; check all of it first.
 
     Raises:
-        ValueError, TypeError: as :func:`load_adapter`, for a description that is right in itself.
+        ValueError, TypeError: as :func:`load_adapter`, for a description that is valid in itself.
     """
     require_real(model)
     require_whole(model)
@@ -152,7 +152,7 @@ def apply_adapter(
 
 
 def _warn_of_another_base(model: nn.Module, description: Description, file: str | os.PathLike) -> None:
-    """Name the frozen tensors that the file was not saved with, such as a head that was trained before."""
+    """Warn of frozen tensors that were others when the file was saved, such as a head that was trained before."""
     own = _marks(model) if description.base else {}
     differing = [
         name
@@ -170,7 +170,7 @@ def _warn_of_another_base(model: nn.Module, description: Description, file: str 
 def _warn_of_buffers(
     model: nn.Module, description: Description, tensors: Mapping[str, Tensor], file: str | os.PathLike
 ) -> None:
-    """Say which buffers the file should hold and does not; of one without any only those that training changes."""
+    """Warn of buffers that the file should hold but does not; for format 1, only of norm statistics."""
     asked = buffers_beside(model, ()) if description.complete else statistics(model)
     adapted = tuple(f"{name}." for name in description.ranks)
     absent = [name for name in asked if name not in tensors and not name.startswith(adapted)]
@@ -183,11 +183,11 @@ def _warn_of_buffers(
 
 
 class Description(NamedTuple):
-    """What a file says of its layers: their product, and by name their rank and path (None: it says none).
+    """What a file says of its layers: their product, and by name their rank and path (None: it gives none).
 
     Attributes:
         complete: whether it holds all statistics, as files from format 2 on do.
-        base: marks of the parameters that it does not hold, by name; empty in older files and those of others.
+        base: marks of the parameters that it does not hold, by name; empty for older files and other formats.
     """
 
     product: str
@@ -197,7 +197,7 @@ class Description(NamedTuple):
     base: Mapping[str, str] = MappingProxyType({})
 
     def named_as_in(self, modules: Container[str]) -> Description:
-        """With the layers' names in a model of these ``modules``."""
+        """This description with the layers' names in a model of these ``modules``."""
         ranks = {name_in(modules, name): rank for name, rank in self.ranks.items()}
         paths = None if self.paths is None else {name_in(modules, name): path for name, path in self.paths.items()}
         return self._replace(ranks=ranks, paths=paths)
@@ -277,7 +277,7 @@ def _expected(
 
 
 def _support_slots(modules: dict[str, Any], ranks: dict[str, int], product: str) -> dict[str, Slot]:
-    """What injecting into these layers would make."""
+    """The slots of the support tensors that injecting into these layers would make."""
     kinds = adapters()
     slots = {}
     for name, rank in ranks.items():

@@ -8,13 +8,13 @@ Layer ``blocks.0.fc1`` is ``<prefix>_blocks_0_fc1`` in the file. With s = alpha 
 ComfyUI reads both (its issue 4755) and tells them apart by these shapes, as is done here.
 
 A convolution of I channels and a kernel of P = kh kw positions has K = I P columns. The file's B is ours, as kernels:
-``b1 (N, R, 1, 1)``, ``b2 (R, I, kh, kw)``. Its A is not: ``a1 (I, R, 1, 1)`` and ``a2 (R, I, 1, 1)`` mix channels, at
-every position p alike,
+``b1 (N, R, 1, 1)``, ``b2 (R, I, kh, kw)``. Its A is not: ``a1 (I, R, 1, 1)`` and ``a2 (R, I, 1, 1)`` mix channels in
+the same way at every position p,
 
     (W0 a1 a2)[n, j, p] = sum_i W0[n, i, p] (a1 a2)[i, j],    in our form A = (a1 x 1) (a2 x 1),
 
-x the Kronecker product with the identity of size P. So a file's A of rank R is ours of rank R P, exactly; ours of
-P > 1 can be written if it has this form, which training (of P > 1) does not keep. The old layout has P = 1 alone. With
+x the Kronecker product with the identity of size P. So a file's A of rank R is ours of rank R P, exactly. Ours of
+P > 1 can be written only if it has this form, which training does not preserve. The old layout has only P = 1. With
 groups there is no common form: a1, a2 and b2 span the channels of all groups, where our W_eff has those of one.
 
 Sources: ``lycoris/modules/glora.py`` of LyCORIS 2.2 and 4.1, ``comfy/weight_adapter/glora.py`` of ComfyUI,
@@ -48,7 +48,7 @@ from ..paths import require_unused, set_paths
 
 # Which of the file's factors are Ad, Au, Bd and Bu.
 LAYOUTS = {"new": ("a1", "a2", "b1", "b2"), "old": ("a2", "a1", "b2", "b1")}
-# Of LyCORIS' wrapper of any model, and of its networks for kohya's trainers.
+# The prefixes of LyCORIS' wrapper for any model, and of its networks for kohya's trainers.
 PREFIXES = ("lycoris", "lora_unet", "lora_te", "lora_te1", "lora_te2")
 ENTRIES = ("a1.weight", "a2.weight", "b1.weight", "b2.weight", "alpha")
 
@@ -63,10 +63,10 @@ def save_lycoris(
 ) -> None:
     """Write what the current paths read of A and B, at alpha = R.
 
-    R is the larger rank of a layer's A and B (1 if both are ``none``); what is missing to it is written as zero.
-    A square layer whose rank is its full width has the same shapes in both layouts: ComfyUI takes it for old. Of a
-    convolution the file says what its weights become (LyCORIS' own layers pad the adapter's part with zeros, whatever
-    the ``padding_mode``, until they are merged).
+    R is the larger rank of a layer's A and B (1 if both are ``none``); the smaller one is padded with zeros.
+    A square layer whose rank is its full width has the same shapes in both layouts: ComfyUI reads it as old. For a
+    convolution the file says what its weights become (until they are merged, LyCORIS' own layers pad the adapter's
+    part with zeros, whatever the ``padding_mode``).
 
     Args:
         prefix: ``"lycoris"`` for LyCORIS' own wrapper, ``"lora_unet"`` and the like for image generators.
@@ -74,10 +74,10 @@ def save_lycoris(
         adapters_only: leave out other trained parameters, such as a classifier head, which the format cannot hold.
 
     Raises:
-        ValueError: no adapted layer; layers that LyCORIS cannot express, with the reason of each: other than linear
-            ones and convolutions without groups; a path other than A and B low rank (A in the matmul product) or
-            ``none``, no C, D or E; an A of a kernel above 1 x 1 that is not the same at every position, as in what
-            was trained here (the equation is atop this module), or any path of such a kernel in the old layout;
+        ValueError: no adapted layer; layers that LyCORIS cannot express, with the reason for each: neither linear nor
+            a convolution without groups; a path with C, D or E, or with A or B neither low rank (A in the matmul
+            product) nor ``none``; an A of a kernel above 1 x 1 that is not the same at every position, as after
+            training here (see the equation at the top of this module); any path of such a kernel in the old layout;
             two layers of one name in the file; other trained parameters, without ``adapters_only``; a file name that
             does not end in ``.safetensors``. Nothing is written then.
 
@@ -120,12 +120,12 @@ def load_lycoris(
 
     s = alpha / R is folded into Ad and Bd: exactly if it is a power of two, else with one rounding of each value. A
     file without alpha has s = 1, as in ComfyUI; one of rank-stabilised training does not say so and is read with
-    alpha / R, as LyCORIS and ComfyUI do. The path of A or B is as long as its last component that is not zero in both
-    factors. Support tensors that the file does not hold are as fresh. Everything is checked before anything is changed.
+    alpha / R, as LyCORIS and ComfyUI do. The path's rank of A or B ends at the last component that is not zero in both
+    factors. Support tensors that the file does not hold are reset. Everything is checked before anything is changed.
 
     Args:
-        prefix: what the file's names begin with; None for the one that it has of "lycoris", "lora_unet", "lora_te",
-            "lora_te1" and "lora_te2". A file for several models is loaded once for each: a given prefix leaves all
+        prefix: what the file's names begin with; None finds it among "lycoris", "lora_unet", "lora_te", "lora_te1" and
+            "lora_te2". A file for several models is loaded once for each: a given prefix leaves all
             other names alone.
         layout: ``"new"`` or ``"old"``; None to tell from the shapes.
 
@@ -174,7 +174,7 @@ class _Form(NamedTuple):
         return math.prod(self.kernel)
 
     def shapes(self, rank: int) -> list[tuple[int, ...]]:
-        """Of Ad, Au, Bd and Bu in a file."""
+        """The shapes of Ad, Au, Bd and Bu in a file."""
         point = (1,) * len(self.kernel)
         sides = [(self.channels, rank), (rank, self.channels), (self.outputs, rank)]
         return [*((*side, *point) for side in sides), (rank, self.channels, *self.kernel)]
@@ -211,12 +211,12 @@ class _Adapter(NamedTuple):
 
 
 def _everywhere(factor: Tensor, positions: int) -> Tensor:
-    """What mixes channels does so at every position of a kernel, each by itself."""
+    """The factor that mixes channels like ``factor``, at every position of a kernel separately."""
     return torch.kron(factor, torch.eye(positions, dtype=factor.dtype, device=factor.device))
 
 
 def _live_rank(down: Tensor, up: Tensor) -> int:
-    """Up to the last component that is not zero in both factors: what is zero in both has no gradient, ever."""
+    """The rank up to the last component that is not zero in both factors: one that is zero in both gets no gradient."""
     live = ((down != 0).any(0) | (up != 0).any(1)).nonzero()
     return int(live.max()) + 1 if live.numel() else 0
 
@@ -225,12 +225,12 @@ def _live_rank(down: Tensor, up: Tensor) -> int:
 
 
 def _inexpressible(layer: GLoRALayer, layout: str) -> str:
-    """What of a layer LyCORIS has no place for; empty if it has one for all."""
+    """What LyCORIS has no place for in a layer; empty if it can hold everything."""
     if not isinstance(layer, (GLoRALinear, GLoRAConv2d)):
         return type(layer).__name__
     path, positions = layer.path, _form(layer).positions
     lost = [slot for slot in "AB" if path.choices[slot].kind not in ("lora", "none")]
-    # D scales a bias: without one it is nothing
+    # D scales a bias: without one it has no effect
     lost += [slot for slot in "CDE" if path.choices[slot].kind != "none" and (slot != "D" or layer.bias is not None)]
     reasons = [f"{slot}={getattr(path, slot)}" for slot in lost]
     if path.choices["A"].kind == "lora":
@@ -246,7 +246,7 @@ def _inexpressible(layer: GLoRALayer, layout: str) -> str:
 
 
 def _alike_everywhere(layer: GLoRALayer, positions: int) -> bool:
-    """Whether A mixes channels, at every position alike, and so comes from factors without positions."""
+    """Whether A mixes channels in the same way at every position, and so comes from factors without positions."""
     rank = layer.path.choices["A"].rank
     factors = layer.Ad.detach()[:, :rank], layer.Au.detach()[:rank]
     return rank % positions == 0 and all(
@@ -321,7 +321,7 @@ def _read(file: str | os.PathLike) -> dict[str, dict[str, Tensor]]:
 def _resolve(
     model: nn.Module, found: dict[str, dict[str, Tensor]], prefix: str | None, file: str | os.PathLike
 ) -> dict[str, dict[str, Tensor]]:
-    """The same by the model's own names, each checked to be a complete GLoRA of one layer."""
+    """``found`` by the model's own names, each entry checked to be a complete GLoRA of one layer."""
     if prefix is None:
         prefix = _only_prefix(found, file)
     else:

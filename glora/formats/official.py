@@ -153,7 +153,7 @@ def _path(index: int, configuration: Mapping[str, str]) -> PathConfig:
 
 
 def _officially_adapted(name: str) -> bool:
-    """The rule of the official ``set_glora``."""
+    """Whether the official ``set_glora`` adapts the layer ``name``."""
     return "head" not in name.rpartition(".")[2]
 
 

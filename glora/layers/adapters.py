@@ -1,4 +1,4 @@
-"""Which layer adapts which module: by exact type, for a subclass may compute something else."""
+"""Which layer adapts which module: by exact type, since a subclass may compute something else."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Adapter(NamedTuple):
     """How modules of one type are adapted.
 
     Attributes:
-        make: ``(module, rank, product)`` to the adapted layer.
+        make: turns ``(module, rank, product)`` into the adapted layer.
         features: the module's N and K.
     """
 
@@ -36,7 +36,7 @@ def _linear(linear: nn.Linear, rank: int, product: str) -> GLoRALinear:
 
 
 def adapters() -> dict[type[nn.Module], Adapter]:
-    """Every type of module that can be adapted, those of packages that are not loaded left out: no model has them."""
+    """Every type of module that can be adapted, without those of packages that are not loaded: no model has them."""
     table: dict[type[nn.Module], Adapter] = {
         nn.Linear: Adapter(_linear, GLoRALinear.features),
         nn.Conv2d: Adapter(GLoRAConv2d.from_conv2d, GLoRAConv2d.features),

@@ -1,4 +1,4 @@
-"""What every adapted layer is, and the drop-in for ``nn.Linear``."""
+"""What all adapted layers have in common."""
 
 from __future__ import annotations
 
@@ -49,14 +49,14 @@ class GLoRALayer(nn.Module):
         weight, bias: the frozen base, in the shapes of the plain layer; ``bias`` (N,) or None.
         rank: the largest rank a path may ask for.
         product: ``"hadamard"`` or ``"matmul"``.
-        merges_exactly: whether merging keeps the bits that are multiplied by.
+        merges_exactly: whether the merged weight has the very bits that this layer multiplies by.
         compiled_with: the arguments of :meth:`compile`, if that was called.
-        plain_type: the type of the module that was adapted, and will be again after merging.
+        plain_type: the type of the module that was adapted, and of the merged one.
 
     Parameters:
         Ad (N, R) or, for the matmul product, (K, R); Au (R, K); Bd (N, R); Bu (R, K); Cd (K, R);
-        Cu (R, 1); D (N,); E (N,): trainable, under the official names. In fp32 where the weight
-        is of a half type, whose resolution would swallow their updates (``.to(dtype)`` casts all).
+        Cu (R, 1); D (N,); E (N,): trainable, under the official names. They are fp32 if the weight is
+        of a half type, which would round small updates away (``.to(dtype)`` casts all).
     """
 
     merges_exactly: ClassVar[bool] = True
@@ -122,7 +122,7 @@ class GLoRALayer(nn.Module):
         return self.compute(x, self._terms_in_force())
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
-        """As of ``nn.Module``; merging the model compiles the plain layer alike. Copies are not compiled."""
+        """As ``nn.Module.compile``; merging the model compiles the plain layer too. Copies are not compiled."""
         super().compile(*args, **kwargs)
         self.compiled_with = args, kwargs
 
@@ -139,7 +139,7 @@ class GLoRALayer(nn.Module):
         return type(module) is self.plain_type and module.weight.shape == self.weight.shape  # type: ignore[union-attr]
 
     def outputs_merged(self, plain: nn.Module, x: Tensor) -> Tensor:
-        """What ``plain``, merged from this layer, makes of x."""
+        """The output of ``plain``, merged from this layer, for x."""
         return plain.forward(x)
 
     def probe(self, generator: torch.Generator) -> Tensor:
@@ -153,7 +153,7 @@ class GLoRALayer(nn.Module):
         return reference.glora_linear(x.double(), self.matrix.double(), bias, self.terms())
 
     def reset_support(self) -> None:
-        """Back to the identity, as the official code initialises: right factors Xavier-uniform, all else zero."""
+        """Reset to the identity as the official code initialises: right factors Xavier-uniform, all else zero."""
         with torch.no_grad():
             for name in SUPPORT_NAMES:
                 parameter = getattr(self, name)
@@ -181,8 +181,8 @@ class GLoRALayer(nn.Module):
         self._encode_path()
 
     def _encode_path(self) -> None:
-        """The path as data, for compiled graphs. No buffer: it stays on the CPU, and out of state dicts."""
-        # a graph that trains reads it too; the block takes as long as all else that is done for a new path
+        """Encode the path as data for compiled graphs. It is no buffer: it stays on the CPU and out of state dicts."""
+        # a graph that trains reads it too; entered only if needed, as it takes as long as the rest of a new path
         with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
             self._config = encode(self.path.choices, self._history.since)
 
@@ -204,7 +204,7 @@ class GLoRALayer(nn.Module):
         return Terms(**terms, product=self.product)
 
     def _terms_in_force(self) -> Terms:
-        """The terms of this forward pass; of the first one, where a checkpoint runs it again (:mod:`.path_history`)."""
+        """The terms of this forward pass, or of its first run if a checkpoint runs it again (:mod:`.path_history`)."""
         return self.terms(self._history.in_force())
 
     def _term(self, slot: str, choice: Choice) -> LowRank | Vector | Constant:
@@ -247,7 +247,7 @@ class GLoRALayer(nn.Module):
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """As of ``nn.Module``; raises ValueError for a weight that the support tensors do not fit.
 
-        Such as that of a head that is tied to an embedding, and tied again once that was resized.
+        An example is the weight of a head tied to an embedding that was resized and tied again.
         """
         super().register_parameter(name, param)
         if name != "weight" or param is None or not param.numel() or not self.merges_exactly or not hasattr(self, "E"):
@@ -263,13 +263,13 @@ class GLoRALayer(nn.Module):
         return {name: value for name, value in super().__getstate__().items() if name != "compiled_with"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Copies, shallow ones too, have a path of their own."""
+        """Give copies, shallow ones too, a path of their own."""
         super().__setstate__(state)
         self._history = PathHistory(self.path)
         self._encode_path()
 
     def _replicate_for_data_parallel(self) -> GLoRALayer:
-        """A replica lives for one forward pass and its backward, which has its numbers in a thread of its own."""
+        """A replica lives for one forward pass and its backward; its own thread numbers their autograd nodes."""
         replica = super()._replicate_for_data_parallel()
         replica._history = PathHistory(self.path)
         replica._encode_path()
@@ -286,7 +286,7 @@ class GLoRALayer(nn.Module):
 
 
 def _write_path(layer: Any, _state: dict, _prefix: str, local_metadata: dict[str, Any]) -> None:
-    """Have a state dict carry the path beside the tensors, where it has no name that somebody could trip over."""
+    """Put the path into the metadata of a state dict, where nobody takes it for a tensor."""
     local_metadata["path"] = layer.path.to_dict()
 
 
@@ -314,5 +314,5 @@ def support_shapes(features: tuple[int, int], rank: int, product: str) -> dict[s
 
 
 def support_dtype(weight: Tensor) -> torch.dtype:
-    """That of the support tensors around ``weight``: no half type, whose resolution would swallow their updates."""
+    """The dtype of the support tensors around ``weight``: no half type, which would round small updates away."""
     return torch.promote_types(weight.dtype if weight.is_floating_point() else torch.float32, torch.float32)

@@ -79,8 +79,8 @@ class GLoRAConv1D(GLoRALayer):
     def merge(self, path: PathConfig | None = None, safe: bool = True) -> nn.Module:
         """A plain ``Conv1D``, sharing nothing with this one, that computes what this one does.
 
-        Formed in fp32 (fp64 for fp64), rounded once: the very bits this layer multiplies by, transposed. Its product
-        may be summed in another order. Its parameters are frozen, as the base's are.
+        Its weight is formed in fp32 (fp64 for fp64) and rounded once: the very bits this layer multiplies by,
+        transposed. It may sum products in another order. Its parameters are frozen, as the base's are.
 
         Raises:
             ValueError: with ``safe``, a NaN or infinity in the merged weight or bias.

@@ -20,9 +20,9 @@ class GLoRAConv2d(GLoRALayer):
 
     The weight ``(N, I, kh, kw)`` is seen as ``(N, K)`` with ``K = I * kh * kw``; then ``W_eff = W0 + W0 * A + B``, or
     ``W0 + W0 @ A + B`` for the matmul product, and ``y = conv2d(x, W_eff) + b0 + b0 * D + E + W0 c`` as for
-    :class:`GLoRALinear`. The prompt c has one entry for each weight of a kernel, so that ``W0 c`` is one number an
+    :class:`GLoRALinear`. The prompt c has one entry for each weight of a kernel, so that ``W0 c`` is one number per
     output channel: the same at every position, also where the kernel hangs over a padded border. So a plain convolution
-    can hold all of it, exactly. With groups, I is the number of channels of a group, and the matmul A and c are the
+    can hold all of it exactly. With groups, I is the number of channels of a group, and the matmul A and c are the
     same for all groups. A freshly made layer computes what the convolution does, whatever its path.
 
     Args:
@@ -105,8 +105,8 @@ class GLoRAConv2d(GLoRALayer):
     def merge(self, path: PathConfig | None = None, safe: bool = True) -> nn.Conv2d:
         """A plain convolution, sharing nothing with this one, that computes what this one does.
 
-        Formed in fp32 (fp64 for fp64), rounded once. It has a bias if this layer has one or if the path makes one (C or
-        E). Its parameters are frozen, as the base's are.
+        It is formed in fp32 (fp64 for fp64) and rounded once. It has a bias if this layer has one or if the path makes
+        one (C or E). Its parameters are frozen, as the base's are.
 
         Raises:
             ValueError: with ``safe``, a NaN or infinity in the merged weight or bias.
@@ -147,7 +147,7 @@ class GLoRAConv2d(GLoRALayer):
         return F.conv2d(x, w_eff, b_eff, self.stride, padding, self.dilation, self.groups)
 
     def _padded(self, x: Tensor) -> tuple[Tensor, str | int | tuple[int, int]]:
-        """x, padded already in the modes that the convolution itself does not know, and what is left for it to pad."""
+        """x, padded already in the modes that the convolution itself does not have, and the padding left for it."""
         if self.padding_mode == "zeros":
             return x, self.padding
         return F.pad(x, self._border, mode=self.padding_mode), 0

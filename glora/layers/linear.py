@@ -33,8 +33,8 @@ class GLoRALinear(GLoRALayer):
     Parameters:
         weight (N, K), bias (N,): frozen.
         Ad (N, R) or, for the matmul product, (K, R); Au (R, K); Bd (N, R); Bu (R, K); Cd (K, R);
-        Cu (R, 1); D (N,); E (N,): trainable, under the official names. In fp32 where ``dtype``
-        is a half type, whose resolution would swallow their updates (``.to(dtype)`` casts all).
+        Cu (R, 1); D (N,); E (N,): trainable, under the official names. They are fp32 if ``dtype`` is
+        a half type, which would round small updates away (``.to(dtype)`` casts all).
 
     Raises:
         ValueError: a rank below 1, or an unknown product.
@@ -88,7 +88,7 @@ class GLoRALinear(GLoRALayer):
         return self._forward_anew(x, path) if y is None else y
 
     def _forward_anew(self, x: Tensor, path: PathConfig) -> Tensor:
-        """A call that is looked at as a whole; calls like it are prepared for where that can be."""
+        """A call with all checks; prepares for further calls like it if that is possible."""
         y = glora_linear(x, self.weight, self.bias, self.terms(path))
         operands = held_parameters(self)
         plain = all(type(operand) is nn.Parameter for operand in operands.values() if operand is not None)
@@ -98,7 +98,7 @@ class GLoRALinear(GLoRALayer):
         return y
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copies and pickles are prepared anew."""
+        """Copies and pickles do not hold the prepared layer."""
         return {**super().__getstate__(), "_prepared": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -108,8 +108,8 @@ class GLoRALinear(GLoRALayer):
     def merge(self, path: PathConfig | None = None, safe: bool = True) -> nn.Linear:
         """A plain linear layer, sharing nothing with this one, that computes what this one does.
 
-        Formed in fp32 (fp64 for fp64), rounded once. It has a bias if this layer has one or if the
-        path makes one (C or E). Its parameters are frozen, as the base's are.
+        It is formed in fp32 (fp64 for fp64) and rounded once. It has a bias if this layer has one or if
+        the path makes one (C or E). Its parameters are frozen, as the base's are.
 
         Raises:
             ValueError: with ``safe``, a NaN or infinity in the merged weight or bias.

@@ -1,4 +1,4 @@
-"""Types of packages that this one does not need: known only once something else has loaded them."""
+"""Types of optional packages: known only once something else has loaded the package."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def loaded(module: str, name: str) -> Any:
-    """The class ``name`` of ``module``, or None where that is not loaded: then no object can be of it."""
+    """The class ``name`` of ``module``, or None if that is not loaded: then no object of the class can exist."""
     return getattr(sys.modules.get(module), name, None)
 
 

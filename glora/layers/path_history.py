@@ -1,9 +1,9 @@
 """The paths of a layer over time: a forward pass that is run again during backward takes the path of its first run.
 
 Activation checkpointing (``torch.utils.checkpoint``, timm's ``set_grad_checkpointing``, transformers'
-``gradient_checkpointing_enable``) calls forward a second time in the middle of backward. Which call that repeats is
-told by the autograd node being evaluated: nodes are numbered in the order in which a thread makes them, and so the
-path that was in force at the node's number is the path of the first run.
+``gradient_checkpointing_enable``) calls forward a second time in the middle of backward. The autograd node being
+evaluated tells which call that repeats: nodes are numbered in the order in which a thread makes them, so the path that
+was in force at the node's number is the path of the first run.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _ADVICE = "keep the paths until backward is done"
 
 
 class _Thread(local):
-    """Of each thread a token of its own, which unlike a thread's number never returns."""
+    """A token for each thread, which unlike a thread's number is never used again."""
 
     def __init__(self) -> None:
         self.token = object()
@@ -32,9 +32,9 @@ _thread = _Thread()
 
 
 class PathHistory:
-    """The path of one layer now, and those that were in force when the nodes of its thread were made.
+    """The current path of one layer, and those that were in force when the nodes of its thread were made.
 
-    Copies and pickles hold the path of now alone: nodes refer to the layer that made them.
+    Copies and pickles hold only the current path: nodes refer to the layer that made them.
     """
 
     def __init__(self, path: PathConfig):
@@ -49,7 +49,7 @@ class PathHistory:
 
     @property
     def since(self) -> int:
-        """The number of the first node that can be made under the path of now."""
+        """The number of the first node that can be made under the current path."""
         return self._starts[-1]
 
     @property
@@ -58,7 +58,7 @@ class PathHistory:
         return self._ran or bool(self._elsewhere)
 
     def set(self, path: PathConfig) -> None:
-        """Raises RuntimeError during a backward pass, where it would have no effect."""
+        """Set the path. Raises RuntimeError during a backward pass, where it would have no effect."""
         if in_backward():
             raise RuntimeError(
                 "path: expected to be set outside of backward, where a layer runs again with the path of its first "
@@ -76,7 +76,7 @@ class PathHistory:
             del self._starts[:-LONGEST], self._paths[:-LONGEST]
 
     def in_force(self) -> PathConfig:
-        """The path to run with: during backward that of the forward pass that is run again, otherwise that of now.
+        """The path to run with: during backward, that of the forward pass that is run again; otherwise the current one.
 
         Raises:
             RuntimeError: it cannot be told which path that was: after more than ``LONGEST`` changes, or with forward
@@ -97,7 +97,7 @@ class PathHistory:
         return self.now
 
     def _enter_thread(self) -> None:
-        """Numbers of two threads cannot be compared: a change of thread starts anew, and remembers what has run."""
+        """Start a history for this thread and remember what has run: node numbers of two threads cannot be compared."""
         if self._ran:
             self._elsewhere.update(self._paths)
         self._thread, self._ran = _thread.token, False

@@ -1,4 +1,4 @@
-"""What a plain module is: the name of its type, and whether it is only that."""
+"""Plain modules: the name of their type, and whether they are nothing more than it."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def qualified_name(kind: type) -> str:
 
 
 def _holds_more(module: nn.Module) -> bool:
-    """Whether ``module``, of PyTorch's own, has tensors, parts or hooks that its class does not give it."""
+    """Whether a module of PyTorch's own has tensors, children or hooks that its class does not give it."""
     if not type(module).__module__.startswith("torch.nn."):
         return False
     others = {name for name, _ in module.named_parameters(recurse=False)} - {"weight", "bias"}

@@ -25,7 +25,7 @@ class GLoRAQuantisedLinear(GLoRALinear):
 
     ``y = (W0 + W0 * A + B) x + W0 c + b0 * D + E + b0``, or ``W0 @ A``, where W0 is what the quantised weight stands
     for. It is decoded by blocks of rows at every call, in forward and again in backward; no dense W0 or W_eff is kept.
-    Products are formed in the dtype of x (of a ``Linear4bit``: in its ``compute_dtype``). Activations are not
+    Products are formed in the dtype of x (for a ``Linear4bit``, in its ``compute_dtype``). Activations are not
     quantised: a layer whose own kernel quantises them (``Linear8bitLt``) gives slightly other outputs once adapted.
 
     Made by ``from_linear`` and by :func:`glora.inject` from a ``Linear4bit`` (NF4 or FP4) or ``Linear8bitLt`` of
@@ -60,16 +60,16 @@ class GLoRAQuantisedLinear(GLoRALinear):
     def _wrap(self, linear: nn.Linear, rank: int, product: str) -> None:
         self._settings = settings_of(linear)
         self._take_over(linear, self.features(linear), rank, product)
-        self.register_buffer("SCB", scales_of(linear))  # under the name that bitsandbytes saves it by
+        self.register_buffer("SCB", scales_of(linear))  # under the name that bitsandbytes gives it
 
     @property
     def format(self) -> Format:
-        """How the weight is read as it is now; a weight that moves to another device is another one."""
+        """How the current weight is read; moving to another device makes another weight."""
         return format_of(self.plain_type, self.weight, self.SCB)
 
     @property
     def matrix(self) -> Tensor:
-        """W0 decoded as a whole, ``(N, K)``: a new tensor, to look at."""
+        """W0 decoded as a whole, ``(N, K)``: a new tensor, for inspection."""
         blocks = _Blocks(self)
         return torch.cat([blocks.rows(*bounds) for bounds in blocks.bounds])
 
@@ -88,8 +88,8 @@ class GLoRAQuantisedLinear(GLoRALinear):
     def merge(self, path: PathConfig | None = None, safe: bool = True, requantise: bool = False) -> nn.Linear:
         """A plain quantised layer of the type and settings of the one that was adapted, sharing nothing with this one.
 
-        W_eff is formed in fp32 from the decoded W0 and quantised anew. No other merge rounds like that: by as much as
-        the format does, see :meth:`requantisation_error`.
+        W_eff is formed in fp32 from the decoded W0 and quantised again. Unlike other merges, this rounds as coarsely as
+        the format: see :meth:`requantisation_error`.
 
         Raises:
             ValueError: without ``requantise``; with ``safe``, a NaN or infinity in the merged weight or bias; a weight
@@ -113,7 +113,7 @@ class GLoRAQuantisedLinear(GLoRALinear):
         return plain.train(self.training)
 
     def requantisation_error(self, plain: nn.Linear, path: PathConfig | None = None) -> float:
-        """The largest absolute difference between W_eff and what ``plain``, merged from this layer, holds of it."""
+        """The largest absolute difference between W_eff and the decoded weight of ``plain``, merged from this layer."""
         merged = _Blocks(GLoRAQuantisedLinear.from_linear(plain, 1))
         exact = ((bounds, self._merged_rows(*bounds, path, False)[0]) for bounds in merged.bounds)
         return max(float((merged.rows(*bounds).double() - rows).abs().max()) for bounds, rows in exact)
@@ -130,7 +130,7 @@ class GLoRAQuantisedLinear(GLoRALinear):
         return self.features(module) == (self.out_features, self.in_features)
 
     def outputs_merged(self, plain: nn.Module, x: Tensor) -> Tensor:
-        """Of what ``plain`` stands for: its own kernel may quantise x, too, or repack the weight."""
+        """The output of the decoded ``plain``: its own kernel may also quantise x, or repack the weight."""
         assert isinstance(plain, nn.Linear)
         return GLoRAQuantisedLinear.from_linear(plain, 1).forward(x)
 
@@ -139,7 +139,7 @@ class GLoRAQuantisedLinear(GLoRALinear):
         return x.to(device=self.weight.device, dtype=self._settings.get("compute_dtype") or self.format.dtype)
 
     def _apply(self, fn, recurse=True):
-        """Casting the layer does not cast the scales: they decode the weight."""
+        """Move and cast the layer, but do not cast the scales: they decode the weight."""
         scales = self.SCB
         super()._apply(fn, recurse)
         moved = self.SCB
@@ -148,7 +148,7 @@ class GLoRAQuantisedLinear(GLoRALinear):
         return self
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
-        """Also what a 4-bit weight is decoded with, under the names that bitsandbytes saves it by."""
+        """Also save what decodes a 4-bit weight, under the names that bitsandbytes gives it."""
         super()._save_to_state_dict(destination, prefix, keep_vars)
         weight: Any = self.weight
         if issubclass(self.plain_type, loaded("bitsandbytes.nn", "Linear4bit") or ()):
@@ -172,7 +172,7 @@ class GLoRAQuantisedLinear(GLoRALinear):
         if found and four_bits:
             weight.quant_state = loaded("bitsandbytes.functional", "QuantState").from_dict(found, weight.device)
             unexpected[before:] = [name for name in unexpected[before:] if not name.startswith(start)]
-        # what bitsandbytes says of the order of int8 values; there is one order only
+        # bitsandbytes' entry for the order of int8 values; there is only one order
         unexpected[before:] = [name for name in unexpected[before:] if name != f"{prefix}weight_format"]
 
 

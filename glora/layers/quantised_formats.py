@@ -1,6 +1,6 @@
-"""How quantised weights are read by rows and made anew: 4 bit and int8 of bitsandbytes, int8 of torchao.
+"""How quantised weights are read by rows and made again: 4 bit and int8 of bitsandbytes, int8 of torchao.
 
-Their own packages decode and encode. They are asked for only where a model has such a weight already.
+Their own packages decode and encode. They are used only if a model has such a weight already.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ class Format(Protocol):
         """These rows of W0, decoded: ``(stop - start, K)``."""
 
     def encode(self, plain: nn.Linear, weight: Tensor) -> None:
-        """Give ``plain`` (:func:`blank`) a quantised ``weight``, from ``(N, K)`` in fp32, in the settings of this one.
+        """Give ``plain``, a layer without values, a quantised ``weight``, from ``(N, K)`` in fp32, in these settings.
 
         Raises:
-            ValueError: values beyond the range of what the weight is quantised from.
+            ValueError: values beyond the range of the dtype that the format quantises.
         """
 
 
@@ -54,7 +54,7 @@ def is_quantised(linear: nn.Module) -> bool:
 
 
 def scales_of(linear: nn.Linear) -> Tensor | None:
-    """The scales of an int8 weight of bitsandbytes, (N,), which move from the weight to the layer at its first call."""
+    """The scales of an int8 weight of bitsandbytes, (N,); the layer's first call moves them from weight to layer."""
     if not is_a(linear, "bitsandbytes.nn", "Linear8bitLt"):
         return None
     scales = getattr(linear.weight, "SCB", None)
@@ -62,7 +62,7 @@ def scales_of(linear: nn.Linear) -> Tensor | None:
 
 
 def settings_of(linear: nn.Linear) -> dict[str, Any]:
-    """The arguments that a plain layer of the same type and settings is made with."""
+    """The arguments that make a plain layer of the same type and settings."""
     if is_a(linear, "bitsandbytes.nn", "Linear8bitLt"):
         state: Any = linear.state
         return {"has_fp16_weights": False, "threshold": state.threshold, "index": linear.index}
@@ -71,13 +71,13 @@ def settings_of(linear: nn.Linear) -> dict[str, Any]:
     weight: Any = linear.weight
     settings = {"compute_dtype": linear.compute_dtype, "compress_statistics": weight.compress_statistics}
     settings["quant_storage"] = weight.quant_storage
-    if type(linear) is loaded("bitsandbytes.nn", "Linear4bit"):  # LinearNF4 and LinearFP4 say it by their type
+    if type(linear) is loaded("bitsandbytes.nn", "Linear4bit"):  # LinearNF4 and LinearFP4 need no such argument
         settings["quant_type"] = weight.quant_type
     return settings
 
 
 def format_of(kind: type[nn.Module], weight: Tensor, scales: Tensor | None) -> Format:
-    """How the ``weight`` of a layer of type ``kind`` is read. (Pickling takes a weight of bitsandbytes its own type.)
+    """How the ``weight`` of a layer of type ``kind`` is read. (Pickled weights of bitsandbytes lose their type.)
 
     Raises:
         TypeError: not quantised yet, or in a format that cannot be read by rows.
@@ -120,7 +120,7 @@ class _EightBit:
 
 
 class _FourBit:
-    """NF4 or FP4: two values a byte in row-major order, a scale for each block of values."""
+    """NF4 or FP4: two values per byte in row-major order, a scale for each block of values."""
 
     def __init__(self, weight: Any):
         state = weight.quant_state
@@ -140,14 +140,14 @@ class _FourBit:
 
         columns, size = self.state.shape[1], self.state.blocksize
         scales = self._scales()[start * columns // size : -(-stop * columns // size)]
-        # As one row: where K is no multiple of the block size the CPU kernel of 0.50 misplaces the scales of several.
+        # As one row: for several, the CPU kernel of 0.50 misplaces the scales if K is no multiple of the block size.
         shape = torch.Size((1, (stop - start) * columns))
         state = functional.QuantState(scales, shape, self.state.code, size, self.state.quant_type, self.dtype)
         packed = self.weight.data.reshape(-1).view(torch.uint8)[start * columns // 2 : -(-stop * columns // 2)]
         return functional.dequantize_4bit(packed[:, None], state).reshape(stop - start, columns)
 
     def _scales(self) -> Tensor:
-        """One a block of values, decoded if they are quantised themselves."""
+        """One scale per block of values, decoded if the scales are quantised too."""
         from bitsandbytes import functional
 
         if not self.state.nested:

@@ -1,4 +1,4 @@
-"""What tensors have to be: of a file, before anything of a model is changed; of a model, before anything is written."""
+"""Checks of tensors: of a file's, before a model is changed, and of a model's, before anything is written."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Slot(NamedTuple):
 
 
 def slots(model: nn.Module) -> dict[str, Slot]:
-    """One for every parameter and buffer, by every name that it has without wrappers."""
+    """A slot for every parameter and buffer, by every name that it has without wrappers."""
     meant = {name for name, _ in named_buffers(model, remove_duplicate=False)} - set(statistics(model))
     return {name: Slot(tuple(t.shape), t.dtype, name in meant) for name, t in tensors_of(model).items()}
 
@@ -57,9 +57,9 @@ def statistics(model: nn.Module) -> dict[str, str]:
 
 
 def require_fit(file: File, tensors: Mapping[str, Tensor], expected: Mapping[str, Slot]) -> None:
-    """Raise ValueError, listing names, if ``tensors`` are others than ``expected``, or cannot be what they should.
+    """Raise ValueError, listing names, if ``tensors`` are not those ``expected``, or do not fit their slots.
 
-    Floating where the model's are, of fp16 or more; finite, also in the dtype that they go to; else of the very dtype.
+    For a floating slot: floating, of fp16 or more, and finite, also in the slot's dtype. Otherwise: of the very dtype.
     """
     missing, unknown = sorted(set(expected) - set(tensors)), sorted(set(tensors) - set(expected))
     differing = [
@@ -78,7 +78,7 @@ def require_fit(file: File, tensors: Mapping[str, Tensor], expected: Mapping[str
 
 
 def _fault(tensor: Tensor, slot: Slot) -> str | None:
-    """What is wrong with a tensor, if something is."""
+    """What is wrong with a tensor; None if it fits."""
     form = _odd_form(tensor, None if slot.dtype in FLOATING else slot.dtype)
     if form or slot.dtype not in FLOATING:
         return form
@@ -86,13 +86,13 @@ def _fault(tensor: Tensor, slot: Slot) -> str | None:
         return None
     if not tensor.isfinite().all():
         return "NaN or infinite"
-    # what rounds to more than the largest number of a narrower type
+    # a value may round to infinity in a narrower type
     fits = tensor.dtype == slot.dtype or tensor.to(slot.dtype).isfinite().all()
     return None if fits else f"infinite in {slot.dtype}"
 
 
 def _odd_form(tensor: Tensor, dtype: torch.dtype | None = None) -> str | None:
-    """What a tensor is that is not a dense one of ``dtype`` (None: of a floating one)."""
+    """None for a dense tensor of ``dtype`` (None: of any floating dtype); otherwise what it is instead."""
     if tensor.is_meta or tensor.layout != torch.strided:
         return "on meta" if tensor.is_meta else str(tensor.layout)
     right = tensor.dtype in FLOATING if dtype is None else tensor.dtype == dtype
@@ -111,13 +111,13 @@ def _with_reasons(faults: Mapping[str, str]) -> str:
 
 
 def check_written(tensors: Mapping[str, Tensor]) -> None:
-    """Look at parameters that are to be written.
+    """Check parameters that are to be written.
 
     Raises:
         ValueError: some of them have no values here: they are on meta, or emptied (as ZeRO-3 does).
 
     Warns:
-        UserWarning: some are not finite; a diverged model can be looked at, but no loader takes it.
+        UserWarning: some are not finite; the file of a diverged model can be inspected, but no loader accepts it.
     """
     require_held(name for name, tensor in tensors.items() if tensor.is_meta or tuple(tensor.shape) == (0,))
     infinite = [name for name, tensor in tensors.items() if tensor.dtype in FLOATING and not tensor.isfinite().all()]
@@ -139,9 +139,9 @@ def require_held(absent: Iterable[str]) -> None:
 
 
 def buffers_beside(model: nn.Module, layers: Iterable[nn.Module]) -> dict[str, Tensor]:
-    """What training may change that is no parameter: buffers of the state dict in none of ``layers``.
+    """The buffers that training may change: those of the state dict that are in none of ``layers``.
 
-    Statistics of norm layers, floating ones and single numbers (counters); no indices, no packed weights.
+    These are statistics of norm layers, floating ones and single numbers (counters), not indices or packed weights.
     """
     inside = {id(buffer) for layer in layers for buffer in layer.buffers()}
     norms = statistics(model)
@@ -153,10 +153,10 @@ def buffers_beside(model: nn.Module, layers: Iterable[nn.Module]) -> dict[str, T
 
 
 def warn_of_buffers(model: nn.Module, layers: Iterable[nn.Module], carried: tuple[str, ...] = ()) -> None:
-    """Warn, by name, of what training may change and a format of others has no place for.
+    """Warn, by name, of buffers that training may change and another library's format has no place for.
 
-    These are the statistics of norm layers and every other floating buffer of the state dict, but those of ``layers``
-    and of the modules ``carried``.
+    These are the statistics of norm layers and every other floating buffer of the state dict, except those of
+    ``layers`` and of the modules ``carried``.
     """
     norms = statistics(model)
     names = [norms.get(name, name) for name in buffers_beside(model, layers)]

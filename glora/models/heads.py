@@ -1,4 +1,4 @@
-"""Which modules of a model are its heads: as a rule fresh in fine-tuning, so that they train in full."""
+"""Which modules of a model are its heads: usually fresh in fine-tuning, so they train in full."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from torch import nn
 from ..layers.packages import loaded
 from .wrappers import named_modules
 
-# Names of heads: anywhere in a model; among the direct children of a whole one; of a whole one of Transformers, some of
-# which call a pooling layer "head"; of a model of torchvision.
+# Names of heads: anywhere in a model; in a whole model of Transformers, where some call a pooling layer "head"; among
+# the direct children of any whole model; in a model of torchvision.
 ANYWHERE = ("head", "head_dist", "classifier", "lm_head")
 IN_TRANSFORMERS = ("classifier", "lm_head", "score", "qa_outputs", "classification_head")
 IN_A_WHOLE_MODEL = (*ANYWHERE, *IN_TRANSFORMERS, "heads")
 IN_TORCHVISION = ("aux1", "aux2", "AuxLogits", "aux_classifier", "box_predictor", "mask_predictor")
-# How the children of a Transformers model for a task end that has no base model of its own.
+# How the names of heads end in a Transformers model for a task that has no base model.
 TASK_ENDS = ("head", "classifier", "fc")
 
 
@@ -26,13 +26,13 @@ def find_heads(model: nn.Module) -> dict[str, nn.Module]:
     A head is
 
     - what ``get_classifier()`` of a timm model returns (two modules for a distilled one);
-    - of a Transformers model, what stands beside its ``base_model``, and its ``get_output_embeddings()``; of one for a
+    - in a Transformers model, a module beside its ``base_model``, and its ``get_output_embeddings()``; in one for a
       task without a base model, a child whose name ends in ``head``, ``classifier`` or ``fc``;
     - in models of torchvision, the last linear layer of ``classifier``, auxiliary classifiers and box predictors;
     - a direct child of any of these, or of ``model`` itself, that has the name of a head: ``classifier``, ``lm_head``,
       ``score``, ``qa_outputs``, ``classification_head``, and outside of Transformers ``head``, ``heads``,
       ``head_dist``, or ``fc`` if it is the last one;
-    - outside of Transformers models, whatever is called ``head``, ``head_dist``, ``classifier`` or ``lm_head``.
+    - outside of Transformers models, every module named ``head``, ``head_dist``, ``classifier`` or ``lm_head``.
     """
     pretrained = loaded("transformers.modeling_utils", "PreTrainedModel")
     found: dict[nn.Module, None] = {}
@@ -61,14 +61,14 @@ def find_heads(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def loose_parameters(model: nn.Module) -> set[int]:
-    """The ids of bare parameters that Transformers models have beside their base model: parts of the head too."""
+    """The ids of bare parameters beside the base model of a Transformers model: they belong to the head too."""
     pretrained = loaded("transformers.modeling_utils", "PreTrainedModel")
     found: list[Any] = [m for m in model.modules() if pretrained is not None and isinstance(m, pretrained)]
     return {id(p) for module in found if module.base_model is not module for p in module.parameters(recurse=False)}
 
 
 def _innermost(model: nn.Module) -> nn.Module:
-    """The model within wrappers and within modules that hold it alone (a training module of one's own)."""
+    """The model within wrappers and within modules that hold nothing else (such as a user's training module)."""
     module = next(named_modules(model))[1]
     holders = [part for part in (module, *module.children()) if any(True for _ in part.parameters(part is not module))]
     alone = len(holders) == 1 and holders[0] is not module and any(True for _ in holders[0].children())
@@ -96,7 +96,7 @@ def _of_torchvision(module: nn.Module) -> Iterator[nn.Module]:
 def _of_timm(model: Any) -> Iterator[nn.Module]:
     try:
         found = model.get_classifier()
-    except TypeError:  # another's, which takes arguments
+    except TypeError:  # not timm's: it takes arguments
         return
     several = found.values() if isinstance(found, dict) else found if isinstance(found, (list, tuple)) else [found]
     yield from (module for module in several if isinstance(module, nn.Module))

@@ -38,7 +38,7 @@ def require_layers(model: nn.Module) -> dict[str, GLoRALayer]:
 
 
 def require_linear_layers(model: nn.Module) -> dict[str, GLoRALinear]:
-    """As :func:`require_layers`, for formats that know linear layers only. Raises ValueError if there are others."""
+    """As :func:`require_layers`, for formats that know only linear layers. Raises ValueError if there are others."""
     layers = require_layers(model)
     linear = {name: layer for name, layer in layers.items() if isinstance(layer, GLoRALinear)}
     others = [f"{name} ({type(layer).__name__})" for name, layer in layers.items() if name not in linear]
@@ -48,7 +48,7 @@ def require_linear_layers(model: nn.Module) -> dict[str, GLoRALinear]:
 
 
 def require_real(model: nn.Module) -> None:
-    """Raise ValueError if parameters of ``model`` are on meta, where nothing can be loaded to."""
+    """Raise ValueError if parameters of ``model`` are on meta, where nothing can be loaded."""
     require_model(model)
     if any(parameter.is_meta for parameter in model.parameters()):
         raise ValueError("model: expected real tensors, got parameters on meta; load the base weights first")
@@ -61,7 +61,7 @@ def listed(names: Sequence[str], most: int = 4) -> str:
 
 
 def matches(name: str, pattern: str) -> bool:
-    """Whether the dotted components of ``pattern`` occur in a row in those of ``name``.
+    """Whether the dotted components of ``pattern`` are consecutive components of ``name``.
 
     ``"head"`` selects ``head`` and ``head.fc`` but not ``overhead``; ``"qkv"`` selects
     ``blocks.3.attn.qkv``; ``"blocks.1"`` all of block 1 and nothing of block 10.

@@ -1,7 +1,7 @@
-"""Models that write and read themselves by ``save_pretrained`` and ``from_pretrained``, and what of GLoRA these keep.
+"""Models that write and read themselves by ``save_pretrained`` and ``from_pretrained``, and what these keep of GLoRA.
 
-``from_pretrained`` builds the model anew from its config and drops every tensor that has no place there, with a line in
-a table at most. So adapted layers are lost as a whole, and of a merged model the biases that merging created.
+``from_pretrained`` builds a new model from the config and drops every tensor that has no place there; at most a line in
+a table says so. So adapted layers are lost as a whole, and a merged model loses the biases that merging created.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _Shapes = dict[str, torch.Size]
 
 
 def guard_saving(model: nn.Module) -> None:
-    """Have every part of ``model`` with a ``save_pretrained`` warn if it saves adapted layers that are not merged."""
+    """Make every part of ``model`` with a ``save_pretrained`` warn if it saves adapted layers that are not merged."""
     for module in _savers(model).values():
         own = vars(module).get("save_pretrained")
         if not isinstance(own, SavingGuard):
@@ -43,13 +43,13 @@ def release_saving(model: nn.Module) -> None:
 
 
 class SavingGuard:
-    """Stands as ``module.save_pretrained``; copies and pickles of the model have one of their own.
+    """Takes the place of ``module.save_pretrained``; copies and pickles of the model have their own.
 
     It warns once for each place that it is called from: a trainer saves many checkpoints.
 
     Args:
         module: what is saved.
-        own: what stood there; None where that is the method of the class.
+        own: what ``module.save_pretrained`` was before; None if it was the method of the class.
     """
 
     def __init__(self, module: Any, own: Callable | None = None):
@@ -82,14 +82,14 @@ def _savers(model: nn.Module) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Home:
-    """A part of a model that is saved and loaded as one, and what becomes there of the biases that a merge creates.
+    """A part of a model that is saved and loaded as one, and what becomes of the biases that a merge creates in it.
 
     Attributes:
-        name, kind: of the part, and of its class.
+        name, kind: the names of the part and of its class.
         created: the layers that get a bias, by their names in the part.
         dropped: those of them for which the class, built from its config, has no place.
         switches: entries of the config that would give all of them a place; empty if there are none.
-        zeros: the other modules that these give a bias, with its shape.
+        zeros: the other modules that these entries give a bias, with its shape.
     """
 
     name: str
@@ -117,7 +117,7 @@ class Home:
 def homes(model: nn.Module, created: Sequence[str]) -> list[Home]:
     """Where the biases of the layers ``created`` are saved; nothing for those outside of any ``save_pretrained``."""
     savers = _savers(model)
-    # a model of Transformers first: what wraps one (SentenceTransformer) has it saved by its own means
+    # models of Transformers first: what wraps one (SentenceTransformer) lets it save itself
     order = sorted(savers, key=lambda name: not is_a(savers[name], "transformers.modeling_utils", "PreTrainedModel"))
     parts: dict[str, list[str]] = {}
     for layer in created:
@@ -149,7 +149,7 @@ def _home(name: str, part: Any, created: list[str]) -> Home:
 
 
 def _places(part: nn.Module, config: Any, entries: Sequence[str], without: _Shapes) -> _Shapes:
-    """Modules that get a bias by setting ``entries`` of the config, with its shape; none if more than that changes."""
+    """Modules that get a bias if ``entries`` of the config are set, with its shape; none if anything else changes."""
     changed = copy.deepcopy(config)
     for entry in entries:
         parents, last = _split(entry)
@@ -165,24 +165,24 @@ def _places(part: nn.Module, config: Any, entries: Sequence[str], without: _Shap
 
 
 def _takes_bias(module: Any) -> bool:
-    """Whether ``module`` could have a bias and has none; nothing is made for weights that are elsewhere."""
+    """Whether ``module`` could have a bias but has none; False if its weight is on meta."""
     return getattr(module, "bias", module) is None and not module.weight.is_meta
 
 
 def _shapes_built(part: Any, config: Any) -> _Shapes | None:
-    """Names and shapes of the parameters of the class built from ``config``; None where that cannot be told."""
+    """Names and shapes of the parameters of the class built from ``config``; None if it cannot be built."""
     if config is None:
         return None
     try:
         with torch.device("meta"):
             built = type(part)(copy.deepcopy(config))
-    except Exception:  # a class of anyone's
+    except Exception:  # anybody's class may raise anything
         return None
     return {name: parameter.shape for name, parameter in built.named_parameters(remove_duplicate=False)}
 
 
 def _switches(config: Any, prefix: str = "") -> Iterator[str]:
-    """Entries of a config, and of those within it, that are False and named like a bias."""
+    """Entries of a config, and of configs within it, that are False and named like a bias."""
     for name, value in vars(config).items():
         if value is False and "bias" in name:
             yield prefix + name

@@ -1,6 +1,6 @@
 """Modules that read the weight of a layer without calling it: an adapter there has no effect, until it is merged.
 
-PyTorch's own are known by type. Of others the source tells: a ``forward``, or a method that it calls, with an
+PyTorch's own are known by type. Others are found by their source: ``forward``, or a method that it calls, has an
 expression such as ``F.linear(x, self.qkv.weight)``.
 """
 
@@ -17,9 +17,9 @@ from torch import nn
 
 from .modules import listed
 
-# Functions that multiply by a weight, by their last name.
+# Functions that multiply by a weight, by the last part of their name.
 _PRODUCTS = {"linear", "matmul", "mm", "bmm", "mv", "addmm", "baddbmm", "einsum", "tensordot", "conv1d", "conv2d"}
-# Of these only the form of a weight is taken.
+# Attributes that read only the form of a weight.
 _FORM = {"dtype", "device", "shape", "ndim"}
 
 
@@ -35,10 +35,10 @@ def read_by_torch(modules: Iterable[nn.Module]) -> dict[nn.Module, str]:
 
 
 def read_by_others(modules: Iterable[nn.Module], always: bool) -> dict[nn.Module, str]:
-    """The modules whose weight another module reads by its source, and the type of that one.
+    """The modules whose weight the source of another module reads, and the type of that other module.
 
     Args:
-        always: True for those that it only reads; False for those that it calls as well, in another branch.
+        always: True for modules that it only reads; False for modules that it also calls, in another branch.
     """
     read: dict[nn.Module, str] = {}
     for module in modules:
@@ -46,7 +46,7 @@ def read_by_others(modules: Iterable[nn.Module], always: bool) -> dict[nn.Module
             try:
                 layer = module.get_submodule(name)
             except AttributeError:
-                continue  # this one has none
+                continue  # this instance has no such child
             if called is not always:
                 read[layer] = type(module).__name__
     return read
@@ -54,8 +54,8 @@ def read_by_others(modules: Iterable[nn.Module], always: bool) -> dict[nn.Module
 
 @cache
 def _weights_read(kind: type[nn.Module]) -> dict[str, bool]:
-    """The names whose ``weight`` is a factor in ``forward`` of ``kind`` or methods that it calls; whether these may
-    call the module too: they do more with it than to take an attribute."""
+    """The names of children whose ``weight`` is a factor in ``forward`` of ``kind`` or in methods that it calls, and
+    whether these may also call the child: they do more with it than take an attribute."""
     if kind.__module__.startswith(("torch.", "glora.")):
         return {}
     read: set[str] = set()
@@ -68,7 +68,7 @@ def _weights_read(kind: type[nn.Module]) -> dict[str, bool]:
         seen.add(method)
         try:
             tree = ast.parse(textwrap.dedent(inspect.getsource(getattr(kind, method))))
-        except (AttributeError, OSError, SyntaxError, TypeError):  # a module, or its source is not to be had
+        except (AttributeError, OSError, SyntaxError, TypeError):  # a module, or without a source
             continue
         for node in ast.walk(tree):
             factors = _factors(node)
@@ -80,7 +80,7 @@ def _weights_read(kind: type[nn.Module]) -> dict[str, bool]:
 
 
 def _factors(node: ast.AST) -> list[ast.expr]:
-    """What ``node`` multiplies, if it does."""
+    """The factors of the product that ``node`` is, if it is one."""
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.MatMult):
         return [node.left, node.right]
     if isinstance(node, ast.Call):
@@ -90,7 +90,7 @@ def _factors(node: ast.AST) -> list[ast.expr]:
 
 
 def _of_self(tree: ast.AST) -> Iterator[str]:
-    """The dotted names that begin with ``self``, without it and as long as they go; nothing of the form of a tensor."""
+    """The full dotted names after ``self.``, except those that read only the form of a tensor."""
     todo = [tree]
     while todo:
         node = todo.pop()
@@ -100,19 +100,19 @@ def _of_self(tree: ast.AST) -> Iterator[str]:
             names.insert(0, inner.attr)
             inner = inner.value
         if names and isinstance(inner, ast.Name) and inner.id == "self":
-            if "weight" in names:  # beyond it: a method of the tensor, or its form
+            if "weight" in names:  # after it: a method of the tensor, or its form
                 names, beyond = names[: names.index("weight") + 1], names[names.index("weight") + 1 :]
                 if beyond and beyond[-1] in _FORM:
                     continue
             yield ".".join(names)
         elif isinstance(node, ast.Call) and getattr(node.func, "attr", None) in ("to", "type_as", "view_as"):
-            todo.append(node.func)  # its arguments say a form
+            todo.append(node.func)  # its arguments give only a form
         else:
             todo.extend(ast.iter_child_nodes(node))
 
 
 def warn_of_readers(model: nn.Module, names: Mapping[nn.Module, str]) -> None:
-    """Name those of ``names``, adapted layers, whose weight another module of ``model`` reads in some branch."""
+    """Warn of the adapted layers in ``names`` whose weight another module of ``model`` reads in some branch."""
     read = {**read_by_others(model.modules(), always=False), **read_by_others(model.modules(), always=True)}
     found: dict[str, list[str]] = {}
     for module, reader in read.items():

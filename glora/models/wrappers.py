@@ -1,8 +1,8 @@
 """Names of a model without its wrappers: ``fc1.Ad``, not ``module.fc1.Ad``.
 
 ``torch.compile``, data parallelism, averaged models and activation checkpointing put a module around another, at the
-top or anywhere in a model. Files and paths speak of the model as it is without them, so that they fit it with them and
-without. A wrapper is known by its type: a model of one's own may well have a child that is called ``module``.
+top or anywhere in a model. Files and paths use names without wrappers, so that they fit the model with and without
+them. A wrapper is known by its type: a user's model may well have a child named ``module``.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from glora_kernels.torch_private import COMPILED, WRAPPERS
 
 from ..layers.packages import is_a, loaded
 
-# Of which no model's own modules are called.
+# No module of a model itself has these names.
 _MARKS = {place for *_, place in WRAPPERS} - {"module"}
 
 
@@ -44,7 +44,7 @@ def named_modules(model: nn.Module, remove_duplicate: bool = True) -> Iterator[t
 
 
 def modules_by_name(model: nn.Module) -> dict[str, nn.Module]:
-    """Every name without wrappers, all those of a shared module too."""
+    """Every module by name without wrappers, a shared one by all its names."""
     return dict(named_modules(model, remove_duplicate=False))
 
 
@@ -87,10 +87,10 @@ def tensors_of(model: nn.Module, persistent: bool = False) -> dict[str, Tensor]:
 
 
 def name_in(known: Container[str], name: str) -> str:
-    """The one of the ``known`` names, all without wrappers, that ``name`` is with or without them.
+    """The one of the ``known`` names, all without wrappers, that ``name``, with or without wrappers, stands for.
 
-    Files of earlier versions have the wrappers' names in them. Where no known name fits, ``name`` without the parts
-    that only a wrapper has; ``module`` stays, which may be a model's own.
+    Files of earlier versions contain the names of wrappers. If no known name fits, the result is ``name`` without the
+    parts that only wrappers have; ``module`` stays, since it may be a model's own.
     """
     parts = [part for part in name.split(".") if part not in _MARKS]
     certain = ".".join(parts)
