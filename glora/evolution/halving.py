@@ -12,7 +12,7 @@ from ..samples import pair_at
 
 
 def rung_ends(shares: Sequence[float], samples: int) -> list[int]:
-    """Where each rung ends: the first ``ends[i]`` samples are what a candidate has been scored on after rung ``i``.
+    """Where each rung ends: after rung ``i`` a candidate has been scored on the first ``ends[i]`` samples.
 
     Raises:
         ValueError: a rung without a sample of its own.
@@ -24,7 +24,7 @@ def rung_ends(shares: Sequence[float], samples: int) -> list[int]:
 
 
 def balanced_order(classes: Sequence[int], seed: int) -> list[int]:
-    """All indices in an order of which every beginning has the classes in proportion (equal classes: to a sample).
+    """All indices in an order whose every prefix has the classes in proportion (equal classes: to within a sample).
 
     Sample ``j`` of the ``n`` of its class (in a random order) comes at the place ``(j + 0.5) / n``; those of the same
     place are in a random order.
@@ -39,7 +39,7 @@ def balanced_order(classes: Sequence[int], seed: int) -> list[int]:
 
 
 def classes_of(dataset: Any) -> list[int]:
-    """The class of every sample, from the data set's tensors or ``targets`` where it has them; else each is read."""
+    """The class of every sample, from the data set's tensors or ``targets`` if it has them; else each is read."""
     if isinstance(dataset, Subset):
         classes = classes_of(dataset.dataset)
         return [classes[index] for index in dataset.indices]

@@ -27,17 +27,17 @@ class Part(NamedTuple):
 
 
 class Scored(NamedTuple):
-    """The sum of the scores of a part's samples, and what it took one process."""
+    """The sum of the scores of a part's samples, and the seconds it took one process."""
 
     total: float
     seconds: float
 
 
 class Scores:
-    """Scores of parts: from the journal where it has them, else evaluated, and into the journal.
+    """Scores of parts: from the journal if it has them, else evaluated and written to the journal.
 
-    Of several ranks each evaluates other parts at the same time; all know all scores, and rank 0
-    alone reads and writes the journal.
+    Several ranks evaluate different parts at the same time. All know all scores; only rank 0 reads
+    and writes the journal.
 
     Attributes:
         known: every score of the search, whoever formed it.
@@ -50,16 +50,16 @@ class Scores:
 
     @property
     def seconds(self) -> float:
-        """Of all evaluations, of all ranks, also those that the journal knew."""
+        """The seconds of all evaluations on all ranks, those in the journal included."""
         return math.fsum(scored.seconds for scored in self.known.values())
 
     @property
     def samples(self) -> int:
-        """How many samples were evaluated, also before."""
+        """How many samples were evaluated, by earlier calls too."""
         return sum(part.stop - part.start for part in self.known)
 
     def of(self, parts: Mapping[Part, Callable[[], float]], on_scores: Callable[[int], object]) -> dict[Part, float]:
-        """The total of each part. Those that are not known are evaluated in their order, a run of them by each rank.
+        """The total of each part. Unknown ones are evaluated in their order, a consecutive run of them by each rank.
 
         Args:
             on_scores: told how many more are known, as soon as they are.
@@ -93,7 +93,7 @@ def _evaluated(calls: Mapping[Part, Callable[[], float]]) -> dict[Part, Scored]:
 
 
 class Journal:
-    """One line of JSON a score, ``[candidate, start, stop, total, seconds]``, after one that says which search it is.
+    """One line of JSON per score, ``[candidate, start, stop, total, seconds]``, after a line that names the search.
 
     A process killed while it writes leaves at most one incomplete line, which is cut off on resume.
 
@@ -107,7 +107,7 @@ class Journal:
         self.header = json.loads(json.dumps({"format": JOURNAL_FORMAT, **description}))  # as it will be read
 
     def read(self) -> dict[Part, Scored]:
-        """Scores so far; starts the file if there is none, or no more than a part of its first line.
+        """Scores so far; starts the file if there is none, or only a part of its first line.
 
         Raises:
             ValueError: the folder does not exist, the file is a folder or another search's, with what differs.

@@ -62,7 +62,7 @@ def search(
     Every candidate is merged into plain layers for its evaluation. ``model`` is left as it is; call
     ``set_paths(model, result.best.paths)`` to take the result.
 
-    Of several processes (see :func:`glora.train`) every one calls it with the same arguments. Each evaluates its
+    With several processes (see :func:`glora.train`), each calls it with the same arguments. Each evaluates its
     part of the candidates; the result is the same on all of them, for any number of them.
 
     Args:
@@ -79,10 +79,9 @@ def search(
             are decoded on the way: what fits into memory (``TensorDataset``) needs none.
 
     Raises:
-        ValueError: a limit that no path meets, a space that does not fit the model, an unknown
-            metric, or a journal of another search (of other weights, images or metric; of a data set that is no
-            ``TensorDataset``, 64 samples are compared); processes that have
-            no group or differ in their arguments or weights, or a wrapped model.
+        ValueError: a limit that no path meets, a space that does not fit the model, an unknown metric, or a journal of
+            another search (of other weights, images or metric; unless the data set is a ``TensorDataset``, 64 samples
+            are compared); processes that have no group or differ in their arguments or weights, or a wrapped model.
         TypeError: an argument of another type, such as a ``DataLoader``, or samples that are dictionaries; a model that
             returns anything but a tensor.
         RuntimeError: another process failed.
@@ -153,7 +152,7 @@ def _checked_layers(model: nn.Module, space: SearchSpace, limit: int | None) -> 
 
 
 def _scored_by(model: nn.Module, validation: Dataset, metric: str, batch_size: int) -> dict[str, Any]:
-    """What scores depend on, to the last bit, beside the paths."""
+    """What scores depend on, to the last bit, apart from the paths."""
     return {
         "metric": metric,
         "batch_size": batch_size,
@@ -164,7 +163,7 @@ def _scored_by(model: nn.Module, validation: Dataset, metric: str, batch_size: i
 
 
 def _samples_of(validation: Any) -> list[Tensor]:
-    """All of a ``TensorDataset``; up to 64 samples of another data set, which may decode images."""
+    """All tensors of a ``TensorDataset``; up to 64 samples of another data set, which may decode images."""
     if isinstance(validation, TensorDataset):
         return list(validation.tensors)
     size = len(validation)
@@ -193,11 +192,11 @@ def evolve(
     The candidates of a generation are evaluated in the order of their paths, layer by layer, so that neighbours have
     first layers in common; ``history`` has them as they were drawn.
 
-    Every one of several processes calls it, as it does :func:`search`; ``evaluate`` has to score equally on each.
+    With several processes, each calls it, as with :func:`search`; ``evaluate`` has to give the same scores on each.
 
     Args:
-        samples: where the score is a mean over samples, how many; it takes halving. ``evaluate(paths, start, stop)``
-            then is the sum of the scores of samples ``start`` to ``stop``.
+        samples: how many samples the score is a mean over; halving needs it. ``evaluate(paths, start, stop)`` then is
+            the sum of the scores of samples ``start`` to ``stop``.
 
     Raises:
         ValueError: a limit that no path meets; halving without enough ``samples``; a journal of another search.

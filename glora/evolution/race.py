@@ -14,7 +14,7 @@ from .selection import Candidate, in_order
 
 
 class Race:
-    """Scores the candidates of a generation: on the samples of the first rung, the better half on those of the next."""
+    """Scores the candidates of a generation: all on the samples of the first rung, the better half on the next's."""
 
     def __init__(
         self, sampler: PathSampler, evaluate: Callable[..., float], scores: Scores, ends: Sequence[int], objective: str
@@ -23,14 +23,14 @@ class Race:
         self.ends, self.objective = ends, objective
 
     def evaluations(self, candidates: int) -> int:
-        """How many parts are evaluated of so many candidates."""
+        """How many parts are evaluated for so many candidates."""
         total = 0
         for _ in self.ends:
             total, candidates = total + candidates, _better_half(candidates)
         return total
 
     def run(self, drawn: Sequence[Key], generation: int, on_scores: Callable[[int], object]) -> list[Candidate]:
-        """All of them in the order of ``drawn``, each with the score of the last rung that it reached."""
+        """All candidates in the order of ``drawn``, each with the score of the last rung that it reached."""
         reached: dict[Key, Candidate] = {}
         going, totals = list(drawn), dict.fromkeys(drawn, 0.0)
         for start, end in zip([0, *self.ends], self.ends):

@@ -23,7 +23,7 @@ T = TypeVar("T", bound=Scored)
 
 
 class Candidate(NamedTuple):
-    """A scored path of the whole model; ``share``: the part of the validation split that the score is of."""
+    """A scored path of the whole model; ``share``: the part of the validation split that it was scored on."""
 
     paths: Paths
     score: float
@@ -39,7 +39,7 @@ def best_first(candidate: Candidate) -> tuple[float, int]:
 
 
 def in_order(candidates: Sequence[Candidate], objective: str) -> list[Candidate]:
-    """The best first: by :func:`rank`, or for ``"front"`` as NSGA-II has it, by front and then by crowding."""
+    """The candidates, best first: by :func:`best_first`, or for ``"front"`` as in NSGA-II, by front, then crowding."""
     if objective == "score":
         return sorted(candidates, key=best_first)
     rest = [c for c in candidates if not math.isnan(c.score)]
@@ -51,9 +51,9 @@ def in_order(candidates: Sequence[Candidate], objective: str) -> list[Candidate]
 
 
 def front(candidates: Sequence[T]) -> list[T]:
-    """Those that no other beats in score without more parameters, or in parameters without a lower score.
+    """The candidates that no other beats in score without more parameters, or in parameters without a lower score.
 
-    The smallest first; of equals the earliest, of those without a number for a score none.
+    The smallest comes first; of equals only the earliest is there, and none with a NaN score.
     """
     return _split([c for c in candidates if not math.isnan(c.score)])[0]
 
@@ -79,6 +79,6 @@ def _sparse_first(chosen: Sequence[Candidate]) -> list[Candidate]:
 
 
 def _gap(values: Sequence[float], i: int) -> float:
-    """Between the neighbours of value ``i``, as a part of the whole. Values are sorted, and no two are equal."""
+    """The gap between the neighbours of value ``i``, as a part of the whole range. Values are sorted and distinct."""
     whole = values[-1] - values[0]
     return (values[i + 1] - values[i - 1]) / whole if math.isfinite(whole) else 0.0

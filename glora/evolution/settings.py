@@ -14,16 +14,16 @@ class SearchSettings:
 
     Args:
         population: candidates of the first generation, all random.
-        top: the best so far, from which offspring come.
-        crossover: offspring a generation that take each layer's path from one of two parents.
-        mutation: offspring a generation that redraw some layers' paths of one parent.
+        top: how many of the best so far are parents of offspring.
+        crossover: offspring per generation that take each layer's path from one of two parents.
+        mutation: offspring per generation that redraw some layers' paths of one parent.
         mutation_probability: the chance of each layer to be redrawn.
         generations: generations of offspring after the first.
         seed: of every draw.
         objective: what makes a parent: ``"score"``, or ``"front"`` for score and few parameters at once (NSGA-II:
             non-dominated sorting, then crowding distance).
         halving: growing shares of the validation split, the last 1, such as ``(0.25, 0.5, 1)``. A generation is
-            scored on each in turn, and the better half goes on to the next. Empty: everything on all of it.
+            scored on each in turn, and the better half goes on to the next. Empty: all are scored on all of it.
 
     Raises:
         ValueError: a value out of range.

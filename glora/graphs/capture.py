@@ -11,7 +11,7 @@ WARM_UP = 3  # runs before a capture, in which libraries allocate what they keep
 
 
 class CudaGraphs:
-    """What is asked of ``torch.cuda``, in one place: tests put an emulation there."""
+    """All calls of ``torch.cuda`` in one place, so that tests can put an emulation there."""
 
     def __init__(self, device: torch.device):
         self._device = device
@@ -27,7 +27,7 @@ class CudaGraphs:
             torch.cuda.current_stream().wait_stream(stream)
 
     def capture(self, function: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-        """What replays ``function``, and its output, which a replay writes anew. Nothing is computed yet."""
+        """A function that replays ``function``, and its output, which each replay overwrites. Computes nothing yet."""
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.device(self._device), torch.cuda.graph(graph):
             output = function()
@@ -41,7 +41,7 @@ class CudaGraphs:
 
 
 def graphs_for(device: torch.device) -> CudaGraphs | None:
-    """None where there are no CUDA graphs."""
+    """The graphs of ``device``; None if it has no CUDA graphs."""
     return CudaGraphs(device) if device.type == "cuda" else None
 
 
@@ -49,8 +49,8 @@ class Captured:
     """``function`` of as many tensors as ``inputs``, as a graph.
 
     Args:
-        function: runs on the device alone, and the same operations at every call.
-        inputs: examples, whose shapes and dtypes are fixed by this.
+        function: runs on the device alone, with the same operations at every call.
+        inputs: examples: every call has tensors of their shapes and dtypes.
     """
 
     def __init__(self, function: Callable[..., Tensor], inputs: tuple[Tensor, ...], graphs: CudaGraphs):

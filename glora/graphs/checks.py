@@ -40,7 +40,7 @@ def check_optimizer(model: nn.Module, optimizer: Optimizer, whole: bool) -> None
 
 
 def check_amp(amp: str | None) -> torch.dtype | None:
-    """The dtype of autocast. Raises ValueError for float16, whose scaled loss is looked at on the host."""
+    """The dtype of autocast. Raises ValueError for float16, whose loss scaling reads values on the host."""
     if amp not in (None, "bfloat16"):
         raise ValueError(f"amp: expected 'bfloat16' or None, got {amp!r}")
     return None if amp is None else torch.bfloat16

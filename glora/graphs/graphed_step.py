@@ -33,12 +33,12 @@ class GraphedStep:
 
     Kinds and ranks of all layers are one small tensor on the device. The mode ``"whole"`` puts forward, loss, backward,
     clipping and the optimiser into one CUDA graph, in which every hadamard layer takes 3 dense products, since the
-    graph of a low-rank A is there for every path. ``"piecewise"`` has two pieces for each such layer, of 2 and of 3
-    products, and strings them together by the path; what is between the layers runs as ever.
+    graph computes a low-rank A for every path. ``"piecewise"`` captures two pieces for each such layer, of 2 and of 3
+    products, and runs the one that the path needs; operations between the layers run without graphs.
 
-    A step is that of the ordinary loop: the gradients are those of the ordinary layer, and a support tensor that the
-    paths do not read keeps its value, its moments and its step count, without weight decay. The layers' own paths are
-    neither read nor changed. Where there are no CUDA graphs (on a CPU) the same operations run one by one.
+    A step does what the ordinary loop does: the gradients are those of the ordinary layer, and a support tensor that
+    the paths do not read keeps its value, moments and step count and gets no weight decay. The layers' own paths are
+    neither read nor changed. Without CUDA graphs (on a CPU) the same operations run one by one.
 
     Args:
         model: in the mode (training or not) that it is to be captured in, on one device, in one process.
@@ -51,7 +51,7 @@ class GraphedStep:
         amp: ``"bfloat16"``: autocast of forward and loss; None computes in the parameters' own types.
         generator: what paths are drawn with; None makes one of seed 0.
         compiler: applied to the function ``(x, target) -> loss``, as ``torch.compile`` is; one compiled graph serves
-            every path. In the mode ``"whole"`` alone.
+            every path. Only in the mode ``"whole"``.
 
     Attributes:
         paths: those of the last step.
@@ -96,11 +96,11 @@ class GraphedStep:
         )
         self._step = _MODES[mode](self._body, graphs_for(self._body.device))
         self._batch: tuple[_Form, _Form] | None = None
-        self._state = optimizer.state  # loading another puts another one in its place
+        self._state = optimizer.state  # loading a state dict replaces this object
         self.paths: Paths | None = None
 
     def __call__(self, x: Tensor, target: Tensor, paths: Mapping[str, PathConfig] | PathConfig | None = None) -> Tensor:
-        """Take a step; the loss, detached, ``()``. The first call captures.
+        """Take a step and return the loss, detached, ``()``. The first call captures.
 
         Args:
             x, target: on the model's device, of the shapes and dtypes of the first call.

@@ -10,11 +10,11 @@ from torch.optim import Optimizer
 
 
 class Hyperparameters:
-    """Keeps the learning rates in tensors that a graph reads; a number in ``param_groups`` changes them at every call.
+    """Keeps the learning rates in tensors that a graph reads; at every call, numbers in ``param_groups`` set them.
 
-    Any scheduler can therefore go on: those that write into a tensor, and those that put a number in its place. An
-    optimiser that reads a learning rate on the host (neither ``capturable`` nor ``fused``) keeps its numbers, which
-    cannot change then, as no other hyperparameter can.
+    So any scheduler works: one that writes into a tensor, and one that puts a number in its place. An optimiser that
+    reads a learning rate on the host (neither ``capturable`` nor ``fused``) keeps its numbers; these may not change
+    then. No other hyperparameter may change either.
     """
 
     def __init__(self, optimizer: Optimizer, device: torch.device):

@@ -39,7 +39,7 @@ class PathData:
         return self.masks.device
 
     def checked(self, paths: Mapping[str, PathConfig] | PathConfig) -> Paths:
-        """By name. Raises ValueError or TypeError for paths of another model, or a rank above a layer's storage."""
+        """The paths by name. Raises ValueError or TypeError for another model's paths, or a rank above a storage's."""
         paths = paths_of(self.layers, paths)
         for name, layer in self.layers.items():
             if paths[name].rank > layer.rank:
@@ -89,7 +89,7 @@ class PathAsData(nn.Module):
 class RowScaledPathAsData(PathAsData):
     """As :class:`PathAsData` for linear layers of the hadamard product, and paths where A is no low rank.
 
-    It takes 2 dense products a step in place of 3.
+    It takes 2 dense products per step in place of 3.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -99,7 +99,7 @@ class RowScaledPathAsData(PathAsData):
 
 @contextmanager
 def computed_by(computations: Mapping[GLoRALayer, nn.Module]) -> Iterator[None]:
-    """Have layers compute by other modules for a ``with`` block; their hooks run as ever."""
+    """Let other modules compute for layers in a ``with`` block; the hooks of the layers run as usual."""
     for layer, computation in computations.items():
         layer.forward = computation.forward  # type: ignore[method-assign]
     try:

@@ -1,4 +1,4 @@
-"""A training step strung together of pieces, two a layer: one for paths of 2 dense products and one for those of 3."""
+"""A training step made of pieces, two per layer: one for paths of 2 dense products and one for those of 3."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from .step_body import StepBody
 
 
 class PiecewiseStep:
-    """A step in which every layer runs the cheaper of its pieces that serves its path; the rest runs as ever.
+    """A step in which every layer runs the cheapest of its pieces that serves its path; the rest runs without graphs.
 
     A piece is a graph of the layer's forward and one of its backward, or the same operations without graphs. The
-    optimiser, outside of graphs, skips what is not read.
+    optimiser runs without graphs and skips what is not read.
 
     Args:
         graphs: None runs the operations one by one.
@@ -42,7 +42,7 @@ class PiecewiseStep:
         self._body.optimizer.zero_grad(set_to_none=True)
         with computed_by({layer: self._piece(name, paths[name]) for name, layer in self._layers.items()}):
             loss = self._body.forward(x, target)
-            loss.backward()  # which runs layers again where activations are checkpointed
+            loss.backward()  # this runs layers again if activations are checkpointed
         drop_unread_gradients(self._body.model, paths)
         self._body.clip()
         self._body.optimizer.step()
@@ -67,7 +67,7 @@ class PiecewiseStep:
         """A tensor like the input of each layer, in the order in which they run.
 
         Raises:
-            ValueError: a layer that runs more than once, whose graphs would overwrite their own tensors, or never.
+            ValueError: a layer that never runs, or more than once: its graphs would overwrite their own tensors.
         """
         found: dict[str, Tensor] = {}
         counts = dict.fromkeys(self._layers, 0)
@@ -81,13 +81,13 @@ class PiecewiseStep:
 
 
 def _has_both(layer: GLoRALayer) -> bool:
-    """Whether a low-rank A costs this layer a product more than others."""
+    """Whether a low-rank A costs this layer one product more than other kinds."""
     return layer.product == "hadamard" and not isinstance(layer, GLoRAConv2d)
 
 
 @contextmanager
 def _noted(data: PathData, found: dict[str, Tensor], counts: dict[str, int]) -> Iterator[None]:
-    """Write down copies of what layers are given, and how often they run, for a ``with`` block."""
+    """Record copies of the inputs of layers, and how often they run, in a ``with`` block."""
 
     def hook(name: str):
         def note(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:

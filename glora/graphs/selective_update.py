@@ -1,8 +1,8 @@
 """An optimiser step on the device that leaves alone what the paths do not read.
 
 In an ordinary loop the gradient of a support tensor that is not read is None, and the optimiser skips it: value,
-moments, step count and weight decay. A graph cannot skip. So an ordinary step is taken with zeros as those gradients,
-and old and new values of the tensors and of all their state are then selected between, by flags on the device.
+moments, step count and weight decay. A graph cannot skip. So an ordinary step is taken with zeros as those gradients.
+Then flags on the device select the old or the new value of each tensor and of all its state.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from glora_kernels.torch_private import copy_each
 
 from .step_body import unchanged
 
-# Their state is zero before a parameter's first step; what others start from is known to them alone.
+# Optimisers whose state is zero before a parameter's first step; only the others themselves know how they start.
 _START_AT_ZERO = tuple(
     getattr(torch.optim, name) for name in ("SGD", "Adam", "AdamW", "Adamax", "Adadelta", "RMSprop", "RAdam")
 )
@@ -27,11 +27,11 @@ _START_AT_ZERO = tuple(
 class SelectiveUpdate:
     """``optimizer.step()`` that touches a parameter only where its flag is set.
 
-    Its memory is three times that of the selected parameters with their state.
+    It takes three times the memory of the selected parameters with their state.
 
     Args:
         optimizer: with the state of every selected parameter in place (:func:`create_state`).
-        places: the flag of each selected parameter, as its place among the flags. Other parameters are always updated.
+        places: the index of each selected parameter's flag. Other parameters are always updated.
 
     Raises:
         ValueError: state that is no tensor, or on another device than its parameter: no graph would change it.
@@ -50,7 +50,7 @@ class SelectiveUpdate:
 
     @torch.no_grad()
     def step(self, flags: Tensor) -> None:
-        """Args: flags: booleans, on the device of the parameters."""
+        """Take a step; ``flags`` are booleans on the device of the parameters."""
         before = {dtype: _flat(tensors) for dtype, tensors in self._groups.items()}
         self.optimizer.step()
         for dtype, tensors in self._groups.items():
@@ -61,7 +61,7 @@ class SelectiveUpdate:
 
 
 def _owners(places: list[int], tensors: Sequence[Tensor]) -> Tensor:
-    """The place of the flag of every element."""
+    """The index of the flag of every element."""
     counts = torch.tensor([tensor.numel() for tensor in tensors])
     owners = torch.repeat_interleave(torch.tensor(places, dtype=torch.int32), counts)
     return owners.to(tensors[0].device)
@@ -114,13 +114,13 @@ def create_state(optimizer: Optimizer, parameters: Iterable[nn.Parameter]) -> No
 
 
 def starts_at_zero(optimizer: Optimizer) -> bool:
-    """Whether a first step from a state of zeros is that from no state."""
+    """Whether a first step from a state of zeros equals one from no state."""
     return type(optimizer) in _START_AT_ZERO and not any(group.get("dampening") for group in optimizer.param_groups)
 
 
 @contextmanager
 def _gradients_of(optimizer: Optimizer, chosen: Iterable[nn.Parameter]) -> Iterator[None]:
-    """Zero as the gradient of the chosen parameters and None for all others, for a ``with`` block."""
+    """For a ``with`` block, make the gradients of the ``chosen`` parameters zero and all others None."""
     every = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     before = [parameter.grad for parameter in every]
     optimizer.zero_grad(set_to_none=True)

@@ -50,12 +50,12 @@ class StepBody:
             nn.utils.clip_grad_norm_(self.parameters, self.clip_norm)
 
     def autocast(self) -> torch.autocast:
-        """Without a cache of casts, which would keep tensors of one replay for the next."""
+        """Autocast without a cache of casts, which would keep tensors of one replay for the next."""
         return torch.autocast(self.device.type, self.precision, self.precision is not None, cache_enabled=False)
 
     @contextmanager
     def rehearsing(self, changing: Iterable[Tensor] = ()) -> Iterator[None]:
-        """Give buffers, random numbers and the tensors in ``changing`` their state back at the end of the block."""
+        """Restore buffers, random generators and the tensors in ``changing`` at the end of the ``with`` block."""
         devices = [self.device] if self.device.type == "cuda" else []
         with unchanged([*changing, *self.model.buffers()]), torch.random.fork_rng(devices):
             yield
@@ -63,7 +63,7 @@ class StepBody:
 
 @contextmanager
 def unchanged(tensors: Iterable[Tensor]) -> Iterator[None]:
-    """Give tensors their values back at the end of a ``with`` block."""
+    """Restore the values of ``tensors`` at the end of a ``with`` block."""
     tensors = list(tensors)
     before = [tensor.clone() for tensor in tensors]
     try:

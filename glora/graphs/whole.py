@@ -47,13 +47,13 @@ class WholeStep:
         self._body.optimizer.zero_grad(set_to_none=True)
         with computed_by(self._computations):
             loss = self._body.forward(x, target)
-            loss.backward()  # which runs layers again where activations are checkpointed
+            loss.backward()  # this runs layers again if activations are checkpointed
         self._body.clip()
         self._update.step(self._body.data.read().flatten())
         return loss.detach()
 
     def _capture(self, x: Tensor, target: Tensor, graphs: CudaGraphs) -> Captured:
-        """Warming up trains: what it has changed is put back."""
+        """Capture the step. Warming up trains, so what it has changed is restored."""
         parameters = self._body.parameters
         states = [tensor for p in parameters for tensor in state_tensors(self._body.optimizer, p)]
         with self._body.rehearsing([*(p.detach() for p in parameters), *states]):
@@ -61,7 +61,7 @@ class WholeStep:
 
 
 def _places(data: PathData) -> dict[nn.Parameter, int]:
-    """The flag of every support tensor that is trained, as its place among ``data.read().flatten()``."""
+    """The index in ``data.read().flatten()`` of the flag of every support tensor that is trained."""
     without, places = _never_read(data), {}
     for index, layer in enumerate(data.layers.values()):
         for column, name in enumerate(SUPPORT_NAMES):
@@ -72,5 +72,5 @@ def _places(data: PathData) -> dict[nn.Parameter, int]:
 
 
 def _never_read(data: PathData) -> set[nn.Parameter]:
-    """D of layers without a bias has nothing to scale."""
+    """D of layers without a bias: it has nothing to scale."""
     return {layer.D for layer in data.layers.values() if layer.bias is None}

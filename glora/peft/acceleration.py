@@ -12,8 +12,8 @@ from ..layers.plain import qualified_name
 class Acceleration:
     """An accelerated model, and the way back; made by :func:`accelerate`.
 
-    As a context manager it gives the layers that :func:`accelerate` changed their former forward back at
-    the end of the ``with`` block.
+    As a context manager it restores, at the end of the ``with`` block, the former forward of the layers that
+    :func:`accelerate` changed.
     """
 
     def __init__(self, model: nn.Module, changed: list[nn.Module]):
@@ -30,7 +30,7 @@ class Acceleration:
         return {name: reason for name, reason in _reasons(self._model).items() if reason is not None}
 
     def undo(self) -> None:
-        """PEFT's own forward in every layer of the model; once more changes nothing."""
+        """Restore PEFT's own forward in every layer of the model; calling it again changes nothing."""
         _restore(list(self._model.modules()))
 
     def __enter__(self) -> Acceleration:
@@ -49,10 +49,10 @@ def accelerate(peft_model: nn.Module) -> Acceleration:
     GLoRA ``y = (W0 + W0*A + B) x + W0 c + b0*D + E + b0`` and HiRA ``y = (W0 + W0 * BA) x + b0`` within
     the contract of ``docs/numerics.md``: with fewer dense products than PEFT, and no dense matrix kept for
     backward. Only the class of a layer changes, to a subclass of its own, so that saving, loading, merging,
-    switching and disabling adapters, copying and pickling work as before (an accelerated model that was
-    pickled needs glora to be read); activation checkpointing and ``torch.compile`` do, too.
+    switching and disabling adapters, copying and pickling work as before, and so do activation checkpointing
+    and ``torch.compile``. (Unpickling an accelerated model needs glora.)
 
-    A layer falls back to PEFT's forward for as long as that has more to do: no adapter or several are
+    A layer falls back to PEFT's forward for as long as that does more: no adapter or several are
     active, adapters are merged or disabled, a batch mixes them (``adapter_names``), HiRA's dropout is active,
     the base is not a frozen, plain ``nn.Linear``. Layers that PEFT adds later are left to PEFT: call it again.
 

@@ -27,13 +27,13 @@ FILES = (TENSORS, CONFIG)
 def export_peft(model: nn.Module, folder: str | os.PathLike) -> None:
     """Write the adapter for ``peft.PeftModel.from_pretrained(base, folder)``, which then computes the same.
 
-    Base weights are not written. Every other trained module (the classifier head) is, whole, as one of PEFT's
-    ``modules_to_save``, and so are norm layers with statistics, which training changes. Tensors of a kind *none* are
-    written as zeros of their full size, as PEFT does: it warns where they are missing.
+    Base weights are not written. Every other trained module (the classifier head) is written whole, as one of PEFT's
+    ``modules_to_save``. So are norm layers with statistics, which training changes. Tensors of the kind *none* are
+    written as zeros of their full size, as PEFT does: it warns if they are missing.
 
     Args:
         model: with GLoRA layers, all of one path that PEFT has too.
-        folder: a new one, or one to replace that holds nothing else than a former export; written atomically.
+        folder: a new one, or one to replace that holds nothing but a former export; written atomically.
 
     Raises:
         ValueError: no GLoRA layer, or one that is not linear; what PEFT cannot express, with the layers and reasons
@@ -90,7 +90,7 @@ def _exported(layer: GLoRALinear, form: Form) -> dict[str, Tensor]:
 
 
 def _common_form(layers: Mapping[str, GLoRALinear]) -> Form:
-    """The one form of all layers. Raises ValueError, listing the layers that stand against it."""
+    """The one form of all layers. Raises ValueError, listing the layers that do not fit one."""
     faults = {name: fault for name, layer in layers.items() if (fault := _fault(layer)) is not None}
     sound = {name: layer for name, layer in layers.items() if name not in faults}
     kinds: dict[str, str] = {}
@@ -117,7 +117,7 @@ def _effective(layer: GLoRALinear) -> PathConfig:
 
 
 def _fault(layer: GLoRALinear) -> str | None:
-    """Why PEFT has no such layer, if it has none."""
+    """Why PEFT has no such layer; None if it has one."""
     path = _effective(layer)
     if not layer.merges_exactly:
         return "a quantised base"
@@ -133,7 +133,7 @@ def _fault(layer: GLoRALinear) -> str | None:
 
 
 def _modules_to_save(model: nn.Module, layers: Mapping[str, GLoRALinear]) -> list[str]:
-    """The modules of all that is trained beside the adapters, none within another."""
+    """The modules that hold all that is trained beside the adapters, none within another."""
     support, trained = support_ids(layers), trained_beside(model, layers)
     named = list(named_parameters(model, remove_duplicate=False))
     count = Counter(id(p) for _, p in named)
@@ -153,9 +153,9 @@ def _modules_to_save(model: nn.Module, layers: Mapping[str, GLoRALinear]) -> lis
 
 
 def _norms_to_save(model: nn.Module, saved: Iterable[str]) -> set[str]:
-    """The norm layers with statistics that PEFT can save whole too: each is in one place, and its name ends no other's.
+    """The norm layers with statistics that PEFT can save whole: in one place, and no other name ends in theirs.
 
-    The others are warned of.
+    Warns of the others.
     """
     places = Counter(module for _, module in named_modules(model, remove_duplicate=False))
     modules, theirs = modules_by_name(model), _names_of_theirs(model)
@@ -170,7 +170,7 @@ def _norms_to_save(model: nn.Module, saved: Iterable[str]) -> set[str]:
 
 
 def _names_of_theirs(model: nn.Module) -> list[str]:
-    """Those of every module, in PEFT's model."""
+    """The names of all modules in PEFT's model."""
     return ["base_model", "base_model.model", *(PREFIX + name for name, _ in named_modules(model) if name)]
 
 
@@ -179,7 +179,7 @@ def _within(name: str, module: str) -> bool:
 
 
 def _target_modules(model: nn.Module, layers: Iterable[str]) -> list[str] | str:
-    """A list, which PEFT compares with the ends of names; a regular expression where that takes in others."""
+    """A list, which PEFT compares with the ends of names; a regular expression if the list would match others."""
     names = sorted(layers)
     ends = tuple("." + name for name in names)
     others = [name for name, _ in named_modules(model) if name.endswith(ends) and name not in names]

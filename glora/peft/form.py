@@ -1,7 +1,7 @@
 """The one form that PEFT's GLoRA has for a whole adapter, and what it keeps of a layer.
 
-A kind for A and B, one for C, one for D and E, and one rank. A folder holds ``adapter_config.json`` and
-``adapter_model.safetensors``, whose tensors are what is read and no more, named
+It has a kind for A and B, one for C, one for D and E, and one rank. A folder holds ``adapter_config.json`` and
+``adapter_model.safetensors``, whose tensors hold only what is read, named
 ``base_model.model.<layer>.glora_<slot>.<name>``:
 
 ========  ==========================  ==========================  ============
@@ -39,12 +39,12 @@ class Form(NamedTuple):
     rank: int
 
     def path(self, bias: bool) -> PathConfig:
-        """Ours that does the same."""
+        """Our path that does the same."""
         a, c, d = (f"lora_{self.rank}" if kind == "lora" else kind for kind in self.kinds.values())
         return PathConfig(a, a, c, d, d) if bias else PathConfig(a, a)
 
     def shapes(self, linear: nn.Linear | GLoRALayer) -> dict[str, tuple[int, ...]]:
-        """Of everything that PEFT keeps for a layer, by ``glora_<slot>.<name>``."""
+        """The shapes of everything that PEFT keeps for a layer, by ``glora_<slot>.<name>``."""
         sizes = linear.out_features, linear.in_features
         return {
             f"glora_{slot}.{name}": shape

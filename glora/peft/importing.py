@@ -33,7 +33,7 @@ def import_peft(model: nn.Module, folder: str | os.PathLike) -> nn.Module:
     Args:
         model: the base model, as it was given to PEFT; or that model with GLoRA in exactly the adapter's layers,
             at a rank not below the adapter's.
-        folder: that of one adapter.
+        folder: the folder of one adapter.
 
     Returns:
         ``model`` itself, its paths set to the adapter's.

@@ -28,7 +28,7 @@ TERMS = {
 
 
 class AcceleratedLayer:
-    """What both kinds have in common: every call asks anew whether the operator may serve it."""
+    """What both kinds have in common: every call asks again whether the operator may serve it."""
 
     original: ClassVar[type[nn.Module]]
 
@@ -58,7 +58,7 @@ class AcceleratedLayer:
 
     @property
     def adapters(self) -> Container[str]:
-        """The names of those that this layer has."""
+        """The names of the adapters that this layer has."""
         raise NotImplementedError
 
     def terms_of(self, adapter: str) -> Terms | str:

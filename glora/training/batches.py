@@ -1,7 +1,7 @@
 """The batch of every step: which samples, and the random numbers that each is made with.
 
-Both are functions of the seed and the step alone, so that a run goes on after a cut, with any number of loading
-processes and of ranks, as if it had not been cut.
+Both are functions of the seed and the step alone. So a run that was cut continues as if it had not been, with any
+number of loading processes and of ranks.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from .recipe import Recipe
 
 
 class StepSampler(Sampler[list[int]]):
-    """The indices of each step's batch: consecutive pieces of an endless row of shuffled epochs.
+    """The indices of each step's batch: consecutive pieces of an endless sequence of shuffled epochs.
 
     The batch of step t depends on ``(size, batch_size, seed, t)`` alone, so that a resumed run
-    continues without replaying the epochs before. Of each batch only ``part`` is yielded.
+    continues without replaying the epochs before. Only ``part`` of each batch is yielded.
     """
 
     def __init__(self, size: int, batch_size: int, seed: int, start: int, stop: int, part: slice = slice(None)):
@@ -68,7 +68,7 @@ class _Numbered(Sampler[list[tuple[int, int]]]):
 
 
 class _Repeatable(Dataset):
-    """``dataset``, whose samples are read with random numbers of their own: functions of the seed and their number."""
+    """``dataset``, each sample read with its own random numbers: functions of the seed and the sample's number."""
 
     def __init__(self, dataset: Dataset, seed: int):
         self.dataset, self.seed = dataset, seed
@@ -81,8 +81,7 @@ class _Repeatable(Dataset):
 
 @contextmanager
 def _drawing_from(seed: int) -> Iterator[None]:
-    """Python's, numpy's and torch's global generators (on the CPU) start from ``seed`` in the block, and go on after
-    it as if it had not been there."""
+    """Seed Python's, numpy's and torch's global generators (on the CPU) with ``seed``; restore them after the block."""
     before = random.getstate(), np.random.get_state(), torch.get_rng_state()
     random.seed(seed)
     np.random.seed(seed % 2**32)
@@ -101,7 +100,7 @@ def batches(
     """This rank's share of the batch of each step from ``start`` on.
 
     A ``TensorDataset`` is indexed a whole batch at once, in this process; what it draws at random comes from torch's
-    generator. Of other data sets each sample has generators of its own, and ``workers`` processes read them.
+    generator. In other data sets each sample has its own generators, and ``workers`` processes read the samples.
     """
     part = share(recipe.batch_size)[0]
     size: int = len(dataset)  # type: ignore[arg-type]
@@ -123,22 +122,21 @@ def batches(
 
 
 def _reseeded(steps: Iterator[tuple[Tensor, Tensor]], seed: int, start: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Draws of ranks differ, and a resumed run needs no state of theirs."""
+    """Reseed torch's generator for each step: ranks draw different numbers, and a resumed run needs no saved state."""
     for step in count(start):
         torch.manual_seed(mix(mix(seed, step), process_rank()))
         yield next(steps)
 
 
 def fingerprint(dataset: Dataset) -> int | None:
-    """Tells ``dataset`` from others of its length: of its first, middle and last sample, read with a fixed seed.
+    """Tells ``dataset`` from others of its length: a checksum of its first, middle and last sample, with a fixed seed.
 
-    None where nothing can be told: two readings of them differ, or hold something else than tensors, arrays, numbers
-    and texts.
+    None if two readings differ, or hold other things than tensors, arrays, numbers and texts.
     """
     size: int = len(dataset)  # type: ignore[arg-type]
     try:
         first, second = (_checksum_of_samples(dataset, sorted({0, size // 2, size - 1})) for _ in range(2))
-    except Exception:  # reading it for a step will tell
+    except Exception:  # reading the sample in a step will raise it
         return None
     return first if first == second else None
 

@@ -1,4 +1,4 @@
-"""What a training run tells: a progress bar's text, and a CSV file with a line a step."""
+"""What a training run reports: a progress bar's text, and a CSV file with a line per step."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ COLUMNS = ("step", "epoch", "lr", "loss", "accuracy")
 def save_log(state: TrainingState, file: str | os.PathLike) -> None:
     """Write every step so far, atomically: a run that was cut and resumed has one log without gaps.
 
-    ``step`` counts from 1, ``epoch`` is the number of passes over the data after it; accuracy is that of the batch, and
-    empty where targets are no classes.
+    ``step`` counts from 1; ``epoch`` is the number of passes over the data after the step. Accuracy is that of the
+    batch, and empty if targets are not classes.
     """
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")

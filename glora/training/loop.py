@@ -5,8 +5,8 @@ the batch of step t is a pure function of (seed, t), paths are drawn outside for
 generator, and dropout uses torch's global one. A run that was cut and resumed therefore has the
 same bits as one that was not (on one device type).
 
-Several processes (see :mod:`glora.distributed`) draw the same paths and the same batches; each takes its share of a
-batch, and torch's generator starts anew each step, from the seed, the step and the rank.
+Several processes (see :mod:`glora.distributed`) draw the same paths and the same batches. Each takes its share of a
+batch; torch's generator is seeded in each step, from the seed, the step and the rank.
 """
 
 from __future__ import annotations
@@ -48,9 +48,9 @@ class TrainSummary:
     """What a run did.
 
     Attributes:
-        steps, losses: of the whole run; an entry of ``losses`` a step.
+        steps, losses: of the whole run; ``losses`` has one entry per step.
         seconds, images_per_second: of this call.
-        total_seconds: of the whole run, without what was lost where it was cut.
+        total_seconds: of the whole run, without work that was lost when it was cut.
         resumed_from: the step that this call began at.
     """
 
@@ -82,8 +82,8 @@ def train(
     touch them: neither value, nor moments, nor weight decay. Afterwards the paths are as before, and
     the model is in training mode.
 
-    Of several processes (``torchrun`` and ``torch.distributed.init_process_group``) every one calls it with the
-    same arguments and gets the same parameters and losses, up to rounding those of one process: each takes its
+    With several processes (``torchrun`` and ``torch.distributed.init_process_group``), each calls it with the same
+    arguments and gets the same parameters and losses, equal to those of one process up to rounding: each takes its
     share of the batch of ``recipe.batch_size`` samples. All models start as rank 0's. Rank 0 alone reads and
     writes the checkpoint, which any number of processes can resume. The model may be within
     ``DistributedDataParallel`` with ``find_unused_parameters=True``, or within ``fully_shard``.
@@ -95,10 +95,10 @@ def train(
         recipe: how to train.
         space: draw paths from it; None trains the model as it is.
         loss_fn: ``(output, target) -> scalar``; for several processes, a mean over samples.
-        checkpoint: a file to resume from, if it exists, and to save to; written atomically. One of another run is
-            refused: of other settings, products, frozen weights or data (a first, a middle and a last sample are
-            compared, where reading them twice gives the same).
-        log: a CSV file (step, epoch, lr, loss, accuracy), written anew with every checkpoint and at the end.
+        checkpoint: a file to resume from, if it exists, and to save to; written atomically. That of another run is
+            refused: one with other settings, products, frozen weights or data (a first, a middle and a last sample
+            are compared, if reading them twice gives the same).
+        log: a CSV file (step, epoch, lr, loss, accuracy), rewritten with every checkpoint and at the end.
         workers: processes that read samples; 0 reads them in this one.
         progress: show a bar with loss, accuracy (for class targets) and images per second.
         on_step: called with the step and its loss after each step and its checkpoint, on every rank.
@@ -182,7 +182,7 @@ def _prepare(
     log: str | os.PathLike | None,
     workers: int,
 ) -> tuple[TrainingState, PathSampler | None]:
-    """What can be refused by looking at the arguments alone."""
+    """The state and the sampler of a run; raises what the arguments alone can tell."""
     parameters = trainable_parameters(model)
     if not parameters:
         raise ValueError("model: expected parameters that require grad, found none")
@@ -215,7 +215,7 @@ def _start_alike(state: TrainingState, saves: bool) -> None:
 
 
 def _save(state: TrainingState, checkpoint: str | os.PathLike | None, log: str | os.PathLike | None) -> None:
-    """After every ``checkpoint_every`` steps, and the last. The log goes first: a finished checkpoint has its log."""
+    """Save after every ``checkpoint_every`` steps and the last. The log goes first: every checkpoint has its log."""
     if state.step % state.recipe.checkpoint_every and state.step < state.recipe.steps:
         return
     if log is not None:
@@ -226,7 +226,7 @@ def _save(state: TrainingState, checkpoint: str | os.PathLike | None, log: str |
 
 @contextmanager
 def _all_layers_run(layers: Mapping[str, GLoRALayer]) -> Iterator[None]:
-    """Warn of adapted layers whose forward is not called in the block: nothing they hold has an effect."""
+    """Warn of adapted layers whose forward is not called in the block: they have no effect."""
     idle: dict[nn.Module, str] = {layer: name for name, layer in layers.items()}
 
     def ran(layer: nn.Module, *_: object) -> None:

@@ -14,16 +14,16 @@ class Recipe:
 
     Args:
         steps: optimiser steps.
-        batch_size: samples a step.
+        batch_size: samples per step.
         lr: peak learning rate.
         weight_decay: AdamW's, on every trained tensor.
-        warmup: the share of the steps that warms up.
+        warmup: the share of the steps that the warm-up takes.
         warmup_lr: the learning rate that the warm-up starts at; None for ``lr / (1 + steps of warm-up)``.
         min_lr: the learning rate that the cosine ends at.
         label_smoothing: of the cross-entropy.
         clip_norm: scale gradients down to this norm over all trained tensors; None leaves them.
-        amp: ``"bfloat16"`` or ``"float16"``: autocast of forward and loss, parameters as they are; float16, on a GPU
-            alone, with a scaled loss. None computes in the parameters' own types.
+        amp: ``"bfloat16"`` or ``"float16"``: autocast of forward and loss, parameters as they are. float16 works on
+            GPUs only and scales the loss. None computes in the parameters' own types.
         seed: of batches, paths, dropout and augmentation.
         checkpoint_every: steps between checkpoints.
 
@@ -76,8 +76,8 @@ class Recipe:
     ) -> Recipe:
         """A recipe of ``epochs`` passes over ``samples``, of which ``warmup_epochs`` warm up.
 
-        Batches go on across the ends of epochs, none is cut: ``epochs * samples / batch_size`` steps, rounded, at least
-        one.
+        Batches continue across the ends of epochs and none is cut short: ``epochs * samples / batch_size`` steps,
+        rounded, at least one.
 
         Args:
             others: the remaining arguments of :class:`Recipe`.

@@ -27,8 +27,8 @@ from .batches import mix
 from .recipe import Recipe
 
 CHECKPOINT_FORMAT = 3
-READABLE = (2, 3)  # of format 2 neither products nor data are compared
-# Of entries of an identity, in messages.
+READABLE = (2, 3)  # format 2: neither products nor data are compared
+# Names of the entries of an identity in messages.
 _NAMES = {"samples": "samples in the data set", "frozen": "checksum of the frozen weights", "data": "data set"}
 _ENTRIES = (
     *("identity", "step", "records", "seconds", "tensors", "optimizer", "scaler"),
@@ -37,7 +37,7 @@ _ENTRIES = (
 
 
 class StepRecord(NamedTuple):
-    """What a step was like; ``accuracy`` is NaN where targets are no classes."""
+    """The results of a step; ``accuracy`` is NaN if targets are not classes."""
 
     lr: float
     loss: float
@@ -48,7 +48,7 @@ class TrainingState:
     """A training run's state: everything a checkpoint holds.
 
     Attributes:
-        data: tells the data set from others (:func:`glora.training.batches.fingerprint`); None if nothing does.
+        data: what tells the data set from others (:func:`glora.training.batches.fingerprint`), or None.
     """
 
     def __init__(
@@ -92,17 +92,17 @@ class TrainingState:
 
     @property
     def seconds(self) -> float:
-        """Since the run began, without the time between a cut and its resume, and what was lost by the cut."""
+        """Seconds since the run began, without the time between a cut and its resume and without lost work."""
         return self._seconds + time.perf_counter() - self._started
 
     @cached_property
     def _frozen(self) -> int:
-        """Formed on the first use: a run without a checkpoint reads no frozen weight for it."""
+        """The checksum of the frozen weights. It is formed on first use: without a checkpoint, none is read."""
         trained = {id(parameter) for parameter in self.parameters}
         return checksum(whole(p) for p in self.inner.parameters() if id(p) not in trained)
 
     def task(self) -> dict[str, Any]:
-        """What is to be trained and how, beside the tensors."""
+        """What is trained and how, apart from the tensors."""
         recipe = {name: value for name, value in asdict(self.recipe).items() if name != "checkpoint_every"}
         common: dict[str, Any] = {"recipe": recipe, "samples": self.samples}
         if self.layers:
@@ -116,7 +116,7 @@ class TrainingState:
         return {**self.task(), "frozen": self._frozen, "data": self.data}
 
     def _require_same(self, identity: Mapping[str, Any], file: str | os.PathLike) -> None:
-        """Raise ValueError, saying in what they differ, unless a checkpoint is this run's."""
+        """Raise ValueError, saying what differs, unless a checkpoint is this run's."""
         own, found = self._identity(), dict(identity)
         for key in ("products", "paths"):
             if key in found:
@@ -186,12 +186,12 @@ class TrainingState:
         return True
 
     def _load_own(self, state: dict[str, Any], file: str | os.PathLike) -> None:
-        """All that is this run's alone. Raises ValueError if it cannot be taken."""
+        """Load what belongs to this run and not to the model. Raises ValueError if it is damaged."""
         try:
             self.optimizer.load_state_dict(_each_moment(state["optimizer"], self._part))
             self.scaler.load_state_dict(state["scaler"])
             self.generator.set_state(state["path_generator"])
-            torch.Generator().set_state(state["torch_generator"])  # to see whether it can be
+            torch.Generator().set_state(state["torch_generator"])  # to see whether it can be set
             self.records = [StepRecord(*record) for record in state["records"]]
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
             raise ValueError(f"{file}: expected a training checkpoint, it is damaged ({error!r})") from None

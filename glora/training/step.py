@@ -25,7 +25,7 @@ def take_step(state: TrainingState, batches: Iterator[tuple[Tensor, Tensor]], lo
 
     Raises:
         ValueError: a loss that is not finite, or that depends on nothing that is trained.
-        TypeError: a loss that is no scalar tensor; without a loss of one's own, an output that is no tensor.
+        TypeError: a loss that is not a scalar tensor; with the default loss, an output that is not a tensor.
     """
     state.scheduler.step_update(state.step)
     state.optimizer.zero_grad(set_to_none=True)
@@ -101,7 +101,7 @@ def _scalar(loss: object) -> Tensor:
 
 
 def _accuracy(output: object, target: Tensor) -> float:
-    """NaN where outputs are no logits or targets no classes."""
+    """The accuracy of a batch; NaN if outputs are not logits or targets are not classes."""
     if not isinstance(output, Tensor):
         return math.nan
     classes = not target.is_floating_point() and output.dim() == 2 and target.dim() == 1
