@@ -32,7 +32,7 @@ class CallPlan(NamedTuple):
         wanted: see :func:`wanted_slots`.
         reads_x, reads_sums: whether a gradient of a storage depends on x; whether only on ``sum_k x_mk``.
         may_solve: whether the gradient of A can be solved from the output.
-        of_leaves: whether all storages are leaves of autograd, so that keeping them keeps no graph alive.
+        of_leaves: whether all storages are leaves of autograd, which their owner keeps alive anyway.
     """
 
     structure: Structure
@@ -88,7 +88,7 @@ class _GLoRALinear(torch.autograd.Function):
     ):
         y, projected, b_eff = backend.forward(x, weight, bias, terms)
         ctx.backend, ctx.plan, ctx.x_shape = backend, plan, x.shape
-        ctx.terms = terms if plan.of_leaves else None  # this would keep others than leaves alive
+        ctx.terms = terms if plan.of_leaves else None  # kept here, others than leaves would stay alive
         keep = plan.may_solve and reuses_output(_tokens(x.shape), x.shape[-1], terms) and _can_be_kept(y, backend)
         ctx.output = y.detach() if keep else None  # shares y's version counter, is in no cycle with ctx
         ctx.output_version = version_of(y) if keep else None
