@@ -1,1 +1,1 @@
-"""Measurements of speed, and the peers they are made against; see README.md."""
+"""Measurements of speed, and the peers that ours is compared with; see README.md."""

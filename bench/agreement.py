@@ -1,4 +1,4 @@
-"""Nothing is timed before it is shown to compute what it should."""
+"""Checks made before anything is timed: output and gradients against the truth."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Workload(Protocol):
     """One forward and backward pass: what is timed, and what is checked."""
 
     def reset(self, model: nn.Module) -> None:
-        """Every gradient back to None."""
+        """Set every gradient to None."""
 
     def forward(self, model: nn.Module) -> Tensor:
         """The output."""
@@ -27,13 +27,13 @@ class Workload(Protocol):
         """Gradients of everything that requires them."""
 
     def input_gradients(self) -> Results:
-        """Those that backward leaves on the task's own tensors."""
+        """The gradients that backward leaves on the workload's own tensors."""
 
     def double(self) -> Workload:
-        """The same task in fp64."""
+        """The same workload in fp64."""
 
     def magnitudes(self) -> Workload | None:
-        """The same in fp32 on absolute values, whose sums cannot cancel; None where that means nothing."""
+        """The same workload in fp32 on absolute values, whose sums cannot cancel; None where that means nothing."""
 
 
 def run(workload: Workload, model: nn.Module) -> Tensor:
@@ -52,7 +52,7 @@ def results(workload: Workload, model: nn.Module) -> Results:
 
 
 class Truth(NamedTuple):
-    """What everyone is held against.
+    """The results that everyone is compared with.
 
     Attributes:
         want: the results in fp64.
@@ -65,7 +65,7 @@ class Truth(NamedTuple):
 
 
 def truth(workload: Workload, model: nn.Module) -> Truth:
-    """By the literal formula in the places of the adapted layers of ``model``."""
+    """The truth, from the literal formula in place of the adapted layers of ``model``."""
     magnitudes = workload.magnitudes()
     scale = None if magnitudes is None else results(magnitudes, oracle_model(model, magnitudes=True))
     return Truth(results(workload.double(), oracle_model(model)), scale)
@@ -74,15 +74,15 @@ def truth(workload: Workload, model: nn.Module) -> Truth:
 def require_agreement(
     who: str, got: Results, truth: Truth, tolerance: float, names: Mapping[str, str] | None = None
 ) -> float:
-    """Hold every tensor to ``tolerance``.
+    """Require every tensor to be within ``tolerance`` of the truth.
 
-    With a scale every element has ``|got - want| <= tolerance u S`` (``glora_kernels.error_bound``); without one
+    With a scale, every element must have ``|got - want| <= tolerance u S`` (``glora_kernels.error_bound``); without one
     ``|got - want| <= tolerance |want|`` in the 2-norm, and no tensor of the truth may be a sum that cancels to zero.
 
     Args:
-        who: whose results these are, for the message.
+        who: the entrant with these results, for the message.
         got: tensors by name.
-        names: what a tensor of the truth is called in ``got``, where that differs.
+        names: the name in ``got`` of a tensor of the truth, where it differs.
 
     Returns:
         The largest error, in units of u S or relative.

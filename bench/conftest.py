@@ -1,8 +1,8 @@
 """Options of ``pytest bench/``, and how interleaved times become entries of pytest-benchmark.
 
-pytest-benchmark times one function after the other. Here all that are compared run A B A B ... in one go, the first
-time that one of them is asked for (``measured``); each test then hands its own seconds over (``hand_in``), through a
-clock that shows them again. So there are its tables, its JSON and its comparisons, from paired rounds.
+pytest-benchmark times one function after the other. Here all functions that are compared run A B A B ... together, the
+first time that a test asks for one of them (``measured``). Each test then passes its own seconds to pytest-benchmark
+(``hand_in``), through a clock that replays them. So its tables, JSON and comparisons come from paired rounds.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[SETTINGS] = settings_of(config)
     config.stash[SECTIONS] = {}
-    config.addinivalue_line("filterwarnings", "default")  # what peers warn of is not ours to mend
+    config.addinivalue_line("filterwarnings", "default")  # we cannot mend what peers warn of
     config.addinivalue_line("markers", "benchmark: an entry of pytest-benchmark")
     if config.stash[SETTINGS].device == "cpu":
         torch.set_num_threads(config.stash[SETTINGS].threads)
@@ -71,7 +71,7 @@ def settings_of(config: pytest.Config) -> Settings:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """``layer`` and ``model`` of every shape set that was asked for."""
+    """Parametrize tests by ``layer`` and ``model`` of every shape set that was asked for."""
     sets = metafunc.config.stash[SETTINGS].sets
     if "layer" in metafunc.fixturenames:
         layers = [pytest.param(name, one, id=f"{name} {one.name}") for name in sets for one in sets[name].layers]
@@ -88,7 +88,7 @@ def settings(request: pytest.FixtureRequest) -> Settings:
 
 @pytest.fixture(scope="session")
 def measured(request: pytest.FixtureRequest) -> Callable:
-    """``measured(function, *arguments)``: what it returns, measured once a session. A failure fails every asker."""
+    """``measured(function, *arguments)``: its result, measured once per session. A failure fails all that ask."""
     found = request.config.stash[SECTIONS]
 
     def once(function: Callable, *arguments: Any) -> Any:
@@ -97,7 +97,7 @@ def measured(request: pytest.FixtureRequest) -> Callable:
             try:
                 found[key] = function(*arguments)
             except Exception as error:
-                found[key] = error.with_traceback(None)  # which would keep models and tensors alive
+                found[key] = error.with_traceback(None)  # a traceback would keep models and tensors alive
         if isinstance(found[key], Exception):
             raise found[key]
         return found[key]
@@ -106,7 +106,7 @@ def measured(request: pytest.FixtureRequest) -> Callable:
 
 
 class ReplayClock:
-    """Passes as many seconds in each :meth:`advance` as one round took."""
+    """A clock on which each :meth:`advance` takes as many seconds as one round took."""
 
     __name__ = "interleaved rounds"
 
@@ -122,7 +122,7 @@ class ReplayClock:
 
 @pytest.fixture
 def hand_in(request: pytest.FixtureRequest, settings: Settings) -> Callable[[Section, str, str], None]:
-    """``hand_in(section, phase, entrant)``: an entry of pytest-benchmark; fails for who was refused."""
+    """``hand_in(section, phase, entrant)``: makes an entry of pytest-benchmark; fails for a refused entrant."""
 
     def give(section: Section, phase: str, entrant: str) -> None:
         if entrant in section.missing:
@@ -145,7 +145,7 @@ def hand_in(request: pytest.FixtureRequest, settings: Settings) -> Callable[[Sec
 def _extra(
     section: Section, entrant: str, seconds: list[float], settings: Settings, config: pytest.Config
 ) -> dict[str, Any]:
-    """What an entry says beside its times."""
+    """What an entry says apart from its times."""
     median = statistics.median(seconds)
     return {
         **{name: value for name, value in environment(settings.device).items() if name in ("device", "versions")},
@@ -176,5 +176,5 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
 
 
 def _sections(config: pytest.Config) -> list[Section]:
-    """All that were measured, in order."""
+    """All sections that were measured, in order."""
     return [found for found in config.stash.get(SECTIONS, {}).values() if isinstance(found, Section)]

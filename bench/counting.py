@@ -1,4 +1,4 @@
-"""What a step costs beside time: operations, bytes kept for backward, peak memory."""
+"""What a step costs apart from time: operations, bytes kept for backward, peak memory."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from .agreement import Workload, run
 
 
 def flops(function: Callable[[], object]) -> int:
-    """Multiplications and additions of matrix products, convolutions and attention, as PyTorch's counter has them.
+    """Multiplications and additions of matrix products, convolutions and attention, by PyTorch's counter.
 
-    It does not see into kernels of Triton's.
+    The counter does not see inside Triton kernels.
     """
     with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: _addmm_flops}) as counter:
         function()
@@ -24,15 +24,15 @@ def flops(function: Callable[[], object]) -> int:
 
 
 def _addmm_flops(_target, left, right, **_kwargs) -> int:
-    """From shapes; the counter knows addmm, but not in place."""
+    """Operations of an in-place addmm, from shapes: the counter knows addmm only out of place."""
     return 2 * left[0] * left[1] * right[1]
 
 
 def saved_bytes(forward: Callable[[], Tensor], inputs: tuple[Tensor, ...], device: str) -> int:
     """Bytes that ``forward`` leaves behind for backward, its output not counted.
 
-    What memory has risen by once forward is done, as PyTorch's allocators have it, and those of ``inputs`` that
-    autograd saves: they were there before, and could go but for that.
+    This is the rise of memory after forward, by PyTorch's allocators, plus the bytes of those ``inputs`` that autograd
+    saves: they were there before, and could be freed otherwise.
     """
     output, risen, _ = _run(forward, device)
     held = _saved_storages(forward) & {_address(tensor) for tensor in inputs}
@@ -57,7 +57,7 @@ def _address(tensor: Tensor) -> int:
 
 
 def memory(workload: Workload, model: nn.Module, inputs: tuple[Tensor, ...], device: str) -> dict[str, float]:
-    """Of one step: bytes saved for backward (see :func:`saved_bytes`), and how far memory rises."""
+    """Bytes that one step saves for backward (see :func:`saved_bytes`), and how far memory rises in it."""
     workload.reset(model)
     return {
         "saved_bytes": saved_bytes(lambda: workload.forward(model), inputs, device),
@@ -71,7 +71,7 @@ def peak_bytes(function: Callable[[], object], device: str) -> int:
 
 
 def _run(function: Callable[[], Any], device: str) -> tuple[Any, int, int]:
-    """What ``function`` returns, by how many bytes memory has risen then, and how far in between."""
+    """What ``function`` returns, the rise of memory in bytes after the call, and the largest rise during it."""
     if device != "cpu":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()

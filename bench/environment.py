@@ -18,7 +18,7 @@ PACKAGES = ("torch", "triton", "timm", "peft", "lycoris-lora", "numpy")
 
 @functools.cache
 def environment(device: str) -> dict[str, Any]:
-    """Plain data; the load is that of the first call."""
+    """The environment as plain data; the load is that of the first call."""
     found = {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "commit": _commit(),
@@ -52,7 +52,7 @@ def _commit() -> str | None:
         return done.stdout.strip()
 
     if not (Path(__file__).parent.parent / "pyproject.toml").is_file():
-        return None  # installed: a repository around it is somebody else's
+        return None  # installed: a repository around it is not ours
     try:
         return git("rev-parse", "--short=10", "HEAD") + ("+" if git("status", "--porcelain") else "")
     except (OSError, subprocess.CalledProcessError):  # no git, or not a checkout

@@ -3,9 +3,9 @@
     python -m bench.gpu_ops --out results.json
 
 The floor of a layer is the frozen linear layer: forward and dx, two dense products; ratios are of paired rounds
-(``timing.py``). The floor of a kernel is the time its bytes take at the speed of a large copy, or its operations at
-that of a large product, measured at the start, whichever is longer. y and every gradient are held against the fp64
-formula before anything is timed.
+(``timing.py``). The floor of a kernel is the longer of two times: its bytes at the speed of a large copy, and its
+operations at the speed of a large product, both measured at the start. y and every gradient are compared with the
+fp64 formula before anything is timed.
 """
 
 from __future__ import annotations
@@ -58,9 +58,9 @@ RANK = 8
 
 
 def milliseconds(functions: Mapping[str, Callable[[], object]], rounds: int = 15, repeats: int = 1) -> dict[str, float]:
-    """Median time of each.
+    """The median time of each function.
 
-    A kernel shorter than its own launch wants ``repeats`` between two events, back to back.
+    A kernel shorter than its own launch needs ``repeats`` calls, back to back, between two events.
     """
 
     def repeated(function: Callable[[], object]) -> Callable[[], None]:
@@ -76,7 +76,7 @@ def milliseconds(functions: Mapping[str, Callable[[], object]], rounds: int = 15
 
 
 def ceilings() -> tuple[float, float]:
-    """Bytes a second of a large copy, read and written; operations a second of a large bf16 product."""
+    """Bytes per second of a large copy, read and written; operations per second of a large bf16 product."""
     source = torch.randn(2**28, device="cuda").bfloat16()
     target = torch.empty_like(source)
     a, b = (torch.randn(8192, 8192, device="cuda").bfloat16() for _ in range(2))
@@ -120,10 +120,10 @@ def in_dtype(call: Call, change: Callable[[Tensor], Tensor]) -> Call:
 
 
 def require_right(call: Call, dy: Tensor) -> None:
-    """y and every gradient of every entrant against the fp64 formula, element by element; nothing wrong is timed.
+    """Compare y and every gradient of every entrant with the fp64 formula, element by element; nothing wrong is timed.
 
     Raises:
-        ValueError: one is off.
+        ValueError: an element is too far off.
     """
     want = results_of(reference.glora_linear, in_dtype(call, Tensor.double), dy.double())
     scale = results_of(reference.glora_linear, in_dtype(call, lambda t: t.float().abs()), dy.float().abs())
@@ -148,7 +148,7 @@ def step_of(
 
 
 def layers() -> Iterator[dict[str, Any]]:
-    """Every entrant's step over the frozen layer's, by shape and path."""
+    """The time of every entrant's step over the frozen layer's, by shape and path."""
     for name, shape in SHAPES.items():
         for path, kinds in PATHS.items():
             call = make(shape, kinds)
@@ -165,7 +165,7 @@ def layers() -> Iterator[dict[str, Any]]:
 
 
 def kernels(bandwidth: float, rate: float) -> Iterator[dict[str, Any]]:
-    """Every kernel of a layer over its own floor, by shape and strategy."""
+    """The time of every kernel of a layer over its own floor, by shape and strategy."""
     for name, (tokens, outputs, inputs) in SHAPES.items():
         for strategy in ("assemble", "fused"):
             case = Case(torch.bfloat16, torch.float32, "hadamard", "lora", "lora", "vector", tokens, RANK, strategy)
@@ -184,7 +184,7 @@ def kernels(bandwidth: float, rate: float) -> Iterator[dict[str, Any]]:
 
 
 def _floors(case: Case, size: tuple[int, int], bandwidth: float, rate: float) -> dict[str, float]:
-    """Milliseconds by the cost model's bytes and operations of each kernel, at the measured ceilings."""
+    """Milliseconds of each kernel: the cost model's bytes and operations at the measured ceilings."""
     _, weight, _, terms = make((case.tokens, *size), (case.a, case.b))
     problem = Problem.of(case.tokens, weight, terms, architecture(weight.device))
     kernel_of = {"y": "fused_kernel", "dx": "fused_kernel"}
@@ -230,7 +230,7 @@ def main() -> None:
     for key, rows in (("layers", layers()), ("kernels", kernels(bandwidth, rate))):
         for row in rows:
             content[key].append(row)
-            out.write_text(json.dumps(content, indent=1))  # as it goes: the time may run out
+            out.write_text(json.dumps(content, indent=1))  # after each part: the time may run out
     print(f"{content['device']}: copy {bandwidth / 1e12:.2f} TB/s, product {rate / 1e12:.0f} TFLOP/s")
     print(table(content))
 

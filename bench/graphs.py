@@ -1,4 +1,4 @@
-"""Steps as CUDA graphs: what is left when launching costs nothing."""
+"""Steps as CUDA graphs: the time that is left when launching costs nothing."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ WARMUP = 3  # runs before a capture: autograd, allocator and Triton's compiler h
 def captured(function: Callable[[], object]) -> Callable[[], None]:
     """``function``, captured on the current GPU; the result replays it.
 
-    It has to launch the same work in every call, on the current stream, and must not synchronise.
+    ``function`` has to launch the same work in every call, on the current stream, and must not synchronise.
     """
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())

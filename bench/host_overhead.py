@@ -1,14 +1,14 @@
-"""Microseconds of host time that a layer call takes beside its arithmetic: checks, dispatch, autograd, modules.
+"""Microseconds of host time that a layer call takes apart from its arithmetic: checks, dispatch, autograd, modules.
 
     python -m bench.host_overhead --out bench/results/host-overhead
 
-Tiny shapes, so that arithmetic is nothing, one thread, the path of ten tensors (all low rank, with a bias). Everyone
-runs in turn in one process; an overhead is the difference to the *plain function* of the same round. That is the torch
-backend called directly with its operands: no module, no checks, no dispatch, no Terms to make, and for training an
-``autograd.Function`` that saves the operands and calls the backend's two passes.
+Shapes are tiny, so that arithmetic takes no time; one thread; the path of ten tensors (all low rank, with a bias). All
+run in turn in one process. An overhead is the difference to the *plain function* of the same round. The plain function
+is the torch backend called directly with its operands: no module, no checks, no dispatch, no Terms to make. For
+training, an ``autograd.Function`` saves the operands and calls the backend's two passes.
 
-On a CPU no Triton kernel runs. What is timed of that route is all that comes before its launches: they are written
-down in place of being run (``glora_kernels._triton.launch.recorded``), so that the launcher's own time is not in it.
+On a CPU no Triton kernel runs. Of that route everything before its launches is timed: launches are recorded and not
+run (``glora_kernels._triton.launch.recorded``), so that the launcher's own time is not included.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from .timing import WHOLE, Watch, interleave, median_interval
 from .workloads import LayerWorkload
 
 TOKENS, WIDTH, RANK = 4, 16, 4
-CALLS = 25  # in one timing, so that reading the clock counts for little
+CALLS = 25  # per timing, so that reading the clock hardly counts
 TRAINING, INFERENCE = "training", "without grad"
 AT_MOST = {TRAINING: 12.0, INFERENCE: 6.0}  # microseconds of a layer over the plain function
 PLAIN, BARE = "plain function", "plain function in an nn.Module"
@@ -56,11 +56,11 @@ Around = Callable[[], AbstractContextManager]
 
 @dataclass(frozen=True)
 class Entry:
-    """One that is timed.
+    """One way to call a layer that is timed.
 
     Attributes:
         call: one call.
-        leaves: what backward leaves gradients on.
+        leaves: the tensors on which backward leaves gradients.
         around: the block in which calls are made; entering it is not timed.
     """
 
@@ -70,7 +70,7 @@ class Entry:
 
 
 class Bare(nn.Module):
-    """A module around a function: what ``nn.Module`` itself takes."""
+    """A module around a function: shows the time of ``nn.Module`` itself."""
 
     def __init__(self, function: Callable[[], Tensor]):
         super().__init__()
@@ -81,7 +81,7 @@ class Bare(nn.Module):
 
 
 def plain_function(x: Tensor, weight: Tensor, bias: Tensor, terms: Terms, training: bool) -> Callable[[], Tensor]:
-    """The torch backend with none of our code round it; every slot of ``terms`` wants a gradient, and x does."""
+    """The torch backend with none of our code around it; every slot of ``terms`` and x want a gradient."""
     storages, slots = terms.flatten()[0], [slot for slot, _ in terms.active]
     wanted = frozenset(slots)
 
@@ -104,7 +104,7 @@ def plain_function(x: Tensor, weight: Tensor, bias: Tensor, terms: Terms, traini
 
 
 def entries(made: Field, x: Tensor, training: bool) -> tuple[dict[str, Entry], dict[str, str]]:
-    """Who is timed, by name; and who is not, and why."""
+    """The entries that are timed, by name; and those that are not, with the reason."""
     layer = made.models[OURS][0]
     assert isinstance(layer, GLoRALayer)
     weight, bias, terms, leaves = layer.weight, layer.bias, layer.terms(), (x, *layer.support_parameters())
@@ -133,7 +133,7 @@ def entries(made: Field, x: Tensor, training: bool) -> tuple[dict[str, Entry], d
 
 
 def _changing(layer: GLoRALayer, x: Tensor) -> Callable[[], Tensor]:
-    """As a supernet is trained; setting the path is timed too. The paths differ in a rank, not in what is called."""
+    """Calls as in supernet training; setting the path is timed too. The paths differ in a rank, not in the code run."""
     path, ranks = layer.path, cycle(range(1, RANK + 1))
 
     def call() -> Tensor:
@@ -144,7 +144,7 @@ def _changing(layer: GLoRALayer, x: Tensor) -> Callable[[], Tensor]:
 
 
 def triton_up_to_launches() -> Around | str:
-    """The block in which calls take the Triton route and launches are written down; or why there is none."""
+    """A block in which calls take the Triton route and launches are recorded; or the reason why there is none."""
     reason = available_backends()["triton"]
     if reason is not None:
         return reason
@@ -159,12 +159,12 @@ def triton_up_to_launches() -> Around | str:
 
 
 def in_extension() -> Around | str:
-    """The block in which calls go to the C++ extension; or why there is none. It takes part once it can be used."""
+    """A block in which calls go to the C++ extension; or the reason why it cannot be used here."""
     return available_backends()["cuda"] or partial(use_backend, "cuda")
 
 
 def measure(settings: Settings) -> list[dict[str, Any]]:
-    """Training calls and calls without grad, of everyone; in each the peers are checked first, and so are we."""
+    """Time calls in training and calls without grad of all entries; the results of all are checked first."""
     torch.manual_seed(SEED)
     x, dy = settings.randn(TOKENS, WIDTH).requires_grad_(), settings.randn(TOKENS, WIDTH)
     made = make_field(nn.Sequential(nn.Linear(WIDTH, WIDTH)), ["0"], RANK, PEERS)
@@ -183,7 +183,7 @@ def measure(settings: Settings) -> list[dict[str, Any]]:
 
 
 def require_same_bits(timed: dict[str, Entry], dy: Tensor, training: bool) -> None:
-    """Raise ValueError if a layer computes another thing than the plain function does."""
+    """Raise ValueError if a layer does not compute the bits of the plain function."""
     want = _results(timed[PLAIN], dy, training)
     for name in (FUNCTION, LAYER):
         if not all(map(torch.equal, _results(timed[name], dy, training), want)):
@@ -215,7 +215,7 @@ def _run(entry: Entry, dy: Tensor, training: bool) -> Callable[[Watch], None]:
 
 
 def _figures(microseconds: list[float], plain: list[float]) -> dict[str, float]:
-    """Of a call, and over the plain function of the same round; ``least_over`` is the difference of the minima."""
+    """Figures of a call, and over the plain function of the same round; ``least_over`` is the difference of minima."""
     over = [own - other for own, other in zip(microseconds, plain, strict=True)]
     low, high, _ = median_interval(over)
     return {
@@ -229,7 +229,7 @@ def _figures(microseconds: list[float], plain: list[float]) -> dict[str, float]:
 
 
 def table(content: dict[str, Any]) -> str:
-    """Markdown for people."""
+    """The results as Markdown."""
     about = content["environment"]
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items() if version is not None)
     lines = [

@@ -1,4 +1,4 @@
-"""The truth that everything is held against before it is timed: the formula in fp64, from stored tensors and path.
+"""The truth that everything is compared with before it is timed: the formula in fp64, from stored tensors and path.
 
 It shares no line with what it checks: neither ``glora_kernels`` nor the layer's own reading of its path.
 """
@@ -19,7 +19,7 @@ from glora.models.modules import replace_modules
 class OracleLinear(nn.Module):
     """``y = (W0 + W0*A + B) x + W0 c + D*b0 + E + b0`` with dense A and B; ``W0 @ A`` for the matmul product.
 
-    Holds copies of a layer's parameters, under their names.
+    Holds copies of a layer's parameters under their names.
     """
 
     def __init__(self, layer: GLoRALinear):
@@ -51,7 +51,7 @@ class OracleLinear(nn.Module):
         return ones * values
 
     def row(self, slot: str) -> Tensor:
-        """D or E, one value a row."""
+        """D or E, one value per row."""
         values, ones = self.get_parameter(slot), torch.ones_like(self.weight[:, 0])
         return {"vector": lambda: values, "constant": lambda: ones * values[0], "none": lambda: ones * 0.0}[
             self.path[slot]
@@ -59,10 +59,10 @@ class OracleLinear(nn.Module):
 
 
 def oracle_model(model: nn.Module, magnitudes: bool = False) -> nn.Module:
-    """``model`` in fp64, with the formula in the places of its adapted layers; it shares nothing with it.
+    """A copy of ``model`` in fp64 that shares nothing with it, with the formula in place of its adapted layers.
 
     Args:
-        magnitudes: every parameter by its absolute value, in fp32: for the S of the numerical contract.
+        magnitudes: take the absolute value of every parameter, in fp32: for the S of the numerical contract.
     """
     oracle = copy.deepcopy(model).to(torch.float32 if magnitudes else torch.float64)
     layers = glora.glora_layers(oracle).values()

@@ -2,10 +2,9 @@
 
     python -m bench.peft_accelerate
 
-One layer of a ViT-B/16 and a whole block of it, fp32, one thread, interleaved; seconds are those that the process
-was given. Both are held against the formula in fp64 first. The floor beside them is the same model with three dense
-products for every layer (y, dx and the dW that a hadamard low rank needs) and no adapter: what is left above it is
-all that better kernels could win.
+One layer of a ViT-B/16 and a whole block of it, in fp32, on one thread, interleaved; seconds are CPU time. Both are
+compared with the formula in fp64 first. The floor is the same model with no adapter and three dense products for every
+layer (y, dx and the dW that a hadamard low rank needs): better kernels could win no more than the time above it.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ from .workloads import LayerWorkload, step
 
 BEFORE, AFTER, FLOOR = "PEFT GLoRA", "PEFT GLoRA, accelerated", "three dense products"
 RANK = 8
-TOKENS, WIDTH, HIDDEN = 197, 768, 3072  # tokens of an image
+TOKENS, WIDTH, HIDDEN = 197, 768, 3072  # tokens per image
 TOLERANCE = 1e-5  # of every tensor, relative, in the 2-norm
 AT_MOST = {"time": 0.55, "saved_bytes": 0.60}
 
@@ -54,7 +53,7 @@ def block(images: int) -> tuple[nn.Module, LayerWorkload]:
     model = nn.Sequential(Block(WIDTH, num_heads=12, qkv_bias=True))
     with torch.no_grad():
         for parameter in model.parameters():
-            if parameter.dim() == 1:  # off the zeros and ones that biases and norms start at
+            if parameter.dim() == 1:  # away from the zeros and ones that biases and norms start with
                 parameter.add_(torch.randn_like(parameter), alpha=0.02)
     size = (images, TOKENS, WIDTH)
     return model, LayerWorkload(torch.randn(size).requires_grad_(), torch.randn(size))
@@ -64,7 +63,7 @@ MEASURED = ((layer, 8), (block, 8), (block, 4))
 
 
 class _ThreeProducts(torch.autograd.Function):
-    """``y = x W0^T + b0``, whose backward forms dx and a dW that nobody gets."""
+    """``y = x W0^T + b0``; its backward forms dx and a dW that is thrown away."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -79,7 +78,7 @@ class _ThreeProducts(torch.autograd.Function):
 
 
 class ThreeProducts(nn.Linear):
-    """The floor of a layer; stands in the place of an ``nn.Linear`` by its class."""
+    """The floor of a layer: replaces the class of an ``nn.Linear``."""
 
     def forward(self, x: Tensor) -> Tensor:
         return _ThreeProducts.apply(x, self.weight, self.bias)
@@ -93,7 +92,7 @@ def floor_model(backbone: nn.Module, names: list[str]) -> nn.Module:
 
 
 def measure(make: Callable[[int], tuple[nn.Module, LayerWorkload]], images: int, settings: Settings) -> Section:
-    """Check both, time them, and count what they keep beside parameters."""
+    """Check both, time them, and count the bytes that they keep apart from parameters."""
     torch.manual_seed(SEED)
     backbone, workload = make(images)
     names = [name for name, module in backbone.named_modules() if type(module) is nn.Linear]
@@ -126,7 +125,7 @@ def measure(make: Callable[[int], tuple[nn.Module, LayerWorkload]], images: int,
 
 
 def summary(section: Section) -> str:
-    """A few lines for people."""
+    """The section in a few lines of text."""
     lines = [f"{section.title}: accelerated / before"]
     found, floor = (ratio(section.phases[WHOLE], who, BEFORE) for who in (AFTER, FLOOR))
     spread = f"[{found.low:.3f}, {found.high:.3f}] in {found.rounds} rounds"

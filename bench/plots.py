@@ -23,7 +23,7 @@ RATIO_GROUPS = ("layer", "compiled layer", "replayed layer", "model", "inference
 
 
 def save_plots(content: dict[str, Any], folder: Path) -> list[Path]:
-    """One picture of ratios for each section that has some, the roofline and memory; as PNG and SVG."""
+    """Save a picture of ratios for each section that has some, the roofline and memory; as PNG and SVG."""
     figures: dict[str, Figure] = {}
     for section in content["sections"]:
         if section["group"] in RATIO_GROUPS and section["phases"]:
@@ -42,7 +42,7 @@ def save_plots(content: dict[str, Any], folder: Path) -> list[Path]:
 
 
 def ratios(section: dict[str, Any]) -> Figure:
-    """Times over those of the frozen or original model, median and interval; the shorter the better."""
+    """Times over the time of the frozen or original model, with median and interval; shorter is better."""
     from .timing import ratio
 
     times = section["phases"][WHOLE]
@@ -65,7 +65,7 @@ def ratios(section: dict[str, Any]) -> Figure:
 
 
 def memory(section: dict[str, Any]) -> Figure:
-    """What is kept for backward, and how far memory rises in a step."""
+    """The bytes kept for backward, and how far memory rises in a step."""
     facts = {name: found for name, found in section["facts"].items() if "saved_bytes" in found}
     names = sorted(facts, key=lambda name: facts[name]["peak_bytes"], reverse=True)
     figure, axes = plt.subplots(figsize=(8, 1.2 + 0.28 * len(names)))
@@ -82,7 +82,7 @@ def memory(section: dict[str, Any]) -> Figure:
 
 
 def roofline(content: dict[str, Any]) -> Figure:
-    """Achieved operations a second over operations a byte, under the measured ceilings."""
+    """Achieved operations per second over operations per byte, under the measured ceilings."""
     sections = [section for section in content["sections"] if section["group"] == "roofline"]
     facts = {section["name"]: section["facts"] for section in sections}
     top = facts["ceilings"][PRODUCT]["flops_per_second"]

@@ -50,10 +50,10 @@ MEMORY = (("PEFT LoRA", LORA), ("PEFT GLoRA", GLORA), ("the official formula", O
 
 
 def generate(folder: Path = RESULTS) -> str:
-    """A table for each committed run. Of one that was cut short: what it had measured, which is whole.
+    """A table for each committed run. A run that was cut short shows what it had measured completely.
 
     Raises:
-        ValueError: a run with failures, which is not to be quoted.
+        ValueError: a run has failures, so its figures may not be quoted.
     """
     parts = [_part(load(file)) for file in sorted(folder.glob("*/results.json"))]
     return "\n\n".join(parts)
@@ -105,7 +105,7 @@ def _sentences(sections: list[dict[str, Any]]) -> list[str]:
 
 
 def with_table(text: str, table: str) -> str:
-    """``text`` with what stands between the markers replaced."""
+    """``text`` with the part between the markers replaced."""
     before, rest = text.split(BEGIN)
     _, after = rest.split(END)
     return f"{before}{BEGIN}\n{table}\n{END}{after}"

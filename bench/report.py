@@ -1,4 +1,4 @@
-"""Results of a run: as JSON where machines read, as tables and pictures where people do.
+"""Results of a run: as JSON for programs, as tables and pictures for people.
 
 python -m bench.report results.json     # table and pictures again, beside it
 """
@@ -24,7 +24,7 @@ JSON, TABLE = "results.json", "table.md"
 
 
 def results(sections: list[Section], settings: Settings, failures: int, interrupted: bool) -> dict[str, Any]:
-    """Plain data. Failures: tests that failed; figures of such a run are not to be quoted."""
+    """The results as plain data. ``failures`` are tests that failed; figures of such a run may not be quoted."""
     found = [section.to_dict() for section in sections]
     reference = settings.device == "cpu" and str(settings.dtype) == "torch.float32"
     return {
@@ -49,13 +49,13 @@ def write(content: dict[str, Any], folder: Path) -> list[Path]:
         write_atomically(file, lambda stream, text=text: stream.write(text.encode()))
     try:
         from .plots import save_plots
-    except ModuleNotFoundError:  # matplotlib is not a need of benchmarks
+    except ModuleNotFoundError:  # benchmarks do not need matplotlib
         return list(files)
     return [*files, *save_plots(content, folder)]
 
 
 def load(file: Path) -> dict[str, Any]:
-    """What :func:`write` wrote.
+    """Read what :func:`write` wrote.
 
     Raises:
         ValueError: another format.
@@ -138,7 +138,7 @@ def _ratio_lines(section: dict[str, Any]) -> list[str]:
 
 
 def _time_lines(section: dict[str, Any]) -> list[str]:
-    """Median milliseconds of every part, what a second makes of it, and what was counted."""
+    """Lines with the median milliseconds of every part, what is done per second, and what was counted."""
     phases, units = section["phases"], section["units"]
     if not phases:
         return []

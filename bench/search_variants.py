@@ -2,9 +2,9 @@
 
     python -m bench.search_variants --seeds 5 --out FOLDER
 
-Inverted digits, 16 images a class, one supernet a seed, all trained as the quickstart does. A cost of 180 is 180
-candidates on all validation images, or as many images in parts. First at one limit, the mean of random paths; then at
-four limits at once, where the front is one search of four times the cost, and the others are four searches.
+Inverted digits, 16 images per class, one supernet per seed, all trained as in the quickstart. A cost of 180 is 180
+candidates on all validation images, or as many images in parts. First there is one limit, the mean of random paths.
+Then there are four limits: the front is one search at four times the cost, the other variants are four searches.
 """
 
 from __future__ import annotations
@@ -41,25 +41,25 @@ VARIANTS = {
     "front and halving": replace(HALVING, objective="front"),
     "random": replace(SEARCH, population=COST, generations=0),
 }
-LIMITS = (0.5, 0.75, 1.0, 1.25)  # of the mean of random paths
-# One search for all limits costs as much as one for each: generations of 20, or of 10 with halving.
+LIMITS = (0.5, 0.75, 1.0, 1.25)  # times the mean of random paths
+# One search for all limits costs as much as one search for each: generations of 20, or of 10 with halving.
 WIDE = {
     "front": replace(VARIANTS["front"], generations=len(LIMITS) * COST // SEARCH.population - 1),
     "front and halving": replace(VARIANTS["front and halving"], generations=len(LIMITS) * COST // 10 - 1),
 }
 QUANTITIES = {"validation": "validation loss", "test": "test accuracy, %", "parameters": "parameters"}
-GUESS = math.log(CLASSES)  # the loss of one who knows nothing
+GUESS = math.log(CLASSES)  # the loss of a guess
 
 
 class Trial:
-    """A trained supernet, searched with one seed after another."""
+    """A trained supernet, searched with several seeds."""
 
     def __init__(self, model: nn.Module, data: FewShot, seed: int):
         self.model, self.data, self.seed = model, data, seed
         self.mean = sampler_for(model, SPACE).mean
 
     def search(self, settings: SearchSettings, share: float) -> SearchResult:
-        """Under a limit of so much of the mean of random paths."""
+        """Search under a limit of ``share`` times the mean of random paths."""
         options: dict[str, Any] = {"metric": "loss", "settings": settings, "progress": False}
         return search(self.model, SPACE, self.data.validation, limit=round(share * self.mean), **options)
 
@@ -72,7 +72,7 @@ class Trial:
         return {**self.tested(result.best), "cost": result.cost, "seconds": result.seconds}
 
     def at_all_limits(self, variant: str, seed: int) -> dict[str, Any]:
-        """The best at each limit, whichever search found it, and what all together span."""
+        """The best candidate at each limit, whichever search found it, and the hypervolume of all together."""
         wide = variant in WIDE
         settings = replace((WIDE if wide else VARIANTS)[variant], seed=seed)
         results = [self.search(settings, share) for share in (LIMITS[-1:] if wide else LIMITS)]
@@ -90,7 +90,7 @@ class Trial:
         return self.tested(max(fitting, key=lambda c: (c.score, -c.parameters)))
 
     def hypervolume(self, found: Iterable[Candidate]) -> float:
-        """The part of losses up to a guess's and sizes up to the largest limit that the candidates are better than."""
+        """The share of the area (loss up to a guess's, size up to the largest limit) that the candidates dominate."""
         largest = round(LIMITS[-1] * self.mean)
         area, lowest, reached = 0.0, GUESS, 0
         for candidate in sorted(found, key=lambda c: c.parameters):
@@ -102,7 +102,7 @@ class Trial:
 
 
 def trials(seeds: int, out: Path) -> Iterable[Trial]:
-    """One a seed; the backbone is pre-trained once and kept in ``out``."""
+    """One trial per seed; the backbone is pre-trained once and kept in ``out``."""
     backbone, _ = pretrain(StudySettings(), out / "backbone-seed0.pt", progress=False)
     for seed in range(seeds):
         data = draw_few_shot("inverted", 16, seed)
@@ -111,7 +111,7 @@ def trials(seeds: int, out: Path) -> Iterable[Trial]:
 
 
 def run(trial: Trial, searches: int, tell: Callable[[str], object]) -> list[dict[str, Any]]:
-    """Every variant with every search seed, on one supernet."""
+    """Run every variant with every search seed, on one supernet."""
     entries = []
     for number in range(searches):
         for variant, settings in VARIANTS.items():
@@ -127,9 +127,9 @@ def run(trial: Trial, searches: int, tell: Callable[[str], object]) -> list[dict
 
 
 def summarise(entries: Sequence[dict[str, Any]]) -> dict[str, dict[str, dict[str, Any]]]:
-    """By part, variant and quantity: mean and standard deviation over seeds, and of paired differences to the paper's.
+    """Mean and standard deviation over seeds, by part, variant and quantity; and of paired differences to the paper's.
 
-    A seed's value is its mean over searches.
+    The value of a seed is its mean over searches.
     """
     values: dict[tuple, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
     for entry in entries:
@@ -149,7 +149,7 @@ def _spread(values: Sequence[float]) -> dict[str, float | None]:
 
 
 def tables(study: dict[str, Any]) -> str:
-    """Markdown."""
+    """The summary as Markdown."""
     summary, where = study["summary"], study["environment"]
     titles = {
         f"{name} at {share}": f"{QUANTITIES[name]}, at {share}" for name in ("validation", "test") for share in LIMITS
@@ -175,7 +175,7 @@ def tables(study: dict[str, Any]) -> str:
 
 
 def _table(part: dict[str, dict[str, Any]], quantities: Sequence[str], titles: dict[str, str]) -> str:
-    """A quantity a line, a variant a column."""
+    """A table with one line per quantity and one column per variant."""
     lines = ["| | " + " | ".join(part) + " |", "|---" * (len(part) + 1) + "|"]
     for quantity in quantities:
         cells = [found[quantity] for found in part.values()]

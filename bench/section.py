@@ -8,12 +8,12 @@ from typing import Any, NamedTuple
 
 from .timing import WHOLE, Phases, ratio, total
 
-CONTRACT = "u S"  # of the numerical contract, element by element
+CONTRACT = "u S"  # the unit of the numerical contract, element by element
 RELATIVE = "relative, in the 2-norm"
 
 
 class Comparison(NamedTuple):
-    """Whose time is divided by whose."""
+    """Two entrants: the time of one is divided by the time of the other."""
 
     candidate: str
     baseline: str
@@ -25,16 +25,16 @@ class Section:
 
     Attributes:
         group: ``"layer"``, ``"model"`` and the like.
-        name: of what was measured; unique in its group.
+        name: what was measured; unique in its group.
         title: one line for tables and plots.
         tolerance, errors: the error against fp64 that ours may have, and the largest seen, by entrant.
-        unit: of these.
-        refused, missing: who was not timed because it was wrong, or was not installed; and why.
-        phases: seconds, by part, entrant and round.
+        unit: the unit of both.
+        refused, missing: entrants not timed because they were wrong, or not installed; with the reason.
+        phases: seconds by part, entrant and round.
         comparisons: what :meth:`ratios` divides, in the order of the table.
         facts: whatever else was counted, by entrant.
-        strategies: how ours went about it, by entrant.
-        uncompared: parts of which no ratios are taken.
+        strategies: the strategy of each of our entrants.
+        uncompared: parts without ratios.
         units: how many images, tokens or candidates one run of an entrant is, by what they are.
     """
 
@@ -58,7 +58,7 @@ class Section:
             self.phases = {**self.phases, WHOLE: total(self.phases)}
 
     def ratios(self) -> list[dict[str, Any]]:
-        """Every comparison in every part; those of entrants that were not timed are left out."""
+        """Every comparison in every part, without entrants that were not timed."""
         return [
             {"phase": phase, **comparison._asdict(), **asdict(ratio(times, *comparison))}
             for phase, times in self.phases.items()
@@ -73,7 +73,7 @@ class Section:
 
 
 def against(baselines: Iterable[str], candidates: Iterable[str]) -> tuple[Comparison, ...]:
-    """Every candidate over every baseline, but not over itself."""
+    """Comparisons of every candidate with every baseline, except with itself."""
     return tuple(Comparison(c, b) for c in candidates for b in baselines if c != b)
 
 

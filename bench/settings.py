@@ -27,10 +27,10 @@ class Settings:
     Attributes:
         shapes: names of shape sets.
         device: ``"cpu"`` or ``"cuda"``.
-        dtype: of weights and inputs.
+        dtype: the type of weights and inputs.
         rounds: timed rounds of every interleaved run.
-        clock: on a CPU: ``"wall"``, what a user waits, or ``"cpu"``, the time that the process was given.
-        threads: of torch, on a CPU.
+        clock: on a CPU, ``"wall"`` (the time that a user waits) or ``"cpu"`` (CPU time of the process).
+        threads: torch's threads on a CPU.
     """
 
     shapes: tuple[str, ...] = ("small",)
@@ -46,17 +46,17 @@ class Settings:
 
     @property
     def layer_tolerance(self) -> float:
-        """In units of u S: the numerical contract."""
+        """The tolerance of the numerical contract, in units of u S."""
         return PROMISED[self.dtype]
 
     @property
     def step_tolerance(self) -> float:
-        """Relative."""
+        """The relative tolerance of a training step."""
         return STEP_TOLERANCES[self.dtype]
 
     @property
     def inference_tolerance(self) -> float:
-        """Relative."""
+        """The relative tolerance of inference."""
         return INFERENCE_TOLERANCES[self.dtype]
 
     def in_fp32(self) -> Settings:
@@ -66,5 +66,5 @@ class Settings:
         return EventWatch() if self.device != "cpu" else ClockWatch(CLOCKS[self.clock])
 
     def randn(self, *size: int) -> torch.Tensor:
-        """From torch's generator of the CPU, whatever the device."""
+        """Random numbers from torch's CPU generator, whatever the device."""
         return torch.randn(*size).to(self.device, self.dtype)

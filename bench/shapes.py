@@ -48,7 +48,7 @@ class Model:
 
 @dataclass(frozen=True)
 class ShapeSet:
-    """Layers, and the model that they are from, if it is one of timm's."""
+    """Layers, and their model if it is one of timm's."""
 
     layers: tuple[Layer, ...]
     model: Model | None = None

@@ -1,4 +1,4 @@
-"""What was set out to be shown, on a CPU in fp32, and whether a run shows it."""
+"""The targets of the benchmarks, on a CPU in fp32, and whether a run meets them."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ TARGETS = (
 
 
 def judged(sections: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Every target of which the run has both sides: what was found, and whether it is met."""
+    """Every target for which the run has both times: the ratio found, and whether the target is met."""
     by_name = {(section["group"], section["name"]): section for section in sections}
     rows = []
     for target in TARGETS:
@@ -60,7 +60,7 @@ def _found(section: dict[str, Any], target: Target) -> float | None:
 
 
 def merged_as_fast(section: dict[str, Any]) -> bool:
-    """Whether merged over original is 1 within noise: its interval holds 1, or meets that of two equal models."""
+    """Whether merged over original is 1 within noise: its interval holds 1, or overlaps that of two equal models."""
     ratios = {row["candidate"]: row for row in section["ratios"] if row["baseline"] == ORIGINAL}
     merged, control = ratios[MERGED], ratios[CONTROL]
     holds_one = merged["lower"] <= 1 <= merged["upper"]

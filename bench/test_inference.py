@@ -32,7 +32,7 @@ def test_latency(measured, hand_in, settings, shape_set, model, batch, entrant):
 
 @pytest.mark.parametrize("batch", BATCHES)
 def test_the_merged_model_is_as_fast(measured, settings, shape_set, model, batch):
-    """Within what two equal models differ by in the same run."""
+    """As fast as the original, within the difference of two equal models in the same run."""
     assert merged_as_fast(_latency(measured, settings, shape_set, model, batch).to_dict())
 
 

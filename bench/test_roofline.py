@@ -1,4 +1,4 @@
-"""What every operation reaches of this machine's ceilings."""
+"""How close every operation comes to this machine's ceilings."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Candidates a second of an evolutionary search."""
+"""Candidates per second of an evolutionary search."""
 
 import pytest
 

@@ -1,6 +1,6 @@
 """Interleaved, paired timing: A B A B ..., so that a drifting machine biases no ratio.
 
-A timed function is called with a :class:`Watch` and times its parts with it; what it does outside of them is not timed:
+A timed function is called with a :class:`Watch` and times its parts with it. Anything outside of these is not timed:
 
     def step(watch):
         glora.set_paths(model, paths)
@@ -25,25 +25,25 @@ from typing import Protocol
 import torch
 
 WHOLE = "whole"
-Times = dict[str, list[float]]  # seconds of every round, by name of the function
-Phases = dict[str, Times]  # by name of the part
+Times = dict[str, list[float]]  # seconds of every round, by the function's name
+Phases = dict[str, Times]  # by the part's name
 
 
 class Watch(Protocol):
     """Measures parts of a function."""
 
     def __call__(self, phase: str) -> AbstractContextManager[None]:
-        """Time the ``with`` block; parts of one name add up."""
+        """Time the ``with`` block; times of one name add up."""
 
     def seconds(self) -> dict[str, float]:
-        """Of each part since the last call."""
+        """The seconds of each part since the last call."""
 
 
 Timed = Callable[[Watch], object]
 
 
 def plain(function: Callable[[], object]) -> Timed:
-    """All of ``function`` as one part, :data:`WHOLE`."""
+    """Time all of ``function`` as one part, :data:`WHOLE`."""
 
     def timed(watch: Watch) -> None:
         with watch(WHOLE):
@@ -56,7 +56,7 @@ class ClockWatch:
     """Reads a clock before and after, with the GPU idle at both times if there is one.
 
     Args:
-        clock: seconds since some moment. ``time.process_time`` counts what the process was given, not what passed.
+        clock: seconds since some moment. ``time.process_time`` counts CPU time, not the time that passes.
     """
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter):
@@ -77,7 +77,7 @@ class ClockWatch:
 
 
 class EventWatch:
-    """CUDA events on the current stream: what the GPU took, with the host running ahead of it.
+    """CUDA events on the current stream: the GPU's time, with the host running ahead of it.
 
     Args:
         event: what makes an event; for tests.
@@ -122,7 +122,7 @@ def interleave(
         rounds: how many timed rounds.
         warmup: how many rounds to run before, untimed.
         prepare: called before every round, warm-up included; not timed.
-        watch: what measures; the default reads the wall clock.
+        watch: how to measure; the default reads the wall clock.
 
     Raises:
         ValueError: fewer than one round, or functions that differ in their parts.
@@ -159,7 +159,7 @@ def _require_equal_lengths(phases: Phases, functions: Mapping[str, Timed], round
 
 
 def total(phases: Phases) -> Times:
-    """The parts of every round added up."""
+    """The sum of the parts in every round."""
     names = next(iter(phases.values()))
     return {name: [sum(parts) for parts in zip(*(times[name] for times in phases.values()))] for name in names}
 
@@ -169,7 +169,7 @@ class Ratio:
     """Time of a candidate over the time of a baseline, from paired rounds of one run.
 
     Attributes:
-        median, low, high: of the ratios of the rounds; low and high are the smallest and largest.
+        median, low, high: the median, smallest and largest ratio of the rounds.
         lower, upper, confidence: the interval that holds the median of such ratios with that confidence.
         candidate_seconds, baseline_seconds: median times.
         rounds: how many.
@@ -203,9 +203,9 @@ def ratio(times: Mapping[str, list[float]], candidate: str, baseline: str) -> Ra
 def median_interval(values: list[float], confidence: float = 0.95) -> tuple[float, float, float]:
     """``(lower, upper, confidence)``: an interval for the median, free of any assumption on the distribution.
 
-    It lies between two order statistics: of n values the median of the distribution is below the (k+1)-th smallest or
-    above the (k+1)-th largest with probability ``2 P(Binomial(n, 1/2) <= k)``. The narrowest that has the asked
-    confidence is returned; with fewer than 6 values none has 95%, and the whole range is, with the confidence it has.
+    It lies between two order statistics. For n values, the median of the distribution is below the (k+1)-th smallest or
+    above the (k+1)-th largest with probability ``2 P(Binomial(n, 1/2) <= k)``. Returned is the narrowest interval with
+    the asked confidence. With fewer than 6 values none has 95%: then it is the whole range, with its own confidence.
     """
     count, ordered = len(values), sorted(values)
     outside = lambda k: 2 * sum(math.comb(count, i) for i in range(k + 1)) / 2**count  # noqa: E731
@@ -217,9 +217,9 @@ def median_interval(values: list[float], confidence: float = 0.95) -> tuple[floa
 
 @contextmanager
 def _collected() -> Iterator[None]:
-    """Collect garbage now; inside the ``with`` block the collector looks only at what is new.
+    """Collect garbage now; inside the ``with`` block the collector looks at new objects only.
 
-    It would look at every object there is, which takes a third of a second beside the peers' packages.
+    To look at every object takes a third of a second once the peers' packages are loaded.
     """
     gc.collect()
     gc.freeze()

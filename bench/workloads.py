@@ -16,7 +16,7 @@ FORWARD, BACKWARD = "forward", "backward"
 
 @dataclass(frozen=True, eq=False)
 class LayerWorkload:
-    """Forward, and backward from a given gradient of the output.
+    """A layer's forward, and its backward from a given gradient of the output.
 
     Args:
         x: tokens, ``(M, K)``, a leaf that requires grad.
@@ -49,7 +49,7 @@ class LayerWorkload:
 
 @dataclass(frozen=True, eq=False)
 class ClassifierWorkload:
-    """Forward; cross-entropy and backward.
+    """A classifier's forward; cross-entropy and backward.
 
     Args:
         images: a batch that does not require grad.
@@ -109,7 +109,7 @@ class InferenceWorkload:
 
 
 def step(workload: Workload, model: nn.Module) -> Timed:
-    """Both passes, timed one by one; resetting the gradients is not timed."""
+    """Time both passes separately; resetting the gradients is not timed."""
 
     def timed(watch: Watch) -> None:
         workload.reset(model)

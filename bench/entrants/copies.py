@@ -6,5 +6,5 @@ from torch import nn
 
 
 def sharing(backbone: nn.Module) -> nn.Module:
-    """A copy with the very parameters of ``backbone``: nobody's W0 is in a cache while another's is not."""
+    """A copy that shares the parameters of ``backbone``, so that all have W0 in the cache, or none."""
     return copy.deepcopy(backbone, {id(parameter): parameter for parameter in backbone.parameters()})

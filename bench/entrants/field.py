@@ -33,20 +33,20 @@ from .names import (
     lycoris,
 )
 
-ADAPTER_STD = 0.02  # of every factor: not zero, for zeros run faster
+ADAPTER_STD = 0.02  # of every factor: not zero, since zeros run faster
 PEER_SLACK = 10  # peers promise no bound in units of u S
 
 
 @dataclass(frozen=True)
 class Entrant:
-    """One that takes part.
+    """One implementation that takes part.
 
     Attributes:
-        make: from the backbone, and the one of ours with the same product, to an adapted model.
-        path: on which ours computes the same, by rank; None for who can be set to any path.
-        names: what our parameters are called there, by layer; None where they have our own names.
+        make: makes an adapted model from the backbone and our model with the same product.
+        path: the path on which ours computes the same, by rank; None for an entrant that can be set to any path.
+        names: its names for our parameters, by layer; None where the names are the same.
         product: ``"hadamard"`` or ``"matmul"``.
-        package: what has to be installed.
+        package: the package that has to be installed.
     """
 
     make: Callable[[nn.Module, nn.Module], nn.Module]
@@ -73,16 +73,16 @@ ANY_PATH = (OURS, ASSEMBLED, OFFICIAL)
 
 @dataclass
 class Field:
-    """Models by entrant, and who was refused.
+    """Models by entrant, and the entrants that were refused.
 
     Attributes:
-        models: of those that take part.
-        backbone: what all were made from, whose weights they share.
+        models: the models of the entrants that take part.
+        backbone: the model that all were made from, and whose weights they share.
         layers: the names of the adapted layers.
-        rank: of every adapter.
+        rank: the rank of every adapter.
         errors: the largest error of each against fp64, once :meth:`check` has run.
-        refused: who does not take part, and why.
-        missing: who could not be made: a package is not installed, or is another version.
+        refused: the entrants that do not take part, and why.
+        missing: the entrants that could not be made: a package is not installed, or has another version.
     """
 
     models: dict[str, nn.Module]
@@ -94,20 +94,20 @@ class Field:
     missing: dict[str, str] = field(default_factory=dict)
 
     def set_paths(self, paths: Paths) -> None:
-        """The same paths for all that can be set to any."""
+        """Set the same paths for all entrants that can be set to any path."""
         for name in ANY_PATH:
             if name in self.models:
                 glora.set_paths(self.models[name], paths)
 
     def set_path(self, path: PathConfig) -> None:
-        """The same path for every layer of all that can be set to any."""
+        """Set one path for every layer of all entrants that can be set to any path."""
         self.set_paths(dict.fromkeys(self.layers, path))
 
     def check(self, workload: Workload, path_sets: Sequence[Paths], tolerance: float) -> None:
-        """Hold output and gradients of everyone against fp64; who is wrong is refused and leaves.
+        """Compare output and gradients of every entrant with fp64; an entrant that is wrong is refused and removed.
 
         Args:
-            path_sets: on which to check those that can be set to any path.
+            path_sets: the paths on which to check the entrants that can be set to any path.
             tolerance: see :func:`~bench.agreement.require_agreement`; in units of u S peers may have
                 :data:`PEER_SLACK` times as much.
         """
@@ -129,7 +129,7 @@ class Field:
         self.refuse(self.refused)
 
     def refuse(self, reasons: Mapping[str, str]) -> None:
-        """Leave out who was found wrong, here or elsewhere."""
+        """Remove an entrant that was found wrong, here or elsewhere."""
         self.refused.update(reasons)
         for name in reasons:
             self.models.pop(name, None)
@@ -145,7 +145,7 @@ class Field:
             peer = name not in (OURS, OURS_MATMUL) and want.scale is not None
             allowed = PEER_SLACK * tolerance if peer else tolerance
             error = require_agreement(name, got, want, allowed, self._names(name))
-        except Exception as failure:  # whatever a peer does wrong, it does not end the run of the others
+        except Exception as failure:  # whatever a peer does wrong must not end the run of the others
             self.refused[name] = f"{type(failure).__name__}: {failure}"
             return
         self.errors[name] = max(self.errors.get(name, 0.0), error)
@@ -158,7 +158,7 @@ class Field:
 
 
 def make_field(backbone: nn.Module, names: Iterable[str], rank: int, entrants: Iterable[str] = ENTRANTS) -> Field:
-    """Ours and ``entrants``, adapted at exactly ``names`` and frozen everywhere else."""
+    """The models of ours and of ``entrants``, adapted at exactly ``names`` and frozen everywhere else."""
     names = tuple(names)
     ours = {product: _our_model(backbone, names, rank, product) for product in ("hadamard", "matmul")}
     made = Field({}, backbone, names, rank)
@@ -187,9 +187,9 @@ def _our_model(backbone: nn.Module, names: tuple[str, ...], rank: int, product: 
 
 
 def _frozen_model(backbone: nn.Module, first: str) -> nn.Module:
-    """All frozen, and yet its backward pass goes back to the output of the layer ``first``.
+    """A frozen model whose backward pass still goes back to the output of the layer ``first``.
 
-    There it ends in an adapted model too, whose first adapted layer has no input to differentiate by.
+    The backward pass of an adapted model ends there too: the input of its first adapted layer needs no gradient.
     """
     model = sharing(backbone).requires_grad_(False)
     model.get_submodule(first).register_forward_hook(lambda _module, _inputs, y: y.requires_grad_())

@@ -1,4 +1,4 @@
-"""What others compute, as layers that take any path: the official formula, and W_eff assembled in plain PyTorch."""
+"""Layers that compute what others do, on any path: the official formula, and W_eff assembled in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from .copies import sharing
 
 
 class OfficialLinear(GLoRALinear):
-    """What the official code computes (Arnav0400/ViT-Slim, GLoRA/layer.py), step by step, any path.
+    """The computation of the official code (Arnav0400/ViT-Slim, GLoRA/layer.py), step by step, for any path.
 
-    As there, a kind *none* is a tensor of zeros that takes part in the arithmetic, W_eff is an
-    ordinary intermediate, and autograd differentiates it all. Unlike there, the path is drawn outside
-    of forward. The lines are written anew.
+    As in the official code, a kind *none* is a tensor of zeros that takes part in the arithmetic, W_eff
+    is an ordinary intermediate, and autograd differentiates everything. Unlike there, the path is drawn
+    outside of forward. No line is copied.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -34,7 +34,7 @@ class OfficialLinear(GLoRALinear):
 
 
 def _matrix(term: Term | None, like: Tensor) -> Tensor:
-    """Of a shape that broadcasts to that of ``like``."""
+    """The term as a tensor that broadcasts to the shape of ``like``."""
     if term is None:
         return torch.zeros_like(like)
     if isinstance(term, LowRank):
@@ -43,21 +43,21 @@ def _matrix(term: Term | None, like: Tensor) -> Tensor:
 
 
 def _row_values(term: Vector | Constant | None, like: Tensor) -> Tensor:
-    """Of a shape that broadcasts to ``(rows,)``."""
+    """The term as a tensor that broadcasts to ``(rows,)``."""
     if term is None:
         return like.new_zeros(1)
     return term.entries if isinstance(term, Vector) else term.entry
 
 
 class AssembledLinear(GLoRALinear):
-    """W_eff and b_eff from the terms that are not none, then ``F.linear``; autograd does the rest."""
+    """Forms W_eff and b_eff from the terms that are not none, then calls ``F.linear``; autograd does the rest."""
 
     def forward(self, x: Tensor) -> Tensor:
         return reference.glora_linear(x, self.weight, self.bias, self.terms())
 
 
 def with_layers(backbone: nn.Module, ours: nn.Module, kind: type[GLoRALinear]) -> nn.Module:
-    """``ours`` with layers of another kind in the places of its own, and the same values."""
+    """A model like ``ours`` with layers of another kind in place of its own, and the same values."""
     model = sharing(backbone).requires_grad_(False)
     replacements: dict[nn.Module, nn.Module] = {}
     for name, layer in glora.glora_layers(ours).items():

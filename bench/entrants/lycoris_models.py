@@ -17,12 +17,12 @@ NAMES = {
 
 
 def lycoris_model(backbone: nn.Module, ours: nn.Module) -> nn.Module:
-    """As it comes: the dense difference of the weight is formed, and multiplied by in a second product."""
+    """LyCORIS with its defaults: forms the dense change of the weight, and multiplies by it in a second product."""
     return _adapted(backbone, ours, bypass=False)
 
 
 def bypass_model(backbone: nn.Module, ours: nn.Module) -> nn.Module:
-    """``bypass_mode``: thin products beside the frozen layer."""
+    """LyCORIS in ``bypass_mode``: thin products beside the frozen layer."""
     return _adapted(backbone, ours, bypass=True)
 
 

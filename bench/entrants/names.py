@@ -15,20 +15,20 @@ OURS_MATMUL = "ours, matmul"
 
 
 def lora(rank: int) -> PathConfig:
-    """PEFT LoRA's, at alpha = rank."""
+    """The path of PEFT's LoRA at alpha = rank."""
     return PathConfig(B=f"lora_{rank}")
 
 
 def hira(rank: int) -> PathConfig:
-    """PEFT HiRA's."""
+    """The path of PEFT's HiRA."""
     return PathConfig(A=f"lora_{rank}")
 
 
 def all_low_rank(rank: int) -> PathConfig:
-    """PEFT GLoRA's, with config_A_B and config_C "lora" and config_D_E "vector"."""
+    """The path of PEFT's GLoRA with config_A_B and config_C "lora" and config_D_E "vector"."""
     return PathConfig(f"lora_{rank}", f"lora_{rank}", f"lora_{rank}", "vector", "vector")
 
 
 def lycoris(rank: int) -> PathConfig:
-    """LyCORIS glora's, of the matmul product, at alpha = rank."""
+    """The path of LyCORIS' glora (matmul product) at alpha = rank."""
     return PathConfig(f"lora_{rank}", f"lora_{rank}")

@@ -26,7 +26,7 @@ GLORA_NAMES = {
 
 
 def lora_model(backbone: nn.Module, ours: nn.Module) -> nn.Module:
-    """alpha = rank."""
+    """PEFT's LoRA at alpha = rank."""
     import peft
 
     return _adapted(backbone, ours, lambda r, names: peft.LoraConfig(r=r, lora_alpha=r, target_modules=names))
@@ -39,7 +39,7 @@ def hira_model(backbone: nn.Module, ours: nn.Module) -> nn.Module:
 
 
 def glora_model(backbone: nn.Module, ours: nn.Module) -> nn.Module:
-    """A, B and C low rank, D and E vectors."""
+    """PEFT's GLoRA with A, B and C of low rank, D and E vectors."""
     import peft
 
     kinds = {"config_A_B": "lora", "config_C": "lora", "config_D_E": "vector"}
@@ -47,10 +47,10 @@ def glora_model(backbone: nn.Module, ours: nn.Module) -> nn.Module:
 
 
 def _adapted(backbone: nn.Module, ours: nn.Module, config: Callable) -> nn.Module:
-    """Adapted at the layers of ``ours``; without the wrapper that PEFT puts around a model.
+    """The backbone adapted by PEFT at the layers of ``ours``, without the wrapper that PEFT puts around a model.
 
-    The factors are of the backbone's dtype: in fp32, PEFT's default, x is cast and every thin product, with HiRA a
-    dense one too, runs in fp32.
+    The factors have the backbone's dtype. In fp32, PEFT's default, x would be cast, and every thin product (with HiRA
+    a dense one too) would run in fp32.
     """
     import peft
 
@@ -61,7 +61,7 @@ def _adapted(backbone: nn.Module, ours: nn.Module, config: Callable) -> nn.Modul
 
 
 def copy_factors(ours: nn.Module, theirs: nn.Module, names: dict[str, str]) -> None:
-    """Set the parameters of ``theirs`` that ``names`` lists for every layer to those of ``ours``."""
+    """Copy the parameters of ``ours`` into those of ``theirs`` that ``names`` lists for every layer."""
     with torch.no_grad():
         for layer in glora.glora_layers(ours):
             for own, other in names.items():

@@ -1,7 +1,7 @@
-"""One layer as in ``layer.py``, everyone under ``torch.compile``.
+"""One layer as in ``layer.py``, every entrant under ``torch.compile``.
 
-The path of those that take any is all low rank, and for ours the random ones beside: one graph serves them all, where
-the others compile anew for each.
+Entrants that take any path are timed with all low rank. Ours is timed on random paths too: one graph serves them all,
+where the others compile again for each.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ COMPARISONS = (
 class CompiledLayerWorkload(LayerWorkload):
     """As :class:`LayerWorkload`, with every model compiled.
 
-    torch keeps what it compiled with the code object; a copy of it for each model, or they would share a cache, go
-    through each other's guards and hit its limit.
+    torch keeps what it compiled with the code object. Each model gets a copy of that: otherwise all would share one
+    cache, check each other's guards and reach its limit.
     """
 
     def __init__(self, x: Tensor, dy: Tensor):
@@ -73,7 +73,7 @@ def _call(model: nn.Module, x: Tensor) -> Tensor:
 
 
 def measure(shape_set: str, layer: Layer, settings: Settings) -> Section:
-    """Check everyone compiled, then time them."""
+    """Check every compiled entrant, then time them."""
     field, eager = make_layer(layer, settings, COMPILED)
     workload = CompiledLayerWorkload(eager.x, eager.dy)
     path = all_low_rank(layer.rank)
@@ -110,7 +110,7 @@ def measure(shape_set: str, layer: Layer, settings: Settings) -> Section:
 
 
 def _on_each(ours: nn.Module, paths: list[PathConfig], usual: PathConfig, timed: Timed) -> Timed:
-    """On each of ``paths``, then back to the usual one; setting them is not timed."""
+    """Run on each of ``paths``, then set the usual one again; setting paths is not timed."""
 
     def run(watch: Watch) -> None:
         for path in paths:

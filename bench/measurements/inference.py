@@ -30,12 +30,12 @@ ENTRIES = (ORIGINAL, MERGED, *UNMERGED)
 COMPARISONS = tuple(Comparison(name, ORIGINAL) for name in (MERGED, *UNMERGED))
 LATENCY = (CONTROL, ORIGINAL, MERGED)
 LATENCY_COMPARISONS = tuple(Comparison(name, ORIGINAL) for name in (MERGED, CONTROL))
-MORE_ROUNDS = 3  # times as many for the three, whose ratios are to be told from 1
+MORE_ROUNDS = 3  # times as many for these three, whose ratios have to be told from 1
 
 
 @dataclass(frozen=True, eq=False)
 class Prepared:
-    """Models by entrant, ready to be timed, and the field that they were checked in."""
+    """Models by entrant, ready to be timed, and the field in which they were checked."""
 
     models: dict[str, nn.Module]
     field: Field
@@ -43,7 +43,7 @@ class Prepared:
 
 
 def make(model: Model, settings: Settings) -> Prepared:
-    """Everyone in eval mode, checked; ours on random paths, merged and not."""
+    """Every entrant in eval mode, checked; ours on random paths, merged and not merged."""
     field, workload, ours, paths = checked(model, settings)
     if settings.dtype != torch.float32:
         field.refuse(checked(model, settings.in_fp32())[0].refused)
@@ -59,7 +59,7 @@ def make(model: Model, settings: Settings) -> Prepared:
 
 
 def checked(model: Model, settings: Settings) -> tuple[Field, InferenceWorkload, nn.Module, Paths]:
-    """Everyone in eval mode, what they were checked on, ours (refused or not), and the paths it was checked on."""
+    """Every entrant in eval mode, the workload of the check, our model (refused or not), and its paths in the check."""
     field, trained = make_model(model, settings)
     workload = InferenceWorkload(trained.images[:1])
     for one in field.models.values():
@@ -72,7 +72,7 @@ def checked(model: Model, settings: Settings) -> tuple[Field, InferenceWorkload,
 
 
 def measure(shape_set: str, model: Model, batch: int, settings: Settings, prepared: Prepared) -> Section:
-    """Time everyone."""
+    """Time every entrant."""
     models, field = prepared.models, prepared.field
     workload = InferenceWorkload(settings.randn(batch, *prepared.image_size))
     runs = {name: functools.partial(workload.forward, models[name]) for name in ENTRIES if name in models}
@@ -99,7 +99,7 @@ def measure(shape_set: str, model: Model, batch: int, settings: Settings, prepar
 
 
 def measure_latency(shape_set: str, model: Model, batch: int, settings: Settings, prepared: Prepared) -> Section:
-    """Original and merged, and a second copy of the original: how far apart two equal models are found to be."""
+    """Time original, merged and a second copy of the original, which shows how much two equal models differ."""
     workload = InferenceWorkload(settings.randn(batch, *prepared.image_size))
     functions = {name: plain(functools.partial(workload.forward, prepared.models[name])) for name in LATENCY}
     return Section(

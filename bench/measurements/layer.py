@@ -77,7 +77,7 @@ COMPARISONS = (
 
 
 def measure(shape_set: str, layer: Layer, settings: Settings) -> Section:
-    """Check and time everyone; "random paths" is the mean over :func:`spread_paths`."""
+    """Check and time every entrant; "random paths" is the mean over :func:`spread_paths`."""
     tokens = layer.tokens_on(settings.device)
     field, workload = make_layer(layer, settings)
     kinds = {name: PathConfig(*(_spell(kind, layer.rank) for kind in pair)) for name, pair in KIND_PAIRS.items()}
@@ -105,7 +105,7 @@ def measure(shape_set: str, layer: Layer, settings: Settings) -> Section:
 
 
 def make_layer(layer: Layer, settings: Settings, entrants: Iterable[str] = ENTRANTS) -> tuple[Field, LayerWorkload]:
-    """``entrants`` around one linear layer, and tokens for it."""
+    """The ``entrants`` around one linear layer, and tokens for it."""
     torch.manual_seed(SEED)
     linear = nn.Linear(layer.inputs, layer.outputs).to(settings.device, settings.dtype)
     field = make_field(nn.Sequential(OrderedDict([(NAME, linear)])), [NAME], layer.rank, entrants)
@@ -121,7 +121,7 @@ def _spell(kind: str, rank: int) -> str:
 def _functions(
     field: Field, workload: LayerWorkload, kinds: dict[str, PathConfig], drawn: list[PathConfig]
 ) -> dict[str, Timed]:
-    """What a round runs, in the order of :data:`ENTRIES`: the closely compared side by side."""
+    """The functions of a round in the order of :data:`ENTRIES`: those to be compared closely are neighbours."""
     weight = field.backbone.get_parameter(f"{NAME}.weight").detach()
     functions: dict[str, Timed] = {
         TWO_UNITS: _products(workload.x.detach(), weight, workload.dy, 2),
@@ -137,7 +137,7 @@ def _functions(
 
 
 def _on(field: Field, paths: list[PathConfig], timed: Timed) -> Timed:
-    """``timed`` on each of ``paths``; setting them is not timed."""
+    """Run ``timed`` on each of ``paths``; setting paths is not timed."""
 
     def run(watch: Watch) -> None:
         for path in paths:
@@ -148,7 +148,7 @@ def _on(field: Field, paths: list[PathConfig], timed: Timed) -> Timed:
 
 
 def _products(x: Tensor, weight: Tensor, dy: Tensor, units: int) -> Timed:
-    """The dense products alone: y, dx and, as the third, dW; into buffers that are there."""
+    """The dense products alone: y, dx and, as the third, dW; into existing buffers."""
     y, dx, dw = torch.empty_like(dy), torch.empty_like(x), torch.empty_like(weight)
 
     def timed(watch: Watch) -> None:
@@ -177,7 +177,7 @@ def spread_paths(rank: int, generator: torch.Generator) -> list[PathConfig]:
 def _facts(
     field: Field, workload: LayerWorkload, kinds: dict[str, PathConfig], drawn: list[PathConfig], settings: Settings
 ) -> dict[str, dict[str, float]]:
-    """Counted once for each; of random paths the mean."""
+    """Counts, made once for each entrant; for random paths the mean."""
     facts = {}
     for name, model in field.models.items():
         count = functools.partial(_count, model, workload, settings.device)
@@ -191,7 +191,7 @@ def _facts(
 
 
 def _strategies(field: Field, workload: LayerWorkload, kinds: dict[str, PathConfig]) -> dict[str, str]:
-    """Backend and strategy of ours on each path."""
+    """Our backend and strategy on each path."""
     if OURS not in field.models:
         return {}
     ours = field.models[OURS].get_submodule(NAME)

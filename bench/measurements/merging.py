@@ -28,7 +28,7 @@ PROBE_TOKENS = 64
 
 
 def measure(shape_set: str, layer: Layer, settings: Settings) -> Section:
-    """The time of merging one layer on random paths, beside that of copying its weight and of the plain formula."""
+    """Time merging one layer on random paths, copying its weight, and the plain formula."""
     field, workload = make_layer(layer, settings, (OURS,))
     model = field.models[OURS]
     ours = model.get_submodule(NAME)
@@ -68,10 +68,10 @@ def measure(shape_set: str, layer: Layer, settings: Settings) -> Section:
 
 
 def hold_merged(model: nn.Module, workload: LayerWorkload, settings: Settings) -> float:
-    """Hold the merged layer to the numerical contract, and to the unmerged one within both their errors.
+    """Check the merged layer against the numerical contract, and against the unmerged layer within both their errors.
 
     Raises:
-        ValueError: it is off.
+        ValueError: an element is too far off.
     """
     tokens = InferenceWorkload(workload.x.detach()[:PROBE_TOKENS])
     merged = copy.deepcopy(model)
@@ -87,7 +87,7 @@ def hold_merged(model: nn.Module, workload: LayerWorkload, settings: Settings) -
 
 
 def changed_bits(cycles: int, settings: Settings) -> int:
-    """How many bytes of a small model differ after so many times ``merge(keep=True)`` and ``unmerge``."""
+    """How many bytes of a small model differ after ``merge(keep=True)`` and ``unmerge``, so many times."""
     torch.manual_seed(SEED)
     layers = OrderedDict(one=nn.Linear(24, 40), act=nn.GELU(), two=nn.Linear(40, 24, bias=False))
     model = glora.inject(nn.Sequential(layers).to(settings.device, settings.dtype), rank=4)

@@ -42,7 +42,7 @@ COMPARISONS = (
 
 
 def measure(shape_set: str, model: Model, settings: Settings) -> Section:
-    """Check and time everyone; those that take any path get the same new one for every layer, every round."""
+    """Check and time every entrant; in each round, those that take any path get the same new path for every layer."""
     field, workload = make_model(model, settings)
     shapes = {name: layer.shape for name, layer in glora.glora_layers(field.models[OURS]).items()}
     # Under a layer norm the gradient of a constant is a sum that cancels to nothing: the layers check these.
@@ -82,7 +82,7 @@ def measure(shape_set: str, model: Model, settings: Settings) -> Section:
 
 
 def make_model(model: Model, settings: Settings) -> tuple[Field, ClassifierWorkload]:
-    """Everyone in the same linear layers of a randomly initialised model, and random images for it."""
+    """Every entrant in the same linear layers of a randomly initialised model, and random images for it."""
     backbone = make_backbone(model, settings)
     batch, size = model.batch_on(settings.device), backbone.default_cfg["input_size"]
     images, labels = settings.randn(batch, *size), torch.randint(1000, (batch,), device=settings.device)
@@ -90,9 +90,9 @@ def make_model(model: Model, settings: Settings) -> tuple[Field, ClassifierWorkl
 
 
 def make_backbone(model: Model, settings: Settings) -> nn.Module:
-    """From timm, randomly initialised (always the same) and without anything random in forward.
+    """A timm model, initialised at random (always the same) and without anything random in forward.
 
-    Biases and norms are moved off the zeros and ones that they start at.
+    Biases and norms are moved away from the zeros and ones that they start with.
     """
     import timm
 
@@ -106,10 +106,10 @@ def make_backbone(model: Model, settings: Settings) -> nn.Module:
 
 
 def linear_names(backbone: nn.Module, expected: int) -> list[str]:
-    """Of all linear layers with a bias but those of the head: without one, PEFT GLoRA drops C, D and E.
+    """The names of all linear layers with a bias, except the head's. Without a bias, PEFT GLoRA drops C, D and E.
 
     Raises:
-        ValueError: another number of them than ``expected``: this timm builds another model.
+        ValueError: their number is not ``expected``: this timm builds another model.
     """
     modules = backbone.named_modules()
     linears = {name: module for name, module in modules if type(module) is nn.Linear and name.split(".")[0] != "head"}

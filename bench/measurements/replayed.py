@@ -28,7 +28,7 @@ COMPARISONS = (
 
 
 def measure(shape_set: str, layer: Layer, settings: Settings) -> Section:
-    """Check everyone, capture their steps, time the replays."""
+    """Check every entrant, capture their steps, time the replays."""
     field, workload = make_layer(layer, settings, (FROZEN, LORA, OURS, ASSEMBLED, OFFICIAL, HIRA, GLORA))
     everything, vector = all_low_rank(layer.rank), PathConfig("vector", f"lora_{layer.rank}")
     field.check(workload, [{NAME: everything}, {NAME: vector}], settings.layer_tolerance)
@@ -57,7 +57,7 @@ def measure(shape_set: str, layer: Layer, settings: Settings) -> Section:
 
 
 def _replay(name: str, field: Field, model: nn.Module, workload: LayerWorkload) -> dict[str, Callable[[], None]]:
-    """The step as a graph, if it can be one and its replay leaves the gradients of the eager step; else refused."""
+    """The step as a graph; refused if it cannot be captured, or if its replay leaves other gradients than the step."""
 
     def gradients() -> dict[str, Tensor]:
         trained = {key: p.grad for key, p in model.named_parameters() if p.grad is not None}
@@ -69,11 +69,11 @@ def _replay(name: str, field: Field, model: nn.Module, workload: LayerWorkload) 
         replay = captured(lambda: run(workload, model))
         for gradient in (*workload.input_gradients().values(), *(p.grad for p in model.parameters())):
             if gradient is not None:
-                gradient.fill_(torch.nan)  # whatever the replay does not write is found
+                gradient.fill_(torch.nan)  # to find what the replay does not write
         replay()
         found = gradients()
         wrong = [key for key, want in eager.items() if not torch.allclose(found[key], want, rtol=0.05, atol=1e-3)]
-    except Exception as error:  # who synchronises cannot be captured
+    except Exception as error:  # a step that synchronises cannot be captured
         field.refused[name] = f"{type(error).__name__}: {error}"
         return {}
     if wrong:

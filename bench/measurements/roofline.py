@@ -1,4 +1,4 @@
-"""What each operation reaches of what this machine can do: operations and bytes a second against measured ceilings."""
+"""How close each operation comes to this machine's measured ceilings, in operations and bytes per second."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from ..workloads import BACKWARD, FORWARD, LayerWorkload, step
 from .layer import NAME, make_layer
 
 COPY, PRODUCT, MERGE = "copy", "dense product", "merge"
-COPIED = {"cpu": 2**28, "cuda": 2**30}  # bytes: more than caches hold
-EDGE = {"cpu": 1024, "cuda": 8192}  # of the square matrices
+COPIED = {"cpu": 2**28, "cuda": 2**30}  # bytes: more than the caches hold
+EDGE = {"cpu": 1024, "cuda": 8192}  # rows and columns of the square matrices
 
 
 def ceilings(settings: Settings) -> Section:
-    """Bytes a second of a large copy, read and written; operations a second of a large dense product."""
+    """Bytes per second of a large copy, read and written; operations per second of a large dense product."""
     source = settings.randn(COPIED[settings.device] // settings.dtype.itemsize)
     target = torch.empty_like(source)
     edge = EDGE[settings.device]
@@ -59,7 +59,7 @@ def paths(rank: int) -> dict[str, PathConfig]:
 
 
 def measure(shape_set: str, layer: Layer, settings: Settings) -> Section:
-    """Forward, backward and merge of ours on three paths, with the operations and the bytes that they cannot avoid."""
+    """Time our forward, backward and merge on three paths, with the operations and bytes that they cannot avoid."""
     field, workload = make_layer(layer, settings, (OURS,))
     field.check(workload, [{NAME: path} for path in paths(layer.rank).values()], settings.layer_tolerance)
     seconds: dict[str, Times] = {}
@@ -91,7 +91,7 @@ def measure(shape_set: str, layer: Layer, settings: Settings) -> Section:
 
 
 def _costs(layer: GLoRALinear, workload: LayerWorkload) -> dict[str, dict[str, float]]:
-    """Operations as planned; bytes of what is read and written once if all else stays in caches."""
+    """Planned operations, and the bytes that are read and written once if all else stays in caches."""
     plan = explain(workload.x, layer.weight, layer.bias, layer.terms())
     factors = sum(p.nbytes for p in layer.support_parameters(layer.path))
     x, y, weight = workload.x.nbytes, workload.dy.nbytes, layer.weight.nbytes
@@ -103,6 +103,6 @@ def _costs(layer: GLoRALinear, workload: LayerWorkload) -> dict[str, dict[str, f
 
 
 def _merge_flops(layer: GLoRALinear) -> float:
-    """Of the products of factors and one multiplication and addition an element for each of A and B."""
+    """Operations of the products of factors, and one multiplication and addition per element for each of A and B."""
     ranks = {slot: choice.rank for slot, choice in layer.path.choices.items() if slot in "AB" and choice.kind != "none"}
     return math.prod(layer.weight.shape) * sum(2 * rank + 2 for rank in ranks.values())

@@ -1,4 +1,4 @@
-"""Candidates a second of a search: each merged once, or W_eff formed anew in every layer and batch."""
+"""Candidates per second of a search: each merged once, or W_eff formed again in every layer and batch."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ..timing import interleave, plain
 from .inference import checked
 
 MERGED, UNMERGED = "ours, merged", "ours, unmerged"
-BATCHES, BATCH = 4, 4  # of images that every candidate is scored on
+BATCHES, BATCH = 4, 4  # of the images on which every candidate is scored
 
 
 def measure(shape_set: str, model: Model, settings: Settings) -> Section:

@@ -1,4 +1,4 @@
-"""The command line: arguments in, one function called, text or JSON out."""
+"""The command line: parses arguments, calls one function, prints text or JSON."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         try:
             return options.run(options)
         except BaseException as error:
-            # what a signal interrupts may answer with an error of its own
+            # the code that a signal interrupts may raise an error of its own
             if received or isinstance(error, KeyboardInterrupt):
                 return stopped(options, received)
             if not isinstance(error, (ValueError, TypeError, OSError, ModuleNotFoundError)):

@@ -1,4 +1,4 @@
-"""Where a command goes on from; Ctrl-C and SIGTERM: what they raise, and the one line that says what is saved."""
+"""Where a command continues from; what Ctrl-C and SIGTERM raise, and the one line that says what is saved."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ _NAMES = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
 
 @contextmanager
 def raising_on_signals() -> Iterator[list[int]]:
-    """SIGINT and SIGTERM raise KeyboardInterrupt in the block; the list holds those that came.
+    """SIGINT and SIGTERM raise KeyboardInterrupt in the block; the list holds the signals that came.
 
-    Those that this process was started to ignore (``nohup``), it still does.
+    A signal that this process was started to ignore (``nohup``) is still ignored.
     """
     received: list[int] = []
     before: dict[signal.Signals, object] = {}
@@ -40,9 +40,9 @@ def raising_on_signals() -> Iterator[list[int]]:
 
 
 def stopped(options: argparse.Namespace, received: list[int]) -> int:
-    """Print the line, on one process of several, and return the exit status: 128 and the signal's number.
+    """Print the line, on one of several processes, and return the exit status: 128 plus the signal's number.
 
-    A command that saves has set ``options.saved``, a function that says what there is and how to go on.
+    A command that saves has set ``options.saved``, a function that says what is saved and how to continue.
     """
     for number in _NAMES if received else ():
         signal.signal(number, signal.SIG_IGN)  # until raising_on_signals() ends
@@ -53,17 +53,17 @@ def stopped(options: argparse.Namespace, received: list[int]) -> int:
 
 
 def _saved(options: argparse.Namespace) -> str:
-    with suppress(OSError, ValueError):  # a file that is not this command's
+    with suppress(OSError, ValueError):  # a file that does not belong to this command
         if hasattr(options, "saved"):
             return options.saved()
     return "the same command line starts again"
 
 
 def announce(name: str, unfinished: str | None) -> None:
-    """The name of a run, and what it goes on from."""
+    """Print the name of a run, and what it continues from."""
     print(name if unfinished is None else f"{name}\ncontinues from {unfinished}", flush=True)
 
 
 def said(saved: str | None, line: str = "the same command line") -> str:
-    """The end of the line: that ``line`` goes on from ``saved``, or starts again."""
+    """The end of the line: says that ``line`` continues from ``saved``, or starts again."""
     return f"nothing is saved yet; {line} starts again" if saved is None else f"saved: {saved}; {line} continues"

@@ -48,7 +48,7 @@ def _quickstart(options: argparse.Namespace) -> int:
     file = backbone_file(options.out, settings)
     options.saved = lambda: _saved(saved_checkpoint(file))
     if not options.json:
-        print("pre-training", flush=True)  # where it continues from is said by the training itself
+        print("pre-training", flush=True)  # the training itself says where it continues from
     study = run_study(settings, options.out, progress=not options.json)
     written = save_study(study, options.out)
     figures = save_figures(study, options.out)
@@ -61,5 +61,5 @@ def _quickstart(options: argparse.Namespace) -> int:
 
 
 def _saved(pretraining: str | None) -> str:
-    """Of the adaptations after it nothing is kept before all are done."""
+    """What is saved: the pre-training; the adaptations after it are saved only once all are done."""
     return said(pretraining and f"the pre-training, {pretraining}")

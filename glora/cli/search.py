@@ -61,7 +61,7 @@ def _search(options: argparse.Namespace) -> int:
 
 
 def _saved_again(folders: Sequence[Path]) -> Callable[[], str]:
-    """What to say of searches with --again, which would put what it has just begun aside too."""
+    """What to say of searches with --again, which would also put aside the search that has just begun."""
     from ..runs.folder import JOURNAL
     from ..runs.saved import saved_searches
 

@@ -73,7 +73,7 @@ def _train(options: argparse.Namespace) -> int:
         summaries = []
         for spec in specs:
             if tell:
-                print(spec.name, flush=True)  # where it continues from is said by the training itself
+                print(spec.name, flush=True)  # the training itself says where it continues from
             summaries.append(train_run(out, spec, process.device, progress=tell))
     if process.first:
         print(json.dumps(summaries) if options.json else describe_training(summaries, out))

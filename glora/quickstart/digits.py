@@ -1,6 +1,6 @@
 """The data: scikit-learn's handwritten digits (1,797 grey images of 8 x 8), which ship with the package.
 
-Half of them are the source task, upright; the other half the target task, shifted: inverted, or
+Half of them are the source task, upright. The other half are the target task, shifted: inverted, or
 rotated by 90 degrees. Pixels are scaled to [-1, 1], so that inverting is a change of sign.
 """
 
@@ -23,7 +23,7 @@ TASKS = {
 
 
 class FewShot(NamedTuple):
-    """One few-shot draw of a target task; the test split is everything not drawn."""
+    """One few-shot draw of a target task; the test split is everything that was not drawn."""
 
     train: TensorDataset
     validation: TensorDataset
@@ -50,7 +50,7 @@ def load_source() -> tuple[ShiftedByOne, TensorDataset]:
 
 
 def draw_few_shot(task: str, shots: int, seed: int) -> FewShot:
-    """``shots`` images a class to train, 4 to validate, all others to test; a function of the seed.
+    """``shots`` images per class to train, 4 to validate, all others to test; a function of the seed.
 
     Raises:
         ValueError: an unknown task, or more shots than there are images.
@@ -63,7 +63,7 @@ def draw_few_shot(task: str, shots: int, seed: int) -> FewShot:
     if not 1 <= shots <= most:
         raise ValueError(f"shots: expected 1 to {most}, got {shots}")
     order = torch.randperm(len(y), generator=torch.Generator().manual_seed(seed))
-    place = torch.empty_like(order)  # how many of the same class come earlier in the order
+    place = torch.empty_like(order)  # how many images of the same class come earlier in the order
     for label in range(CLASSES):
         members = order[y[order] == label]
         place[members] = torch.arange(len(members))
@@ -75,7 +75,7 @@ def draw_few_shot(task: str, shots: int, seed: int) -> FewShot:
 
 
 def _halves() -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Source and target, split once and for all."""
+    """Source and target; the split is always the same."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()

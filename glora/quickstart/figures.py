@@ -10,12 +10,12 @@ from ..config import PathConfig
 from ..report.figures.path_map import add_kind_legend, draw_paths
 from .methods import SEARCHED
 
-# Colour-blind safe (Okabe and Ito); one colour a method, the same in every picture.
+# Colour-blind safe (Okabe and Ito); one colour per method, the same in every picture.
 _COLOURS = ("#999999", "#E69F00", "#56B4E9", "#009E73", "#117733", "#000000", "#CC79A7", "#D55E00", "#882255")
 
 
 def save_figures(study: dict[str, Any], folder: str | Path) -> list[Path]:
-    """Write PNG files for every task and number of shots into ``folder``; returns their names."""
+    """Write PNG files for every task and number of shots into ``folder``; return their names."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -61,7 +61,7 @@ def _save_accuracy(summary: dict[str, Any], file: Path) -> Path:
 
 
 def _save_paths(runs: Sequence[dict[str, Any]], file: Path) -> Path:
-    """One panel a seed: layers down, support tensors across, the colour is the kind."""
+    """One panel per seed: layers down, support tensors across, the colour is the kind."""
     from matplotlib import pyplot as plt
 
     figure, panels = plt.subplots(
@@ -78,7 +78,7 @@ def _save_paths(runs: Sequence[dict[str, Any]], file: Path) -> Path:
 
 
 def _save_curve(curve: Sequence[dict[str, Any]], file: Path) -> Path:
-    """Accuracy against the number of training images a class."""
+    """Accuracy against the number of training images per class."""
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")

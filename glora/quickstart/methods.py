@@ -1,7 +1,7 @@
 """Every row of the demonstration's table: one way to adapt the backbone, trained and tested.
 
 All rows share the backbone, a fresh head, the steps, the batches and the schedule; each has the
-learning rate that suits it. Beside GLoRA's search, each trains once and is tested once.
+learning rate that suits it. Except for GLoRA's search, each trains once and is tested once.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Conditions:
-    """What every method is given."""
+    """The conditions that are the same for every method."""
 
     backbone: nn.Module
     data: FewShot
@@ -123,8 +123,8 @@ def lora(conditions: Conditions) -> list[Row]:
 
 
 def glora(conditions: Conditions) -> list[Row]:
-    """A supernet; random paths of it; the searched one, with the proof that merging changes nothing; and that
-    path trained a little longer by itself, on the validation images too."""
+    """Rows of a supernet: random paths; the searched path, with the proof that merging changes nothing; and that
+    path trained a little longer alone, on the validation images too."""
     model, train_seconds = train_supernet(conditions)
     limit = round(sampler_for(model, SPACE).mean)
     random_row = _random_paths(conditions, model, limit, train_seconds)
@@ -154,7 +154,7 @@ def glora(conditions: Conditions) -> list[Row]:
 
 
 def train_supernet(conditions: Conditions) -> tuple[nn.Module, float]:
-    """The supernet that is searched, and the seconds that it took."""
+    """The supernet that is searched, and the seconds of its training."""
     model = inject(conditions.model(), RANK)
     torch.manual_seed(conditions.seed)
     return model, conditions.train(model, 1e-2, SPACE)
@@ -169,13 +169,13 @@ _TRAININGS = 7  # LoRA trains twice
 
 
 def units_of_work(steps: int) -> int:
-    """What ``progress`` adds up to for one draw: optimiser steps and candidates of the search."""
+    """The total of ``progress`` for one draw: optimiser steps and candidates of the search."""
     trainings = _TRAININGS * steps + tuning_steps(steps)
     return trainings + SEARCH.population + SEARCH.generations * (SEARCH.crossover + SEARCH.mutation)
 
 
 def prove_merge(conditions: Conditions, model: nn.Module) -> dict:
-    """Merge ``model`` in place and hold it against the backbone and against itself unmerged."""
+    """Merge ``model`` in place and compare it with the backbone and with itself unmerged."""
     images = conditions.data.test.tensors[0]
     before = _predict(model, images)
     report = merge(model, images)
@@ -197,7 +197,7 @@ def _preset(conditions: Conditions, method: str, preset: str, rank: int, data: D
 
 
 def _random_paths(conditions: Conditions, model: nn.Module, limit: int, seconds: float) -> Row:
-    """Random paths of the trained supernet within the limit: what the search has to beat."""
+    """Random paths of the trained supernet within the limit: the search has to beat these."""
     sampler = sampler_for(model, SPACE, limit)
     generator = torch.Generator().manual_seed(conditions.seed)
     drawn = [sampler.sample(generator) for _ in range(RANDOM_PATHS)]

@@ -38,11 +38,11 @@ class StudySettings:
 
     Args:
         tasks: target tasks, out of ``inverted`` and ``rotated90``.
-        shots: images a class to train on, one run for each entry.
+        shots: images per class to train on, one run for each entry.
         seeds: few-shot draws (and fresh heads, supernets, searches) for each task and entry.
-        seed: the first of the seeds; pre-training takes it too.
+        seed: the first of the seeds; pre-training uses it too.
         steps, pretraining_steps: optimiser steps of every method, and of pre-training.
-        workers: processes, one thread each; None for one a core.
+        workers: processes, one thread each; None for one per core.
 
     Raises:
         ValueError: no or unknown tasks, or a number below 1.
@@ -76,7 +76,7 @@ class _Job:
 
 
 def make_backbone() -> nn.Module:
-    """A ViT of 201,536 parameters beside its head, 16 linear layers to adapt."""
+    """A ViT of 201,536 parameters without its head, with 16 linear layers to adapt."""
     from timm.models.vision_transformer import VisionTransformer
 
     return VisionTransformer(
@@ -142,7 +142,7 @@ def load_study(file: str | os.PathLike) -> dict[str, Any]:
 
 
 def pretrain(settings: StudySettings, file: Path, progress: bool) -> tuple[nn.Module, dict[str, Any]]:
-    """The backbone, from ``file`` where it is trained already, and what is to be told of it."""
+    """The backbone, from ``file`` if it is trained already, and its figures for the report."""
     torch.manual_seed(settings.seed)
     model = make_backbone()
     source, upright = load_source()
@@ -154,7 +154,7 @@ def pretrain(settings: StudySettings, file: Path, progress: bool) -> tuple[nn.Mo
 
 
 def _run_jobs(jobs: Sequence[_Job], backbone: nn.Module, workers: int, progress: bool) -> dict[_Job, list[dict]]:
-    """Every job's rows; one process a worker, so that each has a core of its own."""
+    """The rows of every job; one process per worker, so that each has its own core."""
     state = {name: tensor.clone() for name, tensor in backbone.state_dict().items()}
     context = get_context("spawn")
     runs: dict[_Job, list[dict]] = {}
@@ -178,7 +178,7 @@ def _run_jobs(jobs: Sequence[_Job], backbone: nn.Module, workers: int, progress:
 
 @contextmanager
 def _stopped_at_once(pool: ProcessPoolExecutor) -> Iterator[ProcessPoolExecutor]:
-    """The pool for a ``with`` block; where that raises, its workers do not finish what they are at."""
+    """The pool for a ``with`` block; if the block raises, its workers stop at once."""
     others = active_children()
     with pool:
         try:
@@ -191,8 +191,8 @@ def _stopped_at_once(pool: ProcessPoolExecutor) -> Iterator[ProcessPoolExecutor]
 
 
 def _deaf_to_interrupts(start: Callable[[], T]) -> T:
-    """What ``start`` returns. Processes that it starts never get SIGINT, which a terminal sends to all of them: this
-    one, which gets it afterwards, stops them."""
+    """The result of ``start``. Processes that it starts ignore SIGINT, which a terminal sends to all of them: this
+    process gets it afterwards and stops them."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         return start()
@@ -229,7 +229,7 @@ def _run_job(job: _Job, state: dict[str, torch.Tensor], ticks: Any) -> list[dict
 
 
 def _summarise(task: str, shots: int, jobs: Sequence[_Job], runs: dict[_Job, list[dict]]) -> dict[str, Any]:
-    """Means and sample standard deviations over the seeds, and differences to GLoRA seed by seed."""
+    """Means and sample standard deviations over the seeds, and differences to GLoRA for each seed."""
     per_seed = [runs[job] for job in jobs if (job.task, job.shots) == (task, shots)]
     by_method = {rows[0]["method"]: rows for rows in zip(*per_seed)}
     searched = [row["test"] for row in by_method[SEARCHED]]

@@ -62,7 +62,7 @@ def _format_merge(proof: dict[str, Any]) -> list[str]:
 
 
 def _conclusions(study: dict[str, Any]) -> list[str]:
-    """What this run shows, computed from it: the sign of a mean is not a proof, so seeds are counted."""
+    """The conclusions from this run's figures: the sign of a mean proves nothing, so seeds are counted."""
     lines = ["What this run shows (accuracy of the searched GLoRA path minus the other's, wins by seed):"]
     for method in (row["method"] for row in study["summary"][0]["rows"] if row["method"] != SEARCHED):
         rows = [row for summary in study["summary"] for row in summary["rows"] if row["method"] == method]

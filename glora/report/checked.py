@@ -15,9 +15,9 @@ class Entries:
     """The entries of a JSON object.
 
     Args:
-        file: where it is from.
+        file: the file that it is from.
         content: the object.
-        prefix: of its entries in messages: the way to it from the file's outermost object.
+        prefix: put before its entries in messages: the way to it from the file's outermost object.
     """
 
     def __init__(self, file: Path, content: dict[str, Any], prefix: str = ""):
@@ -72,5 +72,5 @@ class Entries:
         return Entries(self.file, value, f"{self.prefix}{name}.")
 
     def optional(self, name: str, read: Callable[[Entries, str], T]) -> T | None:
-        """``read(self, name)``, or None where the entry is null or not there."""
+        """``read(self, name)``, or None if the entry is null or absent."""
         return None if self.content.get(name) is None else read(self, name)

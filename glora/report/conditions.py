@@ -1,4 +1,4 @@
-"""How a run was made, and settings of their own for runs that were made differently: no mean is taken over both."""
+"""How a run was made; runs made differently get different settings, so that no mean is taken over both."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from typing import Any
 from .runs import Run, Setting
 
 Conditions = Mapping[str, str]
-# No result depends on them.
+# No result depends on these.
 _WITHOUT_EFFECT = ("workers", "checkpoint_epochs")
 
 
 def tell_apart(runs: Sequence[Run]) -> list[Run]:
-    """The runs; where those of one setting differ in their conditions, their methods say in what.
+    """The runs. If runs of one setting differ in their conditions, their methods say in which.
 
     >>> [run.setting.method for run in tell_apart(runs)]
     ['GLoRA 0.86M, epochs 6', 'GLoRA 0.86M, epochs 500']
@@ -31,9 +31,9 @@ def tell_apart(runs: Sequence[Run]) -> list[Run]:
 def conditions(run: Run) -> Conditions:
     """Every value, as text, that runs of one setting must share to be averaged over their seeds and data sets.
 
-    The weights, and the recipe without what chooses the runs (seeds, shots, other sizes). Of a search its own settings,
-    limit and metric, in which it may differ from the recipe; a run that is not searched has no such entries. Names are
-    those of ``glora train --set``, those of training and search without their table's.
+    These are the weights, and the recipe without the entries that choose runs (seeds, shots, other sizes). A search
+    adds its own settings, limit and metric, which may differ from the recipe's; a run without a search has none. Names
+    are those of ``glora train --set``; entries of training and search come without the name of their table.
     """
     spec, search = run.spec, run.search
     recipe = asdict(spec.recipe)
@@ -49,7 +49,7 @@ def conditions(run: Run) -> Conditions:
 
 
 def weights(run: Run) -> str:
-    """Where the backbone's are from: the hub, a file by its name and checksum, or nowhere."""
+    """Where the backbone's weights are from: the hub, a file by its name and checksum, or nowhere."""
     source = run.spec.weights
     if source is None:
         return "none"
@@ -70,7 +70,7 @@ def _text(value: Any) -> str:
 
 
 def _differing(found: Sequence[Conditions]) -> list[str]:
-    """The names whose values, where there are any, are not all the same."""
+    """The names whose values, if there are any, are not all equal."""
     names = dict.fromkeys(name for each in found for name in each)
     return [name for name in names if len({each[name] for each in found if name in each}) > 1]
 

@@ -8,7 +8,7 @@ from ..protocols import DataSet, protocol
 
 
 def data_sets(name: str) -> Mapping[str, DataSet]:
-    """Those of one protocol. Raises ValueError for an unknown protocol."""
+    """The data sets of one protocol. Raises ValueError for an unknown protocol."""
     return {about.name: about for about in protocol(name).table}
 
 

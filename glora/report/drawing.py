@@ -1,6 +1,6 @@
-"""What all figures share: colours that colour-blind readers tell apart, names of files, and writing them.
+"""What all figures share: colours that colour-blind readers can tell apart, file names, and writing files.
 
-Figures are made without pyplot, whose list of open figures and backend are global.
+Figures are made without pyplot, because its list of open figures and its backend are global.
 """
 
 from __future__ import annotations
@@ -24,36 +24,36 @@ _LABEL_WIDTH, _TITLE_LETTERS_AN_INCH = 32, 12
 
 
 class NotDrawn(NamedTuple):
-    """In place of a figure that its data cannot fill."""
+    """Stands for a figure that cannot be drawn from its data."""
 
     reason: str
 
 
 def new_figure(width: float, height: float) -> Any:
-    """An empty figure of so many inches."""
+    """An empty figure; the size is in inches."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained")
 
 
 def set_title(figure: Any, text: str) -> None:
-    """A title above all panels, in as many lines as the figure's width needs."""
+    """Put a title above all panels, in as many lines as the figure's width needs."""
     width = int(_TITLE_LETTERS_AN_INCH * figure.get_figwidth())
     figure.suptitle("\n".join(textwrap.fill(line, width) for line in text.split("\n")), fontsize=11)
 
 
 def legend_label(method: str) -> str:
-    """A method in a legend, in lines of a length that leaves room for what is drawn."""
+    """A method's text in a legend, in lines short enough to leave room for the drawing."""
     return textwrap.fill(method, _LABEL_WIDTH)
 
 
 def file_stem(*parts: object) -> str:
-    """A file name without ending: the parts that are not None, with anything unusual in them replaced, cut if long."""
+    """A file name without ending: the parts that are not None, unusual characters replaced, cut if long."""
     return re.sub(r"[^\w.-]+", "_", "-".join(str(part) for part in parts if part is not None))[:_LONGEST_STEM]
 
 
 def distinct(stems: Iterable[str]) -> list[str]:
-    """The same, of those that a file system may take for an earlier one, upper and lower case alike, with a number."""
+    """The names, with a number added to one that equals an earlier one if case is ignored, as some file systems do."""
     found: dict[str, str] = {}
     for stem in stems:
         numbered = (stem if number == 1 else f"{stem}-{number}" for number in count(1))
@@ -86,7 +86,7 @@ def _write(content: bytes, stream: Any) -> None:
 
 
 def ink_on(colour: str) -> str:
-    """Black or white, whichever is read more easily on ``colour``."""
+    """Black or white, whichever is easier to read on ``colour``."""
     from matplotlib.colors import to_rgb
 
     red, green, blue = to_rgb(colour)

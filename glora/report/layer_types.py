@@ -1,4 +1,4 @@
-"""Types of layers, from the names of modules: what repeats from block to block."""
+"""Types of layers, from the names of modules that repeat from block to block."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from collections.abc import Iterable
 
 
 def layer_types(names: Iterable[str]) -> dict[str, str]:
-    """The type of each layer: the last components of its name, as many as tell it from other types.
+    """The type of each layer: as many last components of its name as are needed to tell it from other types.
 
-    Numbers in a name count blocks and are left out; layers whose names are then equal are of one type.
+    Numbers in a name count blocks and are left out; layers whose names are then equal have one type.
 
     >>> layer_types(["blocks.0.attn.qkv", "blocks.1.attn.qkv", "blocks.0.mlp.fc1"])
     {'blocks.0.attn.qkv': 'qkv', 'blocks.1.attn.qkv': 'qkv', 'blocks.0.mlp.fc1': 'fc1'}
@@ -19,7 +19,7 @@ def layer_types(names: Iterable[str]) -> dict[str, str]:
 
 
 def _shortest(parts: tuple[str, ...], others: set[tuple[str, ...]]) -> str:
-    """The shortest ending of ``parts`` that no other has; all of it, where it is itself another's ending."""
+    """The shortest ending of ``parts`` that no other has; all of ``parts`` if another one ends with it."""
     for length in range(1, len(parts)):
         if sum(other[-length:] == parts[-length:] for other in others) == 1:
             return ".".join(parts[-length:])

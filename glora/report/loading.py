@@ -1,4 +1,4 @@
-"""Reading run folders: what lies in each is checked, and which runs may be averaged is decided here."""
+"""Reads run folders: checks the files of each, and decides which runs may be averaged."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from .runs import Run, Setting
 
 
 def load_runs(folder: str | os.PathLike) -> list[Run]:
-    """The run in ``folder``, or those in its folders, in the order of their protocol's data sets.
+    """The run in ``folder``, or the runs in its folders, in the order of their protocol's data sets.
 
-    Runs that have not come to an end are fine. Those that were not made alike get settings of their own
+    Unfinished runs are allowed. Runs that were made differently get different settings
     (:func:`glora.report.conditions.tell_apart`).
 
     Raises:
@@ -54,7 +54,7 @@ def _file(folder: RunFolder, name: str) -> Path | None:
 
 
 def _check(entries: Entries, spec: RunSpec) -> None:
-    """Raise ValueError for entries that the recipe does not know, or that are not of their type."""
+    """Raise ValueError for entries that the recipe does not know, or that have the wrong type."""
     choices = {"dataset": data_sets(spec.recipe.protocol), "size": spec.recipe.sizes}
     for name, known in choices.items():
         if entries.text(name) not in known:
@@ -68,7 +68,7 @@ def _check(entries: Entries, spec: RunSpec) -> None:
 
 
 def _method(spec: RunSpec) -> str:
-    """A supernet by its size; a preset by its rank, where it has one: of a budget it knows nothing."""
+    """The name of a method: a supernet by its size; a preset, which has no budget, by its rank if it has one."""
     if spec.preset is None:
         return f"GLoRA {spec.size}"
     ranked = "lora" in PRESETS[spec.preset].kinds.values()

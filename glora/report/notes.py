@@ -1,4 +1,4 @@
-"""Sentences below tables: what our runs read and were made with, and where published numbers are from."""
+"""Sentences below tables: the data and packages of our runs, and where published numbers are from."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .runs import Run
 
 
 def our_notes(runs: Iterable[Run]) -> list[str]:
-    """What our own accuracies were measured on, when, and how many runs have some; columns of random weights."""
+    """The data and dates of our accuracies, how many runs have any, and which columns have random weights."""
     found = list(runs)
     random = list(dict.fromkeys(run.setting.method for run in found if run.spec.weights is None))
     about = [f"Weights: none, the backbone was randomly initialised ({'; '.join(random)})."] if random else []
@@ -30,7 +30,7 @@ def _split_note(found: Sequence[Run]) -> str:
 
 
 def origin_notes(runs: Sequence[Run]) -> list[str]:
-    """The backbone's weights, and the packages that trained it, with how many runs each is of."""
+    """The backbone's weights, and the packages that trained it, each with its number of runs."""
     origins = Counter("none, randomly initialised" if run.spec.weights is None else weights(run) for run in runs)
     versions = Counter(", ".join(f"{name} {version}" for name, version in run.versions.items()) for run in runs)
     return [f"Weights: {_counted(origins)}.", f"Versions: {_counted(versions)}."]
@@ -43,7 +43,7 @@ def _counted(found: Counter[str]) -> str:
 
 
 def published_notes(known: Sequence[Published]) -> list[str]:
-    """One sentence a source."""
+    """One sentence per source."""
     sources = list(dict.fromkeys(each.source for each in known))
     return [
         f"Published, not measured here: {', '.join(each.method for each in known if each.source == source)} ({source})."

@@ -1,4 +1,4 @@
-"""One line a run: how large, how good, how long; and what is still missing."""
+"""One line per run: its size, accuracy and time, and what is still missing."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _HEADER = (
 
 
 def overview_rows(runs: Sequence[Run]) -> list[list[str]]:
-    """Cells as text; a dash where there is nothing."""
+    """The cells as text; a dash stands for no value."""
     return [_row(run) for run in runs]
 
 
@@ -72,7 +72,7 @@ def _explanations(runs: Sequence[Run]) -> list[str]:
 
 
 def overview_text(runs: Sequence[Run]) -> str:
-    """For a terminal: columns aligned."""
+    """The table for a terminal, with aligned columns."""
     lines = [list(_HEADER), *overview_rows(runs)]
     widths = [max(len(line[column]) for line in lines) for column in range(len(_HEADER))]
     left = {0, 1, len(_HEADER) - 1}

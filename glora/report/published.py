@@ -1,4 +1,4 @@
-"""What others published, as data (``published.json``), for the columns beside our own."""
+"""The numbers that others published, as data (``published.json``), for the columns beside our own."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ class Published:
 
     Attributes:
         accuracy: in per cent. VTAB-1K: ``average`` and groups; ImageNet: ``imagenet`` and targets; few-shot: by data
-            set, then by shots as text. What was not found is not there.
-        backbones: names of timm architectures that it holds for.
+            set, then by shots as text. Numbers that were not found are absent.
+        backbones: names of the timm architectures for which it holds.
         source: paper and table, or the page.
     """
 
@@ -29,7 +29,7 @@ class Published:
 
 
 def published(protocol: str, backbone: str) -> list[Published]:
-    """What there is for a protocol and a timm model; a name's tag (``.augreg_in21k``) makes no difference."""
+    """The published numbers for a protocol and a timm model; the tag of a name (``.augreg_in21k``) is ignored."""
     architecture = backbone.partition(".")[0]
     return [each for each in _all().get(protocol, ()) if architecture in each.backbones]
 

@@ -1,4 +1,4 @@
-"""What the stages of a run left on disk, each file read and checked: what is not there is None, never guessed."""
+"""The files that the stages of a run left on disk, read and checked: a missing one is None, never guessed."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Training:
 
 
 class Evaluated(NamedTuple):
-    """One candidate of a search, without its paths; ``share`` of the validation split is what it was scored on."""
+    """One candidate of a search, without its paths; it was scored on ``share`` of the validation split."""
 
     generation: int
     parameters: int
@@ -38,8 +38,8 @@ class Search:
     Attributes:
         paths, best: the winner.
         metric: ``"accuracy"`` (0 to 1) or ``"loss"`` (the score is minus the loss); None if the file does not say.
-        settings: of the evolution, as :meth:`glora.SearchSettings.to_dict` has them.
-        hours: of all evaluations, over all resumes.
+        settings: the settings of the evolution, as from :meth:`glora.SearchSettings.to_dict`.
+        hours: the time of all evaluations, over all resumes.
     """
 
     paths: Paths
@@ -54,7 +54,7 @@ class Search:
 
 @dataclass(frozen=True)
 class Merged:
-    """``merge.json``; ``largest_error`` of a merged layer's output against the formula in fp64."""
+    """``merge.json``; ``largest_error`` is that of a merged layer's output against the formula in fp64."""
 
     paths: Paths
     parameters: int
@@ -75,7 +75,7 @@ def read_training(file: Path | None) -> Training | None:
 
 
 def read_search(file: Path | None, layers: Layers) -> Search | None:
-    """Raises ValueError where the winner's paths do not belong to ``layers`` or do not have its parameters."""
+    """Raises ValueError if the winner's paths do not belong to ``layers`` or do not have its parameters."""
     if file is None:
         return None
     entries = Entries.read(file)
@@ -94,7 +94,7 @@ def read_search(file: Path | None, layers: Layers) -> Search | None:
 
 
 def _evaluated(entries: Entries, item: Any) -> Evaluated:
-    """An entry of a history; what later formats may append to it is left out."""
+    """An entry of a history, without what later formats may append."""
     if not isinstance(item, list) or [type(value) for value in item[:2]] != [int, int] or len(item) < 4:
         entries.fail("history", f"lists [generation, parameters, score, share], not {item!r}")
     if type(item[2]) not in (int, float, type(None)) or type(item[3]) not in (int, float):
@@ -103,12 +103,12 @@ def _evaluated(entries: Entries, item: Any) -> Evaluated:
 
 
 def _score(value: float | None) -> float:
-    """JSON has no word for a score that is not finite."""
+    """A score, where JSON has null for one that is not finite."""
     return nan if value is None else float(value)
 
 
 def read_merged(file: Path | None, layers: Layers) -> Merged | None:
-    """Raises ValueError where the paths do not belong to ``layers`` or do not have ``parameters``."""
+    """Raises ValueError if the paths do not belong to ``layers`` or do not have ``parameters``."""
     if file is None:
         return None
     entries = Entries.read(file)
@@ -117,7 +117,7 @@ def read_merged(file: Path | None, layers: Layers) -> Merged | None:
 
 
 def _read_paths(entries: Entries, layers: Layers) -> tuple[Paths, int]:
-    """``paths``, and ``parameters`` if they are what these paths read in ``layers``."""
+    """``paths``, and ``parameters`` if these paths read that many in ``layers``."""
     table = entries.table("paths")
     if set(table.content) != set(layers):
         entries.fail("paths", f"one for each of the {len(layers)} layers of run.json")
@@ -132,7 +132,7 @@ def _read_paths(entries: Entries, layers: Layers) -> tuple[Paths, int]:
 
 
 def read_test(file: Path | None) -> Test | None:
-    """Raises ValueError for any other split: accuracies of two splits are not to be averaged."""
+    """Raises ValueError for any other split: accuracies of two splits may not be averaged."""
     if file is None:
         return None
     entries = Entries.read(file)

@@ -1,4 +1,4 @@
-"""A run as its folder has it: one data set and one seed, as far as its stages have come."""
+"""A run as read from its folder: one data set and one seed, with the stages that are done."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .records import Layers, Merged, Paths, Search, Test, Training
 
 
 class Setting(NamedTuple):
-    """What runs of one column of a table have in common."""
+    """What the runs of one column of a table have in common."""
 
     protocol: str
     backbone: str
@@ -22,7 +22,7 @@ class Setting(NamedTuple):
 
 
 class Task(NamedTuple):
-    """What a cell of a table is about; its runs differ in their seed alone."""
+    """The subject of a cell of a table; its runs differ only in their seed."""
 
     dataset: str
     shots: int | None
@@ -33,8 +33,8 @@ class Run:
     """A run folder.
 
     Attributes:
-        versions: of the packages that trained it; empty where ``run.json`` does not say.
-        training, search, merged, test: what each stage left; None where it has not been run.
+        versions: the versions of the packages that trained it; empty if ``run.json`` does not say.
+        training, search, merged, test: the records of each stage; None if it has not been run.
     """
 
     folder: RunFolder
@@ -64,7 +64,7 @@ class Run:
 
     @property
     def limit(self) -> int | None:
-        """Parameters that the path may read: the search's own, which ``glora search --limit`` changes."""
+        """How many parameters the path may read: the search's own limit, which ``glora search --limit`` changes."""
         return self.search.limit if self.search else self.spec.limit
 
     @property
@@ -74,13 +74,13 @@ class Run:
 
     @property
     def paths(self) -> Paths | None:
-        """Of the merged model, or of the search's winner."""
+        """The paths of the merged model, or of the search's winner."""
         chosen = self.merged or self.search
         return chosen.paths if chosen else None
 
     @property
     def parameters(self) -> int | None:
-        """Support parameters that :attr:`paths` read, the head left out."""
+        """How many support parameters :attr:`paths` read, without the head."""
         if self.merged:
             return self.merged.parameters
         return self.search.best.parameters if self.search else None

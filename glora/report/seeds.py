@@ -1,4 +1,4 @@
-"""Runs that differ in their seed alone, and means over them."""
+"""Runs that differ only in their seed, and means over them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Combine = Callable[[Mapping[str, float]], float]
 
 @dataclass(frozen=True)
 class OverSeeds:
-    """One value a seed, at least one."""
+    """One value per seed, at least one."""
 
     values: Mapping[int, float]
 
@@ -31,7 +31,7 @@ class OverSeeds:
 
 
 def by_setting(runs: Iterable[Run]) -> dict[Setting, Tasks]:
-    """The runs of each setting, by task; of a task, one a seed."""
+    """The runs of each setting, by task; a task has one run per seed."""
     found: dict[Setting, dict[Task, list[Run]]] = defaultdict(lambda: defaultdict(list))
     for run in runs:
         found[run.setting][run.task].append(run)
@@ -44,13 +44,13 @@ def runs_of(settings: Mapping[Setting, Tasks]) -> list[Run]:
 
 
 def over_seeds(runs: Iterable[Run], value: Value) -> OverSeeds | None:
-    """``value`` of the runs that have one; None if none has."""
+    """The ``value`` of the runs that have one; None if no run has one."""
     values = {run.seed: found for run in runs if (found := value(run)) is not None}
     return OverSeeds(values) if values else None
 
 
 def combined(found: Mapping[str, OverSeeds], combine: Combine) -> OverSeeds | None:
-    """``combine`` of the values of all names, seed by seed; None where the names do not have the same seeds."""
+    """``combine`` of the values of all names, for each seed; None if the names do not have the same seeds."""
     seeds = {frozenset(each.values) for each in found.values()}
     if len(seeds) != 1:
         return None
@@ -58,5 +58,5 @@ def combined(found: Mapping[str, OverSeeds], combine: Combine) -> OverSeeds | No
 
 
 def test_accuracy(run: Run) -> float | None:
-    """In per cent."""
+    """The test accuracy in per cent."""
     return None if run.test is None else 100 * run.test.accuracy

@@ -35,14 +35,14 @@ Figures = Mapping[str, Sequence[Path] | NotDrawn]
 
 @dataclass(frozen=True)
 class ReportFiles:
-    """What was written, and a few lines for the terminal."""
+    """The files that were written, and a few lines for the terminal."""
 
     files: tuple[Path, ...]
     text: str
 
 
 class _Drawing(NamedTuple):
-    """A figure yet to be drawn; ``draw`` returns None where there is nothing yet, NotDrawn where it cannot be."""
+    """A figure to be drawn; ``draw`` returns None if there is nothing yet, NotDrawn if it cannot be drawn."""
 
     stem: str
     caption: str
@@ -57,11 +57,11 @@ class _Section(NamedTuple):
 def write_report(folder: str | os.PathLike, out: str | os.PathLike | None = None, progress: bool = True) -> ReportFiles:
     """Write the paper's figures and tables of a run, or of a folder of runs.
 
-    Runs that are not finished are fine: what is missing is said, and nothing stands in for it.
+    Unfinished runs are allowed: the report says what is missing, and nothing is put in its place.
 
     Args:
         folder: a run, or a folder of runs.
-        out: the folder to write into, made if it is not there; default: ``report`` within ``folder``. Files of an
+        out: the folder to write into, made if it does not exist; default: ``report`` in ``folder``. Files of an
             earlier report are replaced.
         progress: show a progress bar.
 
@@ -124,7 +124,7 @@ def _run_drawings(run: Run) -> list[_Drawing]:
 
 
 def _with_distinct_stems(sections: Sequence[_Section]) -> list[_Section]:
-    """The same, where names that differ make the same file names too: the runs "a b" and "a_b"."""
+    """The same figures with distinct file names, also for the runs "a b" and "a_b"."""
     stems = iter(distinct(drawing.stem for section in sections for drawing in section.drawings))
     return [
         section._replace(drawings=[drawing._replace(stem=next(stems)) for drawing in section.drawings])
@@ -133,7 +133,7 @@ def _with_distinct_stems(sections: Sequence[_Section]) -> list[_Section]:
 
 
 def _draw_all(sections: Sequence[_Section], target: Path, progress: bool) -> Figures:
-    """By stem, the files of each figure that has something to show, or why it cannot be drawn."""
+    """The files of each figure that has something to show, or why it cannot be drawn, by stem."""
     drawings = [drawing for section in sections for drawing in section.drawings]
     found: dict[str, Sequence[Path] | NotDrawn] = {}
     for drawing in tqdm(drawings, desc="report", unit="figure", disable=not progress):

@@ -18,7 +18,7 @@ _LABELLED = 0.07
 
 
 def shares_by_type(run: Run) -> Shares:
-    """The share of each layer type in the path's parameters; empty before there is a path or if it has none."""
+    """The share of each layer type in the path's parameters; empty without a path, or if the path has no parameters."""
     if not run.paths:
         return {}
     types = layer_types(run.layers)
@@ -29,7 +29,7 @@ def shares_by_type(run: Run) -> Shares:
 
 
 def shares_by_tensor(run: Run) -> Shares:
-    """The same of each support tensor, A to E."""
+    """The share of each support tensor, A to E, in the same way."""
     if not run.paths:
         return {}
     counts = Counter(dict.fromkeys(SLOTS, 0))
@@ -45,7 +45,7 @@ def _normalised(counts: Mapping[str, int]) -> Shares:
 
 
 def distribution_figure(setting: Setting, tasks: Tasks) -> Any | None:
-    """A bar a data set (the mean over its seeds) and one of their mean, by type and by tensor; None without paths."""
+    """One bar per data set (mean over its seeds) and one for their mean, by type and by tensor; None without paths."""
     panels = {"layer type": shares_by_type, "support tensor": shares_by_tensor}
     found = {
         title: {task_title(setting.protocol, task): mean_shares(list(map(of, runs))) for task, runs in tasks.items()}
@@ -64,7 +64,7 @@ def distribution_figure(setting: Setting, tasks: Tasks) -> Any | None:
 
 
 def mean_shares(shares: Sequence[Shares]) -> Shares:
-    """The mean of those that are not empty."""
+    """The mean of the entries that are not empty."""
     found = [each for each in shares if each]
     names = list(dict.fromkeys(name for each in found for name in each))
     return {name: fmean(each.get(name, 0.0) for each in found) for name in names}

@@ -1,4 +1,4 @@
-"""Figure 5: features of test images in two dimensions by t-SNE, of the frozen and of the adapted model."""
+"""Figure 5: features of test images of the frozen and of the adapted model, in two dimensions by t-SNE."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def read_features(file: Path) -> Features:
 
 
 def choose_classes(labels: np.ndarray, most: int = CLASSES) -> list[int]:
-    """The ``most`` classes with most images, ascending; of equals the smaller label."""
+    """The ``most`` classes with the most images, ascending; of classes with equally many, the smaller label."""
     classes, counts = np.unique(labels, return_counts=True)
     return sorted(classes[np.lexsort((classes, -counts))[:most]].tolist())
 
@@ -49,7 +49,7 @@ def choose_images(labels: np.ndarray, classes: list[int], most: int = IMAGES) ->
 
 
 def features_figure(run: Run) -> Any | NotDrawn | None:
-    """Both models side by side; None without features, NotDrawn where t-SNE can make nothing of them."""
+    """Both models side by side; None without features, NotDrawn if t-SNE cannot place them."""
     if run.features is None:
         return None
     features = read_features(run.features)
@@ -75,7 +75,7 @@ def features_figure(run: Run) -> Any | NotDrawn | None:
 
 
 def _unfit(points: np.ndarray) -> str:
-    """Why t-SNE, which starts from their principal components, cannot place ``points``; empty if it can."""
+    """Why t-SNE, which starts from principal components, cannot place ``points``; empty if it can."""
     if points.shape[1] < 2:
         return f"have {points.shape[1]} of at least 2 dimensions"
     if not np.isfinite(points).all():
@@ -84,9 +84,9 @@ def _unfit(points: np.ndarray) -> str:
 
 
 def embed(points: np.ndarray) -> np.ndarray:
-    """(n, d) to (n, 2), the same for the same points.
+    """(n, d) to (n, 2), always the same for the same points.
 
-    t-SNE is of relative distances, its arithmetic of single precision: it gets them with a largest offset of 1.
+    t-SNE uses relative distances in single precision, so the points are scaled to a largest offset of 1 first.
     """
     from sklearn.manifold import TSNE
 

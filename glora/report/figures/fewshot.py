@@ -1,4 +1,4 @@
-"""Figure 2: accuracy against images a class, on each data set and on average."""
+"""Figure 2: accuracy against images per class, on each data set and on average."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..tables.table import Entry
 
 
 def few_shot_figure(backbone: str, settings: Mapping[Setting, Tasks]) -> Any | None:
-    """A panel a data set after that of the average, which is drawn where all were run; None if no run was tested."""
+    """A panel for the average (if all data sets were run), then one per data set; None if no run was tested."""
     ours = {setting.method: list(our_entries(setting.method, tasks)) for setting, tasks in settings.items()}
     if not any(entry.value is not None for entries in ours.values() for entry in entries):
         return None
@@ -43,7 +43,7 @@ def few_shot_figure(backbone: str, settings: Mapping[Setting, Tasks]) -> Any | N
 
 
 def _points(entries: Iterable[Entry], row: str) -> dict[int, Entry]:
-    """By shots; what was not run, or not on all data sets, is left out."""
+    """Points by shots, without shots that were not run, or not on all data sets."""
     found = {entry.row: entry for entry in entries if entry.value is not None and entry.part is None}
     return {shots: found[row_of(row, shots)] for shots in FewShot.shots if row_of(row, shots) in found}
 

@@ -1,4 +1,4 @@
-"""Figure 4: what the path of a run makes of every layer."""
+"""Figure 4: the kinds that the path of a run chooses in every layer."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _LONGEST = 60
 
 
 def path_figure(run: Run) -> Any | None:
-    """The heat map of the chosen path, in panels of at most 60 layers; None before there is a path."""
+    """The heat map of the chosen path, in panels of at most 60 layers; None without a path."""
     if not run.paths or run.parameters is None:
         return None
     names = list(run.paths)

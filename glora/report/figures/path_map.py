@@ -12,7 +12,7 @@ _COLOURS = ("#f0f0f0", "#c6dbef", "#6baed6", "#08519c")
 
 
 def draw_paths(axes: Any, paths: Mapping[str, PathConfig]) -> None:
-    """Fill ``axes`` with one row a layer."""
+    """Fill ``axes`` with one row per layer."""
     from matplotlib.colors import ListedColormap
 
     codes = [[_KINDS.index(path.choices[slot].kind) for slot in SLOTS] for path in paths.values()]
@@ -30,7 +30,7 @@ def draw_paths(axes: Any, paths: Mapping[str, PathConfig]) -> None:
 
 
 def add_kind_legend(figure: Any, columns: int = len(_KINDS)) -> None:
-    """What the colours mean, below the figure."""
+    """Put the meaning of the colours below the figure."""
     from matplotlib.patches import Patch
 
     handles = [

@@ -1,4 +1,4 @@
-"""The progress of a search, and what it traded: scores by generation, and against parameters."""
+"""The progress of a search, and its trade-off: scores by generation, and against parameters."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _BEST, _MEDIAN, _FRONT, _LIMIT = COLOURS[4], COLOURS[0], COLOURS[2], "#444444"
 
 
 def search_figure(run: Run) -> Any | None:
-    """Both panels, of candidates scored on the whole split; None before the search, or if no score is finite."""
+    """Both panels, with the candidates scored on the whole split; None without a search or without finite scores."""
     search = run.search
     if search is None:
         return None
@@ -42,7 +42,7 @@ def search_figure(run: Run) -> Any | None:
 
 
 def _unit(metric: str | None) -> tuple[float, str]:
-    """What scores are multiplied by, and the axis' label."""
+    """The factor for scores, and the label of the axis."""
     units = {"accuracy": (100.0, "validation accuracy, %"), "loss": (1.0, "minus validation loss")}
     return units.get(metric or "", (1.0, "validation score"))
 
@@ -91,5 +91,5 @@ def _draw_trade(axes: Any, scored: Sequence[Evaluated], search: Search, scale: f
 
 
 def _legend(axes: Any) -> None:
-    """Below the axes, where it covers nothing."""
+    """Put the legend below the axes, where it covers nothing."""
     axes.legend(fontsize=9, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.14), frameon=False)

@@ -13,7 +13,7 @@ _WINDOWS = 100
 
 
 class Log(NamedTuple):
-    """Columns of ``log.csv``."""
+    """The columns of ``log.csv``."""
 
     steps: list[float]
     rates: list[float]
@@ -40,7 +40,7 @@ def read_log(file: Path) -> Log:
 
 
 def training_figure(run: Run) -> Any | None:
-    """Loss of each step with a running mean, above the learning rate; None without a log or before its first step."""
+    """The loss of each step with a running mean, above the learning rate; None without a log or without steps."""
     log = read_log(run.log) if run.log else None
     if log is None or not log.steps:
         return None
@@ -66,7 +66,7 @@ def training_figure(run: Run) -> Any | None:
 
 
 def running_mean(values: list[float], window: int) -> list[float]:
-    """The mean of each value and the ``window - 1`` before it; starts where there are so many."""
+    """The mean of each value and the ``window - 1`` values before it; starts where there are that many."""
     import numpy as np
 
     return np.convolve(values, np.full(window, 1 / window), mode="valid").tolist()

@@ -1,4 +1,4 @@
-"""VTAB-1K by data set as bars, with the averages beside, ours and the published ones."""
+"""VTAB-1K by data set as bars, with the averages beside them, ours and the published ones."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _WIDTH = 0.8
 
 
 def vtab_figure(backbone: str, settings: Mapping[Setting, Tasks]) -> Any | None:
-    """A bar a setting in each data set that was tested; averages where all were. None if no run was tested."""
+    """One bar per setting in each tested data set; averages if all were tested. None if no run was tested."""
     found = {setting.method: accuracies(tasks) for setting, tasks in settings.items()}
     if not any(found.values()):
         return None
@@ -78,7 +78,7 @@ def _label_bars(axes: Any, names: Sequence[str]) -> None:
 
 
 def _draw_averages(axes: Any, found: Mapping[str, Mapping[str, OverSeeds]], known: Sequence[Published]) -> None:
-    """A dot a method: ours filled, where all data sets were run; published ones hollow."""
+    """One dot per method: ours filled, if all data sets were run; published ones hollow."""
     names: list[str] = []
     rows: list[float] = []
     for index, (method, tested) in enumerate(found.items()):
@@ -97,7 +97,7 @@ def _draw_averages(axes: Any, found: Mapping[str, Mapping[str, OverSeeds]], know
 
 
 def _add_row(names: list[str], rows: list[float], name: str) -> None:
-    """``name`` below the others, with room for its lines."""
+    """Put ``name`` below the others, with room for its lines."""
     before = rows[-1] + names[-1].count("\n") / 2 + 0.5 if rows else 0.0
     rows.append(before + name.count("\n") / 2 + 0.5)
     names.append(name)

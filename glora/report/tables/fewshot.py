@@ -1,4 +1,4 @@
-"""Few-shot accuracies: data sets by images a class, and their mean (the numbers behind Figure 2)."""
+"""Few-shot accuracies: data sets by images per class, and their mean (the numbers behind Figure 2)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ AVERAGE = "**Average**"
 
 
 def few_shot_table(backbone: str, settings: Mapping[Setting, Tasks]) -> Table:
-    """The table of one backbone: our settings, a column each, then what was published for it."""
+    """The table of one backbone: one column for each of our settings, then the published numbers."""
     known = published("fewshot", backbone)
     titles = [*(about.title for about in FEW_SHOT.values()), AVERAGE]
     ours = [entry for setting, tasks in settings.items() for entry in our_entries(setting.method, tasks)]
@@ -56,7 +56,7 @@ def our_entries(method: str, tasks: Tasks) -> Iterable[Entry]:
 
 
 def published_entries(known: Published) -> Iterable[Entry]:
-    """As :func:`our_entries`; all data sets and shots are there."""
+    """As :func:`our_entries`; no data set or number of shots is missing."""
     for name, about in FEW_SHOT.items():
         for shots in FewShot.shots:
             yield Entry(known.method, known.source, row_of(about.title, shots), known.accuracy[name][str(shots)])

@@ -1,4 +1,4 @@
-"""Table 2: ImageNet as the source of few images a class, and targets that nothing was trained or searched on."""
+"""Table 2: ImageNet with few images per class as the source, and targets used only for tests."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _PAPERS_SHOTS = 16
 
 
 def imagenet_table(backbone: str, shots: int | None, settings: Mapping[Setting, Tasks]) -> Table:
-    """The table of one backbone and number of shots: our settings, a column each, then what was published for it."""
+    """The table of one backbone and number of shots: one column for each of our settings, then published numbers."""
     known = published("imagenet", backbone) if shots == _PAPERS_SHOTS else []
     task = Task("imagenet", shots)
     chosen = {setting: {task: tasks[task]} for setting, tasks in settings.items() if task in tasks}

@@ -1,4 +1,4 @@
-"""A table once, as markdown for people and as CSV, a line a number, for machines."""
+"""One table, as markdown for people and as CSV (one line per number) for programs."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ class Entry:
     """One cell.
 
     Attributes:
-        method, source: its column: ours, or a published one's.
-        value: None where there is none; ``note`` then says why.
-        seeds: how many ``value`` is the mean of; None for published numbers.
-        part: for a mean over data sets of which some were not run: how many were, and of how many.
+        method, source: its column, ours or a published one.
+        value: None if there is none; ``note`` then says why.
+        seeds: how many seeds ``value`` is the mean of; None for published numbers.
+        part: for a mean over data sets that were not all run: how many were run, and how many there are.
     """
 
     method: str
@@ -45,7 +45,7 @@ class Entry:
 
     @property
     def text(self) -> str:
-        """For markdown: rounded."""
+        """The rounded value for markdown."""
         if self.value is None:
             return self.remark
         scaled = f"{self.value / 1e6:.3f}M" if self.unit == PARAMETERS else f"{self.value:.1f}"
@@ -57,14 +57,14 @@ class Entry:
 def our_entry(
     method: str, row: str, found: OverSeeds | None, part: tuple[int, int] | None = None, absent: str = "not run"
 ) -> Entry:
-    """A cell of our own accuracies, or ``absent`` where nothing was found."""
+    """A cell of our own accuracies, or ``absent`` if nothing was found."""
     if found is None:
         return Entry(method, OURS, row, None, note=absent)
     return Entry(method, OURS, row, found.mean, PER_CENT, found.deviation, len(found.values), part)
 
 
 def run_entry(method: str, row: str, runs: Collection[Run], value: Value = test_accuracy) -> Entry:
-    """The cell of some runs that differ in their seed alone."""
+    """The cell of some runs that differ only in their seed."""
     return our_entry(method, row, over_seeds(runs, value), absent="not tested" if runs else "not run")
 
 
@@ -73,7 +73,7 @@ def mean(values: Mapping[str, float]) -> float:
 
 
 def mean_entry(method: str, row: str, found: Mapping[str, OverSeeds], of: int, combine: Combine = mean) -> Entry:
-    """``combine`` over what was found, of so many: by seed where all have the same seeds, else of their means."""
+    """``combine`` over the values found: for each seed if all have the same seeds, otherwise over their means."""
     if not found:
         return our_entry(method, row, None)
     part = (len(found), of) if len(found) < of else None
@@ -89,8 +89,8 @@ class Table:
     """Entries, pivoted: ``rows`` down, in this order; methods across, in the order of the entries.
 
     Attributes:
-        stem: of its files' names.
-        notes: what has to be known to read it; a sentence each.
+        stem: the name of its files, without ending.
+        notes: sentences that a reader of the table has to know.
     """
 
     stem: str
@@ -109,7 +109,7 @@ class Table:
         return "\n".join([f"### {self.title}", "", *lines, "", *(f"- {note}" for note in self.notes), ""])
 
     def to_csv(self) -> str:
-        """A line a number, in full, with the source in a column of its own."""
+        """One line per number, in full, with the source in its own column."""
         stream = io.StringIO()
         writer = csv.writer(stream, lineterminator="\n")
         writer.writerow(_CSV_HEADER)

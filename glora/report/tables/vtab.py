@@ -16,12 +16,12 @@ from .table import OURS, PARAMETERS, Entry, Table, mean_entry, run_entry
 
 AVERAGE = "**Average** of the groups' means"
 SIZE = "Parameters, mean over the data sets"
-# Which table of the paper is of which backbone.
+# Which table of the paper has which backbone.
 _NUMBERS = {"vit_base_patch16_224": "Table 1: ", "swin_base_patch4_window7_224": "Table 5: "}
 
 
 def vtab_table(backbone: str, settings: Mapping[Setting, Tasks]) -> Table:
-    """The table of one backbone: our settings, a column each, then what was published for it."""
+    """The table of one backbone: one column for each of our settings, then the published numbers."""
     known = published("vtab1k", backbone)
     ours = [entry for setting, tasks in settings.items() for entry in _our_entries(setting.method, tasks)]
     return Table(
@@ -41,7 +41,7 @@ def vtab_table(backbone: str, settings: Mapping[Setting, Tasks]) -> Table:
 
 
 def accuracies(tasks: Tasks) -> dict[str, OverSeeds]:
-    """Of the data sets that were tested, in the paper's order."""
+    """The accuracies of the data sets that were tested, in the paper's order."""
     found = {name: over_seeds(tasks.get(Task(name, None), ()), test_accuracy) for name in VTAB}
     return {name: each for name, each in found.items() if each is not None}
 
