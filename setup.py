@@ -1,9 +1,9 @@
 """The optional CUDA extension ``glora_kernels._C`` of csrc/; everything else is in pyproject.toml.
 
 The environment variable GLORA_BUILD_CUDA decides: ``auto`` (default) builds it where a CUDA build of PyTorch, nvcc and
-its headers, a C++ compiler and Python's headers are at hand, and otherwise says in one line why it does not; ``0``
-never does; ``1`` fails where something is missing. No GPU is asked: it is built for TORCH_CUDA_ARCH_LIST, by default
-those of ARCHITECTURES.
+its headers, a C++ compiler and Python's headers are found, and otherwise says in one line why it does not; ``0``
+never builds it; ``1`` fails if something is missing. No GPU is needed: it is built for TORCH_CUDA_ARCH_LIST, by
+default for ARCHITECTURES.
 """
 
 import os
@@ -21,7 +21,7 @@ SOURCES = ("autograd.cpp", "bindings.cpp", "cuda.cu", "host.cpp", "launch.cpp", 
 
 
 def cuda_home():
-    """The toolkit's folder, with nvcc and the headers, or None."""
+    """The folder of the CUDA toolkit, with nvcc and the headers, or None."""
     nvcc = shutil.which("nvcc")
     candidates = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), nvcc and Path(nvcc).resolve().parent.parent]
     for folder in [*candidates, "/usr/local/cuda"]:
@@ -31,7 +31,7 @@ def cuda_home():
 
 
 def missing():
-    """What the extension lacks to be built, or None."""
+    """What is missing to build the extension, or None."""
     try:
         import torch
     except ImportError:
@@ -54,7 +54,7 @@ def missing():
 
 
 def extension():
-    """The arguments for setup() that build it."""
+    """The arguments of setup() that build the extension."""
     os.environ["CUDA_HOME"] = str(cuda_home())
     os.environ.setdefault("TORCH_CUDA_ARCH_LIST", ARCHITECTURES)
     from torch.utils.cpp_extension import BuildExtension, CUDAExtension
@@ -69,7 +69,7 @@ def extension():
 
 
 def chosen():
-    """What GLORA_BUILD_CUDA says."""
+    """The arguments of setup() that GLORA_BUILD_CUDA asks for."""
     choice = os.environ.get("GLORA_BUILD_CUDA", "auto")
     if choice not in ("auto", "0", "1"):
         raise SystemExit(f"GLORA_BUILD_CUDA: expected auto, 0 or 1, got {choice!r}")

@@ -1,6 +1,6 @@
 """``python -m tests.contract [CASES]``: the worst constants err / (u S) over freshly drawn cases, by dtype.
 
-The figures of docs/numerics.md. Shapes up to 48, or above the size from which the output is reused.
+It gives the figures of docs/numerics.md. Shapes are up to 48, or above the size from which the output is reused.
 """
 
 import random

@@ -17,7 +17,7 @@ MOST = 1.0  # percentage points
 
 
 class Loss(NamedTuple):
-    """The lines of a file that the exhaustive tier runs and the short one does not, and their share of the file's."""
+    """The lines of a file that the exhaustive tier runs and the short one does not, and their share of all lines."""
 
     file: str
     lines: list[int]
@@ -25,7 +25,7 @@ class Loss(NamedTuple):
 
 
 def losses(short: dict, exhaustive: dict) -> list[Loss]:
-    """Those of the files with any, most points first. A file that the short tier never imported loses all."""
+    """The losses of files that have any, largest first. A file that the short tier never imports loses all lines."""
     found = []
     for file, entry in exhaustive["files"].items():
         run = set(short["files"].get(file, {}).get("executed_lines", ()))

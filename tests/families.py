@@ -21,7 +21,7 @@ class MissingError(Exception):
 
 
 class Family(NamedTuple):
-    """``name`` of a family, the ``model`` that stands for it, and what makes that small.
+    """The ``name`` of a family, the ``model`` that stands for it, and the options that make it small.
 
     ``package`` is "timm" or "transformers". For timm ``model`` is an architecture and ``options`` arguments of
     ``create_model``; for Transformers it is a class and ``options`` fields of its configuration.
@@ -60,7 +60,7 @@ class Family(NamedTuple):
         return kind(shrunk(kind.config_class, self.options))
 
     def inputs(self, model: nn.Module) -> dict[str, Tensor]:
-        """Arguments of ``model``: three images, token sequences or recordings."""
+        """Arguments for ``model``: three images, token sequences or recordings."""
         if self.package == "timm":
             return {"x": torch.randn(3, 3, self.size, self.size, generator=generator())}
         return huggingface_inputs(model, self.size)
@@ -83,7 +83,7 @@ def _timm(name: str, model: str, size: int = 32, **options: Any) -> Family:
     return Family("timm", name, model, size, options)
 
 
-# One architecture for each of timm's files, and a few more for what is special about them.
+# One architecture for each of timm's files, and a few more for their special parts.
 TIMM = [
     _timm("beit", "beit_base_patch16_224", img_size=32, **_VIT),
     _timm("byoanet", "lambda_resnet26t", 64),
@@ -194,7 +194,7 @@ TIMM = [
 # -- Transformers ----------------------------------------------------------------------------------
 
 VOCABULARY, WIDTH, LAYERS, HEADS, TOKENS = 40, 16, 2, 2, 7
-# What a field of that name is set to, in every configuration that has it.
+# The value of each field, in every configuration that has it.
 SMALL: dict[str, Any] = {
     **dict.fromkeys(("vocab_size", "src_vocab_size", "tgt_vocab_size"), VOCABULARY),
     **dict.fromkeys(("hidden_size", "d_model", "n_embd", "dim", "embed_dim", "word_embed_proj_dim"), WIDTH),
@@ -235,7 +235,7 @@ def shrunk(kind: type, options: Mapping[str, Any]) -> Any:
 
 
 def huggingface_inputs(model: nn.Module, size: int) -> dict[str, Tensor]:
-    """What ``forward`` asks for, by the name of the model's main input."""
+    """The arguments that ``forward`` needs, by the name of the model's main input."""
     gen, main = generator(), getattr(model, "main_input_name", "input_ids")
     ids = torch.randint(3, VOCABULARY, (3, TOKENS), generator=gen)
     config = model.config  # type: ignore[union-attr]

@@ -1,8 +1,8 @@
-"""CUDA graphs without a GPU: operations are written down below autograd, and repeated in the same memory.
+"""CUDA graphs without a GPU: operations are recorded below autograd, and repeated in the same memory.
 
-What is written down knows no Python: a replay that took another branch, read a value on the host or used a new tensor
-would compute something else here, too. Reading a value during a capture raises, as on a GPU. Memory pools and streams
-are not emulated.
+The record holds no Python: a step that takes another branch, reads a value on the host or uses a new tensor is
+replayed wrongly here too. Reading a value during a capture raises, as on a GPU. Memory pools and streams are not
+emulated.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _READ_VALUES = {"_local_scalar_dense", "nonzero", "equal", "is_nonzero", "masked
 
 
 class Recorder(TorchDispatchMode):
-    """Runs operations and writes them down."""
+    """Runs operations and records them."""
 
     def __init__(self):
         super().__init__()
@@ -47,7 +47,7 @@ def _memory(tensor: torch.Tensor) -> int:
 
 
 class EmulatedGraphs(CudaGraphs):
-    """Attributes: captures, replays: how many there were."""
+    """CUDA graphs as :class:`Recorder` emulates them; ``captures`` and ``replays`` count them."""
 
     def __init__(self):
         self.captures, self.replays = 0, 0
@@ -68,7 +68,7 @@ class EmulatedGraphs(CudaGraphs):
         return replay, output
 
     def capture_pieces(self, pieces, inputs):
-        """As ``torch.cuda.make_graphed_callables`` does: all forward passes, then all backward passes in reverse."""
+        """As ``torch.cuda.make_graphed_callables``: all forward passes, then all backward passes in reverse."""
         forwards = [(piece, x, *self.capture(lambda: piece.forward(x))) for piece, x in zip(pieces, inputs)]  # noqa: B023
         for piece, x, replay, y in reversed(forwards):
             piece.forward = self._graphed(piece, x, replay, y)

@@ -126,12 +126,12 @@ def worst_constant(got: dict, want: dict, scale: dict, dtype: torch.dtype) -> di
     return worst
 
 
-# Of sums over equal tokens in fp32: their errors do not average out (docs/numerics.md, 'What it does not cover').
+# For sums over equal tokens in fp32: their errors do not average out (docs/numerics.md, 'What it does not cover').
 EQUAL_TOKENS = 9.0
 
 
 def assert_contract(got: dict, want: dict, scale: dict, dtype: torch.dtype, equal_tokens: bool = False) -> float:
-    """Hold every element to ``|err| <= c u S + tiny``; returns the worst constant seen."""
+    """Require ``|err| <= c u S + tiny`` of every element; return the worst constant seen."""
     worst = worst_constant(got, want, scale, dtype)
     allowed = EQUAL_TOKENS if equal_tokens and dtype == torch.float32 else CONTRACT[dtype]
     over = {name: value for name, value in worst.items() if not value <= allowed}

@@ -1,4 +1,4 @@
-"""``python -m tests.round_trips [CASES]``: random models through every way to save and load, and what became of them.
+"""``python -m tests.round_trips [CASES]``: random models through every way to save and load, and the verdicts.
 
 See tests/silence.py for the verdicts, tests/toy_models.py for the models.
 """
@@ -31,16 +31,16 @@ from tests.silence import FAILURES, Looking, Verdict, Way, difference, judge, re
 from tests.sweep import WHOLE, from_pretrained, quiet, randomize, read_state, train_step, write_state
 from tests.toy_models import CLASSES, SAMPLES, Tiny, Toy, draw, draw_tiny
 
-# Of merged models and of PEFT's, relative to the largest output: what rounding comes to in the type of the model.
+# Tolerance for merged models and PEFT's, relative to the largest output: the size of rounding in the model's type.
 ROUNDING = {"float32": 1e-5, "float64": 1e-13, "bfloat16": 5e-2}
 
 
 class Route(NamedTuple):
-    """A way for one model, and which models are drawn for it.
+    """A way to save and load one model, and which models are drawn for it.
 
-    ``restrict``: to which paths, for most of them (see :class:`tests.toy_models.Toy`); ``linear``: most are such as a
-    format for linear layers can hold; ``tiny``: the share of models of Transformers; ``rounds``: whether outputs may
-    differ by rounding.
+    ``restrict``: the allowed paths of most models (see :class:`tests.toy_models.Toy`); ``linear``: whether most models
+    fit a format for linear layers; ``tiny``: the share of Transformers models; ``rounds``: whether outputs may differ
+    by rounding.
     """
 
     way: Callable[[Any, nn.Module], Way]
@@ -58,7 +58,7 @@ def _adapter(toy: Toy, model: nn.Module, *, into: Callable = lambda toy, base: b
 
 
 def _compiled(model: nn.Module) -> nn.Module:
-    """Wrapped, its names prefixed; never run, so that nothing is compiled."""
+    """A compiled wrapper, which prefixes names; it is never run, so that nothing is compiled."""
     return torch.compile(model, backend="eager")
 
 
@@ -102,7 +102,7 @@ def _state_dict(toy: Toy, model: nn.Module) -> Way:
 
 
 def _state_dict_copied(toy: Toy, model: nn.Module) -> Way:
-    """As many do: the tensors alone, in a new dict."""
+    """A state dict as many copy it: only the tensors, in a new dict."""
     return Way(
         lambda model, folder: torch.save({**model.state_dict()}, folder / "state.pt"),
         lambda fresh, folder: read_state(toy.adapt(fresh()), folder),
@@ -120,7 +120,7 @@ def _safetensors(toy: Toy, model: nn.Module) -> Way:
 
 
 def _checkpoint(toy: Toy, model: nn.Module, *, space: bool) -> Way:
-    """A run that ended, and the same lines again: the model is as it was at the end."""
+    """Train to the end, then run the same lines again: the model must be the same as at the end."""
     data = TensorDataset(toy.inputs()["input"], torch.arange(SAMPLES) % CLASSES)
     paths = glora.get_paths(model)
     ranks = (min(layer.rank for layer in glora.glora_layers(model).values()),)
@@ -192,7 +192,7 @@ ROUTES: Mapping[str, Route] = {
     ),
     "official": Route(partial(_official, with_paths=True), linear=True),
     "official, paths forgotten": Route(partial(_official, with_paths=False), linear=True),
-    # as long as what the file reads, its storage lies otherwise in memory, and is summed in another order
+    # a loaded storage has only the file's rank: another memory layout, and so another order of sums
     "lycoris new": Route(partial(_lycoris, layout="new"), "lycoris", linear=True, rounds=True),
     "lycoris old": Route(partial(_lycoris, layout="old"), "lycoris", linear=True, rounds=True),
     "peft folder": Route(_peft_folder, "peft", linear=True),
@@ -216,7 +216,7 @@ ROUTES: Mapping[str, Route] = {
 
 
 class Case(NamedTuple):
-    """One round trip, and what came of it; ``seen`` is what the adapter changes in the outputs."""
+    """One round trip and its result; ``seen`` is how much the adapter changes the outputs."""
 
     route: str
     index: int
@@ -226,7 +226,7 @@ class Case(NamedTuple):
 
 
 def run(name: str, index: int) -> Case:
-    """The round trip of this number: the same in every run."""
+    """Run the round trip with this number: the same in every run."""
     route, rng = ROUTES[name], random.Random(f"{TEST_SEED} {name} {index}")
     restrict = route.restrict if rng.random() < 0.8 else "any"
     with warnings.catch_warnings():
@@ -254,7 +254,7 @@ def run(name: str, index: int) -> Case:
 
 
 def table(cases: Iterable[Case]) -> str:
-    """How many of each verdict, by route."""
+    """The number of each verdict, by route."""
     counts: dict[str, Counter[str]] = defaultdict(Counter)
     for case in cases:
         counts[case.route][case.verdict.kind] += 1
@@ -264,7 +264,7 @@ def table(cases: Iterable[Case]) -> str:
 
 
 def report(cases: Iterable[Case]) -> str:
-    """The failures, with what is needed to build each again."""
+    """The failures, with the data to build each again."""
     failing = [case for case in cases if case.verdict.kind in FAILURES]
     return "\n".join(f"{case.route}, {case.index}: {case.verdict}\n    {case.model}" for case in failing)
 

@@ -1,8 +1,8 @@
 """``python -m tests.run [short | exhaustive]``: all checks of a tier, one part after the other, and a summary.
 
-``make test`` and ``make exhaustive`` are this. Each part uses all cores, and its output goes to the terminal as it
-comes. The short tier ends with the first part that fails; the exhaustive one goes on to its end. Ctrl-C ends every
-process that was started.
+``make test`` and ``make exhaustive`` run it. Each part uses all cores, and its output goes to the terminal at once.
+The short tier ends with the first part that fails; the exhaustive one continues to the end. Ctrl-C ends every process
+that was started.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from typing import NamedTuple
 import psutil
 
 ROOT = Path(__file__).resolve().parents[1]
-GRACE = 10.0  # seconds that processes have to end by themselves
+GRACE = 10.0  # seconds that processes have to end on their own
 PASSED, INTERRUPTED = 0, 130
 INTERRUPTS = (signal.SIGINT, signal.SIGTERM)
-PR_SET_CHILD_SUBREAPER = 36  # <linux/prctl.h>: whose parent ends becomes a child of this process
+PR_SET_CHILD_SUBREAPER = 36  # <linux/prctl.h>: orphans become children of this process
 
 
 class Part(NamedTuple):
-    """Commands of Python modules that run one after the other, and what is set in their environment."""
+    """Python modules that run one after the other, with arguments, and variables of their environment."""
 
     name: str
     commands: Sequence[Sequence[str]]
@@ -39,8 +39,8 @@ class Part(NamedTuple):
 
 
 def traced(parts: Sequence[Part], folder: str, report: Path) -> list[Part]:
-    """The parts, with the lines that their tests run written down by all of their processes; and a report as JSON."""
-    environment = {"COVERAGE_FILE": f"{folder}/lines"}  # what else is set stands in pyproject.toml
+    """The parts, whose processes all record the lines that their tests run; and a report as JSON at the end."""
+    environment = {"COVERAGE_FILE": f"{folder}/lines"}  # other settings are in pyproject.toml
 
     def started(command: Sequence[str]) -> Sequence[str]:
         return ["coverage", "run", "-m", *command] if command[0] == "pytest" else command
@@ -58,7 +58,7 @@ class Outcome(NamedTuple):
 
 
 def parts_of(tier: str, workers: int) -> list[Part]:
-    """What a tier consists of, for so many processes at a time."""
+    """The parts of a tier, for so many processes at a time."""
     pytest = f"pytest -n {workers if workers > 1 else 0} --durations 10 --dist".split()
     gate = ["glora_kernels.aot", "--jobs", str(workers)]
     tests = {"GLORA_TESTS": tier}
@@ -66,7 +66,7 @@ def parts_of(tier: str, workers: int) -> list[Part]:
     interpreted = {**tests, "TRITON_INTERPRET": "1"}
     parts = [
         Part("check", [["ruff", "format", "--check", "."], ["ruff", "check", "."], ["mypy"]]),
-        # Whole files, since what one sets up for its tests takes long; the slow ones come first by name.
+        # Whole files, since their set-up takes long; the slow ones come first by name.
         Part("tests", [[*pytest, "loadfile", "--no-loadscope-reorder"]], tests),
         Part("interpreter", [[*pytest, "worksteal", "tests/interpreter"]], interpreted),
     ]
@@ -76,7 +76,7 @@ def parts_of(tier: str, workers: int) -> list[Part]:
         *parts,
         Part("contract", [["tests.contract", "20000"]]),
         Part("gate", [gate]),
-        # Of the short tier: whether that is enough.
+        # With the short tier, to see whether it is enough.
         Part(
             "mutants",
             [["tests.mutants", "--jobs", str(workers), "--json", "build/mutants.json"]],
@@ -115,7 +115,7 @@ def cores() -> int:
 
 
 def listen() -> None:
-    """Take SIGTERM for Ctrl-C (which a shell may have told this process to ignore), and adopt orphans: see ``end``."""
+    """Treat SIGTERM as Ctrl-C (which a shell may have told this process to ignore), and adopt orphans: see ``end``."""
 
     def interrupt(*_) -> None:
         raise KeyboardInterrupt
@@ -134,13 +134,13 @@ def run(parts: Sequence[Part], stop_at_failure: bool) -> int:
         for number, part in enumerate(parts, 1):
             print(f"\n== part {number} of {len(parts)}: {part.name} ({_clock(time.monotonic() - began)})", flush=True)
             done.append(run_part(part))
-            end()  # what it has left behind
+            end()  # the processes that it has left behind
             status = status or done[-1].status
             if status and stop_at_failure:
                 break
     except KeyboardInterrupt:
         for number in INTERRUPTS:
-            signal.signal(number, signal.SIG_IGN)  # there is nothing left but to end
+            signal.signal(number, signal.SIG_IGN)  # from here on, only ending is left to do
         end()
         print("\ninterrupted: every process that was started has ended", flush=True)
         status = INTERRUPTED
@@ -149,7 +149,7 @@ def run(parts: Sequence[Part], stop_at_failure: bool) -> int:
 
 
 def run_part(part: Part) -> Outcome:
-    """Its commands, up to the first that fails."""
+    """Run a part's commands, up to the first that fails."""
     began, status = time.monotonic(), PASSED
     for command in part.commands:
         options = {"cwd": ROOT, "env": {**os.environ, **part.environment}, "stdin": subprocess.DEVNULL}
@@ -160,9 +160,9 @@ def run_part(part: Part) -> Outcome:
 
 
 def end() -> None:
-    """Ask what was started and still runs to end; after GRACE kill what is left of it, and of what that has started."""
+    """Ask all started processes to end; after GRACE, kill those that are left, and the processes they have started."""
     own = psutil.Process()
-    family = own.children(recursive=True)  # taken now: where orphans are not adopted they are not found later
+    family = own.children(recursive=True)  # now: without adoption, orphans are not found later
     for child in own.children():
         with suppress(psutil.NoSuchProcess):
             child.send_signal(signal.SIGINT)
@@ -175,7 +175,7 @@ def end() -> None:
 
 
 def summary(parts: Sequence[Part], done: Sequence[Outcome], seconds: float) -> str:
-    """A line for each part, and one for all."""
+    """One line for each part, and one for all."""
     found = {outcome.part: outcome for outcome in done}
     lines = []
     for part in parts:

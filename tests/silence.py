@@ -1,11 +1,11 @@
-"""What a round trip comes to: the same outputs, a refusal, a warning by name, or a difference without a word.
+"""The verdict on a round trip: the same outputs, a refusal, a warning by name, or a difference without a word.
 
 ==========  =======================================================================================
 same        the same outputs
 refused     before anything was written, with a message that names the argument
-late        when others read it, by an error that lists names: loud, but after writing
+late        refused when others read it, by an error that lists names: loud, but after writing
 warned      a difference, and a UserWarning that names what is lost, or the paths
-SILENT      a difference, and none
+SILENT      a difference, and no such warning
 UNREADABLE  we wrote a file that we ourselves refuse to read for the same model
 ERROR       any other exception; files left by a refusal; a model changed by writing
 ==========  =======================================================================================
@@ -27,17 +27,17 @@ SAME, REFUSED, LATE, WARNED = "same", "refused", "late", "warned"
 SILENT, UNREADABLE, ERROR = "SILENT", "UNREADABLE", "ERROR"
 FAILURES = (SILENT, UNREADABLE, ERROR)
 PACKAGES = [Path(__file__).resolve().parents[1] / name for name in ("glora", "glora_kernels")]
-# How the strict readers of others say what they miss: they list names, or say which tensors are one.
+# How strict readers of other packages report what is missing: they list names, or shared tensors.
 OTHERS_REFUSE = re.compile(
     r"Error\(s\) in loading state_dict|ignore_mismatched_sizes|Some tensors share memory|"
     r"Serialization of parametrized modules"
 )
-# What a message of ours starts with: an argument, a file, a layer.
+# How our messages start: with an argument, a file or a layer.
 OPENING = re.compile(r"^(layer '[^']*'|[^\s:]+): \S")
 
 
 class Verdict(NamedTuple):
-    """One of the kinds above, and what was said or how large the difference is (relative to the largest output)."""
+    """One of the kinds above, with the message, or the difference relative to the largest output."""
 
     kind: str
     detail: str = ""
@@ -47,7 +47,7 @@ class Verdict(NamedTuple):
 
 
 class Looking(NamedTuple):
-    """Called with a model: every floating tensor that it returns for ``inputs``, whatever it warns of."""
+    """A function of a model: every floating tensor that it returns for ``inputs``; warnings are ignored."""
 
     inputs: Mapping[str, Any]
 
@@ -60,9 +60,9 @@ class Looking(NamedTuple):
 class Way(NamedTuple):
     """A way to save and to load.
 
-    ``write(model, folder)`` puts files there, and returns the model that must come back if that is another one;
-    ``read(fresh, folder)`` gives a model, into the base that ``fresh()`` is or without it. Outputs that come back may
-    differ by ``tolerance``, relative to the largest of them.
+    ``write(model, folder)`` writes files, and returns the model that must come back if it is another one.
+    ``read(fresh, folder)`` returns a model; it may load into a base, which ``fresh()`` makes. Outputs may differ by
+    ``tolerance``, relative to the largest output.
     """
 
     write: Callable[[nn.Module, Path], object]
@@ -78,9 +78,9 @@ def judge(
     look: Looking,
     warned: str = "",
 ) -> Verdict:
-    """Send ``model`` by ``way``, and compare what ``look`` sees of it before and of what comes back.
+    """Send ``model`` through ``way``; compare the outputs that ``look`` sees before with those of the loaded model.
 
-    ``warned`` is a warning that came before.
+    ``warned`` is an earlier warning.
     """
     folder.mkdir()
     expected, names = look(model), names_of(model)
@@ -104,7 +104,7 @@ def judge(
 
 
 def refused_to_write(error: Exception, folder: Path) -> Verdict:
-    """As :func:`refusal`; what we refuse to write leaves no file."""
+    """As :func:`refusal`, when writing: a refusal must leave no file."""
     refused, left = refusal(error), [file.name for file in folder.iterdir()]
     if left and refused.kind == REFUSED and raised_by_us(error):
         return Verdict(ERROR, f"refused to write, and left {left}")
@@ -112,7 +112,7 @@ def refused_to_write(error: Exception, folder: Path) -> Verdict:
 
 
 def compare(again: nn.Module, look: Looking, expected: list[Tensor], tolerance: float, warning: str) -> Verdict:
-    """The verdict on a model that came back, with the warning that came with it, if one did."""
+    """The verdict on a model that came back, with its warning if there was one."""
     try:
         amount = difference(expected, look(again))
     except Exception as error:
@@ -123,7 +123,7 @@ def compare(again: nn.Module, look: Looking, expected: list[Tensor], tolerance: 
 
 
 def refusal(error: Exception) -> Verdict:
-    """*refused* for an error that says what is wrong: ours opens with an argument, a strict reader's lists names."""
+    """*refused* for an error that says what is wrong: ours starts with an argument, a strict reader's lists names."""
     text, ours = str(error), raised_by_us(error)
     if ours and isinstance(error, (ValueError, TypeError)) and OPENING.match(text):
         return Verdict(REFUSED, first_line(error))
@@ -145,7 +145,7 @@ def first_line(error: object) -> str:
 
 
 def names_of(model: nn.Module) -> set[str]:
-    """Of its modules, parameters and buffers."""
+    """The names of a model's modules, parameters and buffers."""
     modules = {name for name, _ in model.named_modules(remove_duplicate=False)}
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     return {*modules, *parameters, *(name for name, _ in model.named_buffers(remove_duplicate=False))} - {""}
@@ -154,7 +154,7 @@ def names_of(model: nn.Module) -> set[str]:
 def said(heard: Iterable[warnings.WarningMessage], names: set[str]) -> str:
     """The first UserWarning that names something of the model, or the paths.
 
-    A name without a dot (``model``, ``norm``) may be a word of any sentence: it counts in quotes.
+    A name without a dot (``model``, ``norm``) may be an ordinary word: it counts only in quotes.
     """
     for warning in heard:
         text = str(warning.message)
@@ -169,7 +169,7 @@ def said(heard: Iterable[warnings.WarningMessage], names: set[str]) -> str:
 def outputs(model: nn.Module, inputs: Mapping[str, Any]) -> list[Tensor]:
     """Every floating tensor that ``model`` returns in eval mode.
 
-    All parameters are frozen meanwhile: torch multiplies batches in another order where a weight requires grad.
+    All parameters are frozen for that: torch multiplies batches in another order if a weight requires grad.
     """
     flags = {parameter: parameter.requires_grad for parameter in model.parameters()}
     model.eval().requires_grad_(False)
@@ -191,7 +191,7 @@ def tensors_in(value: object) -> Iterable[Tensor]:
 
 
 def difference(expected: list[Tensor], got: list[Tensor]) -> float:
-    """The largest over all outputs, each relative to its own largest value; infinite where they cannot be compared."""
+    """The largest difference of outputs, each relative to its largest value; infinite if they cannot be compared."""
     if [(t.shape, t.dtype) for t in expected] != [(t.shape, t.dtype) for t in got]:
         return float("inf")
     largest = 0.0

@@ -1,7 +1,7 @@
 """``python -m tests.sweep [--only PATTERN]``: every family of timm and Transformers through every way to save and load.
 
-Of each family of tests/families.py one tiny model is adapted, trained for a step, saved, loaded, merged and loaded
-again. Each time it must come back with the same outputs, or be refused, or a warning must name what is lost: a
+For each family of tests/families.py, one tiny model is adapted, trained for a step, saved, loaded, merged and loaded
+again. Each time it must come back with the same outputs, or be refused, or a warning must name what is lost. A
 difference without a word (``SILENT``) or an unexpected error makes the exit code 1.
 """
 
@@ -52,11 +52,11 @@ from tests.silence import (
 )
 
 RANK = 2
-# Of merged models: W_eff times x, where the unmerged layer may add its terms in another order.
+# For merged models: W_eff times x, while the unmerged layer may add its terms in another order.
 ROUNDING = 1e-5
-# Of timm's reparameterize_model, which folds norms into weights.
+# For timm's reparameterize_model, which folds norms into weights.
 FOLDING = 1e-4
-SEEN = 1e-3  # an adapter must change the outputs by this, or nothing could be seen of its loss
+SEEN = 1e-3  # an adapter must change outputs by this, or its loss could not be seen
 STEPS = ("adapter", "state_dict", "pickle", "native", "merge", "file", "whole", "again", "fused")
 FREE = ("merge", "file", "again", "fused")  # once more with paths that make no bias, where the first made some
 COLUMNS = (*STEPS, *(f"free {step}" for step in FREE))
@@ -64,12 +64,12 @@ COLUMNS = (*STEPS, *(f"free {step}" for step in FREE))
 
 @dataclass
 class Record:
-    """What became of a family.
+    """The results of one family.
 
     Attributes:
-        layers, head: how many are adapted; whether the classifier is trained, adapted, frozen, or there is none.
-        verdicts: by step; what does not apply is left out.
-        note: why it was not built, or what had to be asked for to adapt it.
+        layers, head: how many layers are adapted; whether the classifier is trained, adapted, frozen or absent.
+        verdicts: by step; steps that do not apply are left out.
+        note: why it was not built, or which arguments it took to adapt it.
     """
 
     family: str
@@ -85,7 +85,7 @@ class Record:
 
 
 def examine(family: Family) -> Record:
-    """All steps of one family; errors of any kind end in the record."""
+    """Run all steps of one family; errors of any kind go into the record."""
     started = time.perf_counter()
     record = Record(family.title)
     torch.set_num_threads(1)
@@ -142,7 +142,7 @@ def _examine(family: Family, record: Record) -> None:
 
 @torch.no_grad()
 def condition(model: nn.Module, inputs: Mapping[str, Any]) -> None:
-    """A base in which everything matters: no weight starts at zero, and norms have the statistics of their inputs."""
+    """Make every part of a base matter: no weight is zero, and norms have the statistics of their inputs."""
     gen = generator(1)
     for parameter in model.parameters():
         flat = parameter.detach().flatten()
@@ -160,12 +160,12 @@ def condition(model: nn.Module, inputs: Mapping[str, Any]) -> None:
 
 
 def adapt(base: nn.Module) -> tuple[nn.Module, dict[str, Any]]:
-    """A copy with GLoRA as it comes, or with what a refusal says to ask for; and the arguments that it took."""
+    """A copy with GLoRA by default, or with the arguments that a refusal names; and the arguments that it took."""
     model, options = copy.deepcopy(base), {}
     while True:
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # what stays frozen is no difference
+                warnings.simplefilter("ignore")  # frozen modules are no difference
                 return glora.inject(model, RANK, **options), options
         except (TypeError, ValueError) as error:
             text = str(error)
@@ -177,7 +177,7 @@ def adapt(base: nn.Module) -> tuple[nn.Module, dict[str, Any]]:
 
 @torch.no_grad()
 def randomize(model: nn.Module, gen: torch.Generator) -> None:
-    """Random support tensors, so large that all of them are seen in the outputs of a model of many layers."""
+    """Set random support tensors, so large that all of them show in the outputs of a deep model."""
     for layer in glora.glora_layers(model).values():
         width = layer.in_features**-0.5
         for name in SUPPORT_NAMES:
@@ -187,9 +187,9 @@ def randomize(model: nn.Module, gen: torch.Generator) -> None:
 
 
 def train_step(model: nn.Module, inputs: Mapping[str, Any]) -> set[str]:
-    """A step in training mode, which also moves the statistics of norms.
+    """Take a step in training mode, which also moves the statistics of norms.
 
-    Returns the adapted layers that were called: of others a module reads the weight, or a router sent nothing there.
+    Returns the adapted layers that were called. Of the others a module reads the weight, or a router sent them nothing.
     """
     called: set[str] = set()
     hooks = [
@@ -198,7 +198,7 @@ def train_step(model: nn.Module, inputs: Mapping[str, Any]) -> set[str]:
     ]
     optimizer = torch.optim.SGD(glora.trainable_parameters(model), lr=1e-2)
     torch.manual_seed(0)
-    # not what the norms were set by, so that their statistics move
+    # other inputs than those that set the norms, so that statistics move
     moved = {name: value * 2 + 0.5 if value.is_floating_point() else value for name, value in inputs.items()}
     losses = [t.float().square().mean() for t in tensors_in(model.train()(**moved)) if t.requires_grad]
     if losses:  # a path that reads nothing trains nothing
@@ -213,7 +213,7 @@ def train_step(model: nn.Module, inputs: Mapping[str, Any]) -> set[str]:
 
 
 def bias_free(model: nn.Module) -> dict[str, glora.PathConfig]:
-    """The paths, without C and E in layers without bias."""
+    """The paths without C and E in layers without bias."""
     return {
         name: replace(layer.path, C="none", E="none") if layer.bias is None else layer.path
         for name, layer in glora.glora_layers(model).items()
@@ -249,7 +249,7 @@ def _heads(base: nn.Module) -> list[nn.Module]:
 
 
 def unmerged_ways(family: Family, options: Mapping[str, Any]) -> dict[str, Way]:
-    """An adapter file, a state dict, a pickle, and what the package itself saves and loads."""
+    """Ways for an adapted model: adapter file, state dict, pickle, and the package's own saving and loading."""
     return {
         "adapter": Way(
             lambda model, folder: glora.save_adapter(model, folder / "a.safetensors"),
@@ -264,7 +264,7 @@ def unmerged_ways(family: Family, options: Mapping[str, Any]) -> dict[str, Way]:
 
 
 def merged_ways(family: Family) -> dict[str, Way]:
-    """Of a plain model: a state dict into the base, a pickle, and what the package itself saves and loads."""
+    """Ways for a plain model: state dict into the base, pickle, and the package's own saving and loading."""
     ways = {"file": Way(write_state, lambda fresh, folder: read_state(fresh(), folder)), "whole": WHOLE}
     return {**ways, "again": native(family)}
 
@@ -352,7 +352,7 @@ def _fused(merged: nn.Module, base: nn.Module, look: Looking, warned: str) -> Ve
 
 
 def sweep(families: Sequence[Family], jobs: int = 1, progress: bool = True) -> Iterator[Record]:
-    """The record of each family, as they come."""
+    """The record of each family, in order, each as soon as it is known."""
     bar = {"total": len(families), "desc": "sweep", "unit": "family", "disable": not progress}
     if jobs == 1:
         yield from tqdm(map(examine, families), **bar)
@@ -362,7 +362,7 @@ def sweep(families: Sequence[Family], jobs: int = 1, progress: bool = True) -> I
 
 
 def quiet() -> None:
-    """Transformers reports through a logger what it leaves out: that is no warning, and here only noise."""
+    """Silence the logger by which Transformers reports what it leaves out: that is no warning, only noise here."""
     import transformers
 
     transformers.logging.set_verbosity(transformers.logging.CRITICAL)

@@ -8,7 +8,7 @@ from tests.coverage_loss import losses, main
 
 
 def report(**files):
-    """As much as is read of coverage's JSON: the lines run, and how many there are."""
+    """The part of coverage's JSON that is read: the lines that ran, and how many lines there are."""
     entries = {
         name: {"executed_lines": lines, "summary": {"num_statements": count}} for name, (lines, count) in files.items()
     }

@@ -25,12 +25,12 @@ HEAVY = (
     "torch.distributed.tensor",
 )
 GLORA = sorted((ROOT / "glora").rglob("*.py"))
-# Whose types are adapted: imported when one is made or read.
+# Packages whose types are adapted: imported when such a layer is made or read.
 LAZY = {
     ROOT / "glora" / "layers" / "conv1d.py": ("transformers",),
     ROOT / "glora" / "layers" / "quantised_formats.py": ("bitsandbytes", "torchao"),
 }
-# PEFT's own layers are what these two work on: one derives from them and is loaded by the other, when it is called.
+# Two files work on PEFT's own layers: one derives from them, the other loads the first when it is called.
 PEFT_LAYERS, PEFT_USER = ROOT / "glora" / "peft" / "layers.py", ROOT / "glora" / "peft" / "acceleration.py"
 
 
@@ -48,7 +48,7 @@ def imported(file, walk=ast.walk):
 
 
 def walk_outside_of_functions(node):
-    """What runs when the file is imported."""
+    """The nodes that run when the file is imported."""
     for child in ast.iter_child_nodes(node):
         if not isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
             yield child
@@ -210,7 +210,7 @@ print(json.dumps(found))
 
 @pytest.fixture(scope="module")
 def loaded_by():
-    """What is there after each import, one after the other in one process."""
+    """The modules that are loaded after each import, one after the other in one process."""
     done = subprocess.run([sys.executable, "-c", IMPORTS], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)

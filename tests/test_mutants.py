@@ -143,7 +143,7 @@ def test_an_entry_covers_the_mutants_of_its_statement():
 
 
 class InterpreterError(Exception):
-    """As Triton names what went wrong inside a kernel."""
+    """Named as Triton's error for a failure inside a kernel."""
 
 
 def test_failures_are_told_apart():

@@ -15,7 +15,7 @@ from tests.run import ROOT, Part
 
 @pytest.fixture(autouse=True)
 def own_children(monkeypatch):
-    """What this process has started is not to be ended: pytest's workers, the forkserver of other tests."""
+    """Keep the processes that pytest itself has started: its workers, the forkserver of other tests."""
     monkeypatch.setattr(run, "end", lambda: None)
 
 
@@ -84,7 +84,7 @@ time.sleep(600)
 
 @pytest.mark.parametrize("numbers", [(signal.SIGINT,), (signal.SIGTERM,), (signal.SIGINT, signal.SIGINT)], ids=str)
 def test_an_interrupt_ends_every_process(tmp_path, numbers):
-    """Also those that do not listen, in sessions of their own, and after an impatient second one."""
+    """Also processes that ignore signals or have their own session, and after a second interrupt."""
     (tmp_path / "family.py").write_text(FAMILY)
     pids = tmp_path / "pids"
     code = (

@@ -1,4 +1,4 @@
-"""The judge of round trips finds each kind of outcome, so that a test that rests on it can fail."""
+"""The judge of round trips finds each kind of outcome, so that a test that relies on it can fail."""
 
 import copy
 import warnings

@@ -1,4 +1,4 @@
-"""What the short tier takes: a cover of all pairs, the same in every process, and nothing that is marked exhaustive."""
+"""The short tier takes a cover of all pairs, the same in every process, and no test that is marked exhaustive."""
 
 import importlib.util
 import itertools
@@ -31,7 +31,7 @@ def taken(cases):
 
 
 def test_a_cover_has_every_pair_with_few_cases():
-    """At least as many as the two longest parameters have values together; of 900 paths."""
+    """At least as many cases as the two longest parameters have pairs of values; for 900 paths."""
     found = taken(PATHS)
     assert pairs_of(found) == pairs_of(PATHS)
     assert len(PATHS) == 900 and len(found) <= 40
@@ -72,7 +72,7 @@ def test_an_unknown_tier_is_refused(monkeypatch):
 
 
 def item(function, marks=(), **parameters):
-    """As much of a pytest.Item as the plugin looks at."""
+    """The part of a pytest.Item that the plugin reads."""
     marks = {mark.name: mark for mark in marks}
     callspec = {"callspec": SimpleNamespace(params=parameters)} if parameters else {}
     return SimpleNamespace(
@@ -90,7 +90,7 @@ def product_of(function):
 
 
 def kept(items, args=("tests",)):
-    """What is left of the items; the others are said to be deselected."""
+    """The items that are left; the others are reported as deselected."""
     dropped = []
 
     def deselected(items):
@@ -104,7 +104,7 @@ def kept(items, args=("tests",)):
 
 
 def test_each_test_is_covered_by_itself(short):
-    """1 is not True, nor 0.0 -0.0; values without a hash count too."""
+    """1 is not True, and 0.0 is not -0.0; values without a hash count too."""
     one, other, alone = product_of("one"), product_of("other"), item("alone")
     left = kept([*one, alone, *other])
     assert alone in left

@@ -1,14 +1,14 @@
 """The two tiers of the suite, ``short`` and ``exhaustive``, and the rule by which the short one takes its cases.
 
-``make test`` runs the short tier; ``make exhaustive``, or ``GLORA_TESTS=exhaustive pytest``, all there is. The rule, in
+``make test`` runs the short tier; ``make exhaustive``, or ``GLORA_TESTS=exhaustive pytest``, all tests. The rule, in
 one place (docs/testing.md says why it is enough):
 
-- Of a test with three or more parameters the short tier takes a cover: each pair of values of two parameters that
-  occurs in some case occurs in a case that is taken.
+- For a test with three or more parameters, the short tier takes a cover: each pair of values of two parameters that
+  occurs in any case occurs in a case of the cover.
 - Numbers of repetitions are written ``at(short, exhaustive)``.
 - Tests marked ``@pytest.mark.exhaustive`` are left out.
 
-Which cover it is depends on GLORA_TEST_SEED, as all that is generated. A test that is asked for by name
+The cover depends on GLORA_TEST_SEED, like all generated cases. A test that is asked for by name
 (``pytest file.py::test``) runs with all its cases in either tier.
 """
 
@@ -41,11 +41,11 @@ def at(short: T, exhaustive: T) -> T:
 
 
 def pairs(cases: Sequence[Sequence[Hashable]]) -> list[int]:
-    """The places of a few of the cases that have every pair of two entries which some case has."""
+    """The places of a few cases that together have every pair of two entries that any case has."""
     if not cases or len(cases[0]) < 3:
         return list(range(len(cases)))
     order = list(range(len(cases)))
-    random.Random(f"{TEST_SEED} {len(cases)}").shuffle(order)  # or ties would all fall to the first values
+    random.Random(f"{TEST_SEED} {len(cases)}").shuffle(order)  # otherwise ties would all go to the first values
     shown = [frozenset(itertools.combinations(enumerate(cases[place]), 2)) for place in order]
     return sorted(order[place] for place in cover(shown))
 
@@ -85,7 +85,7 @@ def _short(items: Iterable[pytest.Item]) -> Iterable[pytest.Item]:
 
 
 def _values(item: pytest.Item) -> list[Hashable]:
-    """Its parameters, in one order for all cases of a test; by type and repr, since True is not 1, nor 0.0 -0.0."""
+    """An item's parameters, in one order for all cases; by type and repr, since True is not 1, and 0.0 is not -0.0."""
     parameters = item.callspec.params if hasattr(item, "callspec") else {}
     return [(type(parameters[name]), repr(parameters[name])) for name in sorted(parameters)]
 

@@ -1,7 +1,7 @@
-"""Random small models of every kind of part that a user's model may have, with GLoRA as the public API can put it in.
+"""Random small models with every kind of part that a user's model may have, adapted through the public API.
 
-A drawn model is a description (:class:`Toy`): plain data that a failing test prints, and from which the same model is
-built any number of times. All parts map ``(tokens, WIDTH)`` to the same shape.
+A drawn model is a description (:class:`Toy`): plain data that a failing test prints, and from which the same model can
+be built any number of times. All parts map ``(tokens, WIDTH)`` to the same shape.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Residual(nn.Module):
 
 
 class Moving(nn.Module):
-    """A persistent buffer that training moves, as of a codebook or a moving average."""
+    """A persistent buffer that training changes, like a codebook or a moving average."""
 
     def __init__(self):
         super().__init__()
@@ -85,7 +85,7 @@ class Words(nn.Module):
 
 
 class In(nn.Module):
-    """``body`` in a type of its own."""
+    """``body`` in its own dtype."""
 
     def __init__(self, body: nn.Module, dtype: torch.dtype):
         super().__init__()
@@ -107,7 +107,7 @@ def _shared() -> nn.Module:
 
 
 def _clash() -> nn.Module:
-    """``a_b`` and ``a.b``, which are one name where dots become underscores."""
+    """Modules ``a_b`` and ``a.b``, whose names are equal once dots become underscores."""
     part = nn.Sequential()
     part.add_module("a_b", nn.Linear(WIDTH, WIDTH))
     part.add_module("a", nn.Sequential())
@@ -153,13 +153,13 @@ class Toy:
     """A model and its adaptation.
 
     Attributes:
-        parts: of the body, by their names in :data:`PARTS`; a linear ``head`` follows.
-        dtype: of the whole model, but for parts in a type of their own.
+        parts: the parts of the body, by their names in :data:`PARTS`; a linear ``head`` follows.
+        dtype: the dtype of the whole model, except parts with their own.
         product, rank, convolutions, exclude: as for :func:`glora.inject`.
-        ranks: if there are any, layers are made one by one, each of the next rank (and of the next of ``products``).
-        frozen: whether nothing beside the support tensors is trained, the head neither.
-        restrict: which paths are drawn: "any", "no bias" (no C and E in bias-less layers), "lycoris", "peft".
-        seed: of weights, support tensors and paths.
+        ranks: if not empty, layers are made one by one, each with the next rank (and the next of ``products``).
+        frozen: whether only the support tensors are trained, not even the head.
+        restrict: which paths are drawn: "any", "no bias" (no C and E in layers without bias), "lycoris", "peft".
+        seed: the seed of weights, support tensors and paths.
     """
 
     parts: tuple[str, ...]
@@ -219,11 +219,11 @@ class Toy:
 
     @property
     def coarsest(self) -> str:
-        """The type in which outputs are rounded most."""
+        """The dtype in which outputs are rounded most."""
         return "bfloat16" if "half" in self.parts else self.dtype
 
     def paths(self, model: nn.Module) -> dict[str, glora.PathConfig]:
-        """A path for every layer, within what ``restrict`` says."""
+        """A path for every layer that ``restrict`` allows."""
         rng = random.Random(self.seed)
         common = {slot: rng.choice(KINDS[slot]) for slot in "ACD"}
         rank = rng.randint(1, min((layer.rank for layer in glora.glora_layers(model).values()), default=1))
@@ -293,7 +293,7 @@ def draw_tiny(rng: random.Random, restrict: str = "any") -> Tiny:
 
 
 def draw(rng: random.Random, restrict: str = "any", linear: bool = False) -> Toy:
-    """A random description; with ``linear`` one that a format for linear layers alone can hold."""
+    """A random description; with ``linear`` one that fits a format for linear layers only."""
     suited = [part for part in PARTS if "conv" not in part and part != "transposed"]
     names = suited if linear else list(PARTS)
     parts = tuple(rng.choice(names) for _ in range(rng.randint(0, 3)))

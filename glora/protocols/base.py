@@ -17,11 +17,11 @@ from .sources import DataSet, Missing, Source
 
 @dataclass(frozen=True)
 class Target:
-    """A data set that a model trained on another is tested on.
+    """A data set for tests of a model that was trained on another one.
 
     Args:
         open: reads its list and gives the images; so does calling the target.
-        classes: the classes among which the model chooses, where they are not all it was trained on.
+        classes: the classes among which the model chooses, if they are not all that it was trained on.
     """
 
     open: Callable[[], ImageList]
@@ -33,12 +33,12 @@ class Target:
 
 @dataclass(frozen=True)
 class Splits:
-    """A data set, opened. Nothing of the test split or the targets is read before it is called for.
+    """An opened data set. The test split and the targets are read only when they are opened.
 
     Args:
-        train: what a supernet is trained on, while candidates are told apart by ``validation``.
-        validation: what the search scores candidates on; images that ``train`` holds are left out.
-        train_and_validation: what a last training before the test may use: in few-shot protocols the shots alone.
+        train: the images that a supernet is trained on; candidates are scored on ``validation``.
+        validation: the images that the search scores candidates on, without those in ``train``.
+        train_and_validation: the images for a last training before the test: in few-shot protocols only the shots.
         test: opens the test split.
         targets: opens other data sets to test on, by name.
     """
@@ -73,8 +73,8 @@ class Layout:
 class Protocol(ABC):
     """A benchmark: data sets and their splits.
 
-    ``shots`` are the numbers of images a class that there are lists for, None alone where that is no choice; ``seeds``
-    the draws of them, empty where the data do not depend on a seed; ``images`` the settings of the original.
+    ``shots`` are the numbers of images per class for which lists exist, or only None if there is no choice. ``seeds``
+    are their draws, empty if the data do not depend on a seed. ``images`` are the settings of the original.
     """
 
     name: ClassVar[str]
@@ -121,7 +121,7 @@ class Protocol(ABC):
 
     @abstractmethod
     def _layout(self, root: Path, about: DataSet, shots: int | None, seed: int) -> Layout:
-        """As :meth:`layout`, of arguments that are right."""
+        """As :meth:`layout`, for arguments that have been checked."""
 
     def open(
         self,
@@ -135,13 +135,13 @@ class Protocol(ABC):
         """The splits of a data set under ``root``. Training and validation lists are read and checked; no image is.
 
         Args:
-            shots: images a class; None where the protocol has no choice.
+            shots: images per class; None if the protocol has no choice.
             seed: which draw of the shots.
-            images: how pictures become tensors; None is as in the original. Training images alone are augmented.
+            images: how pictures become tensors; None is as in the original. Only training images are augmented.
 
         Raises:
             TypeError: ``images`` are no settings.
-            FileNotFoundError: a list is not there.
+            FileNotFoundError: a list does not exist.
             ValueError: no such data set, shots or seed, or a list that cannot be used; file and line are named.
         """
         settings = self.images if images is None else images
@@ -164,16 +164,16 @@ class Protocol(ABC):
         shots: Sequence[int | None] | None = None,
         seeds: Sequence[int] | None = None,
     ) -> list[Missing]:
-        """Every list file and every image a list names, those of tests too, that is not there; no image is decoded.
+        """Every missing list file, and every missing image of a list, for tests too; no image is decoded.
 
-        A data set without a folder is one entry, a list that cannot be used another, and so are the images that a
-        list names in vain, however many.
+        A data set without a folder is one entry, and so is a list that cannot be used. The missing images of one list
+        are one entry, however many they are.
 
         Args:
-            datasets, shots, seeds: what is going to be run; None is all that there are.
+            datasets, shots, seeds: what is going to be run; None stands for all.
 
         Raises:
-            ValueError: a data set, number of shots or seed that there is not.
+            ValueError: a data set, number of shots or seed that does not exist.
         """
         choices = product(
             self.datasets if datasets is None else datasets,
@@ -194,7 +194,7 @@ def _target(source: Source, classes: tuple[int, ...] | None, settings: ImageSett
 
 
 def _without(validation: ImageList, train: ImageList) -> ImageList:
-    """``validation`` without what is trained on: a score on that would measure memory."""
+    """``validation`` without the training images: a score on those would measure memory."""
     trained = {train.root / path for path, _ in train.entries}
     entries = [entry for entry in validation.entries if validation.root / entry[0] not in trained]
     if not entries:

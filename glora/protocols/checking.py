@@ -1,4 +1,4 @@
-"""What is not there of some splits, all of it at once, and what to do about it."""
+"""Everything that is missing of some splits, and what to do about it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from .sources import Folders, Missing, Source
 
 
 def find_missing(sources: Iterable[Source]) -> list[Missing]:
-    """Everything that reading ``sources`` and their images would fail on; a data set without a folder is one entry."""
+    """Everything on which reading ``sources`` and their images would fail; a data set without a folder is one entry."""
     missing: list[Missing] = []
     folders, absent = Folders(), set[Path]()
     for source in dict.fromkeys(sources):
@@ -22,7 +22,7 @@ def find_missing(sources: Iterable[Source]) -> list[Missing]:
 
 
 def describe_missing(missing: Sequence[Missing]) -> str:
-    """For people: what is not there, and after it where to get it and where to put it; empty if nothing is missing."""
+    """A text that says what is missing, where to get it and where to put it; empty if nothing is missing."""
     remedies: dict[str, list[Missing]] = {}
     for entry in missing:
         remedies.setdefault(entry.what_to_do, []).append(entry)

@@ -1,9 +1,9 @@
-"""Few-shot transfer to five fine-grained data sets: 1, 2, 4, 8 or 16 images a class, three draws of each.
+"""Few-shot transfer to five fine-grained data sets: 1, 2, 4, 8 or 16 images per class, three draws of each.
 
-Images lie as in CoOp's DATASETS.md and lists as in NOAH, from whose repository they come: the draws
+Images lie as in CoOp's DATASETS.md. Lists lie as in NOAH, from whose repository they come: the draws
 ``annotations/train_meta.list.num_shot_<shots>.seed_<seed>``; ``val_meta.list``, on which NOAH's search scores its
-candidates; and ``test_meta.list``, whose accuracy is reported. Folder names are those that the official code and
-NOAH's scripts know; NOAH's repository spells some differently. Its one-shot lists of Oxford Pets hold every line
+candidates; and ``test_meta.list``, on which the reported accuracy is measured. Folder names are those of the official
+code and NOAH's scripts; NOAH's repository spells some differently. Its one-shot lists of Oxford Pets hold every line
 twice, which fills a batch of 64.
 """
 
@@ -22,7 +22,7 @@ GROUP = "Fine-grained"
 
 
 def lists_of(folder: str) -> str:
-    """The sentence that says how to get NOAH's lists, which lie in ``folder`` of its few-shot data."""
+    """A sentence that says how to get NOAH's lists, which lie in ``folder`` of its few-shot data."""
     return f"Copy the files of {_LISTS}/{folder}/annotations into {{home}}/annotations."
 
 
@@ -40,12 +40,12 @@ DATA_SETS = (
     _data_set("fgvc_aircraft", 100, "FGVCAircraft", "{home}/images", "fgvcaircraft", "fgvc-aircraft"),
     _data_set("oxford_pets", 37, "OxfordPets", "{home}/images", "oxfordpets", "oxford-pets"),
 )
-# What the paths of a list are relative to. Flowers are in `images` for the official code and NOAH, in `jpg` for CoOp.
+# The folders that a list's paths are relative to. Flowers: `images` in the official code and NOAH, `jpg` in CoOp.
 _FOLDERS: Mapping[str, tuple[str, ...]] = {"stanford_cars": (".",), "oxford_flowers": ("images", "jpg")}
 
 
 class FewShot(Protocol):
-    """The lists' shots are all the labelled images that training sees: there is no training on the validation list."""
+    """The few-shot protocol. Training sees only the shots: the validation list is never trained on."""
 
     name = "fewshot"
     table = DATA_SETS
@@ -66,5 +66,5 @@ class FewShot(Protocol):
 
 
 def shots_list(shots: int | None, seed: int) -> str:
-    """The name of NOAH's list of a draw."""
+    """The name of NOAH's list for one draw."""
     return f"train_meta.list.num_shot_{shots}.seed_{seed}"

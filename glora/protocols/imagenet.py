@@ -1,14 +1,14 @@
 """16-shot ImageNet, and from it to ImageNet-V2, -Sketch, -A and -R.
 
-Folders are those of CoOp's DATASETS.md, lists those of NOAH. Training images: a list of 16 a class of ImageNet's
-training set, three draws. Validation: NOAH's ``unofficial_val_list_4_shot16seed0``, other training images, drawn for
-the first of the three; for each draw those that are trained on are left out. Test: ImageNet's validation set, in
-folders of synsets or flat with a list ``val_meta.list``. Targets: NOAH's lists where they have been copied, the folders
-of classes otherwise.
+Folders are those of CoOp's DATASETS.md, lists those of NOAH. Training images: a list of 16 images per class from
+ImageNet's training set, in three draws. Validation: NOAH's ``unofficial_val_list_4_shot16seed0``, other training
+images, drawn for the first draw; for each draw its own training images are left out. Test: ImageNet's validation set,
+in folders of synsets, or flat with a list ``val_meta.list``. Targets: NOAH's lists if they have been copied, otherwise
+the folders of classes.
 
 A and R have 200 of the 1,000 classes. Their authors (``eval.py`` of hendrycks/natural-adv-examples and
-hendrycks/imagenet-r) take the greatest of those 200 logits, which :class:`AmongClasses` does; NOAH takes the greatest
-of all 1,000, which never gives a higher figure. Labels are those of the 1,000 everywhere.
+hendrycks/imagenet-r) take the greatest of those 200 logits, as :class:`AmongClasses` does. NOAH takes the greatest
+of all 1,000, which never gives a higher figure. Labels are always those of the 1,000 classes.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class ImageNet(Protocol):
             return ListSource(about, home, home / "annotations" / name, folders, range(CLASSES), repeats)
 
         train = listed(shots_list(shots, seed), training_images)
-        # drawn at random by NOAH: an image that comes twice does no harm
+        # drawn at random by NOAH: a repeated image does no harm
         validation = listed("unofficial_val_list_4_shot16seed0", training_images, repeats=True)
         tree = TreeSource(about, home, test_images, tuple((name, label) for label, name in enumerate(synsets)))
         test = Either(about, home, tree, listed("val_meta.list", test_images))
@@ -94,7 +94,7 @@ def _targets(root: Path, synsets: tuple[str, ...]) -> dict[str, tuple[Source, tu
 
 
 def _source(root: Path, target: str, folder: str, class_folders: dict[str, int]) -> Source:
-    """NOAH's list, which can be checked for completeness; without it, the folders of the classes."""
+    """NOAH's list, which can be checked for completeness; if it is missing, the folders of the classes."""
     about = TARGETS[target]
     home = root / about.name
     listed = ListSource(about, home, home / "annotations" / "val_meta.list", (home,), frozenset(class_folders.values()))

@@ -1,10 +1,10 @@
-"""Images as (tensor, class): how a picture becomes a tensor, a data set of files, and one that is decoded once.
+"""Images as (tensor, class): how a picture becomes a tensor, a data set of files, and a data set that is decoded once.
 
 The settings are those of the official code (Arnav0400/ViT-Slim, GLoRA/data) and of NOAH (ZhangYuanhan-AI/NOAH,
-lib/datasets.py), which agree. VTAB-1K: squash to a square, no augmentation, in training too. Few-shot and ImageNet:
-timm's training augmentation (random crop and flip, RandAugment, random erasing); tests squash to 256/224 of the size
-and cut out the centre. Everything is normalised by ImageNet's mean and deviation, which is not what the ImageNet-21k
-checkpoint was pre-trained with.
+lib/datasets.py), which agree. VTAB-1K: squash to a square, without augmentation, also in training. Few-shot and
+ImageNet: timm's training augmentation (random crop and flip, RandAugment, random erasing); tests squash to 256/224 of
+the size and cut out the centre. All images are normalised by ImageNet's mean and deviation, although the ImageNet-21k
+checkpoint was pre-trained with others.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ class ImageSettings:
     """How a picture becomes a tensor ``(3, size, size)``, float32.
 
     Args:
-        size: pixels a side.
-        mean: of the normalisation, a number a channel, for pixels in 0 to 1; the default is ImageNet's.
+        size: pixels per side.
+        mean: of the normalisation, one number per channel, for pixels in 0 to 1; the default is ImageNet's.
         std: as ``mean``.
         interpolation: one of ``INTERPOLATIONS``.
-        augment: timm's training augmentation, for training images alone.
-        resize: ``"squash"``: to ``(size, size)`` whatever the shape; ``"squash_crop"``: to 256/224 of that, then the
+        augment: timm's training augmentation, only for training images.
+        resize: ``"squash"``: to ``(size, size)`` from any shape; ``"squash_crop"``: to 256/224 of that, then the
             centre. Used wherever ``augment`` does not apply.
 
     Raises:
@@ -63,7 +63,7 @@ class ImageSettings:
 
 
 def _three_numbers(name: str, values: Any) -> tuple[float, ...]:
-    """Lists are welcome: TOML and JSON have no tuples."""
+    """Three numbers as a tuple; lists are accepted, since TOML and JSON have no tuples."""
     numbers = isinstance(values, (tuple, list)) and all(type(value) in (int, float) for value in values)
     if not numbers or len(values) != 3:
         raise ValueError(f"{name}: expected three numbers, got {values!r}")
@@ -109,7 +109,7 @@ class ImageList(Dataset):
         root: the folder that the paths are relative to.
         entries: ``(relative path, class)`` pairs.
         transform: from a PIL image to a tensor, as of :func:`transform_for`.
-        random: whether the transform is; such a list cannot be preloaded.
+        random: whether the transform is random; such a list cannot be preloaded.
     """
 
     def __init__(
@@ -139,7 +139,7 @@ class ImageList(Dataset):
 def preload(dataset: ImageList, progress: bool = True) -> TensorDataset:
     """The same samples, bit for bit, decoded once: images ``(n, 3, size, size)`` and classes ``(n,)``, int64.
 
-    At 224 pixels an image takes 588 KiB: 1,000 of VTAB-1K 0.6 GB, where streaming decodes each once an epoch.
+    At 224 pixels an image takes 588 KiB, so the 1,000 of VTAB-1K take 0.6 GB; streaming decodes each once per epoch.
 
     Raises:
         ValueError: an empty list, or random transforms.

@@ -1,4 +1,4 @@
-"""List files of the VTAB-1K, few-shot and ImageNet releases: a line an image, ``<relative path> <class>``."""
+"""List files of the VTAB-1K, few-shot and ImageNet releases: per image one line ``<relative path> <class>``."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ def read_list(
 ) -> tuple[Entry, ...]:
     """The ``(relative path, class)`` pairs of a list file, in its order.
 
-    The class is what follows the last space, so paths may hold spaces; blank lines are passed over.
+    The class follows the last space, so paths may hold spaces; blank lines are skipped.
 
     Args:
-        classes: which there are, as ``range(100)``; None takes any from 0.
+        classes: the valid classes, as ``range(100)``; None accepts any from 0.
         repeats: whether a line may come twice, as in NOAH's one-shot lists of Oxford Pets.
 
     Raises:
-        FileNotFoundError: there is no such file.
+        FileNotFoundError: the file does not exist.
         ValueError: it names no image, or a line is malformed, has another class, or repeats a path; the message
             names file and line.
     """

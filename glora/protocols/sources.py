@@ -1,4 +1,4 @@
-"""One split as it lies on disk: a list file with its images, or a folder a class; and what of it is not there."""
+"""One split on disk: a list file with its images, or one folder per class; and what of it is missing."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ class DataSet:
     """What is known of a data set.
 
     Args:
-        name: of its folder.
-        classes: how many.
-        group: which it is averaged with.
+        name: the name of its folder.
+        classes: how many classes it has.
+        group: the group in whose average it is.
         title: its name in tables.
-        page: where the data come from.
-        obtain: how to get what its folder holds, as sentences; ``{home}`` stands for that folder, ``{root}`` for
-            its parent.
+        page: the web page of the data.
+        obtain: sentences that say how to get the content of its folder; ``{home}`` stands for that folder, ``{root}``
+            for its parent.
     """
 
     name: str
@@ -38,7 +38,7 @@ class DataSet:
 
 
 class Missing(NamedTuple):
-    """Something that a run needs and that is not there, or cannot be used: of which data set, where, and the remedy."""
+    """Something that a run needs and that is missing or cannot be used: its data set, its place, and the remedy."""
 
     dataset: str
     file: Path
@@ -47,7 +47,7 @@ class Missing(NamedTuple):
 
 
 class Folders:
-    """The names in folders, each listed once, however many files are asked for."""
+    """The names in folders; each folder is listed once, however many files are looked up."""
 
     def __init__(self) -> None:
         self._names = cache(lambda folder: frozenset(os.listdir(folder)) if os.path.isdir(folder) else frozenset())
@@ -58,7 +58,7 @@ class Folders:
 
 
 class Found(NamedTuple):
-    """Images by their paths relative to ``root``, with classes."""
+    """Images by their paths relative to ``root``, with their classes."""
 
     root: Path
     entries: tuple[Entry, ...]
@@ -72,27 +72,27 @@ class Source(ABC):
 
     @abstractmethod
     def exists(self) -> bool:
-        """Whether there is anything of it."""
+        """Whether any part of it exists."""
 
     @abstractmethod
     def read(self) -> Found:
         """Its images; none is opened.
 
         Raises:
-            FileNotFoundError: it is not there.
+            FileNotFoundError: it does not exist.
             ValueError: it cannot be used as it is.
         """
 
     @abstractmethod
     def missing(self, folders: Folders) -> Iterator[Missing]:
-        """What :meth:`read`, and reading the images after it, would fail on."""
+        """Everything on which :meth:`read`, or reading the images after it, would fail."""
 
     def lacks(self, file: Path, problem: str = "not there") -> Missing:
         return Missing(self.about.name, file, self.remedy, problem)
 
     @property
     def remedy(self) -> str:
-        """How to get what the data set's folder should hold."""
+        """How to get the content of the data set's folder."""
         return self.about.obtain.format(home=self.home, root=self.home.parent)
 
 
@@ -100,7 +100,7 @@ class Source(ABC):
 class ListSource(Source):
     """A list file; its paths are relative to the first of ``folders`` that exists.
 
-    ``classes`` are those it may name, and ``repeats`` says whether a line may come twice.
+    ``classes`` are those that it may name; ``repeats`` says whether a line may come twice.
     """
 
     about: DataSet
@@ -140,7 +140,7 @@ class ListSource(Source):
 
 @dataclass(frozen=True)
 class TreeSource(Source):
-    """A folder a class: ``class_folders`` are their names, with the class of each."""
+    """One folder per class: ``class_folders`` has the name of each folder with its class."""
 
     about: DataSet
     home: Path
@@ -183,7 +183,7 @@ class TreeSource(Source):
 
 @dataclass(frozen=True)
 class Either(Source):
-    """``first`` where it exists, otherwise ``second``: releases come as lists, as folders of classes, or as both."""
+    """``first`` if it exists, otherwise ``second``: releases come as lists, as folders of classes, or as both."""
 
     about: DataSet
     home: Path
@@ -205,7 +205,7 @@ class Either(Source):
 
 
 def first_folder(folders: tuple[Path, ...]) -> Path:
-    """The first that exists; the first of all if none does."""
+    """The first folder that exists; the first of all if none exists."""
     return next((folder for folder in folders if folder.is_dir()), folders[0])
 
 

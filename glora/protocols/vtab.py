@@ -1,8 +1,8 @@
 """VTAB-1K: 19 data sets of 1,000 training images each, and the average that papers report.
 
-The layout is the one that NOAH's script writes and the official code reads (GLoRA/data/vtab.py): a folder a data set
-with ``train800.txt``, ``val200.txt``, ``train800val200.txt`` and ``test.txt``, whose paths are relative to it
-(``images/test/000000.jpg 3``). Folder names and class counts are the official code's.
+The layout is the one that NOAH's script writes and the official code reads (GLoRA/data/vtab.py): one folder per data
+set with ``train800.txt``, ``val200.txt``, ``train800val200.txt`` and ``test.txt``, whose paths are relative to the
+folder (``images/test/000000.jpg 3``). Folder names and class counts are those of the official code.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def group_averages(accuracies: Mapping[str, float]) -> dict[str, float]:
     """The mean accuracy of each group, from an accuracy for every one of the 19 data sets.
 
     Raises:
-        ValueError: data sets are missing, or are not of VTAB-1K; all are named.
+        ValueError: data sets are missing, or do not belong to VTAB-1K; all are named.
     """
     names = [about.name for about in DATA_SETS]
     absent = [name for name in names if name not in accuracies]
@@ -87,9 +87,9 @@ def group_averages(accuracies: Mapping[str, float]) -> dict[str, float]:
 
 
 def average(accuracies: Mapping[str, float]) -> float:
-    """The mean of the three means of :func:`group_averages`, as papers report it; not the mean of the 19.
+    """The mean of the three means of :func:`group_averages`, as papers report it; not the mean of the 19 data sets.
 
     Raises:
-        ValueError: as there.
+        ValueError: as for :func:`group_averages`.
     """
     return fmean(group_averages(accuracies).values())

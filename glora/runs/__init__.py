@@ -1,4 +1,4 @@
-"""The paper's protocols end to end: recipes as data, and runs in folders that every stage can be cut in.
+"""The paper's protocols end to end: recipes as data, and runs in folders, whose every stage can be interrupted.
 
 >>> specs = plan_runs(load_recipe("vtab1k"), "data/vtab-1k", datasets=["cifar"], weights="ViT-B_16.npz")
 >>> train_run(Path("runs/vtab1k"), specs[0], torch.device("cuda"))

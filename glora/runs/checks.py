@@ -1,4 +1,4 @@
-"""What runs need that is not there: all of it, before any work."""
+"""Everything that runs need and that is missing, found before any work."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from .spec import RunSpec
 
 
 def check_runs(specs: Sequence[RunSpec]) -> list[str]:
-    """Everything that is missing or malformed, a paragraph each, with what to do about it; empty if nothing is.
+    """Everything that is missing or malformed, one paragraph each, with what to do about it; empty if nothing is.
 
-    Of the data, every list and every image file that a list names, of the test split too; no image is opened. Of the
-    model, whether timm knows it and the file of its weights is there, and whether one with random weights can be
+    Checked are the data: every list and every image file that a list names, of the test split too; no image is opened.
+    Checked is the model: whether timm knows it, its weights' file exists, and a model with random weights can be
     adapted and takes images of the recipe's size. ``specs`` are those of one :func:`plan_runs`.
     """
     first = specs[0]
@@ -38,7 +38,7 @@ def check_runs(specs: Sequence[RunSpec]) -> list[str]:
 
 
 def _try_model(spec: RunSpec) -> None:
-    """Raises what building the run's model does, or ValueError where it does not take the run's images."""
+    """Build the run's model, with its errors; raise ValueError if the model does not take the run's images."""
     model, size = make_model(replace(spec, weights=None)), spec.recipe.images.size
     try:
         with torch.no_grad():

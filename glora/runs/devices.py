@@ -1,4 +1,4 @@
-"""Where a run computes, and the processes it shares its work with."""
+"""The device of a run, and the processes that share its work."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from ..processes import is_first
 
 
 class Process(NamedTuple):
-    """This process: where it computes, and whether it is the one that speaks for all."""
+    """This process: its device, and whether it is the one that prints for all."""
 
     device: torch.device
     first: bool
 
 
 def choose_device(name: str) -> torch.device:
-    """``"auto"`` is CUDA where there is one, else the CPU. Raises ValueError for a device that is not here."""
+    """The device; ``"auto"`` is CUDA if there is a GPU, else the CPU. Raises ValueError for an absent device."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -34,7 +34,7 @@ def choose_device(name: str) -> torch.device:
 
 @contextmanager
 def process_group(name: str) -> Iterator[Process]:
-    """Under ``torchrun`` within the group of all its processes (NCCL on CUDA, else gloo)."""
+    """A ``with`` block that under ``torchrun`` has the group of all its processes (NCCL on CUDA, else gloo)."""
     if not dist.is_available() or not dist.is_torchelastic_launched():
         yield Process(choose_device(name), first=True)
         return

@@ -1,4 +1,4 @@
-"""Telling the weights and image lists that a run was trained with from others under the same names."""
+"""Tells the weights and image lists that a run was trained with from others under the same names."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _CHUNK = 2**24
 
 
 def fingerprint(spec: RunSpec, splits: Splits) -> dict[str, int | None]:
-    """CRC-32 of the weights' file (None without one) and of the lists of training and validation images."""
+    """The CRC-32 of the weights' file (None without one) and of the lists of training and validation images."""
     return {
         "weights": None if spec.weights in (None, HUB) else _file_checksum(Path(str(spec.weights))),
         "training images": _list_checksum(splits.train),

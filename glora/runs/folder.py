@@ -1,4 +1,4 @@
-"""A run's folder: its description, its files, and keeping what an earlier search found."""
+"""A run's folder: its description, its files, and how results of an earlier search are kept."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CHECKPOINT, LOG, SUPERNET, TRAINED = "checkpoint.pt", "log.csv", "supernet.safet
 JOURNAL, SEARCHED, ADAPTER = "search.jsonl", "search.json", "adapter.safetensors"
 MERGED, WEIGHTS = "merge.json", "merged.safetensors"
 TESTED, FEATURES = "test.json", "features.npz"
-# in the order in which they are written: what comes later was made from what comes before
+# in the order of writing: each file was made from files before it
 AFTER_TRAINING = (JOURNAL, SEARCHED, ADAPTER, WEIGHTS, MERGED, FEATURES, TESTED)
 
 
@@ -26,8 +26,8 @@ class RunFolder:
     """The files of one run.
 
     Attributes:
-        spec: what the run was asked for.
-        fingerprint: of what lay there then (:mod:`glora.runs.fingerprint`).
+        spec: the description of the run.
+        fingerprint: that of weights and lists when the run was made (:mod:`glora.runs.fingerprint`).
 
     Raises:
         ValueError: a description that is damaged or of another format.
@@ -51,36 +51,36 @@ class RunFolder:
         return (self.path / name).is_file()
 
     def require(self, name: str, command: str) -> Path:
-        """The file's path. Raises ValueError, saying which command makes it, if it is not there."""
+        """The file's path. If it is missing, raises ValueError with the command that makes it."""
         if not self.has(name):
             raise ValueError(f"{self.path}: expected {name}, found none; run `glora {command}` first")
         return self.path / name
 
     @property
     def winner(self) -> str:
-        """Tells this winner from any other: the SHA-256 of its adapter, paths and numbers."""
+        """The SHA-256 of the winner's adapter, paths and numbers, which tells this winner from any other."""
         return hashlib.sha256((self.path / ADAPTER).read_bytes()).hexdigest()
 
     def put_aside(self) -> Path | None:
-        """Move what came after training into a folder ``earlier-<n>`` of the run; None if there was nothing."""
+        """Move all results after training into a folder ``earlier-<n>`` of the run; None if there are none."""
         found = [name for name in AFTER_TRAINING if self.has(name)]
         if not found:
             return None
         number = next(n for n in range(1, 10**6) if not (self.path / f"earlier-{n}").exists())
         folder = self.path / f"earlier-{number}"
         folder.mkdir()
-        for name in reversed(found):  # killed in between, what is left is still a run
+        for name in reversed(found):  # if it is killed in between, the rest is still a run
             os.replace(self.path / name, folder / name)
         return folder
 
 
 def create_run(study: Path, spec: RunSpec, facts: Mapping[str, Any]) -> RunFolder:
-    """The folder of ``spec`` within ``study``: made now, or there already from the same run.
+    """The folder of ``spec`` within ``study``: made now, or already there from the same run.
 
-    A folder that holds a description and nothing else is that of a run that was refused: it is made anew.
+    A folder that holds only a description belongs to a run that was refused: it is made again.
 
     Args:
-        facts: what else ``run.json`` should say, ``fingerprint`` among it; of a folder that is there they are left as
+        facts: further entries of ``run.json``, ``fingerprint`` among them; those of an existing folder are left as
             they are.
 
     Raises:
@@ -100,7 +100,7 @@ def create_run(study: Path, spec: RunSpec, facts: Mapping[str, Any]) -> RunFolde
 
 
 def find_runs(folder: str | os.PathLike) -> list[RunFolder]:
-    """The run in ``folder``, or every run in its folders, by name.
+    """The run in ``folder``, or every run in its folders, by their names.
 
     Raises:
         ValueError: no run there.
@@ -116,7 +116,7 @@ def find_runs(folder: str | os.PathLike) -> list[RunFolder]:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """Raises ValueError for anything but a JSON object."""
+    """The JSON object in a file; raises ValueError for anything else."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:

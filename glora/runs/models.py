@@ -1,4 +1,4 @@
-"""The model of a run, as it is before training, and as a plain model."""
+"""The model of a run: the frozen backbone, and the model with GLoRA before training."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .spec import RunSpec
 def make_backbone(spec: RunSpec) -> nn.Module:
     """The frozen model with a fresh classifier for the run's classes, drawn from the run's seed alone.
 
-    Fresh too where the weights came with one of as many classes: it was trained on something else.
+    It is fresh even if the weights have one with as many classes, which was trained on something else.
 
     Raises:
         ValueError: weights that do not fit, or a model with batch norm, whose running statistics no adapter holds.
@@ -36,7 +36,7 @@ def make_backbone(spec: RunSpec) -> nn.Module:
 
 
 def make_model(spec: RunSpec) -> nn.Module:
-    """The backbone with GLoRA in it, its path set where the run is of a preset; the classifier stays trainable."""
+    """The backbone with GLoRA in it; the path is set if the run has a preset; the classifier stays trainable."""
     model, settings = make_backbone(spec), spec.recipe.model
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(spec.seed)

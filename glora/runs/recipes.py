@@ -1,4 +1,4 @@
-"""Recipes as data: what a protocol trains, on what and how, in one TOML file each (``glora/runs/recipes/``)."""
+"""Recipes as data: model, images and training of a protocol, in one TOML file each (``glora/runs/recipes/``)."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class ModelSettings:
-    """The backbone, and what of it is adapted.
+    """The backbone, and which of its modules are adapted.
 
     Args:
-        name: of a timm model.
+        name: the name of a timm model.
         drop_path: stochastic depth while training.
-        product: of A with W0, ``"hadamard"`` or ``"matmul"``.
-        exclude: modules that are left as they are, by whole name components, beside timm's classifier, which is
-            trained itself.
-        bias_free: no path gives a bias to a layer that has none (:class:`glora.SearchSpace`): the model that
-            ``timm.create_model`` makes takes the merged weights.
+        product: the product of A with W0, ``"hadamard"`` or ``"matmul"``.
+        exclude: modules that are not adapted, by whole name components. timm's classifier is not adapted either: it
+            is trained itself.
+        bias_free: no path gives a bias to a layer that has none (:class:`glora.SearchSpace`), so that a model from
+            ``timm.create_model`` takes the merged weights.
         options: further arguments of ``timm.create_model``.
     """
 
@@ -61,12 +61,12 @@ class TrainingSettings:
 
     Args:
         epochs, warmup_epochs: passes over the training split.
-        batch_size: samples a step.
+        batch_size: samples per step.
         lr, warmup_lr, min_lr: peak, first and last learning rate.
         lr_of: the peak for single data sets, by name.
         weight_decay, label_smoothing, clip_norm, amp: as in :class:`glora.Recipe`.
         checkpoint_epochs: epochs between checkpoints.
-        workers: processes that load images, where they are not kept in memory.
+        workers: processes that load images if these are not kept in memory.
     """
 
     epochs: int
@@ -94,7 +94,7 @@ class TrainingSettings:
             self.recipe(dataset, samples=self.batch_size, seed=0)
 
     def recipe(self, dataset: str | None, samples: int, seed: int) -> Recipe:
-        """The steps for a training split of so many ``samples``."""
+        """The recipe in steps, for a training split of ``samples`` images."""
         steps_an_epoch = max(1, round(samples / self.batch_size))
         return Recipe.for_epochs(
             self.epochs,
@@ -131,12 +131,12 @@ class RunRecipe:
     """Everything that a recipe file says.
 
     Args:
-        protocol: of :func:`glora.protocols.protocol`.
-        model, images, training, search: a table each.
-        sizes: by name, the default first.
-        metric: what candidates are ranked by on the validation split, ``"accuracy"`` or ``"loss"``.
-        seeds: one run each; of a few-shot protocol also the draw of the training images.
-        shots: images a class, one run each; empty where the protocol has no such thing.
+        protocol: a name for :func:`glora.protocols.protocol`.
+        model, images, training, search: one table each.
+        sizes: the sizes by name, the default first.
+        metric: how candidates are ranked on the validation split, by ``"accuracy"`` or ``"loss"``.
+        seeds: one run each; in a few-shot protocol also the draw of the training images.
+        shots: images per class, one run each; empty if the protocol has no shots.
     """
 
     protocol: str
@@ -164,7 +164,7 @@ class RunRecipe:
             raise ValueError("sizes: expected at least one, such as [sizes.small] with ranks, got none")
 
     def size(self, name: str | None) -> str:
-        """``name``, or the default; ValueError if there is no such size."""
+        """The size ``name``, or the default; ValueError if there is no such size."""
         if name is not None and name not in self.sizes:
             raise ValueError(f"size: expected one of {list(self.sizes)}, got {name!r}")
         return name or next(iter(self.sizes))
@@ -187,7 +187,7 @@ def load_recipe(name: str, changes: Sequence[str] = ()) -> RunRecipe:
     """The recipe of this name, or in this TOML file.
 
     Args:
-        changes: ``"training.epochs=10"`` and the like, in order; the right side is TOML, or text as it stands.
+        changes: such as ``"training.epochs=10"``, in order; the right side is TOML, or else plain text.
 
     Raises:
         ValueError: no such recipe; a file that is not TOML; a key that is unknown or missing, or a value out of range.
@@ -212,7 +212,7 @@ def change_recipe(recipe: RunRecipe, changes: Sequence[str], only: Sequence[str]
     """``recipe`` with ``changes`` as for :func:`load_recipe`, of entries within ``only``.
 
     Raises:
-        ValueError: a change of something else, or as :func:`load_recipe`.
+        ValueError: a change of another entry, or as :func:`load_recipe`.
     """
     data = recipe.to_dict()
     for change in changes:
@@ -234,7 +234,7 @@ def recipe_from_dict(data: Mapping[str, Any]) -> RunRecipe:
 
 
 def _build(kind: type[T], table: Any, where: str) -> T:
-    """``kind`` from a table of its fields; lists become tuples."""
+    """Make a ``kind`` from a table of its fields; lists become tuples."""
     values = {name: tuple(v) if isinstance(v, list) else v for name, v in _mapping(table, where).items()}
     unknown = sorted(set(values) - {f.name for f in fields(kind)})  # type: ignore[arg-type]
     missing = [
@@ -274,7 +274,7 @@ def _change(data: dict[str, Any], change: str) -> None:
 
 
 def _plain(value: Any) -> Any:
-    """Tuples as lists, as JSON has them; what is None is left out, as TOML has it."""
+    """Plain data: tuples as lists, as in JSON; entries that are None are left out, as in TOML."""
     if isinstance(value, Mapping):
         return {name: _plain(inner) for name, inner in value.items() if inner is not None}
     return [_plain(inner) for inner in value] if isinstance(value, (list, tuple)) else value

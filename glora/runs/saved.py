@@ -1,4 +1,4 @@
-"""How far runs on disk have come, in words: for the line that says what is continued, and the one after Ctrl-C."""
+"""The progress of runs on disk, in words: for the line that says what is continued, and the line after Ctrl-C."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from .folder import CHECKPOINT, JOURNAL, SEARCHED, TRAINED
 
 
 def saved_checkpoint(file: Path) -> str | None:
-    """``"<file>, step 300 of 1000"``; None if there is no such file."""
+    """``"<file>, step 300 of 1000"``; None if the file does not exist."""
     steps = checkpoint_steps(file)
     return None if steps is None else f"{file}, step {steps[0]} of {steps[1]}"
 
 
 def unfinished_training(folder: Path) -> str | None:
-    """``"<folder>/checkpoint.pt, step 300 of 1000"``; None for a run that has none yet, or is trained."""
+    """``"<folder>/checkpoint.pt, step 300 of 1000"``; None for a run without a checkpoint, or a trained one."""
     return None if (folder / TRAINED).is_file() else saved_checkpoint(folder / CHECKPOINT)
 
 
 def unfinished_search(folder: Path) -> str | None:
-    """``"<folder>/search.jsonl, 57 evaluations"``; None for a run that has none yet, or is searched."""
+    """``"<folder>/search.jsonl, 57 evaluations"``; None for a run without evaluations, or a searched one."""
     scores = 0 if (folder / SEARCHED).is_file() else count_scores(folder / JOURNAL)
     return f"{folder / JOURNAL}, {scores} evaluations" if scores else None
 
@@ -33,7 +33,7 @@ def saved_trainings(folders: Sequence[Path]) -> str | None:
 
 
 def saved_searches(folders: Sequence[Path]) -> str | None:
-    """As :func:`saved_trainings`, of searches."""
+    """As :func:`saved_trainings`, for searches."""
     return _saved(folders, SEARCHED, unfinished_search)
 
 

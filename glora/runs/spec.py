@@ -17,15 +17,15 @@ SPEC_FORMAT = 1
 
 @dataclass(frozen=True)
 class RunSpec:
-    """What a run folder is made from.
+    """The description from which a run folder is made.
 
     Args:
-        recipe: how.
-        dataset, shots, seed: on what; ``shots`` is None where the protocol has no such thing.
-        size: of the recipe's sizes: ranks of the supernet and limit of the search.
-        preset: a fixed path of :mod:`glora.presets`, of the size's largest rank; None for a supernet.
+        recipe: how to train and search.
+        dataset, shots, seed: the data; ``shots`` is None if the protocol has no shots.
+        size: one of the recipe's sizes: ranks of the supernet and limit of the search.
+        preset: a fixed path of :mod:`glora.presets`, with the size's largest rank; None for a supernet.
         data: the folder with the protocol's data.
-        weights: of the backbone: a file, ``"hub"``, or None for a random initialisation.
+        weights: the backbone's weights: a file, ``"hub"``, or None for a random initialisation.
     """
 
     recipe: RunRecipe
@@ -39,7 +39,7 @@ class RunSpec:
 
     @property
     def name(self) -> str:
-        """Of the run's folder: unique within a study."""
+        """The name of the run's folder: unique within a study."""
         shots = [] if self.shots is None else [f"{self.shots}shots"]
         return "-".join([self.dataset, *shots, f"seed{self.seed}"])
 
@@ -49,19 +49,19 @@ class RunSpec:
 
     @property
     def rank(self) -> int:
-        """The largest: what storage is made for."""
+        """The largest rank, for which storages are made."""
         return max(self.recipe.sizes[self.size].ranks)
 
     @property
     def space(self) -> SearchSpace | None:
-        """None for a preset."""
+        """The search space; None for a preset."""
         if self.preset:
             return None
         return SearchSpace(self.recipe.sizes[self.size].ranks, bias_free=self.recipe.model.bias_free)
 
     @property
     def limit(self) -> int | None:
-        """Support parameters that the searched path may read."""
+        """How many support parameters the searched path may read."""
         return None if self.preset else self.recipe.sizes[self.size].limit
 
     @property
@@ -105,7 +105,7 @@ def plan_runs(
     preset: str | None = None,
     weights: str | None = None,
 ) -> list[RunSpec]:
-    """Every run asked for: each data set, number of shots and seed, in this order.
+    """Every requested run: each data set, number of shots and seed, in this order.
 
     Args:
         datasets: names of the protocol, or ``"all"``.

@@ -1,4 +1,4 @@
-"""The stages of a run: train, search, merge. Each reads what the one before wrote, and can be cut and called again."""
+"""The stages of a run: train, search, merge. Each reads the files of the one before; after a cut, call it again."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ _SAMPLE = 8
 
 @dataclass(frozen=True)
 class SearchPlan:
-    """How a run is searched: the recipe's settings and metric, the limit of its size, unless told otherwise."""
+    """How a run is searched: by default the recipe's settings and metric, and the limit of its size."""
 
     settings: SearchSettings
     metric: str
@@ -58,9 +58,9 @@ class SearchPlan:
 
 
 def train_run(study: Path, spec: RunSpec, device: torch.device, progress: bool = True) -> dict[str, Any]:
-    """Train one run into its folder within ``study``; returns what ``train.json`` says.
+    """Train one run into its folder within ``study``; return the content of ``train.json``.
 
-    A folder that holds the beginning of this run is gone on with, a finished one left as it is.
+    A folder with the beginning of this run is continued; a finished one is left as it is.
 
     Raises:
         ValueError: the folder is another run's, or was made with other weights or lists of images; see
@@ -110,11 +110,11 @@ def train_run(study: Path, spec: RunSpec, device: torch.device, progress: bool =
 def search_settings(run: RunFolder, changes: Sequence[str] = (), limit: int | None = None) -> SearchPlan:
     """The plan of a search: the run's recipe with ``changes`` (``"search.generations=5"``), and another ``limit``.
 
-    The search is seeded by the recipe's seed plus the run's: runs of several seeds are searched differently too.
+    The seed of the search is the recipe's plus the run's, so runs of different seeds are also searched differently.
 
     Raises:
-        ValueError: a run of a preset, which has nothing to search, or one that is not trained yet; a change of anything
-            but the search.
+        ValueError: a run of a preset, which has nothing to search, or one that is not trained yet; a change outside of
+            the search's settings.
     """
     if run.spec.space is None:
         raise ValueError(f"{run.path}: expected a supernet, got the preset {run.spec.preset!r}: nothing to search")
@@ -127,10 +127,10 @@ def search_settings(run: RunFolder, changes: Sequence[str] = (), limit: int | No
 def search_run(
     run: RunFolder, plan: SearchPlan, device: torch.device, *, again: bool = False, progress: bool = True
 ) -> dict[str, Any]:
-    """Search the best path of a trained run on its validation split; returns what ``search.json`` says.
+    """Search the best path of a trained run on its validation split; return the content of ``search.json``.
 
     Args:
-        again: put an earlier search, and what was made of it, into a folder of its own first.
+        again: first move an earlier search, and all files made from it, into a folder of their own.
 
     Raises:
         ValueError: not trained yet; other weights or lists of images than it was trained with; a limit that no path
@@ -160,15 +160,15 @@ def search_run(
 
 
 def merge_run(run: RunFolder, device: torch.device) -> tuple[nn.Module, dict[str, Any]]:
-    """Merge a run's winner into a plain model, on disk too.
+    """Merge a run's winner into a plain model, and write it to disk.
 
-    What is on disk of the same winner is left as it is: another machine may round its last bits otherwise.
+    Files of the same winner are left as they are: another machine may round the last bits differently.
 
     Returns:
-        The model, in eval mode, and what ``merge.json`` says.
+        The model, in eval mode, and the content of ``merge.json``.
 
     Raises:
-        ValueError: neither searched nor of a preset yet; other weights or lists of images than it was trained with;
+        ValueError: no preset and not searched yet; other weights or lists of images than it was trained with;
             a merged weight that is not finite.
     """
     from safetensors.torch import save
@@ -206,7 +206,7 @@ def merge_run(run: RunFolder, device: torch.device) -> tuple[nn.Module, dict[str
 
 
 def require_winner(run: RunFolder) -> Path:
-    """The adapter to merge. Raises ValueError, saying which command makes it, if it is not there."""
+    """The adapter to merge. If it is missing, raises ValueError with the command that makes it."""
     return run.require(ADAPTER, "train" if run.spec.preset else "search")
 
 
@@ -215,23 +215,23 @@ def _modules(model: nn.Module) -> dict[str, type]:
 
 
 def open_splits(spec: RunSpec) -> Splits:
-    """The run's data; the test list is not read before it is asked for."""
+    """The run's data; the test list is read only when the test split is opened."""
     return spec.protocol.open(spec.data, spec.dataset, shots=spec.shots, seed=spec.seed, images=spec.recipe.images)
 
 
 def loading_processes(spec: RunSpec) -> int:
-    """As many as the recipe says, but no more than there are cores."""
+    """The recipe's number of loading processes, but no more than there are cores."""
     return min(spec.recipe.training.workers, os.cpu_count() or 1)
 
 
 def _in_memory(dataset: ImageList, spec: RunSpec, progress: bool) -> Dataset:
-    """Images without random transforms, decoded once, where they fit; else as they are."""
+    """Images without random transforms, decoded once if they fit into memory; otherwise the same data set."""
     size = len(dataset) * 3 * spec.recipe.images.size**2 * 4
     return preload(dataset, progress=progress and is_first()) if size <= _memory_for_images() else dataset
 
 
 def _memory_for_images() -> int:
-    """A quarter of this machine's, in bytes, shared by the processes on it."""
+    """A quarter of this machine's memory, in bytes, shared by the processes on it."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else _USUAL_MEMORY
     return memory // 4 // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 

@@ -22,7 +22,7 @@ FEATURE_IMAGES = 2000
 
 
 def evaluate_run(run: RunFolder, model: nn.Module, device: torch.device, progress: bool = True) -> dict[str, Any]:
-    """Test a run's merged ``model`` on the test split and the protocol's targets; returns what ``test.json`` says.
+    """Test a run's merged ``model`` on the test split and the protocol's targets; return the content of ``test.json``.
 
     The split is read once: a second call returns the first one's figures. Features before the head, of the merged and
     of the frozen model, go into ``features.npz`` for up to 2,000 images drawn with a fixed seed.
@@ -69,7 +69,7 @@ def _save_features(run: RunFolder, adapted: nn.Module, frozen: nn.Module, test: 
 
 @torch.no_grad()
 def _features(models: Sequence[nn.Module], images: Dataset) -> list[np.ndarray]:
-    """Those of each model (n, d), and the classes (n,)."""
+    """The features (n, d) of each model, and the classes (n,)."""
     device = next(models[0].parameters()).device
     rows = []
     for x, target in DataLoader(images, 64, generator=torch.Generator()):

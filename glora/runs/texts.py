@@ -10,7 +10,7 @@ from .spec import RunSpec
 
 
 def describe_plan(specs: Sequence[RunSpec], out: Path, problems: Sequence[str]) -> str:
-    """One line a run, then everything that is missing."""
+    """One line per run, then everything that is missing."""
     first = specs[0]
     training, size = first.recipe.training, first.recipe.sizes[first.size]
     what = f"preset {first.preset}" if first.preset else f"ranks {list(size.ranks)}, limit {size.limit or 'none'}"
@@ -52,7 +52,7 @@ def describe_searches(found: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _front(result: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
-    """The front, where it was searched for."""
+    """The front, if the search was for one."""
     return result["front"] if result["settings"]["objective"] == "front" else ()
 
 

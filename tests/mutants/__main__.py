@@ -70,7 +70,7 @@ def main() -> int:
 
 
 def check(options: argparse.Namespace) -> dict:
-    """The whole run, as ``--json`` writes it."""
+    """The results of the whole run, as ``--json`` writes them."""
     with tempfile.TemporaryDirectory(prefix="glora-mutants-") as scratch:
         suite = Suite(Path(scratch))
         sources = read_sources(suite.folder, options.only)
@@ -83,7 +83,7 @@ def check(options: argparse.Namespace) -> dict:
 
 
 def record(suite: Suite, journal: Journal) -> None:
-    """The unbroken code first."""
+    """Run the suite on the unbroken code."""
     for file in tqdm(suite.files, unit="file", desc="unbroken"):
         if (tests := journal.tests(file)) is None:
             tests = suite.record(file)
@@ -92,7 +92,7 @@ def record(suite: Suite, journal: Journal) -> None:
 
 
 def run(suite: Suite, journal: Journal, order: list[Mutant], options) -> Iterator[tuple[Mutant, Outcome]]:
-    """The first ``count`` mutants of the order that count, and the illegal ones before them."""
+    """Run mutants in this order until ``count`` of them count; illegal ones are run but do not count."""
     waiting = iter([mutant for mutant in order if equivalence(mutant) is None])
     running: dict[Future[Outcome], Mutant] = {}
     counted = 0

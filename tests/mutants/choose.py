@@ -1,4 +1,4 @@
-"""Which mutants are run: drawn from all sites, every operator and every file in turn."""
+"""Chooses the mutants to run: drawn from all sites, with every operator and every file in turn."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from tests.mutants.sites import Mutant
 
 
 def drawn(mutants: Iterable[Mutant], seed: int) -> list[Mutant]:
-    """All of them in the order of a draw: operators take turns, each with a mutant of the file that has had fewest.
+    """All mutants in a drawn order: operators take turns, each with a mutant of the file that has had the fewest.
 
-    The order within an operator and a file depends on nothing but the seed and the mutant, so that an edit of a kernel
-    moves its own mutants only.
+    The order within an operator and a file depends only on the seed and the mutant, so that an edit of a kernel moves
+    only its own mutants.
     """
     waiting: dict[str, list[Mutant]] = defaultdict(list)
     for mutant in sorted(mutants, key=lambda m: hashlib.sha1(f"{seed} {m.id}".encode()).digest()):

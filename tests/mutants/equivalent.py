@@ -11,7 +11,7 @@ class Equivalent(NamedTuple):
     """Mutants of one statement by one operator.
 
     Attributes:
-        statement: its text on one line, of a statement that holds others its head; "" is any of the function.
+        statement: its text on one line (its head, if it holds other statements); "" is any in the function.
         replacement: what the mutant puts there; "" is anything.
     """
 

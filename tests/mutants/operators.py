@@ -1,7 +1,7 @@
 """The ways to break a kernel: each finds, at a node of the tree, edits of the source.
 
-They follow the mistakes that such kernels are known for: masks, strides, offsets, accumulators, casts, transposes.
-Not among them: what the interpreter does not model (``input_precision``, ``num_stages``) or what cannot change a result
+They follow the common mistakes in such kernels: masks, strides, offsets, accumulators, casts, transposes. They leave
+out what the interpreter does not model (``input_precision``, ``num_stages``) and what cannot change a result
 (``tl.assume``).
 """
 
@@ -19,7 +19,7 @@ FAMILIES = (r"\w+_ptr", r"at_\w+", r"stride_\w+", r"rank_\w", r"BLOCK_\w", r"RAN
 
 
 def operator(function: Operator) -> Operator:
-    """Register; the name of the function is the name of the operator."""
+    """Register an operator under the name of its function."""
     OPERATORS[function.__name__] = function
     return function
 

@@ -1,7 +1,7 @@
-"""A pytest plugin, loaded by the mutation check alone: which test runs which kernels, and what noticed a mutant.
+"""A pytest plugin for the mutation check: records which test runs which kernels, and what noticed a mutant.
 
-MUTANTS_RECORD: a file to write the duration of every test to, and the kernels' functions that it ran.
-MUTANTS_ORDER: a file with the tests to run, in order; MUTANTS_REPORT: one to write the first failure to.
+MUTANTS_RECORD: a file for the duration of every test and the kernels' functions that it ran.
+MUTANTS_ORDER: a file with the tests to run, in order; MUTANTS_REPORT: a file for the first failure.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import pytest
 from hypothesis import Phase, settings
 
 RECORD, ORDER, REPORT = (os.environ.get(f"MUTANTS_{name}") for name in ("RECORD", "ORDER", "REPORT"))
-# What the interpreter and tests/interpreter/shim.py say: of bf16 arithmetic, int32 overflow, a broken tl.assume, and an
-# operand that is absent and read.
+# Messages of the interpreter and tests/interpreter/shim.py about bf16 arithmetic, int32 overflow, a broken tl.assume,
+# and an absent operand that is read.
 DETECTORS = ("bf16 in ", "overflow detected", "Assume failed", "'NoneType' object")
 
 _running: set[str] = set()
@@ -33,7 +33,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def _watch() -> None:
-    """Write down which kernels' functions are run."""
+    """Record which kernels' functions are run."""
     from triton.runtime.interpreter import InterpretedFunction
 
     rewrite = InterpretedFunction.rewrite
@@ -81,7 +81,7 @@ def pytest_exception_interact(node, call: pytest.CallInfo, report) -> None:
 
 
 def kind_of(error: BaseException) -> str:
-    """``wrong`` results; a ``detector`` of the interpreter; or ``illegal``, which no compiler would take."""
+    """``wrong`` (results), ``detector`` (of the interpreter), or ``illegal`` (no compiler would accept it)."""
     chain = list(_chain(error))
     if not any(type(link).__name__ == "InterpreterError" for link in chain):
         return "wrong"
@@ -89,7 +89,7 @@ def kind_of(error: BaseException) -> str:
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    """The error, what caused it, and what it groups."""
+    """The error, its causes, and the errors that it groups."""
     if error is not None:
         yield error
         yield from _chain(error.__cause__ or error.__context__)

@@ -1,4 +1,4 @@
-"""Tables of a run: on the screen, and for docs/mutation.md from the file that ``--json`` wrote."""
+"""Tables of a run: for the screen, and for docs/mutation.md from the file that ``--json`` wrote."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ BEGIN, END = "<!-- rendered: begin -->", "<!-- rendered: end -->"
 
 
 def score(records: list[dict]) -> float:
-    """The share that was killed."""
+    """The share of mutants that were killed."""
     return sum(record["status"] == "killed" for record in records) / max(len(records), 1)
 
 
 def table(records: list[dict], key: str, names: list[str]) -> Iterator[str]:
-    """Markdown: a row for each of the names that has mutants."""
+    """A table in Markdown, with one row for each name that has mutants."""
     yield f"| {key} | mutants | wrong result | detector | crash | timeout | survived |"
     yield "|---|---|---|---|---|---|---|"
     for name in names:
@@ -34,7 +34,7 @@ def _row(title: str, records: list[dict]) -> str:
 
 
 def rendered(results: dict) -> str:
-    """What stands in docs/mutation.md."""
+    """The part of docs/mutation.md that is generated."""
     return "\n".join(_paragraphs(results))
 
 
@@ -71,7 +71,7 @@ def _fenced(text: str) -> str:
 
 
 def put_into(document: Path, text: str) -> None:
-    """Replace what stands between the marks of a document."""
+    """Replace the part between the marks of a document."""
     before, _, rest = document.read_text().partition(BEGIN)
     _, found, after = rest.partition(END)
     if not found:
@@ -80,7 +80,7 @@ def put_into(document: Path, text: str) -> None:
 
 
 def show(results: dict, write: Callable[[str], None] = print) -> None:
-    """The tables, the survivors and the reviewed list, as ``--render`` writes them, and what the list has too much."""
+    """The tables, survivors and reviewed list, as ``--render`` writes them, and the needless entries of the list."""
     write(rendered(results))
     for entry in results["unused"]:
         write(f"no longer needed in equivalent.py: {entry}")

@@ -1,8 +1,8 @@
-"""Runs the interpreter suite on copies of the repository: once as it is, then once a mutant.
+"""Runs the interpreter suite on copies of the repository: once as it is, then once for each mutant.
 
-A mutant is run against every test that runs the function it breaks, as seen in the unbroken run, and against no other:
-what a test never calls cannot change its outcome. Quick tests first, and before them those that noticed earlier mutants
-of the same function; the first failure ends the run.
+A mutant is run against those tests that ran its broken function in the unbroken run: a function that a test never
+calls cannot change its outcome. Tests that noticed earlier mutants of the same function come first, then quick ones;
+the first failure ends the run.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ STARTUP = 90.0  # seconds, on a loaded machine
 
 
 class CheckError(Exception):
-    """The check itself cannot go on."""
+    """The check itself cannot continue."""
 
 
 @dataclass(frozen=True)
@@ -43,12 +43,12 @@ class Outcome:
     """What became of a mutant.
 
     Attributes:
-        status: ``killed``, ``survived``, or ``illegal``: no compiler would take it, and it does not count.
+        status: ``killed``, ``survived``, or ``illegal`` (no compiler would accept it; it does not count).
         how: ``wrong`` result, ``detector``, ``crash`` or ``timeout``.
         killer: the test that failed.
         message: how it failed.
-        tests: how many were to be run.
-        seconds: it took.
+        tests: how many tests were to be run.
+        seconds: how long it took.
     """
 
     status: str
@@ -60,10 +60,10 @@ class Outcome:
 
 
 class Suite:
-    """A snapshot of the repository, so that edits made meanwhile do not matter, and its tests.
+    """A snapshot of the repository, so that later edits do not matter, and its tests.
 
     Attributes:
-        tests: by name: ``seconds``, and the ``functions`` of the kernels that it runs, as :meth:`record` finds them.
+        tests: for each name the ``seconds`` and the kernels' ``functions`` that it runs, as :meth:`record` finds them.
     """
 
     def __init__(self, scratch: Path, root: Path = ROOT) -> None:
@@ -79,7 +79,7 @@ class Suite:
         return sorted(path.relative_to(self.folder).as_posix() for path in (self.folder / SUITE).glob("test_*.py"))
 
     def fingerprint(self, test_files: Iterable[str]) -> str:
-        """Of everything that a run of these test files depends on."""
+        """A hash of everything that a run of these test files depends on."""
         package = (path for path in (self.folder / "glora_kernels").rglob("*") if path.suffix in (".py", ".json"))
         support = (path for path in (self.folder / SUITE).rglob("*.py") if not path.name.startswith("test_"))
         common = (self.folder / name for name in COMMON)
@@ -101,7 +101,7 @@ class Suite:
         return found
 
     def covering(self, file: str, function: str) -> list[str]:
-        """The tests that run a function: proven ones, then quick ones, alike ones apart from each other."""
+        """The tests that run a function: those with kills first, then quick ones; similar tests are spread out."""
         found = [name for name, test in self.tests.items() if f"{file}:{function}" in test["functions"]]
         proven = self._killers[file, function]
         place = {name: index for index, name in enumerate(proven)}
@@ -161,7 +161,7 @@ class Suite:
 
 
 def _widen_shared(tests: dict[str, dict]) -> None:
-    """A test that uses what another one in its file has set up may depend on all that the file runs."""
+    """Add functions to tests that share a set-up: such a test may depend on everything that its file runs."""
     everything = sorted({function for test in tests.values() for function in test["functions"]})
     for test in tests.values():
         if test.pop("shared"):
@@ -178,7 +178,7 @@ def _copy(source: Path, target: Path) -> None:
 
 
 def _pytest(folder: Path, arguments: list[str], variables: dict[str, str], limit: float | None):
-    """pytest's process, or None if it took longer than ``limit``; and the seconds that it took."""
+    """The finished process of pytest, or None if it took longer than ``limit``; and its seconds."""
     command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider"]
     command += ["-p", "tests.mutants.plugin", *arguments]
     fixed = {"TRITON_INTERPRET": "1", "PYTHONDONTWRITEBYTECODE": "1", "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
@@ -190,7 +190,7 @@ def _pytest(folder: Path, arguments: list[str], variables: dict[str, str], limit
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        start_new_session=True,  # so that it can be ended with whatever it has started
+        start_new_session=True,  # so that it can be ended together with its children
     )
     try:
         output = process.communicate(timeout=limit)
@@ -205,10 +205,10 @@ def _pytest(folder: Path, arguments: list[str], variables: dict[str, str], limit
 
 
 class Journal:
-    """Outcomes on disk, one a line, so that an interrupted run goes on where it was.
+    """Outcomes on disk, one per line, so that an interrupted run continues where it was.
 
-    An outcome holds as long as everything that it depends on is the same: for a killed mutant the package and the file
-    with the test that killed it, for any other all files of the suite.
+    An outcome is valid as long as all that it depends on is the same: for a killed mutant the package and the file
+    with the test that killed it; for any other mutant the package and all files of the suite.
     """
 
     def __init__(self, path: Path, suite: Suite) -> None:
@@ -217,7 +217,7 @@ class Journal:
         self._marks: dict[tuple[str, ...], str] = {}
 
     def tests(self, file: str) -> dict[str, dict] | None:
-        """What the run of a file on the unbroken code recorded."""
+        """The record of a file's run on the unbroken code."""
         lines = (line for line in self._lines if line.get("file") == file)
         return next((line["tests"] for line in lines if line["mark"] == self._mark([file])), None)
 

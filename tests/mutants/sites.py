@@ -1,6 +1,6 @@
-"""Where the kernels can be broken: their source as a tree, edits of its text, and mutants that outlive other edits.
+"""Where the kernels can be broken: their source as a tree, and edits of its text.
 
-A mutant is known by its file, its function, the text of its statement and what is replaced in it: not by line numbers.
+A mutant is identified by its file, function, statement and replaced text, not by line numbers: it survives other edits.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def path_of(file: str) -> Path:
     return FOLDER / file if file == "tile.py" else FOLDER / "kernels" / file
 
 
-Edit = tuple[int, int, str]  # bytes from, to, and what stands there instead
+Edit = tuple[int, int, str]  # bytes from, to, and the new text
 Operator = Callable[["Function", ast.AST], Iterator[Edit]]
 
 
@@ -38,7 +38,7 @@ class Mutant:
     statement: str  # on one line
     original: str
     replacement: str
-    occurrence: int  # among those that are alike in all of the above
+    occurrence: int  # number among mutants that are equal in all of the above
     line: int
     edit: Edit = field(compare=False)
 
@@ -62,12 +62,12 @@ class Mutant:
 
 
 class Function:
-    """A kernel's function as operators see it: its tree, its text, and what it calls.
+    """A kernel's function as operators see it: its tree, its text, and the signatures of what it calls.
 
     Attributes:
-        tree: the function.
+        tree: the function's node.
         parameters: their names, in order.
-        signatures: of every function of the kernel files, by name.
+        signatures: the parameters of every function of the kernel files, by name.
     """
 
     def __init__(self, tree: ast.FunctionDef, source: str, signatures: dict[str, list[str]]) -> None:
@@ -90,7 +90,7 @@ class Function:
         return self.code[start:end].decode()
 
     def operand(self, node: ast.AST) -> str:
-        """Its text, in parentheses unless it needs none anywhere."""
+        """The text of a node, in parentheses unless it never needs them."""
         atoms = (ast.Name, ast.Constant, ast.Call, ast.Attribute, ast.Subscript)
         return self.text(node) if isinstance(node, atoms) else f"({self.text(node)})"
 
@@ -107,7 +107,7 @@ class Function:
         return start, end, self.between(start, end).replace(old, new, 1)
 
     def arguments(self, call: ast.Call) -> dict[str, ast.expr]:
-        """The arguments of a call to one of the kernels' own functions, by parameter; nothing for other calls."""
+        """The arguments of a call to one of the kernels' own functions, by parameter; empty for other calls."""
         name = call.func.id if isinstance(call.func, ast.Name) else ""
         if name not in self.signatures:
             return {}
@@ -115,7 +115,7 @@ class Function:
         return {**dict(zip(self.signatures[name], call.args)), **named}
 
     def changes(self, edit: Edit) -> bool:
-        """Whether it leaves valid Python, and another program."""
+        """Whether an edit leaves valid Python and changes the program."""
         start, end, text = edit
         before, after = self.code[self.start(self.tree) : start], self.code[end : self.end(self.tree)]
         try:
@@ -128,7 +128,7 @@ class Function:
         return ast.dump(ast.parse(self.text(self.tree)).body[0])
 
     def sites(self) -> Iterator[tuple[ast.stmt, ast.AST]]:
-        """Every node that runs, with its statement; no docstring, and no hint to the compiler."""
+        """Every node that runs, with its statement; without docstrings and hints to the compiler."""
         for statement in _statements(self.tree.body):
             for node in _own_nodes(statement):
                 yield statement, node
@@ -139,7 +139,7 @@ def parameters_of(tree: ast.FunctionDef) -> list[str]:
 
 
 def called(node: ast.AST) -> str:
-    """``tl.sum`` for a call of it; nothing for what is no call of a name."""
+    """The name of the called function, as ``tl.sum``; empty for anything but a call of a name."""
     return ast.unparse(node.func) if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) else ""
 
 
@@ -174,13 +174,13 @@ def functions(sources: dict[str, str]) -> Iterator[tuple[str, Function]]:
 
 
 def _functions(module: ast.Module) -> list[ast.FunctionDef]:
-    """Those that Triton compiles; what launches them is host code."""
+    """The functions that Triton compiles; those that launch them are host code."""
     found = [node for node in module.body if isinstance(node, ast.FunctionDef)]
     return [node for node in found if any(ast.unparse(name).startswith("triton.jit") for name in node.decorator_list)]
 
 
 def mutants(sources: dict[str, str], operators: dict[str, Operator]) -> list[Mutant]:
-    """All mutants of the given files, none of them twice and each of them valid Python."""
+    """All mutants of the given files, without repetition; each is valid Python."""
     found: list[Mutant] = []
     seen: set[tuple] = set()
     alike: Counter[tuple] = Counter()
@@ -202,7 +202,7 @@ def _replacement(function: Function, edit: Edit) -> tuple[str, str]:
 
 
 def _one_line(function: Function, statement: ast.stmt) -> str:
-    """The text of a statement; of one that holds others, its head."""
+    """The text of a statement, or its head if it holds other statements."""
     body = getattr(statement, "body", None)
     end = function.start(body[0]) if body else function.end(statement)
     return " ".join(line.partition("  # ")[0] for line in function.between(function.start(statement), end).split("\n"))
