@@ -24,8 +24,6 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from glora_kernels.torch_private import is_traceable_wrapper
-
 _LONGEST = 200  # bytes of the target's name in the temporary's name, which may have 255
 _STALE = 60.0  # seconds by the file system's own clock: they protect writers on machines that its locks do not reach
 
@@ -283,12 +281,12 @@ def checksum(tensors: Iterable[Tensor]) -> int:
 
 def parts(tensor: Tensor) -> Iterator[Tensor]:
     """The tensors that hold the bytes of ``tensor``: itself, or what a quantised one is made of."""
-    if not is_traceable_wrapper(tensor):
+    wrapper: Any = tensor
+    if not hasattr(wrapper, "__tensor_flatten__"):  # the protocol of subclasses that are made of tensors
         yield tensor
         state = getattr(tensor, "quant_state", None)  # bitsandbytes' 4-bit weights: scales and their meaning
         if state is not None:
             yield from state.as_dict(packed=True).values()
         return
-    wrapper: Any = tensor
     for name in wrapper.__tensor_flatten__()[0]:
         yield from parts(getattr(wrapper, name))

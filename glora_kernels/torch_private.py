@@ -166,7 +166,6 @@ _fake = _tried("_subclasses.fake_tensor.FakeTensor", lambda kind: isinstance(tor
 _version = _tried("Tensor._version", lambda version: version.__get__(torch.ones(())) + 0)
 _view = _tried("ops.aten._unsafe_view", lambda view: view(torch.ones(2, 3), (6,)))
 _foreach_copy = _tried("_foreach_copy_", lambda copy: copy([torch.ones(2)], [torch.ones(2)]))
-_traceable = _tried("utils._python_dispatch.is_traceable_wrapper_subclass", lambda find: find(torch.ones(())) or None)
 
 
 def autocast_is_on() -> bool:
@@ -234,13 +233,6 @@ def copy_each(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
         target.copy_(source)
 
 
-def is_traceable_wrapper(tensor: Tensor) -> bool:
-    """Whether the tensor is of a subclass that can be taken apart by ``__tensor_flatten__``."""
-    if _traceable is not None:
-        return _traceable(tensor)
-    return type(tensor) is not Tensor and hasattr(tensor, "__tensor_flatten__")
-
-
 # -- the environment ---------------------------------------------------------------------------------------------------
 
 
@@ -271,9 +263,7 @@ def _try_module(kind: Any) -> None:
     module = kind()
     for name in (*_CALL_HOOKS, *_STATE_HOOKS, _COMPILED):
         if not hasattr(module, name):
-            FEATURES_OFF[f"torch.nn.Module.{name}"] = (
-                "a layer that has such is adapted and loses it; it should be refused"
-            )
+            FEATURES_OFF[f"torch.nn.Module.{name}"] = "a layer that uses it is adapted and loses it"
 
 
 _tried("nn.Module", _try_module)
