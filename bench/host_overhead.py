@@ -35,7 +35,8 @@ from glora.files import write_atomically
 from glora_kernels import Terms, _torch, available_backends, glora_linear, use_backend
 from glora_kernels.backend import BackwardCall
 
-from .entrants import FROZEN, GLORA, LORA, OFFICIAL, OURS, Field, all_low_rank, make_field
+from .entrants import Field, make_field
+from .entrants.names import FROZEN, GLORA, LORA, OFFICIAL, OURS, all_low_rank
 from .environment import environment
 from .settings import CLOCKS, SEED, Settings
 from .timing import WHOLE, Watch, interleave, median_interval

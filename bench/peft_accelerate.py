@@ -24,7 +24,8 @@ from glora.peft import accelerate
 
 from .agreement import Truth, require_agreement, results
 from .counting import saved_bytes
-from .entrants import GLORA, OURS, all_low_rank, make_field
+from .entrants import make_field
+from .entrants.names import GLORA, OURS, all_low_rank
 from .entrants.peft_models import GLORA_NAMES
 from .environment import environment
 from .oracle import oracle_model

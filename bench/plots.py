@@ -13,7 +13,7 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from .entrants import FROZEN
+from .entrants.names import FROZEN
 from .measurements.inference import ORIGINAL
 from .measurements.roofline import COPY, PRODUCT
 from .timing import WHOLE

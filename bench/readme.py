@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .entrants import ASSEMBLED, FROZEN, GLORA, HIRA, LORA, LYCORIS_BYPASS, OFFICIAL, OURS, OURS_MATMUL
+from .entrants.names import ASSEMBLED, FROZEN, GLORA, HIRA, LORA, LYCORIS_BYPASS, OFFICIAL, OURS, OURS_MATMUL
 from .measurements.inference import MERGED, ORIGINAL
 from .measurements.layer import ALL_LOW_RANK, RANDOM
 from .report import describe, load

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from .entrants import FROZEN, GLORA, LORA, OFFICIAL, OURS
+from .entrants.names import FROZEN, GLORA, LORA, OFFICIAL, OURS
 from .measurements.inference import CONTROL, MERGED, ORIGINAL
 from .measurements.layer import KIND_PAIRS
 from .timing import WHOLE

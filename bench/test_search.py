@@ -2,7 +2,7 @@
 
 import pytest
 
-from .entrants import OFFICIAL
+from .entrants.names import OFFICIAL
 from .measurements.searching import MERGED, UNMERGED, measure
 from .timing import WHOLE
 

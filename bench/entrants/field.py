@@ -15,23 +15,8 @@ from glora.paths import Paths
 
 from ..agreement import Truth, Workload, require_agreement, results, truth
 from . import formulas, lycoris_models, peft_models
+from . import names as who
 from .copies import sharing
-from .names import (
-    ASSEMBLED,
-    FROZEN,
-    GLORA,
-    HIRA,
-    LORA,
-    LYCORIS,
-    LYCORIS_BYPASS,
-    OFFICIAL,
-    OURS,
-    OURS_MATMUL,
-    all_low_rank,
-    hira,
-    lora,
-    lycoris,
-)
 
 ADAPTER_STD = 0.02  # of every factor: not zero, since zeros run faster
 PEER_SLACK = 10  # peers promise no bound in units of u S
@@ -57,18 +42,18 @@ class Entrant:
 
 
 ENTRANTS = {
-    FROZEN: Entrant(lambda backbone, ours: _frozen_model(backbone, next(iter(glora.glora_layers(ours))))),
-    LORA: Entrant(peft_models.lora_model, lora, peft_models.LORA_NAMES, package="peft"),
-    OURS: Entrant(lambda _backbone, ours: ours),
-    ASSEMBLED: Entrant(lambda backbone, ours: formulas.with_layers(backbone, ours, formulas.AssembledLinear)),
-    OFFICIAL: Entrant(lambda backbone, ours: formulas.with_layers(backbone, ours, formulas.OfficialLinear)),
-    HIRA: Entrant(peft_models.hira_model, hira, peft_models.HIRA_NAMES, package="peft"),
-    GLORA: Entrant(peft_models.glora_model, all_low_rank, peft_models.GLORA_NAMES, package="peft"),
-    OURS_MATMUL: Entrant(lambda _backbone, ours: ours, lycoris, product="matmul"),
-    LYCORIS_BYPASS: Entrant(lycoris_models.bypass_model, lycoris, lycoris_models.NAMES, "matmul", "lycoris"),
-    LYCORIS: Entrant(lycoris_models.lycoris_model, lycoris, lycoris_models.NAMES, "matmul", "lycoris"),
+    who.FROZEN: Entrant(lambda backbone, ours: _frozen_model(backbone, next(iter(glora.glora_layers(ours))))),
+    who.LORA: Entrant(peft_models.lora_model, who.lora, peft_models.LORA_NAMES, package="peft"),
+    who.OURS: Entrant(lambda _backbone, ours: ours),
+    who.ASSEMBLED: Entrant(lambda backbone, ours: formulas.with_layers(backbone, ours, formulas.AssembledLinear)),
+    who.OFFICIAL: Entrant(lambda backbone, ours: formulas.with_layers(backbone, ours, formulas.OfficialLinear)),
+    who.HIRA: Entrant(peft_models.hira_model, who.hira, peft_models.HIRA_NAMES, package="peft"),
+    who.GLORA: Entrant(peft_models.glora_model, who.all_low_rank, peft_models.GLORA_NAMES, package="peft"),
+    who.OURS_MATMUL: Entrant(lambda _backbone, ours: ours, who.lycoris, product="matmul"),
+    who.LYCORIS_BYPASS: Entrant(lycoris_models.bypass_model, who.lycoris, lycoris_models.NAMES, "matmul", "lycoris"),
+    who.LYCORIS: Entrant(lycoris_models.lycoris_model, who.lycoris, lycoris_models.NAMES, "matmul", "lycoris"),
 }
-ANY_PATH = (OURS, ASSEMBLED, OFFICIAL)
+ANY_PATH = (who.OURS, who.ASSEMBLED, who.OFFICIAL)
 
 
 @dataclass
@@ -113,7 +98,7 @@ class Field:
         """
         for paths in path_sets:
             self.set_paths(paths)
-            want = truth(workload, self.models[OURS])
+            want = truth(workload, self.models[who.OURS])
             for name in ANY_PATH:
                 self._hold(name, workload, want, tolerance)
         known: dict[tuple[str, PathConfig], Truth] = {}
@@ -124,8 +109,8 @@ class Field:
                 if (entrant.product, path) not in known:
                     known[entrant.product, path] = truth(workload, ours)
                 self._hold(name, workload, known[entrant.product, path], tolerance)
-        if FROZEN in self.models:
-            self._hold(FROZEN, workload, truth(workload, self.models[FROZEN]), tolerance)
+        if who.FROZEN in self.models:
+            self._hold(who.FROZEN, workload, truth(workload, self.models[who.FROZEN]), tolerance)
         self.refuse(self.refused)
 
     def refuse(self, reasons: Mapping[str, str]) -> None:
@@ -135,14 +120,14 @@ class Field:
             self.models.pop(name, None)
 
     def _ours(self, product: str) -> nn.Module:
-        return self.models[OURS if product == "hadamard" else OURS_MATMUL]
+        return self.models[who.OURS if product == "hadamard" else who.OURS_MATMUL]
 
     def _hold(self, name: str, workload: Workload, want: Truth, tolerance: float) -> None:
         if name not in self.models or name in self.refused:
             return
         try:
             got = results(workload, self.models[name])
-            peer = name not in (OURS, OURS_MATMUL) and want.scale is not None
+            peer = name not in (who.OURS, who.OURS_MATMUL) and want.scale is not None
             allowed = PEER_SLACK * tolerance if peer else tolerance
             error = require_agreement(name, got, want, allowed, self._names(name))
         except Exception as failure:  # whatever a peer does wrong must not end the run of the others
@@ -162,7 +147,7 @@ def make_field(backbone: nn.Module, names: Iterable[str], rank: int, entrants: I
     names = tuple(names)
     ours = {product: _our_model(backbone, names, rank, product) for product in ("hadamard", "matmul")}
     made = Field({}, backbone, names, rank)
-    for name in dict.fromkeys((OURS, OURS_MATMUL, *entrants)):
+    for name in dict.fromkeys((who.OURS, who.OURS_MATMUL, *entrants)):
         entrant = ENTRANTS[name]
         if find_spec(entrant.package) is None:
             made.missing[name] = f"the package {entrant.package} is not installed"

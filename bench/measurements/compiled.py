@@ -15,19 +15,7 @@ from torch import Tensor, nn
 import glora
 from glora import PathConfig
 
-from ..entrants import (
-    ASSEMBLED,
-    FROZEN,
-    GLORA,
-    HIRA,
-    LORA,
-    LYCORIS,
-    LYCORIS_BYPASS,
-    OFFICIAL,
-    OURS,
-    OURS_MATMUL,
-    all_low_rank,
-)
+from ..entrants import names as who
 from ..section import Comparison, Section, against, per_run
 from ..settings import SEED, Settings
 from ..shapes import Layer
@@ -36,13 +24,24 @@ from ..workloads import LayerWorkload, step
 from .layer import NAME, RANDOM, make_layer, spread_paths
 
 EAGER = ", eager"
-COMPILED = (FROZEN, LORA, OURS, ASSEMBLED, OFFICIAL, GLORA, HIRA, OURS_MATMUL, LYCORIS_BYPASS, LYCORIS)
-ENTRIES = (*COMPILED[:3], OURS + EAGER, OURS + RANDOM, *COMPILED[3:])
+COMPILED = (
+    who.FROZEN,
+    who.LORA,
+    who.OURS,
+    who.ASSEMBLED,
+    who.OFFICIAL,
+    who.GLORA,
+    who.HIRA,
+    who.OURS_MATMUL,
+    who.LYCORIS_BYPASS,
+    who.LYCORIS,
+)
+ENTRIES = (*COMPILED[:3], who.OURS + EAGER, who.OURS + RANDOM, *COMPILED[3:])
 COMPARISONS = (
-    *against((FROZEN, LORA), [OURS + RANDOM]),
-    *(Comparison(OURS, name) for name in (OFFICIAL, ASSEMBLED, GLORA, OURS + EAGER)),
-    Comparison(OURS_MATMUL, LYCORIS_BYPASS),
-    Comparison(OURS_MATMUL, LYCORIS),
+    *against((who.FROZEN, who.LORA), [who.OURS + RANDOM]),
+    *(Comparison(who.OURS, name) for name in (who.OFFICIAL, who.ASSEMBLED, who.GLORA, who.OURS + EAGER)),
+    Comparison(who.OURS_MATMUL, who.LYCORIS_BYPASS),
+    Comparison(who.OURS_MATMUL, who.LYCORIS),
 )
 
 
@@ -76,21 +75,21 @@ def measure(shape_set: str, layer: Layer, settings: Settings) -> Section:
     """Check every compiled entrant, then time them."""
     field, eager = make_layer(layer, settings, COMPILED)
     workload = CompiledLayerWorkload(eager.x, eager.dy)
-    path = all_low_rank(layer.rank)
+    path = who.all_low_rank(layer.rank)
     torch.compiler.reset()
     drawn = spread_paths(layer.rank, torch.Generator().manual_seed(SEED))
     field.check(workload, [{NAME: path}], settings.layer_tolerance)
-    alone = replace(field, models={OURS: field.models[OURS]} if OURS in field.models else {})
+    alone = replace(field, models={who.OURS: field.models[who.OURS]} if who.OURS in field.models else {})
     alone.check(workload, [{NAME: one} for one in drawn] if alone.models else [], settings.layer_tolerance)
     field.refuse(alone.refused)
     field.set_path(path)
 
     functions: dict[str, Timed] = {name: step(workload, model) for name, model in field.models.items()}
     shares = {}
-    if OURS in functions:
-        functions[OURS + EAGER] = step(eager, field.models[OURS])
-        functions[OURS + RANDOM] = _on_each(field.models[OURS], drawn, path, functions[OURS])
-        shares[OURS + RANDOM] = len(drawn)
+    if who.OURS in functions:
+        functions[who.OURS + EAGER] = step(eager, field.models[who.OURS])
+        functions[who.OURS + RANDOM] = _on_each(field.models[who.OURS], drawn, path, functions[who.OURS])
+        shares[who.OURS + RANDOM] = len(drawn)
     ordered = {name: functions[name] for name in ENTRIES if name in functions}
     phases = interleave(ordered, settings.rounds, watch=settings.watch())
     tokens = layer.tokens_on(settings.device)

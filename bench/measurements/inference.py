@@ -15,7 +15,8 @@ from glora.paths import Paths
 
 from .. import counting
 from ..agreement import require_agreement, results, truth
-from ..entrants import ASSEMBLED, GLORA, HIRA, LORA, LYCORIS_BYPASS, OFFICIAL, OURS, Field
+from ..entrants import Field
+from ..entrants.names import ASSEMBLED, GLORA, HIRA, LORA, LYCORIS_BYPASS, OFFICIAL, OURS
 from ..section import RELATIVE, Comparison, Section
 from ..settings import SEED, Settings
 from ..shapes import Model

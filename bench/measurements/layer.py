@@ -15,22 +15,8 @@ from glora_kernels import explain
 
 from .. import counting
 from ..agreement import run
-from ..entrants import (
-    ASSEMBLED,
-    ENTRANTS,
-    FROZEN,
-    GLORA,
-    HIRA,
-    LORA,
-    LYCORIS,
-    LYCORIS_BYPASS,
-    OFFICIAL,
-    OURS,
-    OURS_MATMUL,
-    Field,
-    all_low_rank,
-    make_field,
-)
+from ..entrants import ENTRANTS, Field, make_field
+from ..entrants import names as who
 from ..section import Comparison, Section, against, per_run
 from ..settings import SEED, Settings
 from ..shapes import Layer
@@ -43,36 +29,36 @@ RANDOM = ", random paths"
 ALL_LOW_RANK = "ours, all low rank"
 KIND_NAMES = {"lora": "low rank", "vector": "vector", "constant": "constant", "none": "none"}
 KIND_PAIRS = {f"ours, A {a}, B {b}": (i, j) for i, a in KIND_NAMES.items() for j, b in KIND_NAMES.items()}
-WITH_RANDOM_PATHS = (OURS, ASSEMBLED, OFFICIAL)
-PEERS = (LORA, HIRA, GLORA, LYCORIS_BYPASS, LYCORIS)
+WITH_RANDOM_PATHS = (who.OURS, who.ASSEMBLED, who.OFFICIAL)
+PEERS = (who.LORA, who.HIRA, who.GLORA, who.LYCORIS_BYPASS, who.LYCORIS)
 ENTRIES = (
     TWO_UNITS,
     THREE_UNITS,
     *list(KIND_PAIRS)[:10],
-    FROZEN,
-    OURS + RANDOM,
-    LORA,
+    who.FROZEN,
+    who.OURS + RANDOM,
+    who.LORA,
     *list(KIND_PAIRS)[10:],
-    HIRA,
-    OURS_MATMUL,
-    LYCORIS_BYPASS,
-    LYCORIS,
+    who.HIRA,
+    who.OURS_MATMUL,
+    who.LYCORIS_BYPASS,
+    who.LYCORIS,
     ALL_LOW_RANK,
-    GLORA,
-    ASSEMBLED + RANDOM,
-    OFFICIAL + RANDOM,
+    who.GLORA,
+    who.ASSEMBLED + RANDOM,
+    who.OFFICIAL + RANDOM,
 )
 COMPARISONS = (
-    *against((FROZEN, LORA), KIND_PAIRS),
-    *against((FROZEN, LORA, GLORA, TWO_UNITS, THREE_UNITS), [OURS + RANDOM]),
-    Comparison(OURS + RANDOM, OFFICIAL + RANDOM),
-    Comparison(OURS + RANDOM, ASSEMBLED + RANDOM),
-    Comparison(ALL_LOW_RANK, GLORA),
-    Comparison("ours, A low rank, B none", HIRA),
-    Comparison(OURS_MATMUL, LYCORIS_BYPASS),
-    Comparison(OURS_MATMUL, LYCORIS),
-    *against((FROZEN,), (*PEERS, OFFICIAL + RANDOM, ASSEMBLED + RANDOM)),
-    *against((TWO_UNITS,), [FROZEN]),
+    *against((who.FROZEN, who.LORA), KIND_PAIRS),
+    *against((who.FROZEN, who.LORA, who.GLORA, TWO_UNITS, THREE_UNITS), [who.OURS + RANDOM]),
+    Comparison(who.OURS + RANDOM, who.OFFICIAL + RANDOM),
+    Comparison(who.OURS + RANDOM, who.ASSEMBLED + RANDOM),
+    Comparison(ALL_LOW_RANK, who.GLORA),
+    Comparison("ours, A low rank, B none", who.HIRA),
+    Comparison(who.OURS_MATMUL, who.LYCORIS_BYPASS),
+    Comparison(who.OURS_MATMUL, who.LYCORIS),
+    *against((who.FROZEN,), (*PEERS, who.OFFICIAL + RANDOM, who.ASSEMBLED + RANDOM)),
+    *against((TWO_UNITS,), [who.FROZEN]),
 )
 
 
@@ -81,7 +67,7 @@ def measure(shape_set: str, layer: Layer, settings: Settings) -> Section:
     tokens = layer.tokens_on(settings.device)
     field, workload = make_layer(layer, settings)
     kinds = {name: PathConfig(*(_spell(kind, layer.rank) for kind in pair)) for name, pair in KIND_PAIRS.items()}
-    kinds[ALL_LOW_RANK] = all_low_rank(layer.rank)
+    kinds[ALL_LOW_RANK] = who.all_low_rank(layer.rank)
     drawn = spread_paths(layer.rank, torch.Generator().manual_seed(SEED))
     field.check(workload, [{NAME: path} for path in (*kinds.values(), *drawn)], settings.layer_tolerance)
 
@@ -131,8 +117,8 @@ def _functions(
         functions[name] = step(workload, model)
         if name in WITH_RANDOM_PATHS:
             functions[name + RANDOM] = _on(field, drawn, functions[name])
-    if OURS in functions:
-        functions |= {name: _on(field, [path], functions[OURS]) for name, path in kinds.items()}
+    if who.OURS in functions:
+        functions |= {name: _on(field, [path], functions[who.OURS]) for name, path in kinds.items()}
     return {name: functions[name] for name in ENTRIES if name in functions}
 
 
@@ -185,16 +171,16 @@ def _facts(
             facts[name] = count()
         else:
             facts[name + RANDOM] = _mean([_counted_on(field, path, count) for path in drawn])
-        if name == OURS:
+        if name == who.OURS:
             facts |= {own: _counted_on(field, path, count) for own, path in kinds.items()}
     return {name: facts[name] for name in ENTRIES if name in facts}
 
 
 def _strategies(field: Field, workload: LayerWorkload, kinds: dict[str, PathConfig]) -> dict[str, str]:
     """Our backend and strategy on each path."""
-    if OURS not in field.models:
+    if who.OURS not in field.models:
         return {}
-    ours = field.models[OURS].get_submodule(NAME)
+    ours = field.models[who.OURS].get_submodule(NAME)
     assert isinstance(ours, GLoRALinear)
     plans = {name: explain(workload.x, ours.weight, ours.bias, ours.terms(path)) for name, path in kinds.items()}
     return {name: f"{plan.backend}: {plan.strategy}" for name, plan in plans.items()}

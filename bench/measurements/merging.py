@@ -14,7 +14,7 @@ from glora import GLoRALinear, SearchSpace
 from glora_kernels import glora_merge, reference
 
 from ..agreement import Truth, require_agreement, results
-from ..entrants import OURS
+from ..entrants.names import OURS
 from ..oracle import oracle_model
 from ..section import Comparison, Section, per_run
 from ..settings import SEED, Settings

@@ -10,20 +10,8 @@ from glora import SearchSpace
 from glora.sampling import PathSampler
 
 from .. import counting
-from ..entrants import (
-    ASSEMBLED,
-    FROZEN,
-    GLORA,
-    HIRA,
-    LORA,
-    LYCORIS,
-    LYCORIS_BYPASS,
-    OFFICIAL,
-    OURS,
-    OURS_MATMUL,
-    Field,
-    make_field,
-)
+from ..entrants import Field, make_field
+from ..entrants import names as who
 from ..section import RELATIVE, Comparison, Section, against
 from ..settings import SEED, Settings
 from ..shapes import Model
@@ -32,19 +20,32 @@ from ..workloads import ClassifierWorkload, step
 
 OPTIMIZER = "optimizer"
 WARMUP = 5  # rounds on a GPU, where every new combination of kinds is compiled at its first use
-ENTRIES = (FROZEN, LORA, OURS, ASSEMBLED, OFFICIAL, HIRA, OURS_MATMUL, LYCORIS_BYPASS, LYCORIS, GLORA)
+ENTRIES = (
+    who.FROZEN,
+    who.LORA,
+    who.OURS,
+    who.ASSEMBLED,
+    who.OFFICIAL,
+    who.HIRA,
+    who.OURS_MATMUL,
+    who.LYCORIS_BYPASS,
+    who.LYCORIS,
+    who.GLORA,
+)
 COMPARISONS = (
-    *(Comparison(OURS, name) for name in (OFFICIAL, ASSEMBLED, GLORA, LORA, FROZEN)),
-    Comparison(OURS_MATMUL, LYCORIS_BYPASS),
-    Comparison(OURS_MATMUL, LYCORIS),
-    *against((FROZEN,), (LORA, HIRA, GLORA, LYCORIS_BYPASS, LYCORIS, ASSEMBLED, OFFICIAL)),
+    *(Comparison(who.OURS, name) for name in (who.OFFICIAL, who.ASSEMBLED, who.GLORA, who.LORA, who.FROZEN)),
+    Comparison(who.OURS_MATMUL, who.LYCORIS_BYPASS),
+    Comparison(who.OURS_MATMUL, who.LYCORIS),
+    *against(
+        (who.FROZEN,), (who.LORA, who.HIRA, who.GLORA, who.LYCORIS_BYPASS, who.LYCORIS, who.ASSEMBLED, who.OFFICIAL)
+    ),
 )
 
 
 def measure(shape_set: str, model: Model, settings: Settings) -> Section:
     """Check and time every entrant; in each round, those that take any path get the same new path for every layer."""
     field, workload = make_model(model, settings)
-    shapes = {name: layer.shape for name, layer in glora.glora_layers(field.models[OURS]).items()}
+    shapes = {name: layer.shape for name, layer in glora.glora_layers(field.models[who.OURS]).items()}
     # Under a layer norm the gradient of a constant is a sum that cancels to nothing: the layers check these.
     checkable = SearchSpace((model.rank,), B=("lora", "vector", "none"), D=("vector", "none"), E=("vector", "none"))
     paths = PathSampler(shapes, checkable).sample(torch.Generator().manual_seed(SEED))

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from glora import PathConfig
 
 from ..agreement import run
-from ..entrants import ASSEMBLED, FROZEN, GLORA, HIRA, LORA, OFFICIAL, OURS, Field, all_low_rank
+from ..entrants import Field
+from ..entrants.names import ASSEMBLED, FROZEN, GLORA, HIRA, LORA, OFFICIAL, OURS, all_low_rank
 from ..graphs import captured
 from ..section import Comparison, Section, against
 from ..settings import Settings

@@ -12,7 +12,7 @@ from torch import Tensor
 from glora import GLoRALinear, PathConfig
 from glora_kernels import explain, glora_merge
 
-from ..entrants import OURS, lora
+from ..entrants.names import OURS, lora
 from ..section import Section
 from ..settings import Settings
 from ..shapes import Layer

@@ -9,7 +9,7 @@ import glora
 from glora import SearchSpace
 from glora.evaluation import evaluate, evaluate_merged
 
-from ..entrants import OFFICIAL, OURS
+from ..entrants.names import OFFICIAL, OURS
 from ..oracle import oracle_model
 from ..section import RELATIVE, Comparison, Section
 from ..settings import SEED, Settings

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from bench import readme, report, targets
-from bench.entrants import FROZEN, GLORA, LORA, OFFICIAL, OURS
+from bench.entrants.names import FROZEN, GLORA, LORA, OFFICIAL, OURS
 from bench.measurements.inference import CONTROL, MERGED, ORIGINAL
 from bench.section import Comparison, Section
 from bench.settings import Settings
