@@ -8,13 +8,14 @@ from torch import nn
 
 from bench import entrants
 from bench.agreement import Truth, require_agreement, results, truth
+from bench.entrants import names
 from bench.oracle import oracle_model
 from bench.workloads import LayerWorkload
 from glora import PathConfig, SearchSpace
 from glora.layers.linear import GLoRALinear
 from glora_kernels import use_backend
 
-ALL = {"linear": entrants.all_low_rank(2)}
+ALL = {"linear": names.all_low_rank(2)}
 
 
 def make_field(bias=True, who=entrants.ENTRANTS):
@@ -45,11 +46,11 @@ def test_every_entrant_agrees_with_the_oracle(field, workload):
     field.check(workload, some_paths(), 8.0)
     assert not field.refused
     assert set(field.errors) == set(field.models) == set(entrants.ENTRANTS)
-    assert 0 < max(field.errors[name] for name in (entrants.OURS, entrants.OURS_MATMUL)) <= 8
+    assert 0 < max(field.errors[name] for name in (names.OURS, names.OURS_MATMUL)) <= 8
 
 
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("product", [entrants.OURS, entrants.OURS_MATMUL])
+@pytest.mark.parametrize("product", [names.OURS, names.OURS_MATMUL])
 def test_the_oracle_agrees_with_the_reference_formula(workload, bias, product):
     """Two independent writings of the formula, in fp64."""
     model = make_field(bias, ()).models[product].double()
@@ -64,7 +65,7 @@ def test_the_oracle_agrees_with_the_reference_formula(workload, bias, product):
             torch.testing.assert_close(found[name], tensor, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("who", [name for name in entrants.ENTRANTS if name != entrants.FROZEN])
+@pytest.mark.parametrize("who", [name for name in entrants.ENTRANTS if name != names.FROZEN])
 def test_an_entrant_that_is_a_little_off_is_refused_and_leaves(field, workload, who):
     field.models[who].linear.register_forward_hook(lambda _module, _inputs, y: y * 1.001)
     field.check(workload, [ALL], 8.0)
@@ -73,7 +74,7 @@ def test_an_entrant_that_is_a_little_off_is_refused_and_leaves(field, workload, 
     assert who not in field.models
 
 
-@pytest.mark.parametrize("who", [entrants.LORA, entrants.GLORA, entrants.HIRA, entrants.LYCORIS])
+@pytest.mark.parametrize("who", [names.LORA, names.GLORA, names.HIRA, names.LYCORIS])
 def test_a_peer_with_other_factors_is_refused(field, workload, who):
     trained = next(parameter for parameter in field.models[who].parameters() if parameter.requires_grad)
     with torch.no_grad():
@@ -87,17 +88,17 @@ def test_a_layer_that_misreads_its_path_is_refused(field, workload, monkeypatch)
     right = GLoRALinear.terms
     monkeypatch.setattr(GLoRALinear, "terms", lambda self, path=None: right(self, PathConfig(B="vector")))
     field.check(workload, [ALL], 8.0)
-    assert {entrants.OURS, entrants.OURS_MATMUL} <= set(field.refused)
-    assert not {entrants.LORA, entrants.GLORA, entrants.HIRA} & set(field.refused)
+    assert {names.OURS, names.OURS_MATMUL} <= set(field.refused)
+    assert not {names.LORA, names.GLORA, names.HIRA} & set(field.refused)
 
 
 def test_an_entrant_that_raises_does_not_end_the_run_of_the_others(field, workload):
     def fail(*_):
         raise RuntimeError("no such kernel")
 
-    field.models[entrants.GLORA].linear.register_forward_hook(fail)
+    field.models[names.GLORA].linear.register_forward_hook(fail)
     field.check(workload, [ALL], 8.0)
-    assert field.refused == {entrants.GLORA: "RuntimeError: no such kernel"}
+    assert field.refused == {names.GLORA: "RuntimeError: no such kernel"}
 
 
 def test_a_package_that_is_not_installed_is_said(monkeypatch):
@@ -105,12 +106,12 @@ def test_a_package_that_is_not_installed_is_said(monkeypatch):
 
     monkeypatch.setattr(module, "find_spec", lambda package: None if package == "lycoris" else package)
     made = make_field()
-    assert set(made.missing) == {entrants.LYCORIS, entrants.LYCORIS_BYPASS}
-    assert made.missing[entrants.LYCORIS] == "the package lycoris is not installed"
+    assert set(made.missing) == {names.LYCORIS, names.LYCORIS_BYPASS}
+    assert made.missing[names.LYCORIS] == "the package lycoris is not installed"
 
 
 def test_the_truth_is_in_fp64_and_its_scale_bounds_it(field, workload):
-    want, scale = truth(workload, field.models[entrants.OURS])
+    want, scale = truth(workload, field.models[names.OURS])
     assert set(want) == set(scale)
     for name, tensor in want.items():
         assert tensor.dtype == torch.float64
