@@ -12,8 +12,9 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from functools import reduce
+from functools import partial, reduce
 from importlib import import_module
+from operator import attrgetter, contains
 from types import ModuleType
 from typing import Any
 
@@ -243,7 +244,7 @@ def watched(variable: str) -> Callable[[], bool]:
         assert (key in values) == (variable in os.environ)
     except Exception:
         return lambda: variable in os.environ
-    return lambda: key in values
+    return partial(contains, values, key)
 
 
 # -- modules: objects with the attributes of a torch.nn.Module ---------------------------------------------------------
@@ -284,10 +285,14 @@ def is_compiled_in_place(module: Any) -> bool:
     return getattr(module, _COMPILED, None) is not None
 
 
-def held_parameters(module: Any) -> dict[str, Any]:
-    """The module's own parameters by name, with None for those that are registered as absent."""
-    held = getattr(module, "_parameters", None)
-    return dict(module.named_parameters(recurse=False, remove_duplicate=False)) if held is None else held
+def _named_parameters(module: Any) -> dict[str, Any]:
+    return dict(module.named_parameters(recurse=False, remove_duplicate=False))
+
+
+# The module's own parameters by name, with None for those that are registered as absent where that can be told.
+held_parameters: Callable[[Any], dict[str, Any]] = _named_parameters
+if hasattr(torch.nn.Module(), "_parameters"):
+    held_parameters = attrgetter("_parameters")  # no function of Python: it is asked at every call of a layer
 
 
 def children_of(module: Any) -> list[tuple[str, Any]]:

@@ -319,7 +319,7 @@ def test_copies_are_prepared_anew(copied):
 
 
 def test_without_guards_every_call_is_looked_at(monkeypatch):
-    monkeypatch.setattr("glora_kernels.torch_private.TensorGuards", None)
+    monkeypatch.setattr("glora_kernels.torch_private._tensor_guards", None)
     layer = called_layer()
     replace(layer)
     assert does_what_a_first_call_does(layer)
