@@ -1,11 +1,10 @@
-"""What a search saves by reusing merged layers and first children of the candidate before: time and children.
+"""What a search saves by reusing the merged layers of the candidate before.
 
     python -m bench.search_reuse --out FOLDER
 
-One search of a timm model with random weights, on random images, ranked by loss. Every candidate is scored three
-times in turn: alone, with merged layers reused, and with the outputs of first children reused too; the three have to
-agree to the last bit. Seconds are those that the process was given, at one thread; who goes first changes with every
-candidate.
+One search of a timm model with random weights, on random images, ranked by loss. Every candidate is scored twice:
+alone, and with merged layers reused; the two have to agree to the last bit. Seconds are those that the process was
+given, at one thread; who goes first changes with every candidate.
 """
 
 from __future__ import annotations
@@ -13,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +25,7 @@ from glora.evolution.scoring import CandidateScorer
 from .environment import environment
 from .settings import SEED
 
-ALONE, LAYERS, CHILDREN = "each alone", "merged layers reused", "first children too"
-CAPACITY = 2 * 2**30
+ALONE, LAYERS = "each alone", "merged layers reused"
 
 
 def make_model(name: str, rank: int) -> nn.Module:
@@ -45,20 +42,19 @@ def make_model(name: str, rank: int) -> nn.Module:
 
 
 def measure(name: str, images: int, settings: SearchSettings, space: SearchSpace) -> dict[str, Any]:
-    """One search, every candidate scored by all three."""
+    """One search, every candidate scored both ways."""
     model = make_model(name, max(space.ranks))
     size = model.patch_embed.img_size  # type: ignore[union-attr]
     data = TensorDataset(torch.randn(images, 3, *size), torch.arange(images) % 1000)
 
-    def scorer(capacity: int) -> CandidateScorer:
-        return CandidateScorer(model, data, "loss", images, reuse_bytes=capacity)
+    def scorer() -> CandidateScorer:
+        return CandidateScorer(model, data, "loss", images)
 
-    reusing = scorer(CAPACITY)
-    kept: dict[str, Callable[..., float]] = {LAYERS: scorer(0), CHILDREN: reusing}
-    seconds: dict[str, list[float]] = {entrant: [] for entrant in (ALONE, LAYERS, CHILDREN)}
+    reusing = scorer()
+    seconds: dict[str, list[float]] = {ALONE: [], LAYERS: []}
 
     def score(paths, start: int, stop: int) -> float:
-        calls = {ALONE: scorer(0), **kept}
+        calls = {ALONE: scorer(), LAYERS: reusing}
         turn = len(seconds[ALONE]) % len(calls)
         totals = set()
         for entrant in [*calls][turn:] + [*calls][:turn]:
@@ -76,29 +72,25 @@ def measure(name: str, images: int, settings: SearchSettings, space: SearchSpace
         "images": images,
         "settings": settings.to_dict(),
         "candidates": len(result.history),
-        "children": {"saved": reusing.reuse.saved, "ran": reusing.reuse.ran},  # type: ignore[union-attr]
         "seconds": seconds,
     }
 
 
 def row(run: dict[str, Any]) -> str:
-    """A line of the table: a share of children, and ratios of summed times."""
-    children, total = run["children"], {entrant: sum(seconds) for entrant, seconds in run["seconds"].items()}
-    saved = children["saved"] / (children["saved"] + children["ran"])
+    """A line of the table, with the ratio of summed times."""
+    total = {entrant: sum(seconds) for entrant, seconds in run["seconds"].items()}
     sizes = run["settings"]
     shape = f"{sizes['population']}, {sizes['generations']} x {sizes['crossover'] + sizes['mutation']}"
-    ratios = " | ".join(f"{total[entrant] / total[ALONE]:.3f}" for entrant in (LAYERS, CHILDREN))
     return (
         f"| {run['model']}, {run['images']} images | {shape} | {sizes['mutation_probability']} | "
-        f"{100 * saved:.1f}% | {total[ALONE] / run['candidates']:.2f} | {ratios} |"
+        f"{total[ALONE] / run['candidates']:.2f} | {total[LAYERS] / total[ALONE]:.3f} |"
     )
 
 
 def table(runs: list[dict[str, Any]], where: dict[str, Any]) -> str:
     lines = [
-        "| searched | candidates | mutation probability | blocks not run | seconds a candidate, alone "
-        f"| {LAYERS} / alone | {CHILDREN} / alone |",
-        "|---|---|---|---|---|---|---|",
+        f"| searched | candidates | mutation probability | seconds a candidate, alone | {LAYERS} / alone |",
+        "|---|---|---|---|---|",
         *map(row, runs),
         "",
         f"{where['device']}, one thread, process time, torch {where['versions']['torch']}, timm "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import NamedTuple
 
@@ -64,19 +64,9 @@ def evaluate(
     return _count(model, tqdm(loader, desc="test", unit="batch", disable=not progress)).means
 
 
-def count(
-    model: nn.Module,
-    dataset: Dataset,
-    batch_size: int,
-    call: Callable[[int, Tensor], Tensor] | None = None,
-    workers: int = 0,
-) -> Totals:
-    """As :func:`evaluate`, but as sums; errors name the data set ``validation``, as a search does.
-
-    Args:
-        call: called as ``call(batch number, x)`` in place of ``model(x)``.
-    """
-    return _count(model, _loader(dataset, batch_size, workers), call, "validation")
+def count(model: nn.Module, dataset: Dataset, batch_size: int, workers: int = 0) -> Totals:
+    """As :func:`evaluate`, but as sums; errors name the data set ``validation``, as a search does."""
+    return _count(model, _loader(dataset, batch_size, workers), "validation")
 
 
 def _loader(dataset: Dataset, batch_size: int, workers: int = 0) -> DataLoader:
@@ -85,19 +75,14 @@ def _loader(dataset: Dataset, batch_size: int, workers: int = 0) -> DataLoader:
 
 
 @torch.no_grad()
-def _count(
-    model: nn.Module,
-    batches: Iterable[list[Tensor]],
-    call: Callable[[int, Tensor], Tensor] | None = None,
-    argument: str = "dataset",
-) -> Totals:
+def _count(model: nn.Module, batches: Iterable[list[Tensor]], argument: str = "dataset") -> Totals:
     device = next(model.parameters()).device
     loss, right, samples = 0.0, 0, 0
     with evaluating(model):
-        for number, batch in enumerate(batches):
+        for batch in batches:
             require_pair(argument, batch)
             x, target = (part.to(device) for part in batch)
-            logits = model(x) if call is None else call(number, x)
+            logits = model(x)
             require_output(logits)
             loss += float(F.cross_entropy(logits.float(), target, reduction="sum"))
             right += int((logits.argmax(-1) == target).sum())

@@ -4,7 +4,7 @@ A population of random paths is scored; then, generation after generation, the b
 crossed and mutated, and the offspring scored. Beyond the official code: every candidate that was
 scored counts, the last generation too; none is scored twice; the limit is checked for feasibility
 first and can neither hang nor be broken; every score is in a journal as soon as it is known; and
-what two candidates have in common is computed once.
+a layer whose path did not change since the last candidate is not merged again.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -27,7 +26,7 @@ from ..distributed import holds_replica, require_whole
 from ..files import checksum
 from ..models.modules import require_layers
 from ..paths import Paths, sampler_for
-from ..processes import gather, is_first, require_agreement, require_group, together, world_size
+from ..processes import is_first, require_agreement, require_group, together, world_size
 from ..samples import pair_at, require_data
 from ..sampling import PathSampler
 from .halving import rung_ends, search_order
@@ -54,7 +53,6 @@ def search(
     journal: str | os.PathLike | None = None,
     progress: bool = True,
     batch_size: int = 256,
-    reuse_bytes: int = 2 * 2**30,
     workers: int = 0,
 ) -> SearchResult:
     """The best path of every layer of a trained supernet, by its score on ``validation`` alone.
@@ -72,9 +70,6 @@ def search(
         limit: the most support parameters a path may read.
         metric: ``"accuracy"``, or ``"loss"`` where few samples make accuracy too coarse.
         journal: a file that holds every score; an interrupted search continues from it.
-        reuse_bytes: of activations that are kept until the search ends, so that children of Sequentials whose paths
-            are those of the candidate before need not run again (:mod:`.prefix_reuse`). Scores have the same bits
-            with any number; 0 keeps none.
         workers: processes that read ``validation``, anew for every candidate; 0 reads it in this one. For images that
             are decoded on the way: what fits into memory (``TensorDataset``) needs none.
 
@@ -87,12 +82,12 @@ def search(
         RuntimeError: another process failed.
     """
     require_group()
-    samples = together(lambda: _checked_samples(validation, metric, batch_size, reuse_bytes, workers))
+    samples = together(lambda: _checked_samples(validation, metric, batch_size, workers))
     layers = together(lambda: _checked_layers(model, space, limit))
     order = together(lambda: _order(validation, settings))
-    scorer = CandidateScorer(model, validation, metric, batch_size, order, reuse_bytes, workers)
+    scorer = CandidateScorer(model, validation, metric, batch_size, order, workers)
     identified = journal is not None or world_size() > 1
-    result = evolve(
+    return evolve(
         layers,
         space,
         scorer,
@@ -103,9 +98,6 @@ def search(
         scored_by=_scored_by(model, validation, metric, batch_size) if identified else None,
         progress=progress,
     )
-    counts = gather(lambda: scorer.reuse.counts if scorer.reuse else (0, 0))
-    saved, ran = (sum(column) for column in zip(*counts))
-    return replace(result, reused=saved / max(saved + ran, 1))
 
 
 def check_search(
@@ -123,14 +115,12 @@ def check_search(
     _rung_ends(settings, samples)
 
 
-def _checked_samples(
-    validation: Dataset, metric: str, batch_size: int = 1, reuse_bytes: int = 0, workers: int = 0
-) -> int:
+def _checked_samples(validation: Dataset, metric: str, batch_size: int = 1, workers: int = 0) -> int:
     """How many there are."""
     if metric not in METRICS:
         raise ValueError(f"metric: expected 'accuracy' or 'loss', got {metric!r}")
-    for name, value, least in (("batch_size", batch_size, 1), ("reuse_bytes", reuse_bytes, 0), ("workers", workers, 0)):
-        require_integer(name, value, least)
+    require_integer("batch_size", batch_size, 1)
+    require_integer("workers", workers, 0)
     return require_data("validation", validation)
 
 

@@ -25,7 +25,6 @@ class SearchResult:
         limit: the parameter limit, or None.
         evaluation_seconds: of all evaluations, added up over processes and over all calls that the journal knows of.
         cost: samples evaluated in all these calls, over those of the validation split: full evaluations.
-        reused: the share of children of Sequentials that this call did not have to run (:mod:`.prefix_reuse`).
     """
 
     best: Candidate
@@ -35,7 +34,6 @@ class SearchResult:
     limit: int | None
     evaluation_seconds: float = 0.0
     cost: float = 0.0
-    reused: float = 0.0
 
     @property
     def hours(self) -> float:
@@ -60,7 +58,6 @@ class SearchResult:
             "seconds": self.seconds,
             "hours": self.hours,
             "cost": self.cost,
-            "reused": self.reused,
             "front": [_describe(candidate) for candidate in self.front],
             "history": [[c.generation, c.parameters, _number(c.score), c.share] for c in self.history],
         }

@@ -8,12 +8,15 @@ import signal
 import time
 import zlib
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 from torch.utils.data import IterableDataset, Subset, TensorDataset
 
 from glora import (
+    GLoRALinear,
     LayerShape,
     PathConfig,
     SearchSettings,
@@ -21,10 +24,12 @@ from glora import (
     count_parameters,
     evaluate_merged,
     evolve,
+    inject,
     search,
     set_paths,
 )
 from glora.evaluation import count
+from glora.evolution.scoring import CandidateScorer
 from glora.sampling import PathSampler
 from tests.glora.toys import IN_FEATURES, exit_code, generator, kill_while_writing, mlp, points, trained_mlp, unchanged
 
@@ -378,7 +383,7 @@ def test_result_as_json(tmp_path):
     assert (data["limit"], data["evaluations"], data["evaluated_now"]) == (100, 50, 50)
     assert data["history"][-1] == [4, result.history[-1].parameters, result.history[-1].score, 1]
     assert [entry["parameters"] for entry in data["front"]] == [c.parameters for c in result.front]
-    assert (data["cost"], data["reused"], data["hours"]) == (50, 0, result.evaluation_seconds / 3600)
+    assert (data["cost"], data["hours"]) == (50, result.evaluation_seconds / 3600)
 
 
 def test_the_bar_counts_the_evaluations_of_every_rung(capfd):
@@ -411,6 +416,19 @@ def test_scores_are_those_of_the_merged_model(metric):
     assert count_parameters(model) == best.parameters
 
 
+def test_layers_of_equal_paths_are_merged_once(monkeypatch):
+    merged, merge = [], GLoRALinear.merge
+    monkeypatch.setattr(
+        GLoRALinear, "merge", lambda self, path, **options: merged.append(path) or merge(self, path, **options)
+    )
+    one, other = PathConfig(B="vector"), PathConfig(E="vector")
+    scorer = CandidateScorer(trained_mlp(), points(), "loss", 4)
+    for chosen, made in [((one, one), 2), ((one, other), 1), ((one, other), 0), ((other, one), 2)]:
+        before, paths = len(merged), dict(zip(("fc1", "fc2"), chosen))
+        assert scorer(paths, 0, 12) == CandidateScorer(trained_mlp(), points(), "loss", 4)(paths, 0, 12)
+        assert len(merged) - before == made + 2
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_the_model_is_left_as_it_is(training, journal):
     model = trained_mlp(dropout=0.5).train(training)
@@ -440,6 +458,22 @@ def test_an_interrupted_search_of_a_model_goes_on(journal, monkeypatch):
         search_model(model, metric="loss", journal=journal)
     assert search_model(model, metric="loss", journal=journal).history == whole.history
     assert len(calls) == 1 + len(whole.history)
+
+
+def test_a_journal_of_an_earlier_version_is_only_read(journal):
+    """tests/data/search.jsonl is of commit dca98af, which could pass over the first children of a Sequential."""
+    content = (Path(__file__).parents[2] / "data/search.jsonl").read_bytes()
+    journal.write_bytes(content)
+    model = inject(nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2)), 1, heads=())
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(0.5)
+    validation = TensorDataset(torch.arange(12.0).reshape(4, 3), torch.arange(4) % 2)
+    sizes = SearchSettings(population=3, top=1, crossover=1, mutation=1, generations=1, seed=1)
+    options = {"settings": sizes, "metric": "loss", "journal": journal, "progress": False}
+    result = search(model, SearchSpace((1,)), validation, **options)
+    assert (result.evaluated, len(result.history)) == (0, 5)
+    assert journal.read_bytes() == content
 
 
 def test_a_journal_of_another_metric_is_refused(journal):

@@ -718,6 +718,14 @@ def test_search_by_loss(tmp_path):
     assert f"loss {-loaded.search.best.score:.4f}" in write_report(run, progress=False).text
 
 
+def test_a_search_of_an_earlier_version_is_read(tmp_path):
+    """It said which share of children of Sequentials had not been run."""
+    run = write_run(tmp_path / "run")
+    search = load_runs(run)[0].search
+    change(run / "search.json", reused=0.25)
+    assert load_runs(run)[0].search == search
+
+
 def test_hours_are_those_of_all_resumes(tmp_path):
     run = write_run(tmp_path / "run")
     change(run / "search.json", seconds=1800.0, hours=2.5)
