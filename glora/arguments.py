@@ -42,13 +42,13 @@ def differences(found: Mapping[str, Any], expected: Mapping[str, Any], form: str
         form: the text after a name, with places for the two values.
     """
     entries = list(_differing(found, expected, form))
-    return "; ".join(entries[:MOST]) + _rest(entries)
+    return "; ".join(entries[:MOST]) + _rest(entries, MOST)
 
 
-def listed(names: Iterable[str]) -> str:
-    """The first few ``names`` as a list for a message, and how many more there are."""
+def listed(names: Iterable[str], most: int = MOST) -> str:
+    """``names`` for a message: the first ones, and how many more there are."""
     names = list(names)
-    return f"{names[:MOST]}{_rest(names)}"
+    return ", ".join(map(repr, names[:most])) + _rest(names, most)
 
 
 def _differing(found: Any, expected: Any, form: str, name: str = "") -> Iterator[str]:
@@ -59,8 +59,8 @@ def _differing(found: Any, expected: Any, form: str, name: str = "") -> Iterator
         yield f"{name}{form.format(_short(found), _short(expected))}"
 
 
-def _rest(entries: list[str]) -> str:
-    return f" and {len(entries) - MOST} more" if len(entries) > MOST else ""
+def _rest(entries: list[str], most: int) -> str:
+    return f" and {len(entries) - most} more" if len(entries) > most else ""
 
 
 def _short(value: Any) -> str:

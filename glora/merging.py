@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .arguments import require_type
+from .arguments import listed, require_type
 from .config import PathConfig
 from .distributed import require_whole
 from .layers.base import GLoRALayer
 from .layers.plain import is_bare, qualified_name
 from .layers.quantised import GLoRAQuantisedLinear
-from .models.modules import evaluating, listed, replace_modules, replaced_modules, require_layers
+from .models.modules import evaluating, replace_modules, replaced_modules, require_layers
 from .models.pretrained import Home, guard_saving, homes, release_saving
 from .models.readers import warn_of_readers
 from .models.wrappers import modules_by_name

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from .arguments import listed
 from .layers.adapters import adapters
 from .layers.base import GLoRALayer
 from .layers.plain import qualified_name
-from .models.modules import listed, require_layers
+from .models.modules import require_layers
 from .models.readers import read_by_others
 from .models.wrappers import named_modules, named_parameters
 from .parameters import count_parameters

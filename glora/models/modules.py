@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 from torch import nn
@@ -52,12 +52,6 @@ def require_real(model: nn.Module) -> None:
     require_model(model)
     if any(parameter.is_meta for parameter in model.parameters()):
         raise ValueError("model: expected real tensors, got parameters on meta; load the base weights first")
-
-
-def listed(names: Sequence[str], most: int = 4) -> str:
-    """``names`` for people: the first ones, and how many more there are."""
-    text = ", ".join(map(repr, names[:most]))
-    return text if len(names) <= most else f"{text} and {len(names) - most} more"
 
 
 def matches(name: str, pattern: str) -> bool:

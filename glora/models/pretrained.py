@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..arguments import listed
 from ..layers.packages import is_a
-from .modules import glora_layers, listed
+from .modules import glora_layers
 from .wrappers import modules_by_name, named_modules
 
 _Shapes = dict[str, torch.Size]

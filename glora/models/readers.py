@@ -15,7 +15,7 @@ from functools import cache
 
 from torch import nn
 
-from .modules import listed
+from ..arguments import listed
 
 # Functions that multiply by a weight, by the last part of their name.
 _PRODUCTS = {"linear", "matmul", "mm", "bmm", "mv", "addmm", "baddbmm", "einsum", "tensordot", "conv1d", "conv2d"}

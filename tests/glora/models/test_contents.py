@@ -180,7 +180,7 @@ def test_other_than_floating_tensors_keep_their_dtype():
         ("count", torch.tensor(3).int()),
         ("mask", torch.ones(2).int()),
     ):
-        with pytest.raises(ValueError, match=rf"^f: expected finite tensors of a floating dtype, got \['{name} "):
+        with pytest.raises(ValueError, match=rf"^f: expected finite tensors of a floating dtype, got '{name} "):
             require_fit("f", {**good, name: tensor}, slots)
 
 
@@ -188,7 +188,7 @@ def test_a_message_lists_a_few(tmp_path):
     file = tmp_path / "a.safetensors"
     glora.save_adapter(trained(), file)
     write_safetensors({name: tensor.int() for name, tensor in load_file(file).items()}, file)
-    with pytest.raises(ValueError, match=r"\] and 10 more$"):
+    with pytest.raises(ValueError, match=r"' and 10 more$"):
         glora.load_adapter(mlp(), file)
 
 
@@ -242,9 +242,9 @@ def flattened(model):
 @pytest.mark.parametrize(
     ("change", "names"),
     [
-        (emptied, r"\['fc1.Ad', .* and \d+ more"),
-        (headless, r"\['head.weight'\]"),
-        (flattened, r"\['fc1.Ad'\]"),
+        (emptied, r"'fc1.Ad', .* and \d+ more"),
+        (headless, r"'head.weight';"),
+        (flattened, r"'fc1.Ad';"),
     ],
 )
 @formats
@@ -273,7 +273,7 @@ def test_a_diverged_model_is_written_with_a_warning(tmp_path, kind):
     form = FORMATS[kind]
     model = form.make()
     model.fc2.Bd.data[0, 0] = math.nan
-    with pytest.warns(UserWarning, match=r"training has diverged: not finite are \[.*fc2.*\]; they are written"):
+    with pytest.warns(UserWarning, match=r"training has diverged: not finite are '.*fc2.*'; they are written"):
         form.save(model, tmp_path / form.name)
     with pytest.raises(ValueError, match="finite"):
         form.load(form.make(), tmp_path / form.name)
@@ -353,9 +353,9 @@ def test_any_persistent_buffer_is_in_the_file(tmp_path):
 def test_buffers_that_the_file_cannot_hold_are_named(tmp_path):
     model = trained()
     model.register_buffer("graph", torch.eye(3).to_sparse())
-    with pytest.warns(UserWarning, match=r"left out: \['graph'\]"):
+    with pytest.warns(UserWarning, match=r"left out: 'graph'$"):
         glora.save_adapter(model, tmp_path / "a.safetensors")
-    with pytest.warns(UserWarning, match=r"holds nothing for the buffers \['graph'\]"):
+    with pytest.warns(UserWarning, match=r"holds nothing for the buffers 'graph':"):
         glora.load_adapter(model, tmp_path / "a.safetensors")
 
 
@@ -371,7 +371,7 @@ def test_a_file_of_format_1_loads_with_a_warning(tmp_path):
     file = tmp_path / "a.safetensors"
     glora.save_adapter(gathered(), file)
     without_buffers(file, 1)
-    with pytest.warns(UserWarning, match=r"holds nothing for the buffers \['norm.running_mean', .*: they stay as"):
+    with pytest.warns(UserWarning, match=r"holds nothing for the buffers 'norm.running_mean', .*: they stay as"):
         model = glora.load_adapter(normed(), file)
     assert torch.equal(model.norm.running_mean, torch.zeros(8))
     assert torch.equal(model.fc1.Ad, gathered().fc1.Ad)
@@ -397,10 +397,10 @@ def test_formats_without_a_place_for_statistics_say_so(tmp_path):
     model = gathered()
     model.fc2.requires_grad_(False)
     model = glora.inject(nn.Sequential(OrderedDict(body=normed(), head=nn.Linear(3, 3))), 2, product="hadamard")
-    with pytest.warns(UserWarning, match=r"cannot hold the statistics of norm layers .* as in \['body.norm'\]"):
+    with pytest.warns(UserWarning, match=r"cannot hold the statistics of norm layers .* as in 'body.norm':"):
         glora.save_official(model, tmp_path / "a.pt")
     glora.set_paths(model, {name: PathConfig() for name in glora.get_paths(model)})
-    with pytest.warns(UserWarning, match=r"cannot hold the statistics of norm layers .* as in \['body.norm'\]"):
+    with pytest.warns(UserWarning, match=r"cannot hold the statistics of norm layers .* as in 'body.norm':"):
         save_lycoris(model, tmp_path / "a.safetensors")
 
 
