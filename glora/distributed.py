@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .layers.base import support_shapes
-from .models.contents import require_held
+from .models.contents import BATCH_NORMS, require_held
 from .models.modules import glora_layers, require_model
 from .models.wrappers import is_fsdp1, named_parameters
 from .parameters import trainable_parameters
@@ -170,7 +170,7 @@ def _require_plain_bases(model: nn.Module) -> None:
 
 def _require_no_batch_norm(model: nn.Module) -> None:
     for name, module in model.named_modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and not isinstance(module, nn.SyncBatchNorm):
+        if isinstance(module, BATCH_NORMS) and not isinstance(module, nn.SyncBatchNorm):
             raise ValueError(
                 f"model: expected no batch norm, which would normalise each rank's share by itself, got {name!r}; "
                 "use torch.nn.SyncBatchNorm.convert_sync_batchnorm"

@@ -10,7 +10,6 @@ from dataclasses import asdict, dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from .arguments import listed, require_type
 from .config import PathConfig
@@ -18,6 +17,7 @@ from .distributed import require_whole
 from .layers.base import GLoRALayer
 from .layers.plain import is_bare, qualified_name
 from .layers.quantised import GLoRAQuantisedLinear
+from .models.contents import BATCH_NORMS
 from .models.modules import evaluating, replace_modules, replaced_modules, require_layers
 from .models.pretrained import Home, guard_saving, homes, release_saving
 from .models.readers import warn_of_readers
@@ -323,7 +323,7 @@ def _is_fused(model: nn.Module, name: str) -> bool:
     """Whether a module around this layer offers to fuse it with a batch norm beside it."""
     parents = [".".join(name.split(".")[:depth]) for depth in range(name.count(".") + 1)]
     modules = modules_by_name(model)
-    if not any(isinstance(child, _BatchNorm) for child in modules[parents[-1]].children()):
+    if not any(isinstance(child, BATCH_NORMS) for child in modules[parents[-1]].children()):
         return False
     offers = ("reparameterize", "fuse", "switch_to_deploy")
     return any(hasattr(type(modules[parent]), offer) for parent in parents for offer in offers)

@@ -15,16 +15,9 @@ from glora_kernels.checks import FLOATING
 from ..arguments import listed
 from .wrappers import named_buffers, named_modules, tensors_of
 
-# Norm layers that gather statistics in training mode, whatever is frozen.
-NORMS = (
-    nn.BatchNorm1d,
-    nn.BatchNorm2d,
-    nn.BatchNorm3d,
-    nn.SyncBatchNorm,
-    nn.InstanceNorm1d,
-    nn.InstanceNorm2d,
-    nn.InstanceNorm3d,
-)
+# Norm layers that gather statistics in training mode, whatever is frozen; the first ones over a batch.
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+NORMS = (*BATCH_NORMS, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 File = str | os.PathLike
 
 

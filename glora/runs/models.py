@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..backbones import load_backbone
 from ..injection import inject
+from ..models.contents import BATCH_NORMS
 from ..presets import apply_preset
 from .spec import RunSpec
 
@@ -30,7 +30,7 @@ def make_backbone(spec: RunSpec) -> nn.Module:
             settings.name, classes, weights=spec.weights, drop_path=settings.drop_path, options=settings.options
         )
         model.reset_classifier(classes)
-    if any(isinstance(module, _BatchNorm) for module in model.modules()):
+    if any(isinstance(module, BATCH_NORMS) for module in model.modules()):
         raise ValueError(f"model: expected one without batch norm, got {settings.name!r}")
     return model
 
