@@ -29,7 +29,7 @@ from ..files import checksum, parts, require_file, write_atomically
 from ..injection import adapt
 from ..layers.adapters import adapters
 from ..layers.base import SUPPORT_NAMES, GLoRALayer, support_dtype, support_shapes
-from ..models.contents import Slot, buffers_beside, check_written, require_fit, slots, statistics
+from ..models.contents import Slot, buffers_beside, check_written, require_fit, require_same_layers, slots, statistics
 from ..models.modules import glora_layers, require_layers, require_real
 from ..models.wrappers import modules_by_name, name_in, named_parameters, tensors_in, tensors_of
 from ..parameters import support_ids, trained_beside
@@ -249,17 +249,7 @@ def _expected(
     ranks, product = description.ranks, description.product
     own = slots(model)
     if layers:
-        missing, unknown = sorted(set(layers) - set(ranks)), sorted(set(ranks) - set(layers))
-        differing = [
-            f"{name}: rank {layer.rank} {layer.product} in the model, {ranks[name]} {product} in the file"
-            for name, layer in layers.items()
-            if name in ranks and (layer.rank, layer.product) != (ranks[name], product)
-        ]
-        if missing or unknown or differing:
-            raise ValueError(
-                f"{file}: expected the adapted layers of the model; missing {missing}, unknown {unknown}, "
-                f"differing {differing}"
-            )
+        require_same_layers(file, layers, ranks, product, exactly=True)
     else:
         modules = modules_by_name(model)
         kinds = adapters()

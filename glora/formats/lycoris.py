@@ -40,7 +40,7 @@ from ..layers.base import GLoRALayer
 from ..layers.conv2d import GLoRAConv2d
 from ..layers.linear import GLoRALinear
 from ..layers.plain import qualified_name
-from ..models.contents import check_written, require_floating, warn_of_buffers
+from ..models.contents import check_written, require_floating, require_same_layers, warn_of_buffers
 from ..models.modules import glora_layers, require_layers, require_real
 from ..models.wrappers import key_in, modules_by_name, named_modules, named_parameters
 from ..parameters import trained_beside
@@ -437,17 +437,8 @@ def _check_fit(
 ) -> None:
     """Raise if the file's layers are not those of an adapted model, or its values not those of the storage."""
     if layers:
-        missing, unknown = sorted(set(layers) - set(adapters)), sorted(set(adapters) - set(layers))
-        differing = [
-            f"{name}: rank {layer.rank} {layer.product} in the model, {adapters[name].path.rank} matmul in the file"
-            for name, layer in layers.items()
-            if name in adapters and (layer.product != "matmul" or layer.rank < adapters[name].path.rank)
-        ]
-        if missing or unknown or differing:
-            raise ValueError(
-                f"{file}: expected the adapted layers of the model; missing {missing}, unknown {unknown}, "
-                f"differing {differing}"
-            )
+        ranks = {name: adapter.path.rank for name, adapter in adapters.items()}
+        require_same_layers(file, layers, ranks, "matmul")
     infinite = []
     for name, adapter in adapters.items():
         module = modules[name]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from glora_kernels.checks import FLOATING
 
 from ..arguments import listed
+from ..layers.base import GLoRALayer
 from .wrappers import named_buffers, named_modules, tensors_of
 
 # Norm layers that gather statistics in training mode, whatever is frozen; the first ones over a batch.
@@ -68,6 +69,24 @@ def require_fit(file: File, tensors: Mapping[str, Tensor], expected: Mapping[str
     faults = {name: fault for name, slot in expected.items() if (fault := _fault(tensors[name], slot))}
     if faults:
         raise ValueError(f"{file}: expected finite tensors of a floating dtype, got {_with_reasons(faults)}")
+
+
+def require_same_layers(
+    file: File, layers: Mapping[str, GLoRALayer], ranks: Mapping[str, int], product: str, exactly: bool = False
+) -> None:
+    """Raise ValueError, listing names, unless ``file`` has these ``layers``, of its ``ranks`` (``exactly``) or more."""
+    missing, unknown = sorted(set(layers) - set(ranks)), sorted(set(ranks) - set(layers))
+    differing = [
+        f"{name}: rank {layer.rank} {layer.product} in the model, {ranks[name]} {product} in the file"
+        for name, layer in layers.items()
+        if name in ranks
+        and (layer.product != product or layer.rank < ranks[name] or (exactly and layer.rank > ranks[name]))
+    ]
+    if missing or unknown or differing:
+        raise ValueError(
+            f"{file}: expected the adapted layers of the model; missing {missing}, unknown {unknown}, "
+            f"differing {differing}"
+        )
 
 
 def _fault(tensor: Tensor, slot: Slot) -> str | None:

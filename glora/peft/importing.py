@@ -16,7 +16,7 @@ from ..config import KINDS
 from ..distributed import require_whole
 from ..injection import adapt
 from ..layers.base import GLoRALayer, support_dtype
-from ..models.contents import Slot, require_fit, slots
+from ..models.contents import Slot, require_fit, require_same_layers, slots
 from ..models.modules import glora_layers, require_real
 from ..models.wrappers import modules_by_name, tensors_in, tensors_of
 from ..paths import require_unused, set_paths
@@ -106,17 +106,7 @@ def _matching_layers(model: nn.Module, names: list[str], form: Form, folder: str
         if unfit:
             raise ValueError(f"{folder}: made for another model: expected an nn.Linear at {unfit}")
         return {name: modules[name] for name in names}
-    missing, unknown = sorted(set(layers) - set(names)), sorted(set(names) - set(layers))
-    differing = [
-        f"{name}: rank {layer.rank} {layer.product}"
-        for name, layer in layers.items()
-        if layer.product != "hadamard" or layer.rank < form.rank
-    ]
-    if missing or unknown or differing:
-        raise ValueError(
-            f"{folder}: expected the adapted layers of the model, hadamard and of rank {form.rank} or more; "
-            f"missing {missing}, unknown {unknown}, differing {differing}"
-        )
+    require_same_layers(folder, layers, dict.fromkeys(names, form.rank), "hadamard")
     return dict(layers)
 
 

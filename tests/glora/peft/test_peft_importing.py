@@ -169,7 +169,7 @@ def whole_numbers(tensors):
         (lambda t: t.update({"fc1.glora_D.X": torch.ones(8)}), r"expected names that start with 'base_model.model.'"),
         (lambda t: t.clear(), "expected the tensors of a GLoRA adapter, got none"),
         (filled, r"zeros for the kind none; not so: \['fc1.glora_A.zeros'\]"),
-        (whole_numbers, r"expected finite tensors of a floating dtype, got \['fc1.glora_D.X \(torch.int32\)'\]"),
+        (whole_numbers, r"expected finite tensors of a floating dtype, got 'fc1.glora_D.X \(torch.int32\)'$"),
     ],
 )
 def test_other_tensors(folder, change, message):
@@ -190,9 +190,9 @@ def test_another_model(folder):
 
 def test_another_model_with_glora(folder):
     small = adapted_mlp(rank=1)
-    refuse(small, folder, ValueError, r"rank 2 or more; missing \[\], unknown \[\], differing \['fc1: rank 1 hadamard'")
+    refuse(small, folder, ValueError, r"missing \[\], unknown \[\], differing \['fc1: rank 1 hadamard in the model, 2")
     matmul = adapted_mlp(product="matmul")
-    refuse(matmul, folder, ValueError, r"differing \['fc1: rank 2 matmul', 'fc2: rank 2 matmul'\]")
+    refuse(matmul, folder, ValueError, r"differing \['fc1: rank 2 matmul in the model, 2 hadamard in the file', '")
     fewer = glora.inject(mlp(), 2, targets=["fc1"])
     refuse(fewer, folder, ValueError, r"missing \[\], unknown \['fc2'\]")
     more = glora.inject(mlp(), 2, heads=())
