@@ -6,7 +6,7 @@ import json
 import math
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from functools import cache, cached_property
 from typing import NamedTuple
 
@@ -178,10 +178,6 @@ class SearchSpace:
             object.__setattr__(self, slot, kinds)
         if not isinstance(self.bias_free, bool):
             raise TypeError(f"bias_free: expected True or False, got {self.bias_free!r}")
-
-    def without_bias(self) -> SearchSpace:
-        """This space with ``bias_free=True``: paths that create no bias."""
-        return replace(self, bias_free=True)
 
     @cached_property
     def options(self) -> dict[str, tuple[str, ...]]:

@@ -143,7 +143,7 @@ def test_created_all_the_same_with_a_warning_and_a_line_in_the_report(tmp_path):
 def test_paths_without_c_and_e_merge_and_load_as_ever(tmp_path):
     model = glora.inject(base("t5"), 2, exclude=("lm_head",))
     randomize(model)
-    glora.set_paths(model, glora.sample_paths(model, glora.SearchSpace((2,)).without_bias(), generator()))
+    glora.set_paths(model, glora.sample_paths(model, glora.SearchSpace((2,), bias_free=True), generator()))
     report = glora.merge(model)
     assert report.created_biases == ()
     assert "bias" not in str(report)
