@@ -43,17 +43,13 @@ class PathSampler:
             shape: [[count_choice(slot, text, shape) for text in texts] for slot, texts in zip(SLOTS, options)]
             for shape, options in self._options.items()
         }
-        self.smallest = self._total(min)
-        self.largest = self._total(max)
+        self.smallest = sum(min(counts) for shape in self.layers.values() for counts in self._counts[shape])
         if limit is not None and self.smallest > limit:
             raise ValueError(
                 f"limit: expected at least {self.smallest:,} parameters (the space's smallest path), got {limit:,}"
             )
         temperature = 0.0 if limit is None else self._temperature(limit)
         self._cumulative = {shape: self._distributions(shape, temperature) for shape in self._counts}
-
-    def _total(self, choose) -> int:
-        return sum(choose(counts) for shape in self.layers.values() for counts in self._counts[shape])
 
     @property
     def mean(self) -> float:

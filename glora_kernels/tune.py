@@ -115,9 +115,9 @@ def tune(name: str, kernels: Sequence[str], measure: Measure, seconds: float = m
     return tuned
 
 
-def write(name: str, tuned: dict[str, list[Rule]], file: Path, source: Path = FILE) -> None:
-    """Write ``source`` to ``file``, with the tuned rules in place of those of architecture ``name``."""
-    content = json.loads(source.read_text())
+def write(name: str, tuned: dict[str, list[Rule]], file: Path) -> None:
+    """Write the settings in force to ``file``, with the tuned rules in place of those of architecture ``name``."""
+    content = json.loads(FILE.read_text())
     table = {**rules(name), **tuned}
     content["architectures"][name] = {kernel: [_entry(rule) for rule in table[kernel]] for kernel in KERNELS}
     file.write_text(render(content))

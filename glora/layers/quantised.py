@@ -112,10 +112,10 @@ class GLoRAQuantisedLinear(GLoRALinear):
             plain.bias = nn.Parameter(torch.cat(biases).to(dtype), requires_grad=False)
         return plain.train(self.training)
 
-    def requantisation_error(self, plain: nn.Linear, path: PathConfig | None = None) -> float:
+    def requantisation_error(self, plain: nn.Linear) -> float:
         """The largest absolute difference between W_eff and the decoded weight of ``plain``, merged from this layer."""
         merged = _Blocks(GLoRAQuantisedLinear.from_linear(plain, 1))
-        exact = ((bounds, self._merged_rows(*bounds, path, False)[0]) for bounds in merged.bounds)
+        exact = ((bounds, self._merged_rows(*bounds, None, False)[0]) for bounds in merged.bounds)
         return max(float((merged.rows(*bounds).double() - rows).abs().max()) for bounds, rows in exact)
 
     def _merged_rows(self, start: int, stop: int, path: PathConfig | None, safe: bool) -> tuple[Tensor, Tensor | None]:

@@ -87,15 +87,14 @@ class Home:
 
     Attributes:
         name, kind: the names of the part and of its class.
-        created: the layers that get a bias, by their names in the part.
-        dropped: those of them for which the class, built from its config, has no place.
+        dropped: the layers that get a bias for which the class, built from its config, has no place; by their names
+            in the part.
         switches: entries of the config that would give all of them a place; empty if there are none.
         zeros: the other modules that these entries give a bias, with its shape.
     """
 
     name: str
     kind: str
-    created: tuple[str, ...]
     dropped: tuple[str, ...]
     switches: tuple[str, ...] = ()
     zeros: Mapping[str, torch.Size] | None = None
@@ -133,7 +132,7 @@ def _home(name: str, part: Any, created: list[str]) -> Home:
     config = getattr(part, "config", None)
     without = _shapes_built(part, config)
     if without is None:
-        return Home(name, kind, layers, layers)
+        return Home(name, kind, layers)
     dropped = tuple(layer for layer in layers if f"{layer}.bias" not in without)
     chosen: list[str] = []
     left = set(dropped)
@@ -143,10 +142,10 @@ def _home(name: str, part: Any, created: list[str]) -> Home:
             chosen.append(entry)
             left -= set(places)
     if left or not chosen:
-        return Home(name, kind, layers, dropped)
+        return Home(name, kind, dropped)
     places = _places(part, config, chosen, without)
     zeros = {layer: shape for layer, shape in places.items() if layer not in layers}
-    return Home(name, kind, layers, dropped, tuple(chosen), zeros)
+    return Home(name, kind, dropped, tuple(chosen), zeros)
 
 
 def _places(part: nn.Module, config: Any, entries: Sequence[str], without: _Shapes) -> _Shapes:
