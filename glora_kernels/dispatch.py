@@ -46,12 +46,7 @@ class Decision(NamedTuple):
 
 def available_backends() -> dict[str, str | None]:
     """Every backend, with None if it can be used here, or else the reason why not."""
-    return {
-        "reference": None,
-        "torch": None,
-        "triton": _triton_reason(),
-        "cuda": _extension_fault(),
-    }
+    return {"reference": None, "torch": None, "triton": _triton_reason(), "cuda": _extension_fault()}
 
 
 def _triton_reason() -> str | None:

@@ -71,12 +71,7 @@ class Way(NamedTuple):
 
 
 def judge(
-    way: Way,
-    model: nn.Module,
-    fresh: Callable[[], nn.Module],
-    folder: Path,
-    look: Looking,
-    warned: str = "",
+    way: Way, model: nn.Module, fresh: Callable[[], nn.Module], folder: Path, look: Looking, warned: str = ""
 ) -> Verdict:
     """Send ``model`` through ``way``; compare the outputs that ``look`` sees before with those of the loaded model.
 

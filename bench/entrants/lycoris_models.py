@@ -8,12 +8,7 @@ import glora
 
 from .copies import sharing
 
-NAMES = {
-    "Ad": "lycoris.a1.weight",
-    "Au": "lycoris.a2.weight",
-    "Bd": "lycoris.b1.weight",
-    "Bu": "lycoris.b2.weight",
-}
+NAMES = {"Ad": "lycoris.a1.weight", "Au": "lycoris.a2.weight", "Bd": "lycoris.b1.weight", "Bu": "lycoris.b2.weight"}
 
 
 def lycoris_model(backbone: nn.Module, ours: nn.Module) -> nn.Module:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from glora import PathConfig
+from glora.graphs.capture import CudaGraphs
 
 from ..agreement import run
 from ..entrants import Field
 from ..entrants.names import ASSEMBLED, FROZEN, GLORA, HIRA, LORA, OFFICIAL, OURS, all_low_rank
-from ..graphs import captured
 from ..section import Comparison, Section, against
 from ..settings import Settings
 from ..shapes import Layer
@@ -67,7 +68,9 @@ def _replay(name: str, field: Field, model: nn.Module, workload: LayerWorkload) 
     try:
         run(workload, model)
         eager = gradients()
-        replay = captured(lambda: run(workload, model))
+        graphs, step = CudaGraphs(torch.device("cuda")), partial(run, workload, model)
+        graphs.warm_up(step)
+        replay, _ = graphs.capture(step)
         for gradient in (*workload.input_gradients().values(), *(p.grad for p in model.parameters())):
             if gradient is not None:
                 gradient.fill_(torch.nan)  # to find what the replay does not write

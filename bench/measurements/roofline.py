@@ -32,10 +32,7 @@ def ceilings(settings: Settings) -> Section:
     edge = EDGE[settings.device]
     a, b = settings.randn(edge, edge), settings.randn(edge, edge)
     product = torch.empty_like(a)
-    functions = {
-        COPY: plain(lambda: target.copy_(source)),
-        PRODUCT: plain(lambda: torch.mm(a, b, out=product)),
-    }
+    functions = {COPY: plain(lambda: target.copy_(source)), PRODUCT: plain(lambda: torch.mm(a, b, out=product))}
     phases = interleave(functions, settings.rounds, warmup=2, watch=settings.watch())
     seconds = {name: statistics.median(times) for name, times in phases[WHOLE].items()}
     return Section(

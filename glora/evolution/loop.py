@@ -125,12 +125,8 @@ def _checked_samples(validation: Dataset, metric: str, batch_size: int = 1, work
 
 
 def _order(validation: Dataset, settings: SearchSettings) -> list[int] | None:
-    _require_settings(settings)
-    return search_order(validation, settings.seed) if settings.halving else None
-
-
-def _require_settings(settings: SearchSettings) -> None:
     require_type("settings", settings, SearchSettings, "glora.SearchSettings")
+    return search_order(validation, settings.seed) if settings.halving else None
 
 
 def _checked_layers(model: nn.Module, space: SearchSpace, limit: int | None) -> dict[str, LayerShape]:
@@ -221,7 +217,7 @@ def evolve(
 
 
 def _rung_ends(settings: SearchSettings, samples: int | None) -> list[int]:
-    _require_settings(settings)
+    require_type("settings", settings, SearchSettings, "glora.SearchSettings")
     if samples is not None and (type(samples) is not int or samples < 1):
         raise ValueError(f"samples: expected an integer from 1 or None, got {samples!r}")
     if samples is None and settings.halving:

@@ -63,7 +63,7 @@ def _better_half(candidates: int) -> int:
 
 
 def _by_layer(key: Key) -> list[str]:
-    """Sorts candidates so that those next to each other have as many first layers in common as can be."""
+    """Sorts candidates so that neighbours have layers in common, which are then merged once."""
     return [_encode_path(path) for path in key]
 
 

@@ -379,10 +379,7 @@ def _check_entries(found: dict[str, dict[str, Tensor]], file: str | os.PathLike)
 
 
 def _layout(
-    modules: Mapping[str, nn.Module],
-    found: dict[str, dict[str, Tensor]],
-    asked: str | None,
-    file: str | os.PathLike,
+    modules: Mapping[str, nn.Module], found: dict[str, dict[str, Tensor]], asked: str | None, file: str | os.PathLike
 ) -> str:
     """The one layout that the shapes of every layer fit."""
     forms = {name: _form(modules[name]) for name in found}

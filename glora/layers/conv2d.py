@@ -162,13 +162,11 @@ class GLoRAConv2d(GLoRALayer):
 
 def _border(padding: str | tuple[int, int], kernel: tuple[int, int], dilation: tuple[int, int]) -> list[int]:
     """What the padding adds on each side, as ``F.pad`` takes it: left, right, top, bottom."""
-    if padding == "valid":
-        return [0] * 4
-    border: list[int] = []
-    for axis in (1, 0):
-        total = dilation[axis] * (kernel[axis] - 1)  # of "same": the odd one of an even kernel comes last
-        border += [total // 2, total - total // 2] if isinstance(padding, str) else [padding[axis]] * 2
-    return border
+    sides = [(total, total) for total in padding] if not isinstance(padding, str) else [(0, 0)] * 2
+    if padding == "same":  # the odd one of an even kernel comes last
+        totals = [step * (size - 1) for step, size in zip(dilation, kernel)]
+        sides = [(total // 2, total - total // 2) for total in totals]
+    return [*sides[1], *sides[0]]
 
 
 def _pair(values: tuple[int, ...]) -> tuple[int, int]:

@@ -24,6 +24,11 @@ def glora_layers(model: nn.Module) -> dict[str, GLoRALayer]:
     return {name: module for name, module in named_modules(model) if isinstance(module, GLoRALayer)}
 
 
+def module_types(model: nn.Module) -> dict[str, type]:
+    """The type of every module by its name."""
+    return {name: type(module) for name, module in model.named_modules()}
+
+
 def require_model(model: nn.Module) -> None:
     """Raise TypeError for anything but a module."""
     require_type("model", model, nn.Module, "a torch.nn.Module")

@@ -16,10 +16,7 @@ from torch.utils.data import TensorDataset
 CLASSES = 10
 SOURCE_IMAGES = 900
 VALIDATION_PER_CLASS = 4
-TASKS = {
-    "inverted": lambda x: -x,
-    "rotated90": lambda x: torch.rot90(x, 1, (-2, -1)),
-}
+TASKS = {"inverted": lambda x: -x, "rotated90": lambda x: torch.rot90(x, 1, (-2, -1))}
 
 
 class FewShot(NamedTuple):

@@ -20,6 +20,7 @@ from ..evaluation import evaluate, evaluate_merged
 from ..evolution.loop import SearchSettings, search
 from ..injection import inject
 from ..merging import merge
+from ..models.modules import module_types
 from ..parameters import count_parameters
 from ..paths import get_paths, sampler_for, set_paths
 from ..presets import apply_preset
@@ -183,7 +184,7 @@ def prove_merge(conditions: Conditions, model: nn.Module) -> dict:
     original = conditions.model()
     return {
         "same_parameters": _parameters(model) == _parameters(original),
-        "same_modules": _modules(model) == _modules(original),
+        "same_modules": module_types(model) == module_types(original),
         "parameter_count": sum(p.numel() for p in model.parameters()),
         "largest_layer_error": report.largest_error,
         "largest_output_difference": report.model_difference,
@@ -220,10 +221,6 @@ def _predict(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
 
 def _parameters(model: nn.Module) -> dict[str, tuple[int, ...]]:
     return {name: tuple(p.shape) for name, p in model.named_parameters()}
-
-
-def _modules(model: nn.Module) -> dict[str, type]:
-    return {name: type(module) for name, module in model.named_modules()}
 
 
 def run_methods(conditions: Conditions) -> list[Row]:

@@ -18,7 +18,7 @@ from ..evolution.loop import SearchSettings, check_search, search
 from ..files import write_atomically
 from ..formats.adapter_file import load_adapter, save_adapter
 from ..merging import merge
-from ..models.modules import glora_layers
+from ..models.modules import glora_layers, module_types
 from ..parameters import count_parameters
 from ..paths import get_paths, set_paths
 from ..processes import from_first, is_first
@@ -195,7 +195,7 @@ def merge_run(run: RunFolder, device: torch.device) -> tuple[nn.Module, dict[str
         "largest_difference": report.largest_difference,
         "model_difference": report.model_difference,
         "created_biases": list(report.created_biases),
-        "same_modules": _modules(model) == _modules(plain),
+        "same_modules": module_types(model) == module_types(plain),
         "total_parameters": sum(p.numel() for p in model.parameters()),
         "backbone_parameters": sum(p.numel() for p in plain.parameters()),
     }
@@ -208,10 +208,6 @@ def merge_run(run: RunFolder, device: torch.device) -> tuple[nn.Module, dict[str
 def require_winner(run: RunFolder) -> Path:
     """The adapter to merge. If it is missing, raises ValueError with the command that makes it."""
     return run.require(ADAPTER, "train" if run.spec.preset else "search")
-
-
-def _modules(model: nn.Module) -> dict[str, type]:
-    return {name: type(module) for name, module in model.named_modules()}
 
 
 def open_splits(spec: RunSpec) -> Splits:

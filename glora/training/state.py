@@ -52,12 +52,7 @@ class TrainingState:
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        parameters: list[nn.Parameter],
-        recipe: Recipe,
-        space: SearchSpace | None,
-        samples: int,
+        self, model: nn.Module, parameters: list[nn.Parameter], recipe: Recipe, space: SearchSpace | None, samples: int
     ):
         from timm.scheduler import CosineLRScheduler  # here: timm takes seconds to import
 

@@ -11,12 +11,7 @@ from ..terms import Terms
 from .context import Context, context
 from .kernels.assemble import assembled
 from .kernels.fused import multiply
-from .operands import (
-    ADDED,
-    a_operand,
-    b_operand,
-    bias_operands,
-)
+from .operands import ADDED, a_operand, b_operand, bias_operands
 
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None, terms: Terms, strategy: str) -> ForwardResult:

@@ -50,10 +50,7 @@ def _slot_jobs(run: BackwardRun, slot: str, term: Term) -> list[GradientJob]:
     name, operand = (("a", run.a), ("b", run.b))[slot == "B"]
     if isinstance(term, LowRank):
         down = "ad" if slot == "A" and operand.form == ADDED else name
-        return [
-            left_job(term.down, run.of(down), operand.rank),
-            right_job(term.up, run.of(name + "u"), operand.rank),
-        ]
+        return [left_job(term.down, run.of(down), operand.rank), right_job(term.up, run.of(name + "u"), operand.rank)]
     if isinstance(term, Constant):
         return [constant_job(term.value, run.of("a" if slot == "A" else "b_sum"))]
     if slot == "A" and run.route == "solved":

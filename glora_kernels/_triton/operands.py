@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import triton.language as tl
@@ -14,12 +14,7 @@ from . import tile as forms
 NONE, ROW, COLUMN, LOW_RANK, ADDED = (
     k.value for k in (forms.NONE, forms.ROW, forms.COLUMN, forms.LOW_RANK, forms.ADDED)
 )
-TYPES = {
-    torch.float16: tl.float16,
-    torch.bfloat16: tl.bfloat16,
-    torch.float32: tl.float32,
-    torch.float64: tl.float64,
-}
+TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32, torch.float64: tl.float64}
 SMALLEST_RANK = 16  # matrix units take no smaller inner dimension; the rest is masked
 
 
@@ -54,18 +49,8 @@ class Operand:
     def transposed(self) -> Operand:
         """The same term for the transposed weight."""
         form = {ROW: COLUMN, COLUMN: ROW}.get(self.form, self.form)
-        left, right = self.right, self.left
-        strides = self.right_column, self.right_rank, self.left_rank, self.left_row
-        return replace(
-            self,
-            form=form,
-            left=left,
-            right=right,
-            left_row=strides[0],
-            left_rank=strides[1],
-            right_rank=strides[2],
-            right_column=strides[3],
-        )
+        left_strides, right_strides = (self.right_column, self.right_rank), (self.left_rank, self.left_row)
+        return Operand(form, self.right, self.left, *left_strides, *right_strides, self.rank, self.dtype)
 
 
 def cdiv(size: int, block: int) -> int:

@@ -38,16 +38,7 @@ def test_everything_runs(whole_run):
     content = json.loads((folder / "results.json").read_text())
     assert content["failures"] == 0 and not content["interrupted"]
     groups = [section["group"] for section in content["sections"]]
-    assert set(groups) == {
-        "layer",
-        "compiled layer",
-        "model",
-        "inference",
-        "latency",
-        "merge",
-        "search",
-        "roofline",
-    }
+    assert set(groups) == {"layer", "compiled layer", "model", "inference", "latency", "merge", "search", "roofline"}
     assert not [section for section in content["sections"] if section["refused"] or section["missing"]]
 
 

@@ -45,9 +45,7 @@ METHODS = {
         lambda p, b: {"Ad": p["B"], "Au": p["A"]},
     ),
     "bitfit": Method(
-        lambda N, K, r: {"b": (N,)},
-        lambda x, W, b, p: F.linear(x, W, p["b"]),
-        lambda p, b: {"E": p["b"] - b},
+        lambda N, K, r: {"b": (N,)}, lambda x, W, b, p: F.linear(x, W, p["b"]), lambda p, b: {"E": p["b"] - b}
     ),
     "ssf": Method(
         lambda N, K, r: {"scale": (N,), "shift": (N,)},
@@ -65,9 +63,7 @@ METHODS = {
         lambda p, b: {"Ad": p["l"] - 1, "D": p["l"] - 1},
     ),
     "ia3-input": Method(
-        lambda N, K, r: {"l": (K,)},
-        lambda x, W, b, p: F.linear(x * p["l"], W, b),
-        lambda p, b: {"Ad": p["l"] - 1},
+        lambda N, K, r: {"l": (K,)}, lambda x, W, b, p: F.linear(x * p["l"], W, b), lambda p, b: {"Ad": p["l"] - 1}
     ),
     "repadapter": Method(
         lambda N, K, r: {"Wd": (r, K), "bd": (r,), "Wu": (K, r), "bu": (K,)},

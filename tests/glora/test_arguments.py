@@ -10,16 +10,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 import glora
 from glora import PathConfig, Recipe, SearchSettings, SearchSpace
 from glora.evolution.loop import check_search
-from tests.glora.toys import (
-    IN_FEATURES,
-    adapted_mlp,
-    generator,
-    points,
-    same_bits,
-    state,
-    trained_mlp,
-    unchanged,
-)
+from tests.glora.toys import IN_FEATURES, adapted_mlp, generator, points, same_bits, state, trained_mlp, unchanged
 
 RECIPE = Recipe(steps=3, batch_size=4, lr=0.05)
 SPACE = SearchSpace(ranks=(2,))

@@ -439,21 +439,13 @@ NO_IMAGE = (r"^rank 1 failed: OSError: no such image", r"^no such image")
 REFUSED = {
     "path": (lambda: other_paths(1), ValueError, PATHS_DIFFER),
     "path-of-first": (lambda: other_paths(0), ValueError, r"'fc2' .*B='vector'.* on rank 1 and .*B='constant'"),
-    "union": (
-        other_union,
-        ValueError,
-        r"paths: .* got 'fc1.Au' gradient .* on rank 1 and None on rank 0",
-    ),
+    "union": (other_union, ValueError, r"paths: .* got 'fc1.Au' gradient .* on rank 1 and None on rank 0"),
     "sparse": (sparse, ValueError, r"model: expected dense gradients, got torch.sparse_coo for 'weight'"),
     "sync-of-ddp": (lambda: sync_gradients(default_ddp()), ValueError, ITSELF),
     "sync-of-fsdp": (lambda: sync_gradients(sharded(trained_mlp())), ValueError, ITSELF),
     "ddp": (lambda: start(DistributedDataParallel(adapted_mlp())), ValueError, UNREAD),
     "ddp-fixed-path": (lambda: start(default_ddp(), space=None), ValueError, UNREAD),
-    "static-graph": (
-        lambda: start(static_graph()),
-        ValueError,
-        UNREAD,
-    ),
+    "static-graph": (lambda: start(static_graph()), ValueError, UNREAD),
     "ddp-inside": (lambda: start(nn.Sequential(default_ddp())), ValueError, "around the whole model or none"),
     "partly-sharded": (
         lambda: start(partly_sharded()),

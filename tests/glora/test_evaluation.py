@@ -9,16 +9,7 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset, TensorDataset
 
 from glora import GLoRALinear, PathConfig, SearchSpace, evaluate, evaluate_merged, inject, sample_paths, using_paths
-from tests.glora.toys import (
-    IN_FEATURES,
-    generator,
-    mlp,
-    points,
-    randomize,
-    tiny_vit,
-    trained_mlp,
-    unchanged,
-)
+from tests.glora.toys import IN_FEATURES, generator, mlp, points, randomize, tiny_vit, trained_mlp, unchanged
 
 
 class Pairs(Dataset):

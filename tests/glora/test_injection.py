@@ -203,10 +203,7 @@ class OwnLinear(nn.Linear):
         ({"targets": "fc1"}, r"^targets: expected a list of names, got the string 'fc1'"),
         ({"targets": [""]}, r"^targets: expected non-empty names, got ''"),
         ({"targets": [1]}, r"^targets: expected non-empty names, got 1"),
-        (
-            {"targets": ["act"]},
-            r"^targets: 'act' selects no nn.Linear, .* but 1 \w+ \('act'\)",
-        ),
+        ({"targets": ["act"]}, r"^targets: 'act' selects no nn.Linear, .* but 1 \w+ \('act'\)"),
         ({"targets": []}, r"^model: expected at least one nn.Linear to adapt among targets \[\], found none"),
         ({"targets": ["head"], "heads": ["head"]}, r"^targets: 'head' selects nothing but heads, which train in full"),
         ({"targets": ["fc1"], "exclude": ["fc1"]}, r"^targets: 'fc1' selects nothing but what exclude= leaves alone"),
@@ -288,7 +285,4 @@ def test_a_target_that_selects_convolutions_alone_says_how_to_adapt_them():
     model = nn.ModuleDict({"patch": nn.Conv2d(3, 4, 2), "qkv": nn.Linear(4, 4)})
     with unchanged(model), pytest.raises(ValueError, match=r"targets: 'patch' selects convolutions.*convolutions=True"):
         inject(model, 2, targets=("patch", "qkv"))
-    assert set(glora_layers(inject(model, 2, targets=("patch", "qkv"), convolutions=True))) == {
-        "patch",
-        "qkv",
-    }
+    assert set(glora_layers(inject(model, 2, targets=("patch", "qkv"), convolutions=True))) == {"patch", "qkv"}

@@ -16,17 +16,7 @@ from glora_kernels._triton import TritonBackend, device
 from glora_kernels._triton.kernels import finish
 from glora_kernels._triton.launch import recorded
 from glora_kernels.backend import BackwardCall
-from tests.interpreter.cases import (
-    KINDS,
-    PRODUCTS,
-    RAGGED,
-    REUSED,
-    STRATEGIES,
-    kernels,
-    leaves_of,
-    make,
-    upstream,
-)
+from tests.interpreter.cases import KINDS, PRODUCTS, RAGGED, REUSED, STRATEGIES, kernels, leaves_of, make, upstream
 
 FREE = {"view", "_unsafe_view", "t", "transpose", "detach", "alias", "slice", "select", "expand", "as_strided"}
 FREE |= {"empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided"}

@@ -14,12 +14,7 @@ from triton.runtime.interpreter import InterpreterBuilder
 from tests.interpreter.shim import ALLOWED, install, untouched
 
 BLOCK = 2**16
-TYPES = {
-    torch.float16: tl.float16,
-    torch.bfloat16: tl.bfloat16,
-    torch.float32: tl.float32,
-    torch.float64: tl.float64,
-}
+TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32, torch.float64: tl.float64}
 ELEMENTWISE = ["add", "subtract", "multiply", "negate", "scale", "compare", "equal", "absolute", "fused"]
 FUNCTIONS = ["exponential", "root", "floor", "sum", "reduce", "scan", "atomic", "split", "join"]
 

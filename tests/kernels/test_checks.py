@@ -36,11 +36,7 @@ CALLS = {
 }
 
 TERMS = {
-    "a-down-rows": (
-        Terms(A=LowRank(t(9, R), t(R, K))),
-        ValueError,
-        r"A.down: expected shape \(4, R\), got \(9, 2\)",
-    ),
+    "a-down-rows": (Terms(A=LowRank(t(9, R), t(R, K))), ValueError, r"A.down: expected shape \(4, R\), got \(9, 2\)"),
     "a-up": (Terms(A=LowRank(t(N, R), t(R, K + 1))), ValueError, r"A.up: expected shape \(2, 3\), got \(2, 4\)"),
     "a-matmul-rows": (
         Terms(A=LowRank(t(N, R), t(R, K)), product="matmul"),

@@ -31,20 +31,8 @@ from ..run import BackwardRun, stride
 from ..tile import ADDED, COLUMN, LOW_RANK, NONE, ROW, load_tile, span, store_tile
 
 # Numbers that change from call to call: a new value needs no new build.
-VARYING = [
-    "M",
-    "rank_a",
-    "rank_b",
-    "at_db",
-    "at_db_sum",
-    "at_db_bias",
-    "at_t",
-    "at_a",
-    "at_au",
-    "at_b",
-    "at_b_sum",
-    "at_bu",
-]
+PLACES = ["at_db", "at_db_sum", "at_db_bias", "at_t", "at_a", "at_au", "at_b", "at_b_sum", "at_bu"]
+VARYING = ["M", "rank_a", "rank_b", *PLACES]
 
 
 @triton.jit

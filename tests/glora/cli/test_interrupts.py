@@ -77,12 +77,7 @@ SCORED = ("glora.evolution.journal:Journal", "append")
 
 @pytest.mark.parametrize(
     ("place", "times", "saved"),
-    [
-        (MODEL, 1, None),
-        (SAVED, 1, "step 3 of 24"),
-        (SAVED, 3, "step 9 of 24"),
-        (WRITING, 2, "step 3 of 24"),
-    ],
+    [(MODEL, 1, None), (SAVED, 1, "step 3 of 24"), (SAVED, 3, "step 9 of 24"), (WRITING, 2, "step 3 of 24")],
     ids=["before", "first", "third", "writing"],
 )
 def test_training(data, uncut, tmp_path, capsys, place, times, saved):

@@ -175,11 +175,7 @@ def test_other_than_floating_tensors_keep_their_dtype():
     good = {"count": torch.tensor(3), "mask": torch.tensor([0, -math.inf])}
     require_fit("f", good, slots)
     require_fit("f", {**good, "mask": torch.full((2,), -1e300, dtype=torch.float64)}, slots)  # -inf there too
-    for name, tensor in (
-        ("count", torch.tensor(3.0)),
-        ("count", torch.tensor(3).int()),
-        ("mask", torch.ones(2).int()),
-    ):
+    for name, tensor in (("count", torch.tensor(3.0)), ("count", torch.tensor(3).int()), ("mask", torch.ones(2).int())):
         with pytest.raises(ValueError, match=rf"^f: expected finite tensors of a floating dtype, got '{name} "):
             require_fit("f", {**good, name: tensor}, slots)
 
@@ -241,11 +237,7 @@ def flattened(model):
 
 @pytest.mark.parametrize(
     ("change", "names"),
-    [
-        (emptied, r"'fc1.Ad', .* and \d+ more"),
-        (headless, r"'head.weight';"),
-        (flattened, r"'fc1.Ad';"),
-    ],
+    [(emptied, r"'fc1.Ad', .* and \d+ more"), (headless, r"'head.weight';"), (flattened, r"'fc1.Ad';")],
 )
 @formats
 def test_parameters_that_are_not_here_are_named(tmp_path, kind, change, names):

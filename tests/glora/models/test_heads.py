@@ -263,10 +263,7 @@ def test_heads_and_summary_of_a_compiled_model(wrap):
 @pytest.mark.parametrize(
     ("targets", "message"),
     [
-        (
-            ("q", "norm"),
-            r"targets: 'norm' selects no nn.Linear, .* but 1 LayerNorm \('norm'\)",
-        ),
+        (("q", "norm"), r"targets: 'norm' selects no nn.Linear, .* but 1 LayerNorm \('norm'\)"),
         (("q", "conv"), r"targets: 'conv' selects no nn.Linear, .* but 1 Conv1d \('conv'\)"),
     ],
 )
@@ -472,13 +469,7 @@ def accuracy_after(model, x, y, steps):
             r"features\.[2-9]\.block\.0\.0",
             ["classifier.3"],
         ),
-        slow(
-            efficientnet,
-            lambda: image_task(32),
-            True,
-            r"features\.[2-4]\.0\.block\.0\.0",
-            ["classifier"],
-        ),
+        slow(efficientnet, lambda: image_task(32), True, r"features\.[2-4]\.0\.block\.0\.0", ["classifier"]),
     ],
     ids=["vit", "deit-distilled", "bert", "llama", "resnet", "mobilenetv3", "efficientnet"],
 )

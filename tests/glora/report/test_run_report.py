@@ -499,11 +499,7 @@ def test_halving_makes_columns_of_those_that_were_searched(tmp_path):
     for name in STAGES[2:]:
         (tmp_path / "s2" / name).unlink()
     methods = {run.name: run.setting.method for run in load_runs(tmp_path)}
-    assert methods == {
-        "s0": "GLoRA 0.86M, halving none",
-        "s1": "GLoRA 0.86M, halving 0.25/0.5/1",
-        "s2": "GLoRA 0.86M",
-    }
+    assert methods == {"s0": "GLoRA 0.86M, halving none", "s1": "GLoRA 0.86M, halving 0.25/0.5/1", "s2": "GLoRA 0.86M"}
 
 
 def test_the_metric_of_a_search_counts_and_a_preset_has_none(tmp_path):

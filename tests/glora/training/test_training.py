@@ -720,10 +720,7 @@ def test_refuses_a_checkpoint_of_another_model(file, model, names):
 
 def assert_damaged(file):
     model = adapted_mlp().eval()
-    with (
-        unchanged(model),
-        pytest.raises(ValueError, match="expected a training checkpoint, it is damaged"),
-    ):
+    with unchanged(model), pytest.raises(ValueError, match="expected a training checkpoint, it is damaged"):
         run(model, space=SPACE, checkpoint=file)
 
 
