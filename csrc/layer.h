@@ -8,7 +8,7 @@
 
 namespace glora {
 
-// In the order of the codes of glora_kernels/encoding.py.
+// In the order of the codes of glora_kernels/path_encoding.py.
 enum class Kind : int64_t { none, constant, vector, low_rank };
 
 // A support tensor: its storages, and how many ranks of them are read.

@@ -14,11 +14,11 @@ from tqdm.auto import tqdm
 
 from .arguments import require_integer
 from .config import PathConfig
+from .dataset import collate, require_data, require_output, require_pair
 from .distributed import require_whole
 from .merging import require_mergeable
 from .models.modules import evaluating, replaced_modules, require_layers, require_model
 from .paths import paths_of, using_paths
-from .samples import collate, require_data, require_output, require_pair
 
 
 class Metrics(NamedTuple):

@@ -5,7 +5,6 @@ Knows tensors, never modules or configurations. Importing it loads no Triton and
 
 from . import reference
 from .dispatch import available_backends, use_backend
-from .encoding import encode
 from .ops.assembly import glora_assemble
 from .ops.convolution import configured_conv2d, glora_conv2d
 from .ops.explain import Explanation, explain
@@ -15,6 +14,7 @@ from .ops.path_masks import masked_terms, path_masks, row_scaled_terms, storages
 from .ops.prepared import PreparedLinear, can_prepare
 from .ops.row_blocks import RowBlocks, blocked_linear, terms_of_rows
 from .ops.row_scaled import row_scaled_linear
+from .path_encoding import encode
 from .terms import Constant, LowRank, Terms, Vector
 from .torch_private import warn_of_features_off
 

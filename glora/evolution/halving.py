@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset, Subset, TensorDataset
 
-from ..samples import pair_at
+from ..dataset import pair_at
 
 
 def rung_ends(shares: Sequence[float], samples: int) -> list[int]:

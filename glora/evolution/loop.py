@@ -22,12 +22,12 @@ from tqdm.auto import tqdm
 
 from ..arguments import FILE, require_function, require_integer, require_type
 from ..config import LayerShape, SearchSpace
+from ..dataset import pair_at, require_data
 from ..distributed import holds_replica, require_whole
 from ..files import checksum
 from ..models.modules import require_layers
 from ..paths import Paths, sampler_for
 from ..processes import is_first, require_agreement, require_group, together, world_size
-from ..samples import pair_at, require_data
 from ..sampling import PathSampler
 from .halving import rung_ends, search_order
 from .journal import Journal, Scores

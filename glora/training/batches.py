@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, TensorDataset
 
+from ..dataset import collate
 from ..distributed import share
 from ..files import checksum
 from ..processes import process_rank, world_size
-from ..samples import collate
 from .recipe import Recipe
 
 

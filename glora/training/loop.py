@@ -28,13 +28,13 @@ from tqdm.auto import tqdm
 
 from ..arguments import FILE, require_function, require_integer, require_type
 from ..config import SearchSpace
+from ..dataset import require_data
 from ..distributed import copy_from_first, require_trainable, unwrapped
 from ..files import require_file
 from ..layers.base import GLoRALayer
 from ..parameters import trainable_parameters
 from ..paths import get_paths, sampler_for, set_layer_paths
 from ..processes import from_first, is_first, require_agreement, require_group, together, world_size
-from ..samples import require_data
 from ..sampling import PathSampler
 from .batches import batches, fingerprint
 from .log import Meter, save_log

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..arguments import type_of
+from ..dataset import require_output, require_pair
 from ..distributed import share, sync_gradients
 from ..parameters import drop_unread
 from ..processes import gather, world_size
-from ..samples import require_output, require_pair
 from .state import StepRecord, TrainingState
 
 Loss = Callable[[Tensor, Tensor], Tensor]

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from ..backend import BackwardCall, ForwardResult, SlotGradients
-from ..encoding import CODES, PLACES, STORAGES
+from ..path_encoding import CODES, PLACES, STORAGES
 from ..terms import SLOTS, Constant, LowRank, Terms, Vector
 from .extension import load
 

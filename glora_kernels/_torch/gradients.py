@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from ..backend import BackwardCall, SlotGradients
-from ..routes import needs_weight_gradient, scales_inputs
+from ..gradient_routes import needs_weight_gradient, scales_inputs
 from ..terms import Constant, LowRank, Term, Terms, Vector, compute_dtype
 from .assemble import assemble, factors_as, row_scale
 from .row_scale import row_scale_gradient

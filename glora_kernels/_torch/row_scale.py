@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..backend import BackwardCall
-from ..routes import ACCEPTED_LOSS, PROBED_TOKENS
+from ..gradient_routes import ACCEPTED_LOSS, PROBED_TOKENS
 from ..terms import compute_dtype
 from .assemble import row_scale
 from .thin import Thin

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..backend import BackwardCall, SlotGradients
-from ..routes import needs_weight_gradient, scales_inputs
+from ..gradient_routes import needs_weight_gradient, scales_inputs
 from ..terms import LowRank
 from .context import context
 from .gradients import gradients

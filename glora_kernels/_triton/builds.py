@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..backend import BackwardCall
-from ..routes import reuses_output
+from ..gradient_routes import reuses_output
 from ..terms import SLOTS, Constant, LowRank, Terms, Vector
 from .backend import TritonBackend
 from .device import pretended

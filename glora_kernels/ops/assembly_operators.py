@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .._torch.dense_gradient import contract_dense
 from ..checks import check_layer
-from ..encoding import PLACES, STORAGES, check_devices, decode, spread
+from ..path_encoding import PLACES, STORAGES, check_devices, decode, spread
 from ..precision import without_autocast
 from ..terms import Terms
 from .assembly import form

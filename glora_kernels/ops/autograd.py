@@ -16,8 +16,8 @@ from torch.nn import functional as F
 
 from .. import reference
 from ..backend import Backend, BackwardCall
+from ..gradient_routes import reads_token_sums, reuses_output, scales_rows
 from ..precision import without_autocast
-from ..routes import reads_token_sums, reuses_output, scales_rows
 from ..terms import Structure, Terms
 from ..torch_private import autocast_is_on, is_batched, saving_hooks_are_on, version_of
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..checks import check_layer, check_operands, check_tensor
-from ..encoding import pack
+from ..path_encoding import pack
 from ..precision import cast_operands, without_autocast
 from ..terms import Terms
 from .assembly import glora_assemble

@@ -10,12 +10,19 @@ from torch import Tensor
 
 from ..checks import check_call
 from ..dispatch import MAX_TRITON_RANK, Decision, decide
+from ..gradient_routes import (
+    PROBED_TOKENS,
+    needs_weight_gradient,
+    reads_token_sums,
+    reuses_output,
+    scales_inputs,
+    scales_rows,
+)
 from ..planning.launches import PASS
 from ..planning.machines import INTERPRETER, machine_for
 from ..planning.prediction import STRATEGIES, predict, rounded, strategy_for
 from ..planning.problem import Problem, route_of
 from ..precision import cast_operands
-from ..routes import PROBED_TOKENS, needs_weight_gradient, reads_token_sums, reuses_output, scales_inputs, scales_rows
 from ..terms import LowRank, Terms, compute_dtype
 from .explanation import Explanation
 

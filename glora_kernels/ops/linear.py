@@ -8,7 +8,7 @@ from torch import Tensor
 from .. import reference
 from ..checks import check_call, check_layer
 from ..dispatch import backend_for, decide
-from ..encoding import pack
+from ..path_encoding import pack
 from ..precision import cast_operands, without_autocast
 from ..terms import Terms
 from . import autograd

@@ -3,7 +3,7 @@
     glora::linear(x, weight, bias, ad, au, bd, bu, cd, cu, d, e, config, product) -> y
     glora::linear_backward(dy, x, weight, ..., config, product, needs) -> [dx, d ad, ..., d e]
 
-Kinds and ranks are data (``glora_kernels/encoding.py``): one graph serves every path. A compiler cannot know what will
+Kinds and ranks are data (``path_encoding.py``): one graph serves every path. A compiler cannot know what will
 be sampled, so here the gradient of a tensor that is not read is zero rather than None, and the output is not kept
 for backward: da of a row scale is formed from dW.
 """
@@ -19,7 +19,7 @@ from .. import reference
 from ..backend import BackwardCall, SlotGradients
 from ..checks import check_call
 from ..dispatch import backend_for, decide, tracing_reason
-from ..encoding import PLACES, STORAGES, check_devices, decode, spread
+from ..path_encoding import PLACES, STORAGES, check_devices, decode, spread
 from ..precision import cast_operands, without_autocast
 from ..terms import SLOTS, Terms
 from ..torch_private import forward_mode_is_on, repeated_node

@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..checks import check_tensor
-from ..encoding import CODES, PLACES, STORAGES
+from ..path_encoding import CODES, PLACES, STORAGES
 from ..precision import cast_operands, without_autocast
 from ..terms import PRODUCTS, SLOTS, LowRank, Terms, Vector, compute_dtype
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..backend import Backend
 from ..checks import check_call, check_term
 from ..dispatch import automatic, backend_for, is_left_open, tracing_reason
-from ..encoding import Choices, term_of
+from ..path_encoding import Choices, term_of
 from ..terms import Term, Terms
 from ..torch_private import autocast_is_on, can_guard, forward_mode_is_on, guard
 from .autograd import CallPlan, differentiable, plan_of

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..routes import PROBED_TOKENS
+from ..gradient_routes import PROBED_TOKENS
 from ..terms import SLOTS
 from .machines import machine_for
 from .problem import VECTOR, Problem, route_of

@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from ..gradient_routes import MIN_INPUTS_TO_REUSE, MIN_TOKENS_TO_REUSE
 from ..precision import tf32_allowed
-from ..routes import MIN_INPUTS_TO_REUSE, MIN_TOKENS_TO_REUSE
 from ..terms import SLOTS, Constant, LowRank, Terms, Vector
 
 NONE, CONSTANT, VECTOR, LOW_RANK = "none", "constant", "vector", "low rank"

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from glora_kernels import use_backend
-from glora_kernels.encoding import decode
+from glora_kernels.path_encoding import decode
 from tests.helpers import ALL_PATHS, assert_contract, generator_for, oracle, results
 from tests.interpreter.cases import PRODUCTS, STRATEGIES
 from tests.masked_cases import config_of, make, masked_linear

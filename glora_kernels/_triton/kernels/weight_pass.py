@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...routes import ACCEPTED_LOSS, PROBED_TOKENS
+from ...gradient_routes import ACCEPTED_LOSS, PROBED_TOKENS
 from ..launch import launch
 from ..operands import Operand, cdiv, padded_rank
 from ..run import BackwardRun, stride

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from glora_kernels import Constant, LowRank, Terms, Vector, encode, glora_assemble, glora_merge, reference, use_backend
-from glora_kernels.encoding import decode, pack
 from glora_kernels.ops.assembly_operators import configured_assemble
+from glora_kernels.path_encoding import decode, pack
 from tests.helpers import ALL_PATHS, assert_contract, detached, generator_for, make_call
 
 PRODUCTS = ("hadamard", "matmul")

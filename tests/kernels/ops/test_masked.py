@@ -14,7 +14,7 @@ from glora_kernels import (
     row_scaled_terms,
     storages_read,
 )
-from glora_kernels.encoding import STORAGES, decode
+from glora_kernels.path_encoding import STORAGES, decode
 from tests.helpers import ALL_PATHS, assert_contract, generator_for, oracle, results
 from tests.masked_cases import RANK, config_of, make, masked_linear
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from glora_kernels import Terms, configured_linear, encode, glora_linear
-from glora_kernels.encoding import STORAGES, decode, pack
+from glora_kernels.path_encoding import STORAGES, decode, pack
 from glora_kernels.torch_private import next_node
 from tests.helpers import ALL_PATHS, make_call
 

@@ -76,7 +76,7 @@ def run(tokens, outputs, inputs, terms, has_bias, wanted, wants_x, strategy):
     """The names of what forward and backward launch on a pretended GPU, the backward pass, and its route."""
     from glora_kernels._triton import TritonBackend, backward, device, launch
     from glora_kernels.backend import BackwardCall
-    from glora_kernels.routes import reuses_output
+    from glora_kernels.gradient_routes import reuses_output
 
     x, weight = empty(tokens, inputs, dtype=torch.bfloat16), empty(outputs, inputs, dtype=torch.bfloat16)
     bias = empty(outputs, dtype=torch.bfloat16) if has_bias else None
