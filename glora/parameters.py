@@ -6,6 +6,8 @@ from collections.abc import Mapping
 
 from torch import nn
 
+from glora_kernels.torch_private import held_parameters
+
 from .config import PathConfig
 from .layers.base import SUPPORT_NAMES, GLoRALayer, names_read
 from .models.modules import glora_layers, require_layers
@@ -68,8 +70,8 @@ def drop_unread_gradients(model: nn.Module, paths: Mapping[str, PathConfig] | Pa
 def drop_unread(layers: Mapping[str, GLoRALayer], paths: Mapping[str, PathConfig] | None = None) -> None:
     """:func:`drop_unread_gradients` of a model whose ``layers`` are known."""
     for name, layer in layers.items():
-        graded = {own: p for own, p in zip(SUPPORT_NAMES, layer.support_parameters()) if p.grad is not None}
-        if graded:
-            read = names_read(layer.path if paths is None else paths[name], layer.bias is not None)
-            for own in graded.keys() - set(read):
-                graded[own].grad = None
+        held = held_parameters(layer)
+        read = names_read(layer.path if paths is None else paths[name], layer.bias is not None)
+        for own in SUPPORT_NAMES:
+            if own not in read and held[own].grad is not None:
+                held[own].grad = None
