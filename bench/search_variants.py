@@ -106,8 +106,8 @@ def trials(seeds: int, out: Path) -> Iterable[Trial]:
     backbone, _ = pretrain(StudySettings(), out / "backbone-seed0.pt", progress=False)
     for seed in range(seeds):
         data = draw_few_shot("inverted", 16, seed)
-        task = Conditions(backbone, data, seed, StudySettings().steps, lambda units: None)
-        yield Trial(train_supernet(task)[0], data, seed)
+        conditions = Conditions(backbone, data, seed, StudySettings().steps, lambda units: None)
+        yield Trial(train_supernet(conditions)[0], data, seed)
 
 
 def run(trial: Trial, searches: int, tell: Callable[[str], object]) -> list[dict[str, Any]]:

@@ -21,7 +21,7 @@ from .terms import LowRank, Terms
 from .torch_private import forward_mode_is_on, is_fake, transforms_are_active, watched
 
 BACKENDS = ("reference", "torch", "triton", "cuda")
-CHOICES = ("auto", *BACKENDS)
+ASKABLE = ("auto", *BACKENDS)
 MAX_TRITON_RANK = 64
 
 
@@ -100,7 +100,7 @@ def use_backend(name: str, strategy: str | None = None) -> Iterator[None]:
         ValueError: an unknown name, or a strategy of another backend.
         RuntimeError: a backend that is not available here.
     """
-    _check_choice(name, "use_backend")
+    _check_name(name, "use_backend")
     if strategy is not None and (name != "triton" or strategy not in STRATEGIES):
         raise ValueError(
             f"strategy: expected None, or one of {STRATEGIES} with backend 'triton', got {strategy!r} with {name!r}"
@@ -120,7 +120,7 @@ def decide(weight: Tensor, terms: Terms) -> Decision:
             honoured for this call.
     """
     tracing = tracing_reason()
-    choice, source = _choice()
+    choice, source = _asked()
     if choice.backend == "auto":
         return Decision("reference", tracing) if tracing is not None else automatic(weight, terms)
     unfit = tracing if choice.backend != "reference" else None
@@ -133,7 +133,7 @@ def decide(weight: Tensor, terms: Terms) -> Decision:
     return Decision(choice.backend, f"chosen by {source}", choice.strategy)
 
 
-def _choice() -> tuple[BackendChoice, str]:
+def _asked() -> tuple[BackendChoice, str]:
     """What was asked for, and where."""
     chosen = _chosen.get()
     if chosen is not None:
@@ -142,7 +142,7 @@ def _choice() -> tuple[BackendChoice, str]:
         return _OPEN, _VARIABLE
     name = os.environ[_VARIABLE]
     if name != "auto":
-        _check_choice(name, _VARIABLE)
+        _check_name(name, _VARIABLE)
     return BackendChoice(name, None), _VARIABLE
 
 
@@ -216,9 +216,9 @@ def tracing_reason() -> str | None:
     return None
 
 
-def _check_choice(name: str, source: str) -> None:
-    if name not in CHOICES:
-        raise ValueError(f"{source}: expected one of {CHOICES}, got {name!r}")
+def _check_name(name: str, source: str) -> None:
+    if name not in ASKABLE:
+        raise ValueError(f"{source}: expected one of {ASKABLE}, got {name!r}")
     reason = available_backends().get(name)
     if reason is not None:
         usable = [backend for backend, why_not in available_backends().items() if why_not is None]

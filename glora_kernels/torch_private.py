@@ -2,8 +2,8 @@
 
 PyTorch promises to keep none of these names. Each is looked up and tried once, when this module is imported. Where a
 name is missing, or the trial raises, a public and slower way takes its place. Where there is no public way, the feature
-that needs the name is off, and :data:`FEATURES_OFF` says so. docs/private-names.md has the table; no other file names
-anything private of PyTorch.
+that needs the name is off, and :data:`FEATURES_OFF` says so. docs/private-names.md has the table. No other file names
+anything private of PyTorch, apart from four methods of ``nn.Module`` that layers override.
 """
 
 from __future__ import annotations

@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 KERNELS = sorted((ROOT / "glora_kernels").rglob("*.py"))
@@ -133,67 +132,6 @@ def test_no_circles_and_no_import_runs_back_up(folder):
         for part in free:
             del waiting[part]
     assert not waiting, waiting
-
-
-# -- private names -----------------------------------------------------------------------------------------------------
-
-SEAMS = (ROOT / "glora_kernels" / "torch_private.py", ROOT / "glora_kernels" / "_triton" / "launch.py")
-PUBLIC = {"_replace", "_asdict", "_fields", "_make"}  # of named tuples
-
-
-def is_private(name):
-    return name.startswith("_") and not name.startswith("__")
-
-
-def own_names(tree):
-    """Private names that a file defines: functions, classes, variables, attributes that it assigns."""
-    for node in ast.walk(tree):
-        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
-            yield node.name
-        elif isinstance(node, ast.arg):
-            yield node.arg
-        elif isinstance(node, (ast.Name, ast.Attribute)) and isinstance(node.ctx, ast.Store):
-            yield node.id if isinstance(node, ast.Name) else node.attr
-
-
-def torch_names():
-    """Private names of what a module, a tensor and an optimiser are, in this PyTorch."""
-    linear = torch.nn.Linear(1, 1)
-    objects = (linear, torch.nn.Conv2d(1, 1, 1), linear.weight, torch.optim.AdamW([linear.weight]), torch, torch._C)
-    return {name for thing in objects for name in dir(thing) if is_private(name)}
-
-
-def private_names(file):
-    """Private names of others that ``file`` uses; overriding a method and calling the one above is no such use."""
-    for node in ast.walk(ast.parse(file.read_text())):
-        if isinstance(node, ast.Attribute):
-            over = isinstance(node.value, ast.Call) and ast.unparse(node.value.func) == "super"
-            yield from () if over else [(node.attr, isinstance(node.ctx, ast.Load))]
-        elif isinstance(node, ast.ImportFrom) and not node.level:
-            yield from ((part, False) for part in [*node.module.split("."), *(alias.name for alias in node.names)])
-        elif isinstance(node, ast.Import):
-            yield from ((part, False) for alias in node.names for part in alias.name.split("."))
-        elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("getattr", "hasattr", "setattr"):
-            yield from ((text.value, False) for text in node.args[1:2] if isinstance(text, ast.Constant))
-        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.startswith("torch."):
-            yield from ((part, False) for part in node.value.split("."))
-
-
-TREES = {file: ast.parse(file.read_text()) for file in KERNELS + GLORA}
-OURS = {name for tree in TREES.values() for name in own_names(tree) if is_private(name)}
-OURS |= {part for file in TREES for part in file.with_suffix("").relative_to(ROOT).parts if is_private(part)}
-THEIRS = torch_names()
-
-
-@pytest.mark.parametrize(
-    "file", [file for file in KERNELS + GLORA if file not in SEAMS], ids=lambda f: f.relative_to(ROOT).as_posix()
-)
-def test_private_names_of_pytorch_and_triton_stand_behind_the_seams(file):
-    """Any private name that we do not define is somebody else's; of those that both have, theirs is what is read."""
-    defined = set(own_names(TREES[file]))
-    for name, is_read in private_names(file):
-        theirs = name not in OURS or (name in THEIRS and is_read and name not in defined)
-        assert not (is_private(name) and theirs and name not in PUBLIC), name
 
 
 LIGHT = ["glora_kernels", "glora", "glora.cli", "glora.peft", "glora.protocols"]

@@ -66,12 +66,12 @@ def measure(shape_set: str, layer: Layer, settings: Settings) -> Section:
     """Check and time every entrant; "random paths" is the mean over :func:`spread_paths`."""
     tokens = layer.tokens_on(settings.device)
     field, workload = make_layer(layer, settings)
-    kinds = {name: PathConfig(*(_spell(kind, layer.rank) for kind in pair)) for name, pair in KIND_PAIRS.items()}
-    kinds[ALL_LOW_RANK] = who.all_low_rank(layer.rank)
+    paths = {name: PathConfig(*(_spell(kind, layer.rank) for kind in pair)) for name, pair in KIND_PAIRS.items()}
+    paths[ALL_LOW_RANK] = who.all_low_rank(layer.rank)
     drawn = spread_paths(layer.rank, torch.Generator().manual_seed(SEED))
-    field.check(workload, [{NAME: path} for path in (*kinds.values(), *drawn)], settings.layer_tolerance)
+    field.check(workload, [{NAME: path} for path in (*paths.values(), *drawn)], settings.layer_tolerance)
 
-    functions = _functions(field, workload, kinds, drawn)
+    functions = _functions(field, workload, paths, drawn)
     phases = interleave(functions, settings.rounds, watch=settings.watch())
     shares = {name + RANDOM: len(drawn) for name in WITH_RANDOM_PATHS}
     return Section(
@@ -84,9 +84,9 @@ def measure(shape_set: str, layer: Layer, settings: Settings) -> Section:
         field.missing,
         {phase: per_run(times, shares) for phase, times in phases.items()},
         COMPARISONS,
-        _facts(field, workload, kinds, drawn, settings),
+        _facts(field, workload, paths, drawn, settings),
         {"tokens": tokens},
-        _strategies(field, workload, kinds),
+        _strategies(field, workload, paths),
     )
 
 
@@ -105,7 +105,7 @@ def _spell(kind: str, rank: int) -> str:
 
 
 def _functions(
-    field: Field, workload: LayerWorkload, kinds: dict[str, PathConfig], drawn: list[PathConfig]
+    field: Field, workload: LayerWorkload, paths: dict[str, PathConfig], drawn: list[PathConfig]
 ) -> dict[str, Timed]:
     """The functions of a round in the order of :data:`ENTRIES`: those to be compared closely are neighbours."""
     weight = field.backbone.get_parameter(f"{NAME}.weight").detach()
@@ -118,7 +118,7 @@ def _functions(
         if name in WITH_RANDOM_PATHS:
             functions[name + RANDOM] = _on(field, drawn, functions[name])
     if who.OURS in functions:
-        functions |= {name: _on(field, [path], functions[who.OURS]) for name, path in kinds.items()}
+        functions |= {name: _on(field, [path], functions[who.OURS]) for name, path in paths.items()}
     return {name: functions[name] for name in ENTRIES if name in functions}
 
 
@@ -154,14 +154,14 @@ def spread_paths(rank: int, generator: torch.Generator) -> list[PathConfig]:
     A and B decide the cost, so that the mean over these estimates the mean over all 432 paths far
     better than 16 free draws would.
     """
-    kinds = {slot: SearchSpace(ranks=(rank,)).options[slot] for slot in KINDS}
+    options = {slot: SearchSpace(ranks=(rank,)).options[slot] for slot in KINDS}
     drawn = SearchSpace(ranks=(rank,)).sample_many(16, generator)
-    pairs = [(a, b) for a in kinds["A"] for b in kinds["B"]]
+    pairs = [(a, b) for a in options["A"] for b in options["B"]]
     return [PathConfig(a, b, path.C, path.D, path.E) for (a, b), path in zip(pairs, drawn, strict=True)]
 
 
 def _facts(
-    field: Field, workload: LayerWorkload, kinds: dict[str, PathConfig], drawn: list[PathConfig], settings: Settings
+    field: Field, workload: LayerWorkload, paths: dict[str, PathConfig], drawn: list[PathConfig], settings: Settings
 ) -> dict[str, dict[str, float]]:
     """Counts, made once for each entrant; for random paths the mean."""
     facts = {}
@@ -172,17 +172,17 @@ def _facts(
         else:
             facts[name + RANDOM] = _mean([_counted_on(field, path, count) for path in drawn])
         if name == who.OURS:
-            facts |= {own: _counted_on(field, path, count) for own, path in kinds.items()}
+            facts |= {own: _counted_on(field, path, count) for own, path in paths.items()}
     return {name: facts[name] for name in ENTRIES if name in facts}
 
 
-def _strategies(field: Field, workload: LayerWorkload, kinds: dict[str, PathConfig]) -> dict[str, str]:
+def _strategies(field: Field, workload: LayerWorkload, paths: dict[str, PathConfig]) -> dict[str, str]:
     """Our backend and strategy on each path."""
     if who.OURS not in field.models:
         return {}
     ours = field.models[who.OURS].get_submodule(NAME)
     assert isinstance(ours, GLoRALinear)
-    plans = {name: explain(workload.x, ours.weight, ours.bias, ours.terms(path)) for name, path in kinds.items()}
+    plans = {name: explain(workload.x, ours.weight, ours.bias, ours.terms(path)) for name, path in paths.items()}
     return {name: f"{plan.backend}: {plan.strategy}" for name, plan in plans.items()}
 
 

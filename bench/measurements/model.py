@@ -51,8 +51,8 @@ def measure(shape_set: str, model: Model, settings: Settings) -> Section:
     paths = PathSampler(shapes, checkable).sample(torch.Generator().manual_seed(SEED))
     field.check(workload, [paths], settings.step_tolerance)
     if settings.dtype != torch.float32:
-        wide, wide_task = make_model(model, settings.in_fp32())
-        wide.check(wide_task, [paths], settings.in_fp32().step_tolerance)
+        wide, wide_workload = make_model(model, settings.in_fp32())
+        wide.check(wide_workload, [paths], settings.in_fp32().step_tolerance)
         field.refuse(wide.refused)
 
     sampler, generator = PathSampler(shapes, SearchSpace((model.rank,))), torch.Generator().manual_seed(SEED)

@@ -26,7 +26,7 @@ class Part(NamedTuple):
     stop: int
 
 
-class Scored(NamedTuple):
+class Total(NamedTuple):
     """The sum of the scores of a part's samples, and the seconds it took one process."""
 
     total: float
@@ -46,7 +46,7 @@ class Scores:
 
     def __init__(self, journal: Journal | None):
         self.journal, self.evaluated = journal, 0
-        self.known: dict[Part, Scored] = {} if journal is None else from_first(journal.read)
+        self.known: dict[Part, Total] = {} if journal is None else from_first(journal.read)
 
     @property
     def seconds(self) -> float:
@@ -75,7 +75,7 @@ class Scores:
             on_scores(len(new))
         return {part: self.known[part].total for part in parts}
 
-    def _remember(self, found: Mapping[Part, Scored]) -> None:
+    def _remember(self, found: Mapping[Part, Total]) -> None:
         journal = self.journal
         if journal is not None:
             from_first(lambda: journal.append(found))
@@ -83,12 +83,12 @@ class Scores:
         self.evaluated += len(found)
 
 
-def _evaluated(calls: Mapping[Part, Callable[[], float]]) -> dict[Part, Scored]:
+def _evaluated(calls: Mapping[Part, Callable[[], float]]) -> dict[Part, Total]:
     found = {}
     for part, call in calls.items():
         started = time.perf_counter()
         total = float(call())
-        found[part] = Scored(total, time.perf_counter() - started)
+        found[part] = Total(total, time.perf_counter() - started)
     return found
 
 
@@ -106,7 +106,7 @@ class Journal:
         self.file = Path(file)
         self.header = json.loads(json.dumps({"format": JOURNAL_FORMAT, **description}))  # as it will be read
 
-    def read(self) -> dict[Part, Scored]:
+    def read(self) -> dict[Part, Total]:
         """Scores so far; starts the file if there is none, or only a part of its first line.
 
         Raises:
@@ -130,16 +130,16 @@ class Journal:
                 stream.truncate(len(complete))
         return scores
 
-    def _parse(self, lines: Iterable[bytes]) -> tuple[Any, dict[Part, Scored]]:
+    def _parse(self, lines: Iterable[bytes]) -> tuple[Any, dict[Part, Total]]:
         try:
             header, *entries = [json.loads(line) for line in lines]
             if header != self.header:
                 return header, {}
-            return header, {Part(*entry[:3]): Scored(*entry[3:]) for entry in entries}
+            return header, {Part(*entry[:3]): Total(*entry[3:]) for entry in entries}
         except (ValueError, TypeError) as error:
             raise ValueError(f"{self.file}: expected a search journal, got something else ({error})") from None
 
-    def append(self, scores: Mapping[Part, Scored]) -> None:
+    def append(self, scores: Mapping[Part, Total]) -> None:
         with open(self.file, "a", encoding="utf-8") as stream:
             stream.writelines(json.dumps([*part, *scored]) + "\n" for part, scored in scores.items())
             stream.flush()

@@ -49,7 +49,7 @@ class PiecewiseStep:
         return loss.detach()
 
     @property
-    def _kinds(self) -> tuple[Mapping[str, nn.Module], ...]:
+    def _variants(self) -> tuple[Mapping[str, nn.Module], ...]:
         return self._general, self._row_scaled
 
     def _piece(self, name: str, path: PathConfig) -> nn.Module:
@@ -59,7 +59,7 @@ class PiecewiseStep:
 
     def _capture(self, x: Tensor, target: Tensor, graphs: CudaGraphs) -> None:
         inputs = self._inputs(x, target)
-        pieces = [(kind[name], inputs[name]) for name in inputs for kind in self._kinds if name in kind]
+        pieces = [(kind[name], inputs[name]) for name in inputs for kind in self._variants if name in kind]
         with self._body.autocast():
             graphs.capture_pieces([piece for piece, _ in pieces], [given for _, given in pieces])
 

@@ -209,7 +209,7 @@ def _prepare(
 def _start_alike(state: TrainingState, saves: bool) -> None:
     """Make sure that all ranks train the same, from the same tensors, and save at the same steps."""
     saving = {"checkpoint": saves, "checkpoint_every": state.recipe.checkpoint_every}
-    require_agreement("arguments", {**state.task(), **saving})
+    require_agreement("arguments", {**state.arguments(), **saving})
     if not state.averages_itself:
         copy_from_first(state.inner)
 

@@ -96,7 +96,7 @@ class TrainingState:
         trained = {id(parameter) for parameter in self.parameters}
         return checksum(whole(p) for p in self.inner.parameters() if id(p) not in trained)
 
-    def task(self) -> dict[str, Any]:
+    def arguments(self) -> dict[str, Any]:
         """What is trained and how, apart from the tensors."""
         recipe = {name: value for name, value in asdict(self.recipe).items() if name != "checkpoint_every"}
         common: dict[str, Any] = {"recipe": recipe, "samples": self.samples}
@@ -108,7 +108,7 @@ class TrainingState:
 
     def _identity(self) -> dict[str, Any]:
         """What a checkpoint must agree on to be continued; steps between checkpoints may differ."""
-        return {**self.task(), "frozen": self._frozen, "data": self.data}
+        return {**self.arguments(), "frozen": self._frozen, "data": self.data}
 
     def _require_same(self, identity: Mapping[str, Any], file: str | os.PathLike) -> None:
         """Raise ValueError, saying what differs, unless a checkpoint is this run's."""

@@ -111,9 +111,10 @@ def compile_for(kernel: Any, values: tuple, tile: Tile) -> Any:
 
 
 def spills(compiled: Any) -> int:
-    """How many registers a compiled kernel spills, known once it is loaded onto the GPU."""
-    compiled._init_handles()
-    return compiled.n_spills
+    """How many registers a compiled kernel spills; 0 where this Triton does not say so before a launch."""
+    if hasattr(compiled, "_init_handles"):
+        compiled._init_handles()  # loads it onto the GPU, which tells
+    return getattr(compiled, "n_spills", None) or 0
 
 
 def _options(tile: Tile) -> dict[str, Any]:

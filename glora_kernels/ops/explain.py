@@ -134,7 +134,7 @@ def _triton_plan(call: _Call, architecture: str, decision: Decision) -> dict[str
         **_saved(call, token_sums=False, output=call.keeps_output),
         "architecture": architecture,
         "route": route,
-        "choice": _choice(whole, decision),
+        "choice": _reasoning(whole, decision),
         "predictions": predictions,
     }
 
@@ -145,7 +145,7 @@ def _triton_strategy(call: _Call, taken: str, route: str | None) -> str:
     return _STRATEGIES[taken] if route is None else f"{_STRATEGIES[taken]}; {_ROUTES[route]}"
 
 
-def _choice(whole: Problem, decision: Decision) -> str:
+def _reasoning(whole: Problem, decision: Decision) -> str:
     if decision.strategy is not None:
         return f"{decision.strategy}, {decision.reason}"
     if not whole.adapts_weight:

@@ -90,40 +90,40 @@ def _fused(name: str, p: Problem) -> PricedLaunch:
 
 def _backward(p: Problem, strategy: str) -> list[PricedLaunch]:
     route = route_of(p)
-    steps = {"scaled": _scaled, "dense": _dense}.get(route, _through_tokens)(p, strategy)
+    listed = {"scaled": _scaled, "dense": _dense}.get(route, _through_tokens)(p, strategy)
     if any(map(p.wants, SLOTS)):
-        steps.append(_finish(p, route))
-    return steps
+        listed.append(_finish(p, route))
+    return listed
 
 
 def _through_tokens(p: Problem, strategy: str) -> list[PricedLaunch]:
     """The routes thin, projected and solved."""
     route, writes = route_of(p), strategy == "assemble" and p.wants_x and p.adapts_weight
-    steps = [_token_pass(p, route)] if _needs_token_pass(p, route) else []
+    listed = [_token_pass(p, route)] if _needs_token_pass(p, route) else []
     if writes or route != "thin" or p.wants("C"):
-        steps.append(_weight_pass(p, route, writes))
+        listed.append(_weight_pass(p, route, writes))
     if p.wants_x:
-        steps.append(_fused("dx", p) if p.adapts_weight and not writes else _product("dx", p))
+        listed.append(_fused("dx", p) if p.adapts_weight and not writes else _product("dx", p))
     if route == "solved":  # usually no row is lost: then it reads nothing but flags
-        steps.append(PricedLaunch("contract", 0, 4 * p.outputs * -(-p.inputs // _block(p)), PASS))
-    return steps
+        listed.append(PricedLaunch("contract", 0, 4 * p.outputs * -(-p.inputs // _block(p)), PASS))
+    return listed
 
 
 def _scaled(p: Problem, strategy: str) -> list[PricedLaunch]:
-    steps = [_product("g", p), _token_pass(p, "scaled")]
-    return [*steps, _weight_pass(p, "scaled", False)] if p.wants("C") else steps
+    listed = [_product("g", p), _token_pass(p, "scaled")]
+    return [*listed, _weight_pass(p, "scaled", False)] if p.wants("C") else listed
 
 
 def _dense(p: Problem, strategy: str) -> list[PricedLaunch]:
     """The route dense. dW counts as being in the layer's type, although it is in fp32 for fp16."""
-    steps = [_token_pass(p, "dense")] if _sums_bias(p, "dense") else []
+    listed = [_token_pass(p, "dense")] if _sums_bias(p, "dense") else []
     if strategy == "assemble":
-        steps += [_product("dW", p), _contraction(p)]
+        listed += [_product("dW", p), _contraction(p)]
     else:
-        steps.append(_contracted(p))
+        listed.append(_contracted(p))
     if p.wants_x:
-        steps.append(_product("dx", p) if strategy == "assemble" else _fused("dx", p))
-    return steps
+        listed.append(_product("dx", p) if strategy == "assemble" else _fused("dx", p))
+    return listed
 
 
 def _contraction(p: Problem) -> PricedLaunch:
