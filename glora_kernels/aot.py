@@ -12,8 +12,8 @@ that spills is slow. So the gate reads the code that came out, and fails (exit s
 - two dots in one loop that add to each other, which some releases of Triton miscompile for Blackwell;
 - an exception or an abort of the compiler.
 
-It compiles the builds that ``shipped(target)`` of ``glora_kernels/_triton/builds.py`` lists; for a target named after
-``--cover`` only a few of them, in which every kernel has each trait that it has in any build (``_aot/covering.py``).
+It compiles the builds that ``shipped(target)`` of ``glora_kernels/_triton/builds.py`` lists. For a target named after
+``--cover``, it compiles a few of them. Together they show every trait of all builds (``_aot/covering.py``).
 Triton's cache (``TRITON_CACHE_DIR``) keeps the kernels, under the key that a launch looks for, and what was read in
 them: only what has changed is compiled again.
 """

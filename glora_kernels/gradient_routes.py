@@ -1,4 +1,4 @@
-"""How a gradient can be formed, by the kinds of the terms: every backend and the plan ask here."""
+"""How a gradient can be formed, by the kinds of the terms: for autograd, torch, Triton, the cost model and explain."""
 
 from __future__ import annotations
 

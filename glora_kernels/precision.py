@@ -35,9 +35,8 @@ def cast_operands(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tenso
 
 
 def _active(device_type: str) -> bool:
-    return (
-        autocast_is_on() and device_type != "meta" and torch.is_autocast_enabled(device_type)
-    )  # autocast does not know meta
+    # autocast does not know meta
+    return autocast_is_on() and device_type != "meta" and torch.is_autocast_enabled(device_type)
 
 
 def _cast(tensor, dtype: torch.dtype):

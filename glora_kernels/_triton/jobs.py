@@ -19,14 +19,14 @@ _captured: list[tuple[Tensor, Tensor]] = []
 class GradientJob(NamedTuple):
     """One gradient: the size of its storage, and how its elements are found in the slices (see kernels/finish.py)."""
 
-    size: int
-    inner: int
-    up: bool
-    slices: Slices
-    width: int
-    rank: int
-    rows: int
-    rule: int = PLAIN
+    size: int  # elements of the storage
+    inner: int  # columns of the storage
+    up: bool  # whether it is a right factor (R, columns): c is then the column, j the rank
+    slices: Slices  # the partial sums that are added up
+    width: int  # elements of a slice from c to c + 1
+    rank: int  # how many j are read; the rest of the gradient is zero
+    rows: int  # how many c are read: ``count`` in kernels/finish.py
+    rule: int = PLAIN  # what happens to a sum
 
 
 def left_job(storage: Tensor, slices: Slices, rank: int, rule: int = PLAIN, width: int | None = None) -> GradientJob:

@@ -49,15 +49,15 @@ class BackwardRun:
     """One backward pass: its operands, and the slices of its buffer of partial sums."""
 
     call: BackwardCall
-    strategy: str
-    shared: Context
-    route: str
-    a: Operand
+    strategy: str  # "assemble" or "fused"
+    shared: Context  # the architecture, precisions and type of an index of all its launches
+    route: str  # thin, projected, scaled, solved or dense: see backward.py
+    a: Operand  # A and B as they act on a tile of the weight
     b: Operand
-    partials: Partials = field(default_factory=Partials)
-    slices: dict[str, Slices] = field(default_factory=dict)
-    buffer: Tensor | None = None
-    lost: Tensor | None = None
+    partials: Partials = field(default_factory=Partials)  # the layout of the buffer
+    slices: dict[str, Slices] = field(default_factory=dict)  # by the name of the sum, such as "db"
+    buffer: Tensor | None = None  # all partial sums, allocated once every slice is reserved
+    lost: Tensor | None = None  # (N,) int32, 1 where a row of da is lost: from the weight pass, on the route solved
 
     @cached_property
     def prompt(self) -> BiasOperands:

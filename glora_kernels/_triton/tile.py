@@ -2,7 +2,8 @@
 
 A term acts on a tile of the weight in one of five ways. To form dx, a kernel is given the transposed weight: the
 same tile with rows and columns exchanged. So no kernel knows which product it computes. A constant is a vector of
-stride 0. All strides count elements; ``rank`` is what is read, BLOCK_RANK what the matrix units are given.
+stride 0. All strides count elements; ``rank`` is what is read, BLOCK_RANK what the matrix units are given. ``rows``,
+``columns`` and ``offsets`` are vectors of indices, each with a mask; ``stride_row`` leads from a row to the next.
 """
 
 import triton
@@ -23,14 +24,14 @@ def span(first, BLOCK: tl.constexpr, INDEX: tl.constexpr):
 
 @triton.jit
 def load_tile(ptr, rows, columns, stride_row, stride_column, row_mask, column_mask):
-    """The elements [rows, columns] of the matrix at ``ptr``; zero where a mask is false."""
+    """The tile [rows, columns] of the matrix at ``ptr``; zero where one of the masks is false."""
     offsets = rows[:, None] * stride_row + columns[None, :] * stride_column
     return tl.load(ptr + offsets, mask=row_mask[:, None] & column_mask[None, :], other=0.0)
 
 
 @triton.jit
 def store_tile(ptr, value, rows, columns, stride_row, stride_column, row_mask, column_mask):
-    """Store ``value``, [rows, columns], where both masks are true; one cast, to the type of the pointer."""
+    """Store ``value``, [rows, columns], where both masks are true; one cast, to the type of ``ptr``."""
     offsets = rows[:, None] * stride_row + columns[None, :] * stride_column
     tl.store(ptr + offsets, value.to(ptr.dtype.element_ty), mask=row_mask[:, None] & column_mask[None, :])
 
@@ -87,10 +88,11 @@ def term_tile(
 
 @triton.jit
 def effective_tile(weight, a, b, A: tl.constexpr, B: tl.constexpr):
-    """``weight * (1 + a) + b``, or ``weight + a + b`` where A is added.
+    """``weight * (1 + a) + b``, or ``weight + a + b`` if A is ADDED: [rows, columns], in WIDE as all three are.
 
-    Written as fused multiply-adds. Triton would fold a plain ``+`` into the accumulator of the dot that made b, and
-    would then no longer pipeline the load of the weight (guides/kernels.md, 3.5).
+    ``a`` and ``b`` are what term_tile returned, A and B the forms of the terms. Written as fused multiply-adds: Triton
+    would fold a plain ``+`` into the accumulator of the dot that made b, and would then no longer pipeline the load of
+    the weight (from a study that is not in this repository).
     """
     if A == ADDED:
         result = tl.fma(weight, 1.0, a)
@@ -112,7 +114,7 @@ def effective_tile(weight, a, b, A: tl.constexpr, B: tl.constexpr):
 def prompt_tile(
     ptr, up_ptr, columns, stride_row, rank, column_mask, C: tl.constexpr, BLOCK_RANK: tl.constexpr, WIDE: tl.constexpr
 ):
-    """c of ``W0 c``, [columns]: the vector at ``ptr``, or Cd Cu with Cd (K, R) at ``ptr``, Cu (R, 1) at ``up_ptr``."""
+    """c of ``W0 c``, [columns]: at ``ptr`` lies c (K,), or if C is LOW_RANK Cd (K, R), with Cu (R, 1) at ``up_ptr``."""
     if C == LOW_RANK:
         ranks = tl.arange(0, BLOCK_RANK)
         down = load_tile(ptr, columns, ranks, stride_row, 1, column_mask, ranks < rank).to(WIDE)
@@ -151,7 +153,7 @@ def bias_tile(
 
 @triton.jit
 def sum_slices(ptr, slices, stride, offsets, mask, BLOCK: tl.constexpr, WIDE: tl.constexpr):
-    """Partial sums added up in a fixed order: ``sum_s ptr[s * stride + offsets]``, [BLOCK]; zero where not ``mask``."""
+    """``sum_s ptr[s * stride + offsets]`` over ``slices`` slices, in a fixed order, [BLOCK]; zero if not ``mask``."""
     total = tl.zeros([BLOCK], dtype=WIDE)
     for first in range(0, slices, 16):
         index = (first + tl.arange(0, 16)).to(tl.int64)  # slices are many: their offsets may pass 2^31

@@ -88,9 +88,9 @@ class _GLoRALinear(torch.autograd.Function):
     ):
         y, projected, b_eff = backend.forward(x, weight, bias, terms)
         ctx.backend, ctx.plan, ctx.x_shape = backend, plan, x.shape
-        ctx.terms = terms if plan.of_leaves else None  # kept here, others than leaves would stay alive
+        ctx.terms = terms if plan.of_leaves else None  # this reference would keep storages that are no leaves alive
         keep = plan.may_solve and reuses_output(_tokens(x.shape), x.shape[-1], terms) and _can_be_kept(y, backend)
-        ctx.output = y.detach() if keep else None  # shares y's version counter, is in no cycle with ctx
+        ctx.output = y.detach() if keep else None  # shares y's version counter; detached, so in no cycle with ctx
         ctx.output_version = version_of(y) if keep else None
         kept_x = x if plan.reads_x and token_sums is None else None
         ctx.save_for_backward(kept_x, token_sums, projected, b_eff if keep else None, weight, bias, *storages)

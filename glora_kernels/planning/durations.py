@@ -12,7 +12,7 @@ from .problem import Problem
 SINGLE_SHARE = 0.5  # products in Triton, in fp32 without TF32 [E]
 PASS_SHARE = 0.2  # thin products inside passes, padded to a rank of 16 [E]
 # Tiles (rows, columns) and the share of the best rate that they reach: smaller tiles load more for each operation.
-# [E] the first four are from guides/kernels.md, section 1.
+# [E] the first four are from a study that is not in this repository.
 TILES = ((128, 256, 1.0), (128, 128, 0.92), (64, 128, 0.78), (64, 64, 0.55), (32, 64, 0.35), (16, 64, 0.2))
 SPLITS = (1, 2, 4, 8)  # into how many parts the vendor's library splits the sum of a product; our kernels do not split
 SHORTEST_SPLIT = 512  # the fewest terms of the sum in one part
@@ -40,9 +40,9 @@ def _rate(category: str, problem: Problem, machine: Machine) -> float:
 def _product_seconds(launch: PricedLaunch, machine: Machine, rate: float, bandwidth: float) -> float:
     """The shortest time over a few tile sizes.
 
-    Tiles run in waves over the processors. A time is that of the arithmetic, or that of the bytes which the processors
-    at work can draw from memory, if it is longer. A last wave that is not full counts half of what it leaves idle,
-    since the real tiles are not known here. The vendor's library may split the sum as well; it then adds up fp32 parts.
+    Tiles run in waves over the processors. If the last wave is not full, half of what it leaves idle counts, since the
+    real tiles are not known here. The time is the longer of two: the arithmetic, and the bytes that the processors at
+    work can draw from memory. The vendor's library may split the sum; it then adds up parts in fp32.
     """
     rows, columns, depth = launch.shape or (0, 0, 0)
     short, long = (rows, columns) if rows < columns else (columns, rows)

@@ -36,8 +36,8 @@ class Machine:
     overhead: float
 
 
-# Sources: [M] measured by us (none yet), [P] published by the vendor, [E] estimate. The numbers 1 and 3 are sections of
-# the study guides/kernels.md: its figures come from compiled code, published timings and its own model, not from a run.
+# Sources: [M] measured by us (none yet), [P] published by the vendor, [E] our own estimate. 1 and 3 are sections of a
+# study that is not in this repository: its figures come from compiled code, published timings and a model, not a run.
 # ``assembled`` is ``triton`` times section 3's ratio of matrix cycles to all cycles of the loop, A and B low rank.
 MACHINES = {
     "sm_80": Machine(  # A100 SXM 80 GB: 108 processors, 312 TFLOP/s, fp32 19.5, 2.04 TB/s, L2 2 x 20 MB [P]

@@ -1,7 +1,7 @@
 """The predicted time of each strategy of the Triton backend, from shapes, kinds, types and architecture alone.
 
-``launches.py`` lists every launch of a step with its operations and its bytes of device memory. A launch is predicted
-to take
+``launches.py`` lists every launch of a call, forward and backward, with its operations and its bytes of device memory.
+A launch is predicted to take
 
     overhead + max(flops / rate, bytes / bandwidth)
 
@@ -27,7 +27,7 @@ REMEMBERED = 1 << 15  # problems
 
 @dataclass(frozen=True)
 class Prediction:
-    """The predicted cost of a step by one strategy.
+    """The predicted cost of a call, forward and backward, by one strategy.
 
     Attributes:
         strategy: ``"assemble"`` or ``"fused"``.

@@ -29,9 +29,9 @@ def assemble_kernel(
     b_eff_ptr,  # b_eff (N,), written if WRITE_BIAS
     v_ptr,  # V = W0 Ad (N, rank_a), written if A is ADDED
     a_ptr,  # Ad: (N, R), or (K, R) if A is ADDED; or a value per row (N,); read
-    au_ptr,  # Au (R, K), or a value per column (K,) if A is COLUMN; read
+    au_ptr,  # Au (R, K), or a value per column (K,) if A is COLUMN; read if WRITE_WEIGHT
     b_ptr,  # Bd (N, R), or a value per row (N,); read
-    bu_ptr,  # Bu (R, K), read if B is LOW_RANK
+    bu_ptr,  # Bu (R, K), read if B is LOW_RANK and WRITE_WEIGHT
     c_ptr,  # Cd (K, R), or c (K,); read
     cu_ptr,  # Cu (R, 1), read if C is LOW_RANK
     bias_ptr,  # b0 (N,), read if BIAS
@@ -70,7 +70,7 @@ def assemble_kernel(
     FACTOR_B: tl.constexpr,  # type in which the factors of B meet
     INDEX: tl.constexpr,  # type of offsets: int64 if one could pass 2^31, else int32
     WIDE: tl.constexpr,  # type of sums and of W_eff before rounding: fp32, or fp64 for fp64 layers
-    PRECISION: tl.constexpr,  # input_precision of products of factors
+    PRECISION: tl.constexpr,  # input_precision of products of factors, and of W0 Ad
 ):
     # A program is one block of rows and one share of the columns.
     shares = tl.cdiv(K, share)

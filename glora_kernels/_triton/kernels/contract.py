@@ -61,10 +61,10 @@ def contract_kernel(
     x_ptr,  # x (M, K), read with GEMM
     w_ptr,  # W0 (N, K), read
     w_eff_ptr,  # W_eff (N, K), contiguous, written if WRITE_WEIGHT
-    a_ptr,  # Ad (N, R), or a (N,); read
-    au_ptr,  # Au (R, K), read if A is LOW_RANK
-    b_ptr,  # Bd (N, R), or a value per row (N,); read
-    bu_ptr,  # Bu (R, K), read if B is LOW_RANK
+    a_ptr,  # Ad (N, R), read with GRAD_A or WRITE_WEIGHT; or a (N,), read with WRITE_WEIGHT
+    au_ptr,  # Au (R, K), read if A is LOW_RANK, with GRAD_A or WRITE_WEIGHT
+    b_ptr,  # Bd (N, R), read with GRAD_B or WRITE_WEIGHT; or a value per row (N,), read with WRITE_WEIGHT
+    bu_ptr,  # Bu (R, K), read if B is LOW_RANK, with GRAD_B or WRITE_WEIGHT
     c_ptr,  # Cd (K, R), read with DCU
     lost_ptr,  # (N,) int32, read with ONLY_LOST: 1 where the row of da is lost
     partials_ptr,  # buffer of partial sums: db is read, the rest written

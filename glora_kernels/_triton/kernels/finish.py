@@ -161,7 +161,7 @@ def finish_kernel(
                 BLOCK,
                 WIDE,
             )
-    value = tl.where(mask, value, 0.0)  # not read: zero, whatever a NaN beside it was multiplied with
+    value = tl.where(mask, value, 0.0)  # what is not read becomes zero, even if it is NaN by now
     tl.store(grads_ptr + target + o, value.to(grads_ptr.dtype.element_ty), mask=o < size)
 
 

@@ -58,7 +58,8 @@ def thin_product(
 def store_slice(ptr, tile, thin, block, columns, size, rank, mask, BLOCK_RANK: tl.constexpr, DOT: tl.constexpr):
     """Store ``tile^T thin``, (columns, rank), in slice ``block`` of (slices, size, rank) at ``ptr``; size: N or K.
 
-    ``tile`` is [tokens, columns] of dy or x, ``thin`` is P or Q, [tokens, BLOCK_RANK], as the type of the tile.
+    ``tile`` is [tokens, columns] of dy or x; ``thin`` is P or Q, [tokens, BLOCK_RANK], and takes the type of ``tile``.
+    The other parameters are those of ``thin_product``.
     """
     ranks = tl.arange(0, BLOCK_RANK)
     product = tl.dot(tl.trans(tile), thin.to(tile.dtype), input_precision=DOT)
@@ -71,10 +72,10 @@ def token_pass_kernel(
     dy_ptr,  # dy (M, N), read
     other_ptr,  # y (M, N) with OUTPUT; g = dy W0 (M, K) if A is COLUMN; contiguous, read
     dx_ptr,  # dx (M, K), contiguous, written with WRITE_DX
-    a_ptr,  # V (N, R) if A is ADDED; a over the inputs (K,) if A is COLUMN; read
+    a_ptr,  # V (N, R), read if A is ADDED; a over the inputs (K,), read if A is COLUMN and with WRITE_DX
     au_ptr,  # Au (R, K), read if A is ADDED
-    b_ptr,  # Bd (N, R), or a value per row (N,); read
-    bu_ptr,  # Bu (R, K), read if B is LOW_RANK
+    b_ptr,  # Bd (N, R), read with GRAD_B or WRITE_DX; or a value per row (N,), read with WRITE_DX
+    bu_ptr,  # Bu (R, K), read if B is LOW_RANK, with GRAD_B or WRITE_DX
     bias_ptr,  # b0 (N,), read with DB_BIAS
     partials_ptr,  # buffer of partial sums, written: one slice per program
     at_db,  # db (programs, N)

@@ -7,9 +7,10 @@
 
 The shapes are in kernels/__init__.py. db and dV are still slices of ``token_pass``: each program adds up those of its
 own rows. Sums over rows leave as one slice per block of rows. ``lost`` compares, on a few tokens p, the scales of two
-rounding errors (docs/numerics.md): that of what is taken off the output, and the one allowed for da. A row is kept if
+rounding errors (docs/numerics.md): that of what is taken off the output, and the one allowed for da. A row is kept
+if, with ``|Bd| |Bu|`` in place of ``|B|`` (which is no larger) where B is a low rank,
 
-    sum_p |dy| (|b_eff| + |x| |B|^T)   <   loss * |1 + a| sum_p |dy| |x| |W0|^T
+    sum_p |dy| (|b_eff| + |x| |B|^T)   <   loss * |1 + a| sum_p |dy| |x| |W0|^T     and     |t| < inf
 """
 
 import torch
@@ -32,9 +33,9 @@ def weight_pass_kernel(
     w_ptr,  # W0 (N, K), read
     w_eff_ptr,  # W_eff (N, K), contiguous, written if WRITE_WEIGHT
     a_ptr,  # Ad (N, R); or V (N, R) if A is ADDED; or a value per row (N,); read
-    au_ptr,  # Au (R, K), or a value per column (K,) if A is COLUMN; read
+    au_ptr,  # Au (R, K), or a value per column (K,) if A is COLUMN; read with WRITE_WEIGHT
     b_ptr,  # Bd (N, R), or a value per row (N,); read
-    bu_ptr,  # Bu (R, K), read if B is LOW_RANK
+    bu_ptr,  # Bu (R, K), read if B is LOW_RANK, with WRITE_WEIGHT or PROBE
     c_ptr,  # Cd (K, R), read with DCU
     x_ptr,  # x (M, K), read with PROBE
     dy_ptr,  # dy (M, N), read with PROBE
@@ -67,7 +68,7 @@ def weight_pass_kernel(
     rank_a,  # ranks of A that are read; its storage may hold more
     rank_b,  # ranks of B that are read
     rank_c,  # ranks of C that are read
-    loss,  # largest accepted ratio of the two scales (routes.ACCEPTED_LOSS)
+    loss,  # largest accepted ratio of the two scales (gradient_routes.ACCEPTED_LOSS)
     A: tl.constexpr,  # form of A on a tile: NONE, ROW, COLUMN, LOW_RANK or ADDED (tile.py)
     B: tl.constexpr,  # form of B on a tile: NONE, ROW or LOW_RANK
     WRITE_WEIGHT: tl.constexpr,  # whether W_eff is formed, for dx
@@ -86,7 +87,7 @@ def weight_pass_kernel(
     FACTOR_B: tl.constexpr,  # type in which the factors of B meet
     INDEX: tl.constexpr,  # type of offsets: int64 if one could pass 2^31, else int32
     WIDE: tl.constexpr,  # type of sums and of W_eff before rounding: fp32, or fp64 for fp64 layers
-    PRECISION: tl.constexpr,  # input_precision of products of factors
+    PRECISION: tl.constexpr,  # input_precision of products of factors, and of W0^T dV
     ROUGH: tl.constexpr,  # input_precision of the comparison of scales
 ):
     # A program is one block of rows and one share of the columns.

@@ -191,7 +191,7 @@ def test_what_does_not_fit_the_cache_is_read_twice():
 
 # What it predicts -----------------------------------------------------------------------------------------------------
 
-FROM_STUDY = {"sm_80": 448, "sm_86": 448, "sm_89": 768, "sm_90": 256, "sm_100": 256}  # guides/kernels.md, section 6
+FROM_STUDY = {"sm_80": 448, "sm_86": 448, "sm_89": 768, "sm_90": 256, "sm_100": 256}  # see test_times_of_the_study
 
 
 def last_fused(outputs, inputs, architecture, kinds=BOTH):
@@ -221,7 +221,7 @@ def test_many_tokens_are_assembled(architecture):
 
 
 def test_times_of_the_study():
-    """guides/kernels.md, 1c, in microseconds: 768 -> 3072 with 12,608 tokens, and 4096 -> 4096 with 2,048."""
+    """A study that is not in this repository, in us: 768 -> 3072 with 12,608 tokens, and 4096 -> 4096 with 2,048."""
     for shape, forward, backward in (
         ((12608, 3072, 768), 3 + 77, 19.5 + 98 + 4 + 93 + 2),
         ((2048, 4096, 4096), 17 + 91, 4 + 91 + 25 + 91 + 2),
