@@ -14,8 +14,8 @@ from .timing import ClockWatch, EventWatch, Watch
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 SEED = 0
-# The largest relative error in the 2-norm of a whole model, of a training step and of inference. In half types a deep
-# model is far off whoever computes it: there everyone is held in fp32 first, and then again, to less.
+# The largest relative error in the 2-norm of a whole model, of a training step and of inference. In half types deep
+# models are far off, whoever computes them: check in fp32 first, then again with a looser tolerance.
 STEP_TOLERANCES = {torch.float32: 2e-4, torch.float16: 1e-1, torch.bfloat16: 6e-1}
 INFERENCE_TOLERANCES = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 6e-2}
 

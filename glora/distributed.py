@@ -91,10 +91,10 @@ def _average(gradients: Iterable[Tensor]) -> None:
 
 
 def share(batch_size: int) -> tuple[slice, int]:
-    """Which samples of a batch this rank takes, and how many of them count.
+    """The samples of a batch that this rank takes, and how many of them count.
 
-    Shares are consecutive and differ by at most one. A rank for which nothing is left takes the first sample,
-    to run the same graph as the others, and counts none.
+    Shares are consecutive; their sizes differ by at most one. An empty share takes the first sample and counts none, so
+    that all ranks run the same graph.
     """
     start, stop = (index * batch_size // world_size() for index in (process_rank(), process_rank() + 1))
     return (slice(start, stop) if start < stop else slice(0, 1)), stop - start
@@ -214,7 +214,7 @@ def _require_no_fsdp1(model: nn.Module) -> None:
 
 
 def _require_held(model: nn.Module) -> None:
-    """Raise ValueError if support tensors have lost the shapes they were made in, or other trained ones are empty."""
+    """Raise ValueError if a support tensor has lost its shape, or another trained tensor is empty."""
     absent = {name for name, p in named_parameters(model) if p.requires_grad and tuple(p.shape) == (0,)}
     for name, layer in glora_layers(model).items():
         shapes = support_shapes((layer.out_features, layer.in_features), layer.rank, layer.product)

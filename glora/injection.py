@@ -189,7 +189,7 @@ def _selected(named: Mapping[str, nn.Module], patterns: Iterable[str]) -> set[nn
 def _not_targeted(
     heads: Mapping[str, nn.Module], targets: tuple[str, ...] | None, named: Mapping[str, nn.Module]
 ) -> set[nn.Module]:
-    """The modules of ``heads``, less those of a target that selects nothing outside heads: it means them."""
+    """The modules of ``heads`` to leave alone: all, except those of a target that selects nothing outside heads."""
     parts = {part for head in heads.values() for part in head.modules()}
     selections = [_selected(named, [target]) for target in targets or ()]
     return parts - {module for selection in selections if selection <= parts for module in selection}

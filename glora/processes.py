@@ -13,9 +13,9 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 
 if dist.is_available() and not dist.is_initialized():
-    # Imported before there is a group, which its functions would keep as a default argument. The first optimiser
-    # imports it, usually after init_process_group: then destroy_process_group cannot end gloo's threads, and a thread
-    # that still waits for the interpreter's lock may abort the process at its exit.
+    # Import this before there is a process group: its functions keep the group as a default. Otherwise the first
+    # optimiser imports it, usually after init_process_group, and destroy_process_group cannot end gloo's threads. Then
+    # a thread that still waits for the interpreter's lock may abort the process at its exit.
     import torch.distributed.nn.functional  # noqa: F401
 
 T = TypeVar("T")

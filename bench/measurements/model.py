@@ -46,7 +46,7 @@ def measure(shape_set: str, model: Model, settings: Settings) -> Section:
     """Check and time every entrant; in each round, those that take any path get the same new path for every layer."""
     field, workload = make_model(model, settings)
     shapes = {name: layer.shape for name, layer in glora.glora_layers(field.models[who.OURS]).items()}
-    # Under a layer norm the gradient of a constant is a sum that cancels to nothing: the layers check these.
+    # Left out: constants as B, D, E. Under a layer norm their gradient is a sum that cancels: the layers check them.
     checkable = SearchSpace((model.rank,), B=("lora", "vector", "none"), D=("vector", "none"), E=("vector", "none"))
     paths = PathSampler(shapes, checkable).sample(torch.Generator().manual_seed(SEED))
     field.check(workload, [paths], settings.step_tolerance)

@@ -24,7 +24,7 @@ def rung_ends(shares: Sequence[float], samples: int) -> list[int]:
 
 
 def balanced_order(classes: Sequence[int], seed: int) -> list[int]:
-    """All indices in an order whose every prefix has the classes in proportion (equal classes: to within a sample).
+    """An order of all samples. Any beginning of it has the classes in proportion (equal classes: to within a sample).
 
     Sample ``j`` of the ``n`` of its class (in a random order) comes at the place ``(j + 0.5) / n``; those of the same
     place are in a random order.

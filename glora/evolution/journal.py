@@ -59,7 +59,7 @@ class Scores:
         return sum(part.stop - part.start for part in self.known)
 
     def of(self, parts: Mapping[Part, Callable[[], float]], on_scores: Callable[[int], object]) -> dict[Part, float]:
-        """The total of each part. Unknown ones are evaluated in their order, a consecutive run of them by each rank.
+        """The total of each part. Missing ones are split into consecutive runs, one per rank.
 
         Args:
             on_scores: told how many more are known, as soon as they are.

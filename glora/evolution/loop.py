@@ -175,8 +175,8 @@ def evolve(
     replays the journal's scores and goes on as if it had not been cut. What ``evaluate`` itself
     depends on goes into ``scored_by`` (plain data): a journal with something else there is refused.
 
-    The candidates of a generation are evaluated in the order of their paths, layer by layer, so that neighbours have
-    first layers in common; ``history`` has them as they were drawn.
+    The candidates of a generation are evaluated in the order of their paths, layer by layer, so that few layers have
+    to be merged again between neighbours; ``history`` has them as they were drawn.
 
     With several processes, each calls it, as with :func:`search`; ``evaluate`` has to give the same scores on each.
 

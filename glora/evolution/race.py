@@ -14,7 +14,7 @@ from .selection import Candidate, in_order
 
 
 class Race:
-    """Scores the candidates of a generation: all on the samples of the first rung, the better half on the next's."""
+    """Scores a generation: every candidate on the first rung, then the better half on each next rung."""
 
     def __init__(
         self, sampler: PathSampler, evaluate: Callable[..., float], scores: Scores, ends: Sequence[int], objective: str

@@ -22,7 +22,7 @@ class CandidateScorer:
         model: its weights may not change meanwhile.
         validation: pairs of input and class.
         metric: ``"accuracy"``, or ``"loss"``, negated: higher is better.
-        order: indices of ``validation``; ``start`` and ``stop`` count in it. None: its own order.
+        order: indices of ``validation``; ``start`` and ``stop`` count in it. None: every call scores all samples.
         workers: processes that read ``validation``.
     """
 
@@ -40,7 +40,7 @@ class CandidateScorer:
         self._merged: dict[str, MergedLayer] = {}
 
     def __call__(self, paths: Mapping[str, PathConfig], start: int, stop: int) -> float:
-        """The sum of the scores of the samples ``start`` to ``stop``."""
+        """The sum of the scores of samples ``start`` to ``stop`` of ``order``; of all samples without an order."""
         dataset = self.validation if self.order is None else Subset(self.validation, self.order[start:stop])
         with merged_under(self.model, paths, self._merged) as merged:
             totals = count(merged, dataset, self.batch_size, self.workers)

@@ -42,7 +42,7 @@ READABLE = (1, 2)
 def save_adapter(model: nn.Module, file: str | os.PathLike) -> None:
     """Write the support tensors, the paths, every other trainable parameter and the buffers of ``model``.
 
-    Every rank of a job may call it with the same ``file``.
+    Every rank of a run may call it with the same ``file``.
 
     Raises:
         ValueError: ``model`` has no adapted layer, or layers of both products, or parameters that this process does
@@ -79,7 +79,7 @@ def save_adapter(model: nn.Module, file: str | os.PathLike) -> None:
 
 
 def _marks(model: nn.Module, but: Container[str] = ()) -> dict[str, str]:
-    """The dtype and a checksum of some evenly spaced values of every parameter, except those named in ``but``."""
+    """A dtype and checksum per parameter not in ``but``. The checksum covers a few evenly spaced values."""
     marks = {}
     for name, parameter in named_parameters(model):
         if name not in but:
@@ -183,7 +183,7 @@ def _warn_of_buffers(
 
 
 class Description(NamedTuple):
-    """What a file says of its layers: their product, and by name their rank and path (None: it gives none).
+    """What a file says of its layers: product; rank and path by layer (``paths`` is None if none are given).
 
     Attributes:
         complete: whether it holds all statistics, as files from format 2 on do.

@@ -216,7 +216,7 @@ def _everywhere(factor: Tensor, positions: int) -> Tensor:
 
 
 def _live_rank(down: Tensor, up: Tensor) -> int:
-    """The rank up to the last component that is not zero in both factors: one that is zero in both gets no gradient."""
+    """The number of ranks up to the last one in use. A rank whose two factors are zero gets no gradient."""
     live = ((down != 0).any(0) | (up != 0).any(1)).nonzero()
     return int(live.max()) + 1 if live.numel() else 0
 
@@ -432,7 +432,7 @@ def _scale(name: str, alpha: Tensor | None, rank: int, file: str | os.PathLike) 
 def _check_fit(
     modules: Mapping[str, Any], layers: dict[str, GLoRALayer], adapters: dict[str, _Adapter], file: str | os.PathLike
 ) -> None:
-    """Raise if the file's layers are not those of an adapted model, or its values not those of the storage."""
+    """Raise if the layers differ from those of an adapted model, or if the values do not fit the storages."""
     if layers:
         ranks = {name: adapter.path.rank for name, adapter in adapters.items()}
         require_same_layers(file, layers, ranks, "matmul")

@@ -182,7 +182,7 @@ class GLoRALayer(nn.Module):
 
     def _encode_path(self) -> None:
         """Encode the path as data for compiled graphs. It is no buffer: it stays on the CPU and out of state dicts."""
-        # a graph that trains reads it too; entered only if needed, as it takes as long as the rest of a new path
+        # Graphs that train read it. Entered in inference mode only: that takes as long as the rest of setting a path.
         with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
             self._config = encode(self.path.choices, self._history.since)
 

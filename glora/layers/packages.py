@@ -7,7 +7,7 @@ from typing import Any
 
 
 def loaded(module: str, name: str) -> Any:
-    """The class ``name`` of ``module``, or None if that is not loaded: then no object of the class can exist."""
+    """The class, or None if its module is not loaded. Then nobody has an object of it."""
     return getattr(sys.modules.get(module), name, None)
 
 

@@ -1,4 +1,4 @@
-"""The paths of a layer over time: a forward pass that is run again during backward takes the path of its first run.
+"""Which path a layer uses when backward runs forward again: the path of the first run.
 
 Activation checkpointing (``torch.utils.checkpoint``, timm's ``set_grad_checkpointing``, transformers'
 ``gradient_checkpointing_enable``) calls forward a second time in the middle of backward. The autograd node being

@@ -41,7 +41,7 @@ def slots(model: nn.Module) -> dict[str, Slot]:
 
 
 def statistics(model: nn.Module) -> dict[str, str]:
-    """The buffers of norm layers that gather statistics, and the layer of each; all by names without wrappers."""
+    """The statistics buffers of norm layers, each with its layer's name; all names are without wrappers."""
     norms = [
         (name, module)
         for name, module in named_modules(model)
@@ -74,7 +74,7 @@ def require_fit(file: File, tensors: Mapping[str, Tensor], expected: Mapping[str
 def require_same_layers(
     file: File, layers: Mapping[str, GLoRALayer], ranks: Mapping[str, int], product: str, exactly: bool = False
 ) -> None:
-    """Raise ValueError, listing names, unless ``file`` has these ``layers``, of its ``ranks`` (``exactly``) or more."""
+    """Raise ValueError, listing names, unless the layers are the file's, of its ranks (or more, if not ``exactly``)."""
     missing, unknown = sorted(set(layers) - set(ranks)), sorted(set(ranks) - set(layers))
     differing = [
         f"{name}: rank {layer.rank} {layer.product} in the model, {ranks[name]} {product} in the file"
@@ -165,7 +165,7 @@ def buffers_beside(model: nn.Module, layers: Iterable[nn.Module]) -> dict[str, T
 
 
 def warn_of_buffers(model: nn.Module, layers: Iterable[nn.Module], carried: tuple[str, ...] = ()) -> None:
-    """Warn, by name, of buffers that training may change and another library's format has no place for.
+    """Warn, by name, of buffers that training may change but another library's format cannot hold.
 
     These are the statistics of norm layers and every other floating buffer of the state dict, except those of
     ``layers`` and of the modules ``carried``.

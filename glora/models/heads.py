@@ -10,18 +10,16 @@ from torch import nn
 from ..layers.packages import loaded
 from .wrappers import named_modules
 
-# Names of heads: anywhere in a model; in a whole model of Transformers, where some call a pooling layer "head"; among
-# the direct children of any whole model; in a model of torchvision.
-ANYWHERE = ("head", "head_dist", "classifier", "lm_head")
-IN_TRANSFORMERS = ("classifier", "lm_head", "score", "qa_outputs", "classification_head")
-IN_A_WHOLE_MODEL = (*ANYWHERE, *IN_TRANSFORMERS, "heads")
-IN_TORCHVISION = ("aux1", "aux2", "AuxLogits", "aux_classifier", "box_predictor", "mask_predictor")
-# How the names of heads end in a Transformers model for a task that has no base model.
-TASK_ENDS = ("head", "classifier", "fc")
+# Names of heads, by place. Some models of Transformers call a pooling layer "head", so IN_TRANSFORMERS lacks it.
+ANYWHERE = ("head", "head_dist", "classifier", "lm_head")  # anywhere in a model
+IN_TRANSFORMERS = ("classifier", "lm_head", "score", "qa_outputs", "classification_head")  # children of such a model
+IN_A_WHOLE_MODEL = (*ANYWHERE, *IN_TRANSFORMERS, "heads")  # children of any other whole model
+IN_TORCHVISION = ("aux1", "aux2", "AuxLogits", "aux_classifier", "box_predictor", "mask_predictor")  # torchvision's
+TASK_ENDS = ("head", "classifier", "fc")  # ends of names, in a Transformers model for a task without a base model
 
 
 def find_heads(model: nn.Module) -> dict[str, nn.Module]:
-    """The heads of ``model`` by name without wrappers, none within another, and none without parameters.
+    """The outermost heads of ``model`` that have parameters, by name without wrappers.
 
     A head is
 

@@ -115,7 +115,7 @@ class Home:
 
 
 def homes(model: nn.Module, created: Sequence[str]) -> list[Home]:
-    """Where the biases of the layers ``created`` are saved; nothing for those outside of any ``save_pretrained``."""
+    """Where the new biases of ``created`` are saved. Biases outside any part with ``save_pretrained`` have no home."""
     savers = _savers(model)
     # models of Transformers first: what wraps one (SentenceTransformer) lets it save itself
     order = sorted(savers, key=lambda name: not is_a(savers[name], "transformers.modeling_utils", "PreTrainedModel"))
@@ -149,7 +149,7 @@ def _home(name: str, part: Any, created: list[str]) -> Home:
 
 
 def _places(part: nn.Module, config: Any, entries: Sequence[str], without: _Shapes) -> _Shapes:
-    """Modules that get a bias if ``entries`` of the config are set, with its shape; none if anything else changes."""
+    """Modules that gain a bias, of this shape, if these config entries are set. Empty if they change anything else."""
     changed = copy.deepcopy(config)
     for entry in entries:
         parents, last = _split(entry)

@@ -54,8 +54,8 @@ def read_by_others(modules: Iterable[nn.Module], always: bool) -> dict[nn.Module
 
 @cache
 def _weights_read(kind: type[nn.Module]) -> dict[str, bool]:
-    """The names of children whose ``weight`` is a factor in ``forward`` of ``kind`` or in methods that it calls, and
-    whether these may also call the child: they do more with it than take an attribute."""
+    """Children whose ``weight`` is a factor in ``forward`` or a method that it calls, by name. The value says whether
+    the child may be called as well: more is done with it than reading an attribute."""
     if kind.__module__.startswith(("torch.", "glora.")):
         return {}
     read: set[str] = set()

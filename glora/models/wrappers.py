@@ -87,7 +87,7 @@ def tensors_of(model: nn.Module, persistent: bool = False) -> dict[str, Tensor]:
 
 
 def name_in(known: Container[str], name: str) -> str:
-    """The one of the ``known`` names, all without wrappers, that ``name``, with or without wrappers, stands for.
+    """The known name that ``name`` stands for. Known names are without wrappers; ``name`` may have parts that they add.
 
     Files of earlier versions contain the names of wrappers. If no known name fits, the result is ``name`` without the
     parts that only wrappers have; ``module`` stays, since it may be a model's own.
@@ -140,6 +140,6 @@ def _join(*names: str) -> str:
 
 
 def _without(name: str, places: set[str]) -> str:
-    """``name`` without each component at which one of ``places`` ends."""
+    """Drop each component of ``name`` that leads to a wrapped module, one of ``places``."""
     beginnings = accumulate(name.split("."), _join)
     return ".".join(start.rpartition(".")[2] for start in beginnings if start not in places)

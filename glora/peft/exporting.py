@@ -153,10 +153,7 @@ def _modules_to_save(model: nn.Module, layers: Mapping[str, GLoRALinear]) -> lis
 
 
 def _norms_to_save(model: nn.Module, saved: Iterable[str]) -> set[str]:
-    """The norm layers with statistics that PEFT can save whole: in one place, and no other name ends in theirs.
-
-    Warns of the others.
-    """
+    """Norm layers with statistics that PEFT can save whole: each in one place, and no other name ends in its name."""
     places = Counter(module for _, module in named_modules(model, remove_duplicate=False))
     modules, theirs = modules_by_name(model), _names_of_theirs(model)
     within = tuple(f"{name}." for name in saved)

@@ -1,4 +1,4 @@
-"""Every row of the demonstration's table: one way to adapt the backbone, trained and tested.
+"""The rows of the demonstration's table: each function of ``METHODS`` adapts, trains and tests for one row or more.
 
 All rows share the backbone, a fresh head, the steps, the batches and the schedule; each has the
 learning rate that suits it. Except for GLoRA's search, each trains once and is tested once.

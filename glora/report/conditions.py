@@ -29,9 +29,9 @@ def tell_apart(runs: Sequence[Run]) -> list[Run]:
 
 
 def conditions(run: Run) -> Conditions:
-    """Every value, as text, that runs of one setting must share to be averaged over their seeds and data sets.
+    """What two runs must share for a mean over their seeds and data sets, as text.
 
-    These are the weights, and the recipe without the entries that choose runs (seeds, shots, other sizes). A search
+    That is the weights, and the recipe without the entries that choose runs (seeds, shots, other sizes). A search
     adds its own settings, limit and metric, which may differ from the recipe's; a run without a search has none. Names
     are those of ``glora train --set``; entries of training and search come without the name of their table.
     """

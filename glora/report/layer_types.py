@@ -19,7 +19,7 @@ def layer_types(names: Iterable[str]) -> dict[str, str]:
 
 
 def _shortest(parts: tuple[str, ...], others: set[tuple[str, ...]]) -> str:
-    """The shortest ending of ``parts`` that no other has; all of ``parts`` if another one ends with it."""
+    """The shortest ending that only ``parts`` has; all of ``parts`` if another name ends with it."""
     for length in range(1, len(parts)):
         if sum(other[-length:] == parts[-length:] for other in others) == 1:
             return ".".join(parts[-length:])

@@ -58,7 +58,7 @@ class RunFolder:
 
     @property
     def winner(self) -> str:
-        """The SHA-256 of the winner's adapter, paths and numbers, which tells this winner from any other."""
+        """SHA-256 of the winner's adapter file (paths and numbers). It identifies the winner."""
         return hashlib.sha256((self.path / ADAPTER).read_bytes()).hexdigest()
 
     def put_aside(self) -> Path | None:

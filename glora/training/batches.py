@@ -52,7 +52,7 @@ class StepSampler(Sampler[list[int]]):
 
 
 class _Numbered(Sampler[list[tuple[int, int]]]):
-    """The batches of a :class:`StepSampler`, each index with the number of its sample since the first step."""
+    """The batches of a :class:`StepSampler` as pairs (index, number of the sample since step 0)."""
 
     def __init__(self, steps: StepSampler):
         self.steps = steps
@@ -147,7 +147,7 @@ def _checksum_of_samples(dataset: Dataset, indices: Iterable[int]) -> int:
 
 
 def _parts(sample: Any) -> Iterator[Tensor]:
-    """The tensors of a sample, numbers as the tensors that a loader or a ``TensorDataset`` has for them, and texts."""
+    """A sample as tensors and texts; numbers become the tensors that a loader makes of them."""
     if isinstance(sample, Tensor | np.ndarray | np.generic | int | float):
         tensor = torch.as_tensor(sample)
         yield from (_text(f"{tensor.dtype} {tuple(tensor.shape)}"), tensor)

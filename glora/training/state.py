@@ -107,7 +107,7 @@ class TrainingState:
         return {**common, "paths": {name: layer.path.to_dict() for name, layer in self.layers.items()}}
 
     def _identity(self) -> dict[str, Any]:
-        """What a checkpoint must agree on to be continued; steps between checkpoints may differ."""
+        """What must be equal to continue a checkpoint. ``checkpoint_every`` may differ."""
         return {**self.arguments(), "frozen": self._frozen, "data": self.data}
 
     def _require_same(self, identity: Mapping[str, Any], file: str | os.PathLike) -> None:

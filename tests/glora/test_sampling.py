@@ -184,7 +184,7 @@ def test_repair_leaves_its_argument_alone():
     assert paths == given
 
 
-# -- the published means (shared/guides/quickstart.md, drawn there at random) ------------------------
+# -- the means of a study that is not in this repository, drawn there at random ----------------------
 
 
 def exact_mean(layers, ranks):

@@ -73,7 +73,7 @@ def mean(values: Mapping[str, float]) -> float:
 
 
 def mean_entry(method: str, row: str, found: Mapping[str, OverSeeds], of: int, combine: Combine = mean) -> Entry:
-    """``combine`` over the values found: for each seed if all have the same seeds, otherwise over their means."""
+    """The mean cell. If all have the same seeds: ``combine`` per seed, then average. Else: ``combine`` the means."""
     if not found:
         return our_entry(method, row, None)
     part = (len(found), of) if len(found) < of else None
