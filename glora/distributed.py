@@ -41,6 +41,7 @@ def sync_gradients(model: nn.Module) -> None:
             (the first such rank and layer are named); a model within ``DistributedDataParallel`` or
             ``fully_shard``, which average gradients themselves; a sparse gradient.
     """
+    require_model(model)
     if not has_group():
         return
     if holds_replica(model):

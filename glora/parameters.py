@@ -72,6 +72,7 @@ def drop_unread(layers: Mapping[str, GLoRALayer], paths: Mapping[str, PathConfig
     for name, layer in layers.items():
         held = held_parameters(layer)
         read = names_read(layer.path if paths is None else paths[name], layer.bias is not None)
-        for own in SUPPORT_NAMES:
-            if own not in read and held[own].grad is not None:
-                held[own].grad = None
+        graded = {own: held[own] for own in held.keys() - read if own in SUPPORT_NAMES and held[own].grad is not None}
+        for parameter in graded.values():
+            if all(parameter is not held.get(other) for other in read):  # not tied to what is read
+                parameter.grad = None

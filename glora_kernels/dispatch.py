@@ -140,7 +140,7 @@ def _asked() -> tuple[BackendChoice, str]:
         return chosen, "use_backend"
     if is_left_open():
         return _OPEN, _VARIABLE
-    name = os.environ[_VARIABLE]
+    name = os.environ.get(_VARIABLE, "auto")
     if name != "auto":
         _check_name(name, _VARIABLE)
     return BackendChoice(name, None), _VARIABLE

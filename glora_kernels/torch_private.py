@@ -33,8 +33,9 @@ def _tried(name: str, trial: Callable[[Any], object], feature: str = "") -> Any:
         feature: what is off then; empty where a slower way has the same results.
     """
     try:
-        found = reduce(_member, name.split("."), torch)
-        trial(found)
+        with torch.inference_mode(False), torch.enable_grad(), torch.device("cpu"):  # whatever the importer is within
+            found = reduce(_member, name.split("."), torch)
+            trial(found)
     except Exception:  # whatever a changed signature makes of the trial
         if feature:
             FEATURES_OFF[f"torch.{name}"] = feature
@@ -93,7 +94,7 @@ _REPEATS = (
 _ENTRIES = {
     getattr(BackwardCFunction, name).__code__ for name in ("apply", "apply_boxed") if hasattr(BackwardCFunction, name)
 }
-_STARTS = {torch.autograd.backward.__code__, torch.autograd.grad.__code__}
+_STARTS = {getattr(start, "__code__", None) for start in (torch.autograd.backward, torch.autograd.grad)}
 
 
 def _sequence_number(node: Any) -> int:
@@ -303,6 +304,11 @@ def children_of(module: Any) -> list[tuple[str, Any]]:
         return [(name, child) for name, child in named if name and "." not in name]
     return [(name, child) for name, child in held.items() if child is not None]
 
+
+# Every batch norm derives from the first. Without it those of PyTorch are known, and those that others derive are not.
+_batch_norm = _tried("nn.modules.batchnorm._BatchNorm", lambda kind: isinstance(torch.nn.BatchNorm1d(1), kind) or 1 / 0)
+_PUBLIC = ("BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "SyncBatchNorm", "LazyBatchNorm1d", "LazyBatchNorm2d")
+BATCH_NORMS = tuple(getattr(torch.nn, name) for name in _PUBLIC) if _batch_norm is None else (_batch_norm,)
 
 # The wrappers of PyTorch: where each type stands, and the child that it is around. A type that is no longer there is
 # not recognised, and names of parameters keep its part.

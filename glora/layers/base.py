@@ -22,7 +22,6 @@ from glora_kernels import (
     reference,
     takes_operator,
 )
-from glora_kernels.torch_private import held_parameters
 
 from ..config import Choice, LayerShape, PathConfig
 from .path_history import PathHistory
@@ -192,9 +191,8 @@ class GLoRALayer(nn.Module):
 
     def support_parameters(self, path: PathConfig | None = None) -> Iterator[nn.Parameter]:
         """The support tensors: all of them, or those that ``path`` reads."""
-        held = held_parameters(self)
         names = SUPPORT_NAMES if path is None else names_read(path, self.bias is not None)
-        return iter([held[name] for name in names])
+        return iter([getattr(self, name) for name in names])
 
     def terms(self, path: PathConfig | None = None) -> Terms:
         """The storages and how much of each ``path`` (default: :attr:`path`) reads."""

@@ -64,7 +64,7 @@ class GLoRALinear(GLoRALayer):
         """
         if is_quantised(linear):
             raise TypeError(
-                f"linear: expected a dense weight, got a quantised one ({qualified_name(type(linear))}); "
+                f"linear: expected a dense weight, got a quantised one ({qualified_name(type(linear.weight))}); "
                 "use glora.inject or glora.GLoRAQuantisedLinear.from_linear"
             )
         require_plain("linear", linear, nn.Linear)

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from glora_kernels.checks import FLOATING
+from glora_kernels.torch_private import BATCH_NORMS
 
 from ..arguments import listed
 from ..layers.base import GLoRALayer
 from .wrappers import named_buffers, named_modules, tensors_of
 
 # Norm layers that gather statistics in training mode, whatever is frozen; the first ones over a batch.
-BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 NORMS = (*BATCH_NORMS, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 File = str | os.PathLike
 

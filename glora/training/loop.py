@@ -33,7 +33,7 @@ from ..distributed import copy_from_first, require_trainable, unwrapped
 from ..files import require_file
 from ..layers.base import GLoRALayer
 from ..parameters import trainable_parameters
-from ..paths import get_paths, sampler_for, set_layer_paths
+from ..paths import get_paths, sampler_for, set_layer_paths, set_paths
 from ..processes import from_first, is_first, require_agreement, require_group, together, world_size
 from ..sampling import PathSampler
 from .batches import batches, fingerprint
@@ -145,10 +145,11 @@ def train(
             _save(state, checkpoint, log)
             if on_step is not None:
                 on_step(state.step, record.loss)
+                state.find_layers()  # it may have put others in their place
     finally:
         bar.close()
         if paths_before:
-            set_layer_paths(state.layers, paths_before)
+            set_paths(state.inner, paths_before)
     seconds = time.perf_counter() - started
     images = (state.step - resumed_from) * recipe.batch_size
     speed = images / seconds if seconds else 0.0

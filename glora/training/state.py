@@ -18,9 +18,8 @@ from ..arguments import differences
 from ..config import SearchSpace
 from ..distributed import averages_itself, sharded_like, unwrapped, whole
 from ..files import checksum, require_file, write_atomically
-from ..layers.base import GLoRALayer
 from ..models.contents import require_fit, slots
-from ..models.modules import glora_layers
+from ..models.modules import glora_layers, require_layers
 from ..models.wrappers import modules_by_name, name_in, named_buffers, named_parameters, tensors_in
 from ..processes import from_first
 from .batches import mix
@@ -60,6 +59,7 @@ class TrainingState:
         self.data: int | None = None
         self.parameters, self.recipe, self.space = parameters, recipe, space
         self.samples = samples
+        self.find_layers()
         self.step = 0
         self.records: list[StepRecord] = []
         self.optimizer = torch.optim.AdamW(parameters, lr=recipe.lr, weight_decay=recipe.weight_decay)
@@ -76,10 +76,13 @@ class TrainingState:
         self.generator = torch.Generator().manual_seed(mix(recipe.seed, -1))
         self._seconds, self._started = 0.0, time.perf_counter()
 
-    @cached_property
-    def layers(self) -> dict[str, GLoRALayer]:
-        """The adapted layers by name, found once: a walk over the model takes longer than the paths of a step."""
-        return glora_layers(self.inner)
+    def find_layers(self) -> None:
+        """Find the adapted layers, by name: a walk over the model takes longer than setting the paths of a step.
+
+        Raises:
+            ValueError: random paths, and no layer to draw them for.
+        """
+        self.layers = glora_layers(self.inner) if self.space is None else require_layers(self.inner)
 
     @property
     def device(self) -> torch.device:

@@ -79,15 +79,18 @@ def _run(kernel: Any, grid: int, tile: Tile, arguments: dict[str, Any]) -> None:
         with torch.cuda.device(device):
             return _run(kernel, grid, tile, arguments)
     global _direct
+    failed: Exception | None = None
     if _direct:
         try:
             return _run_directly(kernel, grid, tile, arguments, pointers, device)
         except (AttributeError, TypeError) as error:  # raised before anything is launched
-            _direct = False
-            told = f"glora_kernels: kernels of Triton {triton.__version__} cannot be called directly"
-            warnings.warn(f"{told} ({error}); every launch takes longer", RuntimeWarning, stacklevel=2)
+            failed = error
     _check_order(kernel, arguments)
-    kernel[(grid,)](*values, **_options(tile))
+    kernel[(grid,)](*values, **_options(tile))  # raises too, if it is the arguments that are wrong
+    if failed is not None:
+        _direct = False
+        told = f"glora_kernels: kernels of Triton {triton.__version__} cannot be called directly"
+        warnings.warn(f"{told} ({failed}); every launch takes longer", RuntimeWarning, stacklevel=2)
 
 
 def _run_directly(kernel: Any, grid: int, tile: Tile, arguments: dict[str, Any], pointers: int, device: int) -> None:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.nn.utils import prune
 
 import glora
 from glora import PathConfig, count_parameters, inject, trainable_parameters
@@ -73,3 +74,18 @@ def test_refuses_paths_of_another_model(call, paths):
 def test_a_model_without_layers_has_nothing_to_count():
     with pytest.raises(ValueError, match="found none"):
         count_parameters(mlp())
+
+
+def test_drops_what_is_not_read_and_nothing_that_is():
+    """A tensor tied to one that is read is read; a pruned one is no parameter, and is passed over."""
+    model = adapted_mlp()
+    glora.set_paths(model, PathConfig("lora_2", "vector"))
+    layer = model.fc1
+    layer.Bu = layer.Au
+    prune.identity(layer, "Cd")
+    for parameter in layer.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    glora.drop_unread_gradients(model)
+    dropped = {name for name, p in layer.named_parameters() if p.requires_grad and p.grad is None}
+    assert dropped == {"Cu", "D", "E"}
+    assert {id(p) for p in layer.support_parameters(PathConfig(C="lora_2"))} == {id(layer.Cd), id(layer.Cu)}

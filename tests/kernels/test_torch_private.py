@@ -2,10 +2,11 @@
 
 import ast
 import re
+import subprocess
 import sys
 from functools import partial
 from pathlib import Path
-from types import FunctionType, ModuleType
+from types import ModuleType
 
 import pytest
 import torch
@@ -61,11 +62,8 @@ def in_use(monkeypatch):
     def put(seam: ModuleType) -> ModuleType:
         for module in [m for name, m in sys.modules.items() if name.partition(".")[0] in ("glora", "glora_kernels")]:
             for name, value in list(vars(module).items()):
-                if (
-                    type(value) is FunctionType
-                    and value is vars(torch_private).get(name)
-                    and module is not torch_private
-                ):
+                same = callable(value) and value is vars(torch_private).get(name)
+                if same and not isinstance(value, type) and module is not torch_private:
                     monkeypatch.setattr(module, name, vars(seam)[name])
         return seam
 
@@ -120,9 +118,12 @@ def test_layers_compute_what_they_did(name, raising, in_use):
         assert_same({"y": y.detach(), "x": x_got.grad, **grads_of(layer)}, {"y": want_y, **want})
         with torch.no_grad():
             torch.testing.assert_close(layer(x), want_y)
-        successor = layer(fresh(x)) * 1  # a view could not be overwritten
-        nn.functional.relu(successor, inplace=True)
-        nn.functional.relu(layer(fresh(x)), inplace=True).sum().backward()
+        layer.zero_grad()
+        layer(x_got := fresh(x)).tanh_().sum().backward()  # overwrites the output, which is no view
+        found = {"x": x_got.grad, **grads_of(layer)}
+        layer.zero_grad()
+        reference.glora_linear(x_want := fresh(x), layer.weight, layer.bias, layer.terms()).tanh().sum().backward()
+        assert_same(found, {"x": x_want.grad, **grads_of(layer)})
     assert (layer._prepared is None) == (name == TRIED[0])
 
 
@@ -203,6 +204,79 @@ def test_compiled(name, raising, in_use):
         found = {"y": y.detach(), "x": x_got.grad, **grads_of(layer)}
         assert_same({k: found[k] for k in want if k != "x"}, {k: v for k, v in want.items() if k != "x"})
         torch.testing.assert_close(found["y"], want_y)
+
+
+def test_the_ways_without_a_name_say_the_same():
+    """Each function of the seam against itself without any private name, inside and outside of what it asks for."""
+    ours, seam = torch_private, seam_without(*TRIED, "_parameters")
+    tensor, found = torch.ones(3, requires_grad=True), []
+
+    def ask(name, *arguments):
+        found.append(name)
+        assert getattr(seam, name)(*arguments) == getattr(ours, name)(*arguments), name
+        return getattr(ours, name)(*arguments)
+
+    with torch.autocast("cpu", torch.bfloat16):
+        assert ask("autocast_is_on")
+    with torch.autograd.forward_ad.dual_level():
+        assert ask("forward_mode_is_on")
+    with FakeTensorMode() as mode:
+        assert ask("is_fake", mode.from_tensor(torch.ones(2)))
+    assert not any((ask("autocast_is_on"), ask("forward_mode_is_on"), ask("is_fake", tensor), ask("in_backward")))
+    tensor.register_hook(lambda _: found.append(ask("in_backward")))
+    (tensor * 2).sum().backward()
+    torch.autograd.grad((tensor * 2).sum(), tensor)
+    assert found.count(True) == 2
+    assert torch.func.vmap(lambda x: x * (2 if seam.is_batched(x) else 3))(torch.ones(2)).tolist() == [2, 2]
+    assert not ask("is_batched", tensor)
+    assert seam.saving_hooks_are_on()
+    assert seam.version_of(tensor) is None
+    assert seam.unsafe_view(tensor, (3, 1)).shape == (3, 1)
+    targets = [torch.zeros(2), torch.zeros(3)]
+    seam.copy_each(targets, [torch.ones(2), torch.ones(3)])
+    assert all(target.eq(1).all() for target in targets)
+    twice = nn.Linear(3, 3)
+    twice.again = twice.weight
+    assert list(seam.held_parameters(twice)) == list(ours.held_parameters(twice)) == ["weight", "bias", "again"]
+    assert isinstance(nn.BatchNorm2d(1), seam.BATCH_NORMS)
+    assert issubclass(nn.LazyBatchNorm2d, ours.BATCH_NORMS)
+    assert not isinstance(nn.InstanceNorm2d(1), (*seam.BATCH_NORMS, *ours.BATCH_NORMS))
+
+
+def test_guards_of_another_meaning_are_not_taken():
+    class Guards:
+        def __init__(self, *_, **__):
+            self.check = lambda *_: True
+
+    made = ModuleType("glora_kernels.torch_private")
+    vars(made).update(
+        getattr=lambda holder, name, *other: Guards if name == "TensorGuards" else getattr(holder, name, *other)
+    )
+    exec(CODE, vars(made))
+    assert not made.can_guard()
+
+
+IMPORTED_WITHIN = """
+import torch
+with {mode}:
+    import glora_kernels
+from glora_kernels import torch_private
+print([name for name, value in vars(torch_private).items() if value is None], torch_private.FEATURES_OFF)
+"""
+
+
+@pytest.mark.parametrize("mode", ["torch.inference_mode()", "torch.device('meta')"])
+def test_import_within_another_mode_finds_the_same(mode):
+    code = IMPORTED_WITHIN.format(mode=mode)
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=False)
+    assert (done.stdout, done.returncode) == ("[] {}\n", 0), done.stderr
+
+
+def test_import_warns_of_what_is_off():
+    code = "import torch; del torch._C._current_autograd_node; import glora_kernels"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert "RuntimeWarning: PyTorch" in done.stderr
+    assert "has no torch._C._current_autograd_node: a forward pass" in done.stderr
 
 
 def test_setting_a_path_in_backward_is_refused_without_the_id_of_the_engine_too(in_use):

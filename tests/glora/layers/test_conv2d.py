@@ -21,6 +21,7 @@ GEOMETRIES = {
     "plain": {},
     "strided": {"stride": (2, 1), "padding": 1},
     "same": {"padding": "same", "dilation": (1, 2)},
+    "dilated": {"padding": "same", "padding_mode": "circular", "dilation": (2, 1)},
     "reflect": {"padding": (1, 2), "padding_mode": "reflect"},
     "replicate": {"padding": "same", "padding_mode": "replicate"},
     "circular": {"padding": (2, 1), "padding_mode": "circular", "stride": 2},

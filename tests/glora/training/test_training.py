@@ -1,5 +1,6 @@
 """Training: what moves, what does not, and that a run that was cut has the same bits as one that was not."""
 
+import copy
 import itertools
 import math
 import random
@@ -20,6 +21,7 @@ from glora import (
     get_paths,
     glora_layers,
     inject,
+    merge,
     set_paths,
     train,
     trainable_parameters,
@@ -104,6 +106,26 @@ def test_epochs_and_seeds_are_shuffled_differently():
 def test_a_supernet_learns():
     summary = run(adapted_mlp(), recipe(steps=150), space=SPACE)
     assert sum(summary.losses[-20:]) < 0.7 * sum(summary.losses[:20])
+
+
+def test_a_compiled_model_learns_the_same():
+    """There a gradient of what is not read is zero, with which an optimiser would move it by its weight decay."""
+    model, compiled = trained_mlp(), trained_mlp()
+    run(model, recipe(steps=4), space=SPACE)
+    run(torch.compile(compiled, backend="eager"), recipe(steps=4), space=SPACE)
+    for name, tensor in state(model).items():
+        torch.testing.assert_close(state(compiled)[name], tensor, msg=name)
+
+
+def test_layers_that_on_step_replaces_are_trained():
+    model = trained_mlp()
+
+    def on_step(step, loss):
+        model.fc1 = copy.deepcopy(model.fc1)
+
+    run(model, recipe(steps=3), space=SPACE, on_step=on_step)
+    with pytest.raises(ValueError, match="expected at least one adapted layer"):
+        run(model, recipe(steps=3), space=SPACE, on_step=lambda *_: merge(model))
 
 
 def test_summary_and_on_step_tell_every_step():
