@@ -118,12 +118,14 @@ def test_a_compiled_model_learns_the_same():
 
 
 def test_layers_that_on_step_replaces_are_trained():
-    model = trained_mlp()
+    model, paths = trained_mlp(), set()
 
     def on_step(step, loss):
+        paths.add(model.fc1.path)
         model.fc1 = copy.deepcopy(model.fc1)
 
-    run(model, recipe(steps=3), space=SPACE, on_step=on_step)
+    run(model, recipe(steps=6), space=SPACE, on_step=on_step)
+    assert len(paths) > 3
     with pytest.raises(ValueError, match="expected at least one adapted layer"):
         run(model, recipe(steps=3), space=SPACE, on_step=lambda *_: merge(model))
 
