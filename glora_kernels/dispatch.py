@@ -173,7 +173,7 @@ def triton_unfit(weight: Tensor, terms: Terms) -> str | None:
             return f"the operands are on {weight.device.type}, not on a GPU"
     elif weight.dtype == torch.float64:
         return "fp64 on a GPU is served by the torch backend"
-    elif not _has_settings(name := _architecture(weight.device)):
+    elif not _has_settings(name := architecture_of(weight.device)):
         return f"no tile settings for {name}"
     rank = max((term.read_rank for _, term in terms.active if isinstance(term, LowRank)), default=0)
     if rank > MAX_TRITON_RANK:
@@ -194,8 +194,9 @@ def _extension_unfit(weight: Tensor) -> str | None:
     return "fp64 on a GPU is served by the torch backend" if weight.dtype == torch.float64 else None
 
 
-def _architecture(device: torch.device) -> str:
-    from ._triton.device import architecture  # loads Triton: only once there is a GPU to use it on
+def architecture_of(device: torch.device) -> str:
+    """``sm_90`` and the like. Loads Triton: to be asked only where Triton could serve."""
+    from ._triton.device import architecture
 
     return architecture(device)
 

@@ -186,6 +186,11 @@ class Terms:
         return Terms.unflatten([function(storage) for storage in storages], structure)
 
 
+def rank_of(term: object) -> int:
+    """How much of a low rank is read; 0 for every other term."""
+    return term.read_rank if isinstance(term, LowRank) else 0
+
+
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """Effective weights are formed in fp64 for fp64 layers and in fp32 for all others."""
     return torch.float64 if dtype == torch.float64 else torch.float32

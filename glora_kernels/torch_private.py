@@ -260,15 +260,9 @@ _STATE_HOOKS = (
 _COMPILED = "_compiled_call_impl"
 
 
-def _try_module(kind: Any) -> None:
-    """Note what an empty module lacks."""
-    module = kind()
-    for name in (*_CALL_HOOKS, *_STATE_HOOKS, _COMPILED):
-        if not hasattr(module, name):
-            FEATURES_OFF[f"torch.nn.Module.{name}"] = "a layer that uses it is adapted and loses it"
-
-
-_tried("nn.Module", _try_module)
+for _name in (*_CALL_HOOKS, *_STATE_HOOKS, _COMPILED):
+    if not hasattr(torch.nn.Module(), _name):
+        FEATURES_OFF[f"torch.nn.Module.{_name}"] = "a layer that uses it is adapted and loses it"
 
 
 def has_call_hooks(module: Any) -> bool:

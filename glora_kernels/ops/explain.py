@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..checks import check_call
-from ..dispatch import MAX_TRITON_RANK, Decision, decide
+from ..dispatch import MAX_TRITON_RANK, Decision, architecture_of, decide
 from ..gradient_routes import (
     PROBED_TOKENS,
     needs_weight_gradient,
@@ -23,7 +23,7 @@ from ..planning.machines import INTERPRETER, machine_for
 from ..planning.prediction import STRATEGIES, predict, rounded, strategy_for
 from ..planning.problem import Problem, route_of
 from ..precision import cast_operands
-from ..terms import LowRank, Terms, compute_dtype
+from ..terms import LowRank, Terms, compute_dtype, rank_of
 from .explanation import Explanation
 
 _STRATEGIES = {
@@ -84,7 +84,7 @@ def explain(
     if decision.backend == "reference":
         plan = _reference_plan(call)
     elif decision.backend == "triton" and x.numel() and weight.numel():  # it leaves empty ones to the torch backend
-        plan = _triton_plan(call, architecture or _architecture(weight.device), decision)
+        plan = _triton_plan(call, architecture or architecture_of(weight.device), decision)
     elif decision.backend == "cuda":
         plan = _extension_plan(call)
     else:
@@ -96,7 +96,7 @@ def _pretend(weight: Tensor, terms: Terms, architecture: str) -> Decision:
     """Where the call would go on a GPU of this architecture."""
     machine_for(architecture)
     unfit = None
-    rank = max(_rank(term) for term in (terms.A, terms.B, terms.C))
+    rank = max(rank_of(term) for term in (terms.A, terms.B, terms.C))
     if weight.dtype == torch.float64 and architecture != INTERPRETER:
         unfit = "fp64"
     elif rank > MAX_TRITON_RANK:
@@ -104,14 +104,6 @@ def _pretend(weight: Tensor, terms: Terms, architecture: str) -> Decision:
     if unfit is not None:
         return Decision("torch", f"on {architecture}, Triton kernels do not serve this call: {unfit}")
     return Decision("triton", f"as if on {architecture}")
-
-
-def _architecture(device: torch.device) -> str:
-    if device.type == "cpu":
-        return INTERPRETER
-    from .._triton.device import architecture  # loads Triton, which serves this call anyway
-
-    return architecture(device)
 
 
 # The Triton backend.
@@ -198,12 +190,12 @@ def _extension_plan(call: _Call) -> dict[str, Any]:
     if call.x.requires_grad:
         flops += _assembly_flops(call, projected=True)
     for slot in call.wanted & {"A", "B"}:
-        rank = _rank(getattr(terms, slot))
+        rank = rank_of(getattr(terms, slot))
         dense, thin = 4 * outputs * inputs * rank, 4 * tokens * (outputs + inputs) * rank
         flops += dense if through_dw else thin or 2 * tokens * outputs * (slot == "B")
         flops += 2 * outputs * inputs * rank if slot == "A" and terms.product == "matmul" else 0
     if "C" in call.wanted:
-        flops += 2 * outputs * inputs + 4 * inputs * _rank(terms.C)
+        flops += 2 * outputs * inputs + 4 * inputs * rank_of(terms.C)
     return {
         "strategy": "one call of C++: W_eff in one pass, one GEMM" + ("; backward contracts dW" if through_dw else ""),
         "forward_units": 1,
@@ -222,7 +214,7 @@ def _saved(call: _Call, token_sums: bool, output: bool) -> dict[str, Any]:
     sizes = {
         "x": call.x.numel() * size * bool(call.wanted & {"A", "B"} and not token_sums),
         "token sums": tokens * size * token_sums,
-        "V": outputs * _rank(terms.A) * compute_dtype(call.weight.dtype).itemsize * projected,
+        "V": outputs * rank_of(terms.A) * compute_dtype(call.weight.dtype).itemsize * projected,
         "y": tokens * outputs * size * output,
         "b_eff": outputs * size * (output and adapts_bias),
     }
@@ -250,20 +242,16 @@ def _backward_units(call: _Call) -> int:
     return 1  # dy W0 serves both dx and da
 
 
-def _rank(term: object) -> int:
-    return term.read_rank if isinstance(term, LowRank) else 0
-
-
 def _forward_flops(call: _Call) -> int:
     tokens, outputs, inputs = call.sizes
-    prompt = 2 * outputs * inputs + 2 * inputs * _rank(call.terms.C) if call.terms.C is not None else 0
+    prompt = 2 * outputs * inputs + 2 * inputs * rank_of(call.terms.C) if call.terms.C is not None else 0
     return 2 * tokens * outputs * inputs + _assembly_flops(call) + prompt
 
 
 def _assembly_flops(call: _Call, projected: bool = False) -> int:
     _, outputs, inputs = call.sizes
     a_products = 1 if call.terms.product == "hadamard" or projected else 2
-    return 2 * outputs * inputs * (a_products * _rank(call.terms.A) + _rank(call.terms.B))
+    return 2 * outputs * inputs * (a_products * rank_of(call.terms.A) + rank_of(call.terms.B))
 
 
 def _backward_flops(call: _Call, units: int) -> int:
@@ -276,14 +264,14 @@ def _backward_flops(call: _Call, units: int) -> int:
     if call.x.requires_grad and not scales_dx:
         total += _assembly_flops(call, projected=True)
     if scales_dx and terms.B is not None:
-        total += 2 * tokens * (outputs + inputs) * _rank(terms.B)
+        total += 2 * tokens * (outputs + inputs) * rank_of(terms.B)
     if needs_weight_gradient(terms, wanted):
-        total += 2 * on_weight * (_rank(terms.A) + _rank(terms.B) * ("B" in wanted))
+        total += 2 * on_weight * (rank_of(terms.A) + rank_of(terms.B) * ("B" in wanted))
     else:
         if "B" in wanted:
-            total += thin * _rank(terms.B) if isinstance(terms.B, LowRank) else one_sided
+            total += thin * rank_of(terms.B) if isinstance(terms.B, LowRank) else one_sided
         if "A" in wanted:
-            total += (thin + on_weight) * _rank(terms.A)
+            total += (thin + on_weight) * rank_of(terms.A)
     if "C" in wanted:
-        total += on_weight + 4 * inputs * _rank(terms.C)
+        total += on_weight + 4 * inputs * rank_of(terms.C)
     return total

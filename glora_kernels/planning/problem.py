@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..gradient_routes import MIN_INPUTS_TO_REUSE, MIN_TOKENS_TO_REUSE
 from ..precision import tf32_allowed
-from ..terms import SLOTS, Constant, LowRank, Terms, Vector
+from ..terms import SLOTS, Constant, LowRank, Terms, Vector, rank_of
 
 NONE, CONSTANT, VECTOR, LOW_RANK = "none", "constant", "vector", "low rank"
 _KINDS: dict[type, str] = {type(None): NONE, Constant: CONSTANT, Vector: VECTOR, LowRank: LOW_RANK}
@@ -65,7 +65,7 @@ class Problem(NamedTuple):
             outputs,
             inputs,
             (_KINDS[type(a)], _KINDS[type(b)], _KINDS[type(c)], _KINDS[type(d)], _KINDS[type(e)]),
-            (_rank(a), _rank(b), _rank(c), 0, 0),
+            (rank_of(a), rank_of(b), rank_of(c), 0, 0),
             terms.product,
             element,
             left.down.element_size() if type(left) is LowRank else element,
@@ -124,12 +124,6 @@ class Problem(NamedTuple):
     def factor_bytes(self) -> int:
         """Bytes of the factors of A and B."""
         return self.factor * (self.outputs + self.inputs) * (self.rank("A") + self.rank("B"))
-
-
-def _rank(term: object) -> int:
-    if type(term) is not LowRank:
-        return 0
-    return term.read_rank
 
 
 def route_of(problem: Problem) -> str:

@@ -105,7 +105,7 @@ def gpu(monkeypatch):
 
     def pretend(name):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-        monkeypatch.setattr(dispatch, "_architecture", lambda device: name)
+        monkeypatch.setattr(dispatch, "architecture_of", lambda device: name)
         monkeypatch.setattr(dispatch, "_triton_fault", lambda: None)
 
     return pretend
