@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import nullcontext
-from functools import lru_cache
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -288,12 +287,13 @@ def _write_path(layer: Any, _state: dict, _prefix: str, local_metadata: dict[str
     local_metadata["path"] = layer.path.to_dict()
 
 
-@lru_cache(maxsize=4096)
-def names_read(path: PathConfig, has_bias: bool) -> tuple[str, ...]:
+def names_read(path: PathConfig, has_bias: bool) -> list[str]:
     """The support tensors that ``path`` reads; D scales the bias, so it is read only where there is one."""
-    kinds = {slot: choice.kind for slot, choice in path.choices.items() if slot != "D" or has_bias}
-    read = {slot: names if kinds[slot] == "lora" else names[:1] for slot, names in STORAGES.items() if slot in kinds}
-    return tuple(name for slot, names in read.items() if kinds[slot] != "none" for name in names)
+    names: list[str] = []
+    for slot, choice in path.choices.items():
+        if choice.kind != "none" and (slot != "D" or has_bias):
+            names += STORAGES[slot] if choice.kind == "lora" else STORAGES[slot][:1]
+    return names
 
 
 def support_shapes(features: tuple[int, int], rank: int, product: str) -> dict[str, tuple[int, ...]]:

@@ -201,3 +201,14 @@ def test_convolutions_have_one_graph_for_every_path(product):
         for g, w in zip(got, want):
             torch.testing.assert_close(g, torch.zeros_like(g) if w is None else w, rtol=1e-4, atol=1e-5)
     assert counter.frame_count == 1
+
+
+def test_a_penalty_on_what_a_path_reads_is_traced():
+    layer = glora.GLoRALinear(SIZE, SIZE)
+    randomize(layer)
+
+    def loss(x):
+        return layer(x).sum() + sum(parameter.sum() for parameter in layer.support_parameters(layer.path))
+
+    x = torch.randn(2, SIZE)
+    torch.testing.assert_close(torch.compile(loss, backend="eager", fullgraph=True)(x), loss(x))
