@@ -17,7 +17,7 @@ from . import _torch
 from .backend import Backend
 from .planning.machines import nearest
 from .planning.prediction import STRATEGIES
-from .terms import LowRank, Terms
+from .terms import Terms, rank_of
 from .torch_private import forward_mode_is_on, is_fake, transforms_are_active, watched
 
 BACKENDS = ("reference", "torch", "triton", "cuda")
@@ -175,10 +175,13 @@ def triton_unfit(weight: Tensor, terms: Terms) -> str | None:
         return "fp64 on a GPU is served by the torch backend"
     elif not _has_settings(name := architecture_of(weight.device)):
         return f"no tile settings for {name}"
-    rank = max((term.read_rank for _, term in terms.active if isinstance(term, LowRank)), default=0)
-    if rank > MAX_TRITON_RANK:
-        return f"rank {rank} is above {MAX_TRITON_RANK}"
-    return None
+    return rank_unfit(terms)
+
+
+def rank_unfit(terms: Terms) -> str | None:
+    """Why the ranks of these terms are too large for the Triton kernels, if that is so."""
+    rank = max(map(rank_of, (terms.A, terms.B, terms.C)))
+    return f"rank {rank} is above {MAX_TRITON_RANK}" if rank > MAX_TRITON_RANK else None
 
 
 def _extension_unfit(weight: Tensor) -> str | None:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from .terms import SLOTS, Constant, LowRank, Term, Terms, Vector
+from .terms import SLOTS, Constant, LowRank, Term, Terms, Vector, rank_of
 
 Choices = Mapping[str, tuple[str, int]]  # kind and rank by slot
 STORAGES = ("ad", "au", "bd", "bu", "cd", "cu", "d", "e")
@@ -87,7 +87,7 @@ def pack(terms: Terms) -> tuple[list[Tensor | None], Tensor]:
     storages: list[Tensor | None] = [None] * len(STORAGES)
     kinds = {}
     for slot, term in terms.active:
-        kinds[slot] = (_NAMES[type(term)], term.read_rank if isinstance(term, LowRank) else 0)
+        kinds[slot] = (_NAMES[type(term)], rank_of(term))
         for place, storage in zip(PLACES[slot], term.storages):
             storages[place] = storage
     return storages, encode(kinds)

@@ -299,10 +299,10 @@ def children_of(module: Any) -> list[tuple[str, Any]]:
     return [(name, child) for name, child in held.items() if child is not None]
 
 
-# Every batch norm derives from the first. Without it those of PyTorch are known, and those that others derive are not.
-_batch_norm = _tried("nn.modules.batchnorm._BatchNorm", lambda kind: isinstance(torch.nn.BatchNorm1d(1), kind) or 1 / 0)
+# Those of PyTorch, and the class that batch norms of others derive from, where it is there.
+_batch_norm = _tried("nn.modules.batchnorm._BatchNorm", lambda kind: isinstance(None, kind))
 _PUBLIC = ("BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "SyncBatchNorm", "LazyBatchNorm1d", "LazyBatchNorm2d")
-BATCH_NORMS = tuple(getattr(torch.nn, name) for name in _PUBLIC) if _batch_norm is None else (_batch_norm,)
+BATCH_NORMS = (*(getattr(torch.nn, name) for name in _PUBLIC), *([] if _batch_norm is None else [_batch_norm]))
 
 # The wrappers of PyTorch: where each type stands, and the child that it is around. A type that is no longer there is
 # not recognised, and names of parameters keep its part.

@@ -72,30 +72,29 @@ def launch(kernel: Any, grid: int, tile: Tile, /, **arguments: Any) -> None:
 
 
 def _run(kernel: Any, grid: int, tile: Tile, arguments: dict[str, Any]) -> None:
-    values = tuple(arguments.values())
-    pointers = _pointer_count(kernel.fn)
-    device = next(tensor for tensor in values[:pointers] if tensor is not None).device.index
+    global _direct
+    device = next(value for value in arguments.values() if value is not None).device.index  # of the first tensor
     if device != torch.cuda.current_device():
         with torch.cuda.device(device):
             return _run(kernel, grid, tile, arguments)
-    global _direct
     failed: Exception | None = None
     if _direct:
         try:
-            return _run_directly(kernel, grid, tile, arguments, pointers, device)
+            return _run_directly(kernel, grid, tile, arguments, device)
         except (AttributeError, TypeError) as error:  # raised before anything is launched
             failed = error
     _check_order(kernel, arguments)
-    kernel[(grid,)](*values, **_options(tile))  # raises too, if it is the arguments that are wrong
+    kernel[(grid,)](*arguments.values(), **_options(tile))  # raises too, if it is the arguments that are wrong
     if failed is not None:
         _direct = False
         told = f"glora_kernels: kernels of Triton {triton.__version__} cannot be called directly"
         warnings.warn(f"{told} ({failed}); every launch takes longer", RuntimeWarning, stacklevel=2)
 
 
-def _run_directly(kernel: Any, grid: int, tile: Tile, arguments: dict[str, Any], pointers: int, device: int) -> None:
+def _run_directly(kernel: Any, grid: int, tile: Tile, arguments: dict[str, Any], device: int) -> None:
     values = tuple(arguments.values())
-    types = [None if t is None else (t.dtype, t.data_ptr() % ALIGNMENT == 0) for t in values[:pointers]]
+    tensors = values[: _pointer_count(kernel.fn)]
+    types = [None if t is None else (t.dtype, t.data_ptr() % ALIGNMENT == 0) for t in tensors]
     fixed, varying = _places(kernel)
     wide = [values[place] >= 2**31 for place in varying]
     key = (kernel.fn, device, tile, *types, *wide, *[values[place] for place in fixed])

@@ -18,7 +18,7 @@ from ..path_encoding import PLACES, STORAGES, check_devices, decode, spread
 from ..precision import without_autocast
 from ..terms import Terms
 from .assembly import form
-from .operators import OPERAND_STORAGES, TAGS, check_current, library, owned
+from .operators import OPERAND_STORAGES, TAGS, check_current, library, owned, refuse_second_order
 
 _OPERANDS = f"Tensor weight, Tensor? bias, {OPERAND_STORAGES}, Tensor config, str product"
 _FIRST, _LAST = 2, 2 + len(STORAGES)
@@ -103,17 +103,5 @@ def _autograd(ctx, dw: Tensor, db: Tensor):
     return None, None, *(grad if need else None for grad, need in zip(grads, needs)), None, None
 
 
-def _save_nothing(ctx, inputs, output) -> None:
-    pass
-
-
-def _refuse_second_order(ctx, *grads):
-    raise NotImplementedError(
-        "glora::assemble_backward has no derivative; call glora_kernels.glora_assemble for second ones"
-    )
-
-
 torch.library.register_autograd("glora::assemble", _autograd, setup_context=_save, lib=library)
-torch.library.register_autograd(
-    "glora::assemble_backward", _refuse_second_order, setup_context=_save_nothing, lib=library
-)
+refuse_second_order("glora::assemble_backward", "glora_assemble")

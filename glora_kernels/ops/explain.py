@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..checks import check_call
-from ..dispatch import MAX_TRITON_RANK, Decision, architecture_of, decide
+from ..dispatch import Decision, architecture_of, decide, rank_unfit
 from ..gradient_routes import (
     PROBED_TOKENS,
     needs_weight_gradient,
@@ -95,12 +95,7 @@ def explain(
 def _pretend(weight: Tensor, terms: Terms, architecture: str) -> Decision:
     """Where the call would go on a GPU of this architecture."""
     machine_for(architecture)
-    unfit = None
-    rank = max(rank_of(term) for term in (terms.A, terms.B, terms.C))
-    if weight.dtype == torch.float64 and architecture != INTERPRETER:
-        unfit = "fp64"
-    elif rank > MAX_TRITON_RANK:
-        unfit = f"rank {rank} is above {MAX_TRITON_RANK}"
+    unfit = "fp64" if weight.dtype == torch.float64 and architecture != INTERPRETER else rank_unfit(terms)
     if unfit is not None:
         return Decision("torch", f"on {architecture}, Triton kernels do not serve this call: {unfit}")
     return Decision("triton", f"as if on {architecture}")

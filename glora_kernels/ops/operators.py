@@ -169,20 +169,17 @@ def _autograd(ctx, dy: Tensor):
     return dx, None, None, *others, None, None
 
 
-def _save_nothing(ctx, inputs, output) -> None:
-    pass
+def refuse_second_order(operator: str, function: str) -> None:
+    """Have ``operator`` raise where its derivative is asked for, and name the ``function`` that has second ones."""
 
+    def refuse(ctx, *grads):
+        raise NotImplementedError(f"{operator} has no derivative; call glora_kernels.{function} for second ones")
 
-def _refuse_second_order(ctx, *grads):
-    raise NotImplementedError(
-        "glora::linear_backward has no derivative; call glora_kernels.glora_linear for second ones"
-    )
+    torch.library.register_autograd(operator, refuse, setup_context=lambda ctx, inputs, output: None, lib=library)
 
 
 torch.library.register_autograd("glora::linear", _autograd, setup_context=_save, lib=library)
-torch.library.register_autograd(
-    "glora::linear_backward", _refuse_second_order, setup_context=_save_nothing, lib=library
-)
+refuse_second_order("glora::linear_backward", "glora_linear")
 
 
 def check_current(config: Tensor) -> None:
