@@ -35,7 +35,8 @@ class BackendChoice(NamedTuple):
 _OPEN = BackendChoice("auto", None)
 _chosen: ContextVar[BackendChoice | None] = ContextVar("glora_backend", default=None)
 _VARIABLE = "GLORA_BACKEND"
-_variable_is_set = watched(_VARIABLE)
+# What a prepared layer asks at every call: whether anything was chosen, so that :func:`automatic` does not decide.
+chosen_backend, variable_is_set = _chosen.get, watched(_VARIABLE)
 
 
 class Decision(NamedTuple):
@@ -135,20 +136,15 @@ def decide(weight: Tensor, terms: Terms) -> Decision:
 
 def _asked() -> tuple[BackendChoice, str]:
     """What was asked for, and where."""
-    chosen = _chosen.get()
+    chosen = chosen_backend()
     if chosen is not None:
         return chosen, "use_backend"
-    if is_left_open():
+    if not variable_is_set():
         return _OPEN, _VARIABLE
     name = os.environ.get(_VARIABLE, "auto")
     if name != "auto":
         _check_name(name, _VARIABLE)
     return BackendChoice(name, None), _VARIABLE
-
-
-def is_left_open() -> bool:
-    """Whether nothing was chosen, so that :func:`automatic` decides."""
-    return _chosen.get() is None and not _variable_is_set()
 
 
 def automatic(weight: Tensor, terms: Terms) -> Decision:

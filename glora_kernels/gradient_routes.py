@@ -36,6 +36,12 @@ PROBED_TOKENS = 16
 ACCEPTED_LOSS = {torch.float16: 2.0, torch.bfloat16: 2.0, torch.float32: 3.0, torch.float64: 3.0}
 
 
+def tokens_to_reuse_output(inputs: int, terms: Terms) -> int | None:
+    """From how many tokens on ``da`` can be solved from the output, which is then kept for backward; None: never."""
+    return MIN_TOKENS_TO_REUSE if scales_rows(terms) and inputs >= MIN_INPUTS_TO_REUSE else None
+
+
 def reuses_output(tokens: int, inputs: int, terms: Terms) -> bool:
-    """Whether ``da`` can be solved from the output, so that the output is worth keeping for backward."""
-    return scales_rows(terms) and tokens >= MIN_TOKENS_TO_REUSE and inputs >= MIN_INPUTS_TO_REUSE
+    """Whether ``da`` can be solved from the output of a call of so many tokens."""
+    fewest = tokens_to_reuse_output(inputs, terms)
+    return fewest is not None and tokens >= fewest

@@ -8,6 +8,7 @@ not read never influences a result, and the gradient has the shape of the storag
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Union
 
@@ -163,13 +164,18 @@ class Terms:
     def adapts_bias(self) -> bool:
         return self.C is not None or self.D is not None or self.E is not None
 
-    def flatten(self) -> tuple[list[Tensor], Structure]:
-        """The storages in a fixed order, and what :meth:`unflatten` needs beside them."""
+    @property
+    def structure(self) -> Structure:
+        """What :meth:`unflatten` needs beside the storages."""
         slots = tuple([(slot, type(term), getattr(term, "rank", None)) for slot, term in self.active])
-        return list(self.storages), Structure(slots, self.product)
+        return Structure(slots, self.product)
+
+    def flatten(self) -> tuple[list[Tensor], Structure]:
+        """The storages in a fixed order, and :attr:`structure`."""
+        return list(self.storages), self.structure
 
     @staticmethod
-    def unflatten(storages: list[Tensor] | tuple[Tensor, ...], structure: Structure) -> Terms:
+    def unflatten(storages: Sequence[Tensor], structure: Structure) -> Terms:
         """The inverse of :meth:`flatten`."""
         rest = iter(storages)
         terms: dict[str, Term] = {}

@@ -49,6 +49,8 @@ def _member(holder: Any, name: str) -> Any:
     return getattr(holder, name)
 
 
+# What every call of a layer asks is no function of Python, but one of C, where PyTorch has what it takes.
+
 # -- calls that repeat -------------------------------------------------------------------------------------------------
 
 
@@ -149,9 +151,8 @@ def _can_number() -> bool:
     return _next_number is not None and _numbered is not None
 
 
-def saving_hooks_are_on() -> bool:
-    """Whether saved-tensor hooks (checkpointing, offloading) are in force; True where that cannot be told."""
-    return _hooks_on_top is None or _hooks_on_top(True) is not None
+# The saved-tensor hooks (checkpointing, offloading) in force, None if there are none; not None where it cannot be told.
+hooks_on_top: Callable[[], object] = (lambda: True) if _hooks_on_top is None else partial(_hooks_on_top, True)
 
 
 # -- modes and kinds of tensors ----------------------------------------------------------------------------------------
@@ -170,13 +171,6 @@ _view = _tried("ops.aten._unsafe_view", lambda view: view(torch.ones(2, 3), (6,)
 _foreach_copy = _tried("_foreach_copy_", lambda copy: copy([torch.ones(2)], [torch.ones(2)]))
 
 
-def autocast_is_on() -> bool:
-    """Whether autocast is active for any type of device."""
-    if _any_autocast is not None:
-        return _any_autocast()
-    return any(map(_autocasts, _AUTOCAST_DEVICES))
-
-
 def _autocasts(device_type: str) -> bool:
     try:
         return torch.is_autocast_enabled(device_type)
@@ -184,20 +178,34 @@ def _autocasts(device_type: str) -> bool:
         return False
 
 
+def _autocasts_anywhere() -> bool:
+    return any(map(_autocasts, _AUTOCAST_DEVICES))
+
+
+# Whether autocast is active for any type of device.
+autocast_is_on: Callable[[], bool] = _autocasts_anywhere if _any_autocast is None else _any_autocast
+
+
 def transforms_are_active() -> bool:
     """Whether a ``torch.func`` transform runs."""
     return _transforms is not None and _transforms()
 
 
-def forward_mode_is_on() -> bool:
-    """Whether a level of forward-mode AD has been entered."""
-    if _level is not None:
-        return forward_ad._current_level >= 0
+def _tried_level() -> int:
     try:
         forward_ad.make_dual(torch.ones(()), torch.ones(()))
     except RuntimeError:  # no level
-        return False
-    return True
+        return -1
+    return 0
+
+
+# The level of forward-mode AD that has been entered, -1 if none has.
+forward_level: Callable[[], int] = _tried_level if _level is None else partial(attrgetter("_current_level"), forward_ad)
+
+
+def forward_mode_is_on() -> bool:
+    """Whether a level of forward-mode AD has been entered. torch.compile can trace it, unlike :data:`forward_level`."""
+    return (forward_level() if _level is None else forward_ad._current_level) >= 0
 
 
 def is_batched(tensor: Tensor) -> bool:
@@ -216,9 +224,8 @@ def is_fake(tensor: Tensor) -> bool:
     return isinstance(tensor, _fake) if _fake is not None else type(tensor).__name__ == "FakeTensor"
 
 
-def version_of(tensor: Tensor) -> int | None:
-    """The number of changes in place that the tensor has seen; None where that cannot be told."""
-    return None if _version is None else tensor._version
+# The number of changes in place that a tensor has seen; None where that cannot be told.
+version_of: Callable[[Tensor], int | None] = (lambda _: None) if _version is None else attrgetter("_version")
 
 
 def unsafe_view(tensor: Tensor, shape: Sequence[int]) -> Tensor:

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..backend import BackwardCall, ForwardResult, SlotGradients
+from ..backend import BackwardCall, ForwardResult, Plan, PlanOfPasses, SlotGradients
 from ..path_encoding import CODES, PLACES, STORAGES
 from ..terms import SLOTS, Constant, LowRank, Terms, Vector
 from .extension import load
@@ -34,7 +34,6 @@ class ExtensionBackend:
     """See :class:`glora_kernels.backend.Backend`. A hadamard A of any kind needs dW; the output is not kept."""
 
     reads_values = False
-    takes_token_sums = False
 
     def __init__(self) -> None:
         self.extension: Any = load()
@@ -42,6 +41,10 @@ class ExtensionBackend:
     def whole_layer(self, x: Tensor, weight: Tensor, bias: Tensor | None, terms: Terms) -> Tensor:
         """A whole layer: one call of C++, and one node of autograd for its backward."""
         return self.extension.linear(x, weight, bias, *pack(terms))
+
+    def plan(self, weight: Tensor, bias: Tensor | None, terms: Terms, wanted: frozenset[str], wants_x: bool) -> Plan:
+        """The plan of calls with these operands."""
+        return PlanOfPasses(self, terms, wanted, wants_x)
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None, terms: Terms) -> ForwardResult:
         """y for x of any leading shape."""

@@ -3,9 +3,9 @@
 from .assemble import assemble, project
 from .gradients import backward
 from .linear import forward
+from .plans import plan
 
 reads_values = True  # to see which rows of da cannot be solved from the output
-takes_token_sums = True  # for a vector or constant B, nothing else of x is read
 whole_layer = None
 
-__all__ = ["assemble", "backward", "forward", "project", "reads_values", "takes_token_sums", "whole_layer"]
+__all__ = ["assemble", "backward", "forward", "plan", "project", "reads_values", "whole_layer"]

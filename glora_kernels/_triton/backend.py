@@ -8,7 +8,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from .. import _torch
-from ..backend import BackwardCall, ForwardResult, SlotGradients
+from ..backend import BackwardCall, ForwardResult, Plan, PlanOfPasses, SlotGradients
 from ..planning.prediction import strategy_for
 from ..planning.problem import Problem
 from ..terms import Terms
@@ -36,10 +36,9 @@ class TritonBackend:
         """No: the device decides which rows of da are lost."""
         return False
 
-    @property
-    def takes_token_sums(self) -> bool:
-        """No: the passes read x itself."""
-        return False
+    def plan(self, weight: Tensor, bias: Tensor | None, terms: Terms, wanted: frozenset[str], wants_x: bool) -> Plan:
+        """The plan of calls with these operands."""
+        return PlanOfPasses(self, terms, wanted, wants_x)
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None, terms: Terms) -> ForwardResult:
         """y for x of any leading shape."""

@@ -6,30 +6,32 @@ arithmetic. Here a call only asks whether everything is still what it was (``tor
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from operator import is_
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..backend import Backend
+from ..backend import ForwardResult
 from ..checks import check_call, check_term
-from ..dispatch import automatic, backend_for, is_left_open, tracing_reason
+from ..dispatch import automatic, backend_for, chosen_backend, tracing_reason, variable_is_set
 from ..path_encoding import Choices, term_of
 from ..terms import Term, Terms
-from ..torch_private import autocast_is_on, can_guard, forward_mode_is_on, guard
-from .autograd import CallPlan, differentiable, plan_of
+from ..torch_private import autocast_is_on, can_guard, forward_level, guard
+from .autograd import PlannedCall, differentiable
 from .linear import compute
+
+MAX_USES = 1024  # of one layer
 
 
 class _Use(NamedTuple):
-    """One way to read the storages, and the backend that serves it automatically."""
+    """One way to read the storages, planned for the backend that serves it automatically."""
 
-    choices: Choices
+    choices: Choices  # kept alive, so that no others get their identity
     terms: Terms
-    plan: CallPlan
-    backend: Backend
+    forward: Callable[..., ForwardResult]
+    run: Callable[..., Tensor]
 
 
 class PreparedLinear:
@@ -53,7 +55,8 @@ class PreparedLinear:
         self._tensors = tuple(operand for operand in self._operands if operand is not None)
         self._unchanged = guard(x, self._tensors)
         self._terms: dict[tuple[str, str, int], Term] = {}
-        self._last: _Use | None = None
+        self._wants_x = x.requires_grad
+        self._uses: dict[int, _Use] = {}  # by the identity of the choices, the oldest first
 
     def __call__(self, x: Tensor, operands: Mapping[str, Tensor | None], choices: Choices) -> Tensor | None:
         """y, or None if anything is not what it was when this object was made.
@@ -70,23 +73,25 @@ class PreparedLinear:
             len(operands) != len(self._operands)
             or not all(map(is_, operands.values(), self._operands))
             or not self._unchanged(x, *self._tensors)
-            or forward_mode_is_on()
+            or forward_level() >= 0
         ):
             return None
-        use = self._last
-        if use is None or use.choices is not choices:
-            use = self._last = self._use(choices)
-        if not is_left_open():
+        use = self._uses.get(id(choices)) or self._planned(choices)
+        if chosen_backend() is not None or variable_is_set():
             return compute(x, self.weight, self.bias, use.terms)
         if torch.is_grad_enabled():
-            return differentiable(use.backend, use.plan, x, self.weight, self.bias, use.terms)
-        return use.backend.forward(x, self.weight, self.bias, use.terms).y
+            return use.run(x, self.weight, self.bias, *use.terms.storages)
+        return use.forward(x, self.weight, self.bias, use.terms.storages).y
 
-    def _use(self, choices: Choices) -> _Use:
+    def _planned(self, choices: Choices) -> _Use:
         chosen = {slot: self._term(slot, kind, rank) for slot, (kind, rank) in choices.items() if kind != "none"}
         terms = Terms(**chosen, product=self.product)  # type: ignore[arg-type]
         backend = backend_for(automatic(self.weight, terms))
-        return _Use(choices, terms, plan_of(terms, self.bias is not None), backend)
+        call = PlannedCall(backend, self.weight, self.bias, terms, self._wants_x)
+        if len(self._uses) >= MAX_USES:
+            del self._uses[next(iter(self._uses))]
+        use = self._uses[id(choices)] = _Use(choices, terms, call.plan.forward, differentiable(call))
+        return use
 
     def _term(self, slot: str, kind: str, rank: int) -> Term:
         """The term, made and checked at its first use."""

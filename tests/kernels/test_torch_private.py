@@ -229,7 +229,7 @@ def test_the_ways_without_a_name_say_the_same():
     assert found.count(True) == 2
     assert torch.func.vmap(lambda x: x * (2 if seam.is_batched(x) else 3))(torch.ones(2)).tolist() == [2, 2]
     assert not ask("is_batched", tensor)
-    assert seam.saving_hooks_are_on()
+    assert seam.hooks_on_top() is not None
     assert seam.version_of(tensor) is None
     assert seam.unsafe_view(tensor, (3, 1)).shape == (3, 1)
     targets = [torch.zeros(2), torch.zeros(3)]
