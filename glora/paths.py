@@ -13,7 +13,7 @@ from torch import nn
 
 from .arguments import require_type
 from .config import PathConfig, SearchSpace
-from .layers.base import GLoRALayer
+from .layers.base import GLoRALayer, take_paths
 from .models.modules import glora_layers, require_layers
 from .models.wrappers import name_in
 from .sampling import PathSampler
@@ -56,14 +56,12 @@ def set_paths(model: nn.Module, paths: Mapping[str, PathConfig] | PathConfig) ->
 def set_layer_paths(layers: Mapping[str, GLoRALayer], paths: Paths) -> None:
     """:func:`set_paths` of a model whose ``layers`` are known, with a path for each of them."""
     require_unused(layers.values())
-    before = {name: layer.path for name, layer in layers.items()}
-    try:
-        for name, layer in layers.items():
-            layer.path = paths[name]
-    except (TypeError, ValueError) as error:
-        for other, path in before.items():
-            layers[other].path = path
-        raise type(error)(f"{error} (layer {name!r})") from None
+    for name, layer in layers.items():
+        try:
+            layer.require_takes(paths[name])
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{error} (layer {name!r})") from None
+    take_paths([(layer, paths[name]) for name, layer in layers.items()])
 
 
 @contextmanager
@@ -77,15 +75,14 @@ def using_paths(model: nn.Module, paths: Mapping[str, PathConfig] | PathConfig) 
     Raises:
         ValueError, TypeError, RuntimeError: as :func:`set_paths`; RuntimeError also if another thread is in a block.
     """
-    layers = list(glora_layers(model).values())
-    with _using(layers):
-        before = {layer: layer.path for layer in layers}
-        set_paths(model, paths)
+    layers = require_layers(model)
+    with _using(layers.values()):
+        before = [(layer, layer.path) for layer in layers.values()]
+        set_layer_paths(layers, paths_of(layers, paths))
         try:
             yield model
         finally:
-            for layer, path in before.items():
-                layer.path = path
+            take_paths(before)
 
 
 def _user() -> tuple[int, asyncio.Task | None]:
@@ -113,6 +110,8 @@ def _using(layers: Iterable[GLoRALayer]) -> Iterator[None]:
 
 def require_unused(layers: Iterable[GLoRALayer]) -> None:
     """Raise RuntimeError if another thread or task is within :func:`using_paths` of any of ``layers``."""
+    if not _users:
+        return
     user = _user()
     if any(_users.get(layer, user) != user for layer in layers):
         raise RuntimeError(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,12 +29,25 @@ def encode(kinds: Choices, since: int | None = None) -> Tensor:
     Raises:
         ValueError: an unknown tensor or kind.
     """
+    if since is None:
+        return torch.tensor(_rows(kinds), dtype=torch.int64, device="cpu")
+    dated = _undated(tuple(kinds.items())).copy()
+    dated[-1, 0] = since
+    return torch.from_numpy(dated)
+
+
+def _rows(kinds: Choices) -> list[tuple[int, int]]:
     unknown = [f"{slot}={kind}" for slot, (kind, _) in kinds.items() if slot not in SLOTS or kind not in CODES]
     if unknown:
         raise ValueError(f"kinds: expected of {SLOTS} one of {tuple(CODES)}, got {', '.join(unknown)}")
     pairs = (kinds.get(slot, ("none", 0)) for slot in SLOTS)
-    rows = [(CODES[kind], rank) for kind, rank in pairs] + ([] if since is None else [(since, 0)])
-    return torch.tensor(rows, dtype=torch.int64, device="cpu")
+    return [(CODES[kind], rank) for kind, rank in pairs]
+
+
+@lru_cache(4096)
+def _undated(kinds: tuple[tuple[str, tuple[str, int]], ...]) -> np.ndarray:
+    """The six rows with 0 for ``since``, to be copied: a path is set far more often than it is new."""
+    return np.array([*_rows(dict(kinds)), (0, 0)], dtype=np.int64)
 
 
 def check_devices(weight: Tensor, storages: Sequence[Tensor | None], config: Tensor) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from typing import Any, ClassVar, TypeVar
 
@@ -23,7 +23,7 @@ from glora_kernels import (
 )
 
 from ..config import Choice, LayerShape, PathConfig
-from .path_history import PathHistory
+from .path_history import PathHistory, next_start
 
 STORAGES = {"A": ("Ad", "Au"), "B": ("Bd", "Bu"), "C": ("Cd", "Cu"), "D": ("D",), "E": ("E",)}
 PROBE_TOKENS = 16
@@ -74,6 +74,7 @@ class GLoRALayer(nn.Module):
     Cu: nn.Parameter
     D: nn.Parameter
     E: nn.Parameter
+    _config: Tensor
 
     @classmethod
     def _around(cls: type[Layer], base: nn.Module, rank: int, product: str) -> Layer:
@@ -171,18 +172,22 @@ class GLoRALayer(nn.Module):
 
     @path.setter
     def path(self, path: PathConfig) -> None:
+        self.require_takes(path)
+        take_paths([(self, path)])
+
+    def require_takes(self, path: PathConfig) -> None:
+        """Raise TypeError or ValueError for what :attr:`path` cannot be set to."""
         if not isinstance(path, PathConfig):
             raise TypeError(f"path: expected glora.PathConfig, got {type(path).__name__}")
         if path.rank > self.rank:
             raise ValueError(f"path: expected ranks up to {self.rank} (the rank of the storage), got {path}")
-        self._history.set(path)
-        self._encode_path()
 
     def _encode_path(self) -> None:
         """Encode the path as data for compiled graphs. It is no buffer: it stays on the CPU and out of state dicts."""
         # Graphs that train read it. Entered in inference mode only: that takes as long as the rest of setting a path.
         with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
-            self._config = encode(self.path.choices, self._history.since)
+            # Past nn.Module.__setattr__, which looks for parameters, modules and buffers first.
+            self.__dict__["_config"] = encode(self.path.choices, self._history.since)
 
     @property
     def shape(self) -> LayerShape:
@@ -280,6 +285,18 @@ class GLoRALayer(nn.Module):
 
     def _geometry(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}"
+
+
+def take_paths(paths: Iterable[tuple[GLoRALayer, PathConfig]]) -> None:
+    """Set the path of every layer, which has to take it (:meth:`GLoRALayer.require_takes`).
+
+    Raises:
+        RuntimeError: during a backward pass; no path is changed then.
+    """
+    start = next_start()
+    for layer, path in paths:
+        layer._history.set(path, start)
+        layer._encode_path()
 
 
 def _write_path(layer: Any, _state: dict, _prefix: str, local_metadata: dict[str, Any]) -> None:

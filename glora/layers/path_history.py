@@ -31,6 +31,20 @@ class _Thread(local):
 _thread = _Thread()
 
 
+def next_start() -> int:
+    """The number of the first node that can be made under paths that are set now.
+
+    Raises:
+        RuntimeError: during a backward pass, where new paths would have no effect.
+    """
+    if in_backward():
+        raise RuntimeError(
+            "path: expected to be set outside of backward, where a layer runs again with the path of its first run; "
+            "got a new path during a backward pass"
+        )
+    return next_node()
+
+
 class PathHistory:
     """The current path of one layer, and those that were in force when the nodes of its thread were made.
 
@@ -57,20 +71,15 @@ class PathHistory:
         """Whether a forward pass has asked for the path, in any thread, since this was made or copied."""
         return self._ran or bool(self._elsewhere)
 
-    def set(self, path: PathConfig) -> None:
-        """Set the path. Raises RuntimeError during a backward pass, where it would have no effect."""
-        if in_backward():
-            raise RuntimeError(
-                "path: expected to be set outside of backward, where a layer runs again with the path of its first "
-                "run; got a new path during a backward pass"
-            )
+    def set(self, path: PathConfig, start: int) -> None:
+        """Set the path in force from the node ``start`` on, which is what :func:`next_start` says now."""
         if _thread.token is not self._thread:
             self._enter_thread()
         self.now = path
-        start = next_node()
+        last = self._paths[-1]
         if start == self._starts[-1]:  # no node was made since the previous path was set
             self._paths[-1] = path
-        elif path != self._paths[-1]:
+        elif path is not last and path != last:
             self._starts.append(start)
             self._paths.append(path)
             del self._starts[:-LONGEST], self._paths[:-LONGEST]

@@ -160,9 +160,20 @@ def test_bad_operands_are_named():
         configured_linear(x, weight.clone().requires_grad_(), b0, storages, config)
 
 
+def test_a_configuration_with_a_date_is_made_anew_each_time():
+    """Graphs keep it for backward: a later one, of the same kinds or others, must leave it alone."""
+    made = [encode(kinds, since) for since, kinds in enumerate([{"B": ("lora", 2)}, {"D": ("vector", 0)}] * 2)]
+    for since, config in enumerate(made):
+        undated = encode([{"B": ("lora", 2)}, {"D": ("vector", 0)}][since % 2])
+        assert config.tolist() == [*undated.tolist(), [since, 0]]
+        assert (config.dtype, config.device) == (torch.int64, torch.device("cpu"))
+
+
 def test_encode_names_what_it_does_not_know():
     with pytest.raises(ValueError, match=r"kinds: expected of .* got F=lora"):
         encode({"F": ("lora", 1)})
+    with pytest.raises(ValueError, match=r"kinds: expected of .* got F=lora"):
+        encode({"F": ("lora", 1)}, 3)
     with pytest.raises(ValueError, match=r"kinds: .* got A=diagonal"):
         encode({"A": ("diagonal", 0)})
 
