@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cache, cached_property
+from operator import getitem, mul
 from typing import NamedTuple
 
 import torch
@@ -206,8 +207,9 @@ class SearchSpace:
     def sample_many(self, layers: int, generator: torch.Generator, bias: bool = True) -> list[PathConfig]:
         """Paths drawn uniformly and independently, one per layer, from one call of the generator."""
         draws = torch.rand(layers, len(SLOTS), generator=generator, dtype=torch.float64).tolist()
-        options = self.options_for(bias).values()
-        return [make_path(*(o[int(u * len(o))] for o, u in zip(options, row))) for row in draws]
+        options = tuple(self.options_for(bias).values())
+        sizes, known = [len(texts) for texts in options], path_table(options)
+        return [known[tuple(map(int, map(mul, sizes, row)))] for row in draws]
 
     def to_dict(self) -> dict:
         """Plain data for JSON; ``bias_free`` is left out if False, as journals and checkpoints always had it."""
@@ -224,3 +226,20 @@ class SearchSpace:
 def make_path(a: str, b: str, c: str, d: str, e: str) -> PathConfig:
     """One shared :class:`PathConfig` for each combination: drawing paths builds nothing twice."""
     return PathConfig(a, b, c, d, e)
+
+
+class PathTable(dict[tuple[int, ...], PathConfig]):
+    """The paths of :func:`make_path` by the places of their choices among the ``options`` of each tensor.
+
+    They are made when they are first asked for.
+    """
+
+    def __init__(self, options: tuple[tuple[str, ...], ...]):
+        self._options = options
+
+    def __missing__(self, places: tuple[int, ...]) -> PathConfig:
+        path = self[places] = make_path(*map(getitem, self._options, places))
+        return path
+
+
+path_table = cache(PathTable)

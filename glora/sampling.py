@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
 
 import torch
 
 from .arguments import require_type
-from .config import SLOTS, LayerShape, PathConfig, SearchSpace, count_choice, make_path
+from .config import SLOTS, LayerShape, PathConfig, SearchSpace, count_choice, make_path, path_table
 
 _TRIES = 16
 
@@ -38,7 +40,7 @@ class PathSampler:
             raise ValueError(f"limit: expected an integer or None, got {limit!r}")
         self.layers, self.space, self.limit = dict(layers), space, limit
         shapes = set(self.layers.values())
-        self._options = {shape: list(space.options_for(shape.bias).values()) for shape in shapes}
+        self._options = {shape: tuple(space.options_for(shape.bias).values()) for shape in shapes}
         self._counts = {
             shape: [[count_choice(slot, text, shape) for text in texts] for slot, texts in zip(SLOTS, options)]
             for shape, options in self._options.items()
@@ -49,7 +51,8 @@ class PathSampler:
                 f"limit: expected at least {self.smallest:,} parameters (the space's smallest path), got {limit:,}"
             )
         temperature = 0.0 if limit is None else self._temperature(limit)
-        self._cumulative = {shape: self._distributions(shape, temperature) for shape in self._counts}
+        self._bounds = {shape: self._distributions(shape, temperature) for shape in self._counts}
+        self._paths = {shape: path_table(options) for shape, options in self._options.items()}
 
     @property
     def mean(self) -> float:
@@ -78,24 +81,15 @@ class PathSampler:
         return high
 
     def _distributions(self, shape: LayerShape, temperature: float) -> list[list[float]]:
-        cumulative = []
-        for counts in self._counts[shape]:
-            total, sums = 0.0, []
-            for weight in _weights(counts, temperature):
-                total += weight
-                sums.append(total)
-            cumulative.append(sums)
-        return cumulative
+        """Of each tensor, where the draw of one option ends and that of the next begins."""
+        return [list(accumulate(_weights(counts, temperature)))[:-1] for counts in self._counts[shape]]
 
     def sample(self, generator: torch.Generator) -> dict[str, PathConfig]:
         """Paths for all layers, by name, drawn from ``generator`` alone."""
         paths: dict[str, PathConfig] = {}
         for _ in range(_TRIES):
             draws = torch.rand(len(self.layers), len(SLOTS), generator=generator, dtype=torch.float64).tolist()
-            paths = {
-                name: make_path(*map(_pick, self._options[shape], self._cumulative[shape], row))
-                for (name, shape), row in zip(self.layers.items(), draws)
-            }
+            paths = {name: self._drawn(shape, row) for (name, shape), row in zip(self.layers.items(), draws)}
             if self.fits(paths):
                 return paths
         return self.repair(paths, generator)
@@ -103,8 +97,10 @@ class PathSampler:
     def sample_layer(self, name: str, generator: torch.Generator) -> PathConfig:
         """A path for one layer, from the same distribution."""
         draws = torch.rand(len(SLOTS), generator=generator, dtype=torch.float64).tolist()
-        shape = self.layers[name]
-        return make_path(*map(_pick, self._options[shape], self._cumulative[shape], draws))
+        return self._drawn(self.layers[name], draws)
+
+    def _drawn(self, shape: LayerShape, draws: Sequence[float]) -> PathConfig:
+        return self._paths[shape][tuple(map(bisect_right, self._bounds[shape], draws))]
 
     def count(self, paths: Mapping[str, PathConfig]) -> int:
         return sum(paths[name].count(shape) for name, shape in self.layers.items())
@@ -138,7 +134,3 @@ def _weights(counts: list[int], temperature: float) -> list[float]:
     least = min(counts)
     raw = [math.exp(-temperature * (count - least)) for count in counts]
     return [weight / sum(raw) for weight in raw]
-
-
-def _pick(options: tuple[str, ...], cumulative: list[float], draw: float) -> str:
-    return next((option for option, bound in zip(options, cumulative) if draw < bound), options[-1])

@@ -1,5 +1,6 @@
 """Drawing under a limit: always legal, in bounded time, uniform where that is possible."""
 
+import hashlib
 import itertools
 import operator
 import time
@@ -248,3 +249,17 @@ def test_a_bias_free_space_counts_what_its_paths_can_read():
     counted = PathSampler({"fc2": SMALL["fc2"]}, SearchSpace((2,), bias_free=True))
     one = [path.count(SMALL["fc2"]) for a in PAPER.options["A"] for path in [PathConfig(a), PathConfig("none", a)]]
     assert (counted.smallest, counted.mean) == (0, pytest.approx(sum(one) / 4))
+
+
+# -- repetition ------------------------------------------------------------------------------------
+
+
+def test_the_draws_of_a_seed_stay_what_they_were():
+    """Checkpoints and journals hold the state of a generator, and go on with another version of this package."""
+    digest, gen = hashlib.sha256(), generator(7)
+    for space in (PAPER, COSTLY, SearchSpace((8, 2, 4), A=("none", "lora"), bias_free=True)):
+        for limit in (None, 200, 60):
+            sampler = PathSampler(SMALL, space, limit)
+            digest.update(repr([*draws(sampler, 20), sampler.sample_layer("fc2", gen)]).encode())
+        digest.update(repr(space.sample_many(20, gen, bias=False)).encode())
+    assert digest.hexdigest()[:16] == "394c3bde0c40c6a4"
