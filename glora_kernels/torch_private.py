@@ -103,7 +103,6 @@ def _sequence_number(node: Any) -> int:
     return node._sequence_nr()
 
 
-_graph_task = _tried("_C._current_graph_task_id", lambda find: find() + 1)
 _current_node = _tried("_C._current_autograd_node", lambda find: find(), _REPEATS)
 _next_number = _tried("_C._autograd._get_sequence_nr", lambda find: find() + 1, _REPEATS)
 _numbered = _tried("ones", lambda ones: _sequence_number(ones((), requires_grad=True).exp().grad_fn) + 1)
@@ -112,11 +111,19 @@ if _numbered is None:
 _hooks_on_top = _tried("_C._autograd._top_saved_tensors_default_hooks", lambda find: find(True))
 
 
+def _task_on_the_stack() -> int:
+    return 0 if any(frame.f_code in _STARTS or frame.f_code in _ENTRIES for frame in _frames()) else NO_TASK
+
+
+# The number of the backward pass that the engine of autograd runs in this thread, NO_TASK outside of backward. No
+# function of Python where there is another: it is asked at every call of a layer.
+NO_TASK = -1
+graph_task: Callable[[], int] = _tried("_C._current_graph_task_id", lambda find: find() + 1) or _task_on_the_stack
+
+
 def in_backward() -> bool:
     """Whether the engine of autograd is running in this thread."""
-    if _graph_task is not None:
-        return _graph_task() != -1
-    return any(frame.f_code in _STARTS or frame.f_code in _ENTRIES for frame in _frames())
+    return graph_task() != NO_TASK
 
 
 def _frames() -> Iterable[Any]:

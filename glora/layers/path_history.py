@@ -13,7 +13,7 @@ from threading import local
 
 import torch
 
-from glora_kernels.torch_private import in_backward, next_node, repeated_node
+from glora_kernels.torch_private import NO_TASK, graph_task, in_backward, next_node, repeated_node
 
 from ..config import PathConfig
 
@@ -97,7 +97,7 @@ class PathHistory:
 
     def in_force_eagerly(self) -> PathConfig:
         """:meth:`in_force` where it is known that nothing is compiling."""
-        if in_backward():
+        if graph_task() != NO_TASK:
             node = repeated_node()
             return self.now if node is None else self._at(node)
         if _thread.token is not self._thread:

@@ -223,6 +223,7 @@ def test_the_ways_without_a_name_say_the_same():
     with FakeTensorMode() as mode:
         assert ask("is_fake", mode.from_tensor(torch.ones(2)))
     assert not any((ask("autocast_is_on"), ask("forward_mode_is_on"), ask("is_fake", tensor), ask("in_backward")))
+    assert seam.graph_task() == ours.graph_task() == ours.NO_TASK
     tensor.register_hook(lambda _: found.append(ask("in_backward")))
     (tensor * 2).sum().backward()
     torch.autograd.grad((tensor * 2).sum(), tensor)
