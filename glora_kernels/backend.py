@@ -118,6 +118,13 @@ def by_storage(terms: Terms, grads: SlotGradients) -> list[Tensor | None]:
     return [grad for slot, term in terms.active for grad in grads.get(slot, (None,) * len(term.storages))]
 
 
+def by_slot(terms: Terms, grads: Sequence[Tensor | None]) -> SlotGradients:
+    """The inverse of :func:`by_storage`, without the slots that have no gradient."""
+    rest = iter(grads)
+    found = {slot: tuple(next(rest) for _ in term.storages) for slot, term in terms.active}
+    return {slot: grads for slot, grads in found.items() if grads[0] is not None}  # type: ignore[misc]
+
+
 class Backend(Protocol):
     """A backend with gradients in closed form; its arguments have been checked, and autocast is off.
 

@@ -38,7 +38,12 @@ ACCEPTED_LOSS = {torch.float16: 2.0, torch.bfloat16: 2.0, torch.float32: 3.0, to
 
 def tokens_to_reuse_output(inputs: int, terms: Terms) -> int | None:
     """From how many tokens on ``da`` can be solved from the output, which is then kept for backward; None: never."""
-    return MIN_TOKENS_TO_REUSE if scales_rows(terms) and inputs >= MIN_INPUTS_TO_REUSE else None
+    return tokens_to_solve(inputs) if scales_rows(terms) else None
+
+
+def tokens_to_solve(inputs: int) -> int | None:
+    """From how many tokens on solving for a row scale pays off; None: never."""
+    return MIN_TOKENS_TO_REUSE if inputs >= MIN_INPUTS_TO_REUSE else None
 
 
 def reuses_output(tokens: int, inputs: int, terms: Terms) -> bool:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from .torch_private import autocast_is_on
 
+fp32_precision: Callable[[], str] = partial(getattr, torch.backends.cuda.matmul, "fp32_precision")  # torch's setting
+
 
 def tf32_allowed() -> bool:
     """Whether fp32 products on a GPU may use TF32; follows torch's older settings too, but unlike them never raises."""
-    return torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return fp32_precision() == "tf32"
 
 
 _AS_IT_IS = nullcontext()

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..backend import BackwardCall
 from ..gradient_routes import reuses_output
+from ..planning.operands import ADDED, LOW_RANK
 from ..terms import SLOTS, Constant, LowRank, Terms, Vector
 from .backend import TritonBackend
 from .device import pretended
@@ -23,7 +24,6 @@ from .kernels.contract import contract_kernel
 from .kernels.fused import fused_kernel
 from .kernels.token_pass import token_pass_kernel
 from .launch import Launch, recorded
-from .operands import ADDED, LOW_RANK
 
 POINTERS = {
     torch.float16: "*fp16",

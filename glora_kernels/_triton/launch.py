@@ -14,14 +14,18 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
 import torch
 import triton
+import triton.language as tl
 from triton.runtime.interpreter import InterpretedFunction
 
 from ..planning.settings import Tile
+from ..planning.steps import Amount
+from ..planning.steps import Launch as Step
+from .tile import span
 
 ALIGNMENT = 16  # bytes: Triton loads wide vectors from a pointer that is a multiple of this
 
@@ -72,7 +76,6 @@ def launch(kernel: Any, grid: int, tile: Tile, /, **arguments: Any) -> None:
 
 
 def _run(kernel: Any, grid: int, tile: Tile, arguments: dict[str, Any]) -> None:
-    global _direct
     device = next(value for value in arguments.values() if value is not None).device.index  # of the first tensor
     if device != torch.cuda.current_device():
         with torch.cuda.device(device):
@@ -80,9 +83,17 @@ def _run(kernel: Any, grid: int, tile: Tile, arguments: dict[str, Any]) -> None:
     failed: Exception | None = None
     if _direct:
         try:
-            return _run_directly(kernel, grid, tile, arguments, device)
+            compiled, values = _build_of(kernel, tile, arguments, device), arguments.values()
+            stream = triton.runtime.driver.active.get_current_stream(device)
+            run = compiled.run  # loads the module at its first use, before ``function`` is read
+            return run(grid, 1, 1, stream, compiled.function, compiled.packed_metadata, None, None, None, *values)
         except (AttributeError, TypeError) as error:  # raised before anything is launched
             failed = error
+    _run_publicly(kernel, grid, tile, arguments, failed)
+
+
+def _run_publicly(kernel: Any, grid: int, tile: Tile, arguments: dict[str, Any], failed: Exception | None) -> None:
+    global _direct
     _check_order(kernel, arguments)
     kernel[(grid,)](*arguments.values(), **_options(tile))  # raises too, if it is the arguments that are wrong
     if failed is not None:
@@ -91,7 +102,8 @@ def _run(kernel: Any, grid: int, tile: Tile, arguments: dict[str, Any]) -> None:
         warnings.warn(f"{told} ({failed}); every launch takes longer", RuntimeWarning, stacklevel=2)
 
 
-def _run_directly(kernel: Any, grid: int, tile: Tile, arguments: dict[str, Any], device: int) -> None:
+def _build_of(kernel: Any, tile: Tile, arguments: dict[str, Any], device: int) -> Any:
+    """The build for such arguments: found by what it depends on, or compiled."""
     values = tuple(arguments.values())
     tensors = values[: _pointer_count(kernel.fn)]
     types = [None if t is None else (t.dtype, t.data_ptr() % ALIGNMENT == 0) for t in tensors]
@@ -102,9 +114,121 @@ def _run_directly(kernel: Any, grid: int, tile: Tile, arguments: dict[str, Any],
     if compiled is None:
         _check_order(kernel, arguments)
         compiled = _compiled[key] = compile_for(kernel, values, tile)
-    stream = triton.runtime.driver.active.get_current_stream(device)
-    run = compiled.run  # loads the module at its first use, before ``function`` is read
-    run(grid, 1, 1, stream, compiled.function, compiled.packed_metadata, None, None, None, *values)
+    return compiled
+
+
+# -- launches of a schedule --------------------------------------------------------------------------------------------
+
+ELSEWHERE = object()
+_HEAD = 9  # how many values a direct call takes before the kernel's own
+STREAM, _FUNCTION, _METADATA = 3, 4, 5  # places of these values
+_TYPES = {
+    torch.float16: tl.float16,
+    torch.bfloat16: tl.bfloat16,
+    torch.float32: tl.float32,
+    torch.float64: tl.float64,
+    torch.int32: tl.int32,
+    torch.int64: tl.int64,
+}
+_INTERPRETED = isinstance(span, InterpretedFunction)
+
+
+def direct_stream(device: int) -> Any:
+    """The current stream of a device, for direct calls; ELSEWHERE if another device is current.
+
+    None where launches go through :func:`launch`: if they are recorded or interpreted, or the direct call has failed.
+    """
+    if _record is not None or _INTERPRETED or not _direct:
+        return None
+    if device != torch.cuda.current_device():
+        return ELSEWHERE
+    return triton.runtime.driver.active.get_current_stream(device)
+
+
+class BoundLaunch:
+    """A launch of a schedule with its kernel, on one device.
+
+    Attributes:
+        kernel, step: the kernel, and the launch as the schedule has it.
+        values: the arguments in order, None for pointers and for numbers that depend on the number of tokens.
+        pointers: places among the values of a direct call, each with the number of its slot.
+        amounts: places of numbers that depend on the number of tokens.
+        build: what a direct call takes of the compiled kernel, once it is known; for numbers of 32 bits.
+    """
+
+    __slots__ = ("amounts", "build", "kernel", "pointers", "step", "values")
+
+    def __init__(self, kernel: Any, step: Step, numbers: dict[str, int]):
+        _check_order(kernel, step.arguments)
+        self.kernel, self.step = kernel, step
+        self.build: tuple[Any, Any, Any] | None = None
+        self.values, pointers, amounts = [], [], []
+        for place, (name, value) in enumerate(step.arguments.items()):
+            if name.endswith("_ptr") and isinstance(value, str):
+                pointers.append(_pair(_HEAD + place, numbers[value]))
+                value = None
+            elif isinstance(value, Amount):
+                amounts.append((place, value))
+            self.values.append(_TYPES.get(value, value) if isinstance(value, torch.dtype) else value)
+        self.pointers, self.amounts = tuple(pointers), tuple(amounts)
+
+
+@lru_cache(maxsize=1 << 12)
+def _pair(place: int, number: int) -> tuple[int, int]:
+    """One shared pair, since plans hold many."""
+    return place, number
+
+
+class SizedLaunch:
+    """A launch for one number of tokens.
+
+    Attributes:
+        arguments: the values of a direct call: the grid, three for the stream and the build, three hooks, the kernel's
+            own. Pointers are None, and so are the stream and, at first, the build.
+        start: the function of the direct call, once it is known.
+    """
+
+    __slots__ = ("arguments", "bound", "pointers", "start", "wide")
+
+    def __init__(self, bound: BoundLaunch, tokens: int, blocks: int):
+        self.bound, self.pointers = bound, bound.pointers
+        self.arguments = [bound.step.grid(tokens), 1, 1, None, None, None, None, None, None, *bound.values]
+        self.wide = False
+        for place, amount in bound.amounts:
+            value = self.arguments[_HEAD + place] = amount.of(tokens, blocks)
+            self.wide |= value >= 2**31
+        self.start = None
+        if bound.build is not None and not self.wide:
+            self._take(bound.build)
+
+    def compile(self, arguments: list[Any], device: int) -> Any:
+        """The function that starts the build for ``arguments``, whose pointers are aligned; the build is put there."""
+        compiled = _build_of(self.bound.kernel, self.bound.step.tile, self._named(arguments), device)
+        start = compiled.run  # loads the module at its first use, before ``function`` is read
+        build = start, compiled.function, compiled.packed_metadata
+        if not self.wide:
+            self.bound.build = build
+        self._take(build)
+        arguments[_FUNCTION : _METADATA + 1] = build[1:]
+        return start
+
+    def _take(self, build: tuple[Any, Any, Any]) -> None:
+        self.arguments[_FUNCTION : _METADATA + 1] = build[1:]
+        self.start = build[0]
+
+    def _named(self, arguments: list[Any]) -> dict[str, Any]:
+        return dict(zip(self.bound.step.arguments, arguments[_HEAD:]))
+
+    def as_named(self, slots: list[Any]) -> tuple[Any, int, Tile, dict[str, Any]]:
+        """Kernel, grid, tile and named arguments, as :func:`launch` takes them."""
+        arguments = self.arguments.copy()
+        for place, number in self.pointers:
+            arguments[place] = slots[number]
+        return self.bound.kernel, arguments[0], self.bound.step.tile, self._named(arguments)
+
+    def run_publicly(self, slots: list[Any], failed: Exception) -> None:
+        """Launch the public way, since a direct call has failed."""
+        _run_publicly(*self.as_named(slots), failed)
 
 
 def compile_for(kernel: Any, values: tuple, tile: Tile) -> Any:

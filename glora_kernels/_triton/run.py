@@ -1,118 +1,219 @@
-"""One backward pass: its operands, and the buffer of partial sums that its kernels share."""
+"""Running schedules: a schedule is bound to kernels and a device once, and run often.
+
+A :class:`Pass` is a schedule whose slots have numbers and whose kernels are known. A :class:`SizedPass` has the numbers
+of one number of tokens filled in too, so that a call only puts its tensors into the places of pointers.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from functools import cached_property
-from typing import NamedTuple
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from ..backend import BackwardCall
-from ..planning.settings import Tile
-from ..terms import Terms, compute_dtype
-from .context import Context, share_of
-from .operands import NONE, BiasOperands, Operand, bias_operands, cdiv
+from ..planning import settings
+from ..planning.steps import Allocate, Amount, Copy, Launch, Schedule, Size, cdiv
+from .kernels import KERNELS
+from .launch import ALIGNMENT, ELSEWHERE, STREAM, BoundLaunch, SizedLaunch, direct_stream, launch
 
-ALIGN = 16  # elements: every part of the buffer begins at a multiple of 64 bytes
+ALLOCATE, COPY, PRODUCT, LAUNCH = range(4)
+TABLES = 1 << 16  # how many are kept; each takes less than a kilobyte
+Slots = list[Any]  # of tensors, None where there is none
+_captured: list[tuple[Tensor, Tensor]] = []
 
 
-class Slices(NamedTuple):
-    """``number`` slices of ``size`` elements each; the first begins at element ``at`` of the buffer."""
+class View(NamedTuple):
+    """A gradient as a view of the buffer of all gradients; cast to ``dtype`` if that is not None."""
 
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
     at: int
-    number: int
-    size: int
+    dtype: torch.dtype | None
 
 
-NO_SLICES = Slices(0, 0, 0)
+class Operation(NamedTuple):
+    """One step of a sized pass.
+
+    Attributes:
+        kind: ALLOCATE, COPY, PRODUCT or LAUNCH.
+        slot: the slot that is filled; 0 for a launch.
+        what: the function of a product, the shape of an allocation, or the launch.
+        rest: the slots that a product reads, or the dtype of an allocation (None: that of the first slot).
+    """
+
+    kind: int
+    slot: int
+    what: Any
+    rest: Any
 
 
-class Partials:
-    """The layout of one buffer for all partial sums: reserve every part first, then allocate."""
+class SizedPass:
+    """A pass for one number of tokens."""
 
-    def __init__(self) -> None:
-        self.size = 0
+    __slots__ = ("blank", "forced", "gradients", "grads", "operations", "pointers", "results", "tokens")
 
-    def reserve(self, count: int, size: int) -> Slices:
-        at = self.size
-        self.size += -(-count * size // ALIGN) * ALIGN
-        return Slices(at, count, size)
+    def __init__(self, found: Pass, tokens: int):
+        self.tokens, self.forced = tokens, settings.forced
+        self.results, self.gradients, self.grads = found.results, found.gradients, found.grads
+        self.pointers, self.blank = found.pointers, found.blank
+        blocks = cdiv(tokens, found.token_block) if found.token_block else 0
+        self.operations = [_sized(operation, tokens, blocks) for operation in found.operations]
 
-    def allocate(self, like: Tensor, dtype: torch.dtype) -> Tensor:
-        return torch.empty(max(self.size, 1), dtype=dtype, device=like.device)
+    def results_in(self, slots: Slots) -> list[Any]:
+        """What the pass returns; None for what there is not."""
+        return [None if number is None else slots[number] for number in self.results]
 
+    def gradients_in(self, slots: Slots) -> list[Tensor | None]:
+        """One gradient per storage: views of one buffer, contiguous, so that autograd need not copy them."""
+        if self.grads is None:
+            return [None] * len(self.gradients)
+        buffer, found = slots[self.grads], []  # type: ignore[var-annotated]
+        for view in self.gradients:
+            if view is None:
+                found.append(None)
+                continue
+            shape, strides, at, dtype = view
+            grad = buffer.as_strided(shape, strides, at)
+            found.append(grad if dtype is None else grad.to(dtype))
+        return found
 
-@dataclass
-class BackwardRun:
-    """One backward pass: its operands, and the slices of its buffer of partial sums."""
-
-    call: BackwardCall
-    strategy: str  # "assemble" or "fused"
-    shared: Context  # the architecture, precisions and type of an index of all its launches
-    route: str  # thin, projected, scaled, solved or dense: see backward.py
-    a: Operand  # A and B as they act on a tile of the weight
-    b: Operand
-    partials: Partials = field(default_factory=Partials)  # the layout of the buffer
-    slices: dict[str, Slices] = field(default_factory=dict)  # by the name of the sum, such as "db"
-    buffer: Tensor | None = None  # all partial sums, allocated once every slice is reserved
-    lost: Tensor | None = None  # (N,) int32, 1 where a row of da is lost: from the weight pass, on the route solved
-
-    @cached_property
-    def prompt(self) -> BiasOperands:
-        """The operands of C; D, E and b0 are left out."""
-        return bias_operands(Terms(C=self.call.terms.C), None)
-
-    @cached_property
-    def token_tile(self) -> Tile:
-        return self.shared.tile("token_pass", self.a.rank, self.b.rank)
-
-    @cached_property
-    def weight_tile(self) -> Tile:
-        return self.shared.tile("weight_pass", self.a.rank, self.b.rank, self.prompt.rank)
-
-    @cached_property
-    def contract_tile(self) -> Tile:
-        kernel = "gemm_contract" if self.strategy == "fused" or self.route == "solved" else "contract"
-        return self.shared.tile(kernel, self.a.rank, self.b.rank, self.prompt.rank)
-
-    @property
-    def token_blocks(self) -> int:
-        return cdiv(self.call.dy.shape[0], self.token_tile.tokens)
-
-    @property
-    def weight_share(self) -> int:
-        return share_of(self.call.weight.shape[1], self.weight_tile, self.route in ("projected", "solved"))
-
-    @property
-    def wide(self) -> torch.dtype:
-        return compute_dtype(self.call.weight.dtype)
-
-    @property
-    def contracts_b(self) -> bool:
-        """Whether B is contracted with dW: for the gradient of B, or to solve for the gradient of A."""
-        return self.wants("B") or (self.route == "solved" and self.b.form != NONE)
-
-    @property
-    def sums_bias(self) -> bool:
-        return any(map(self.has, ("db", "db_sum", "db_bias")))
-
-    def wants(self, slot: str) -> bool:
-        return slot in self.call.wanted
-
-    def has(self, name: str) -> bool:
-        return name in self.slices
-
-    def reserve(self, name: str, count: int, size: int) -> None:
-        self.slices[name] = self.partials.reserve(count, size)
-
-    def of(self, name: str) -> Slices:
-        return self.slices.get(name, NO_SLICES)
-
-    def at(self, name: str) -> int:
-        return self.of(name).at
+    def run(self, slots: Slots) -> None:
+        """Fill the slots behind those of the operands; kernels read and write where the slots are."""
+        like = slots[0]
+        device = like.device.index
+        stream = direct_stream(device)
+        if stream is ELSEWHERE:
+            with torch.cuda.device(device):
+                return self.run(slots)
+        if stream is not None:
+            bits = 0
+            for place in self.pointers:
+                bits |= slots[place].data_ptr()
+            if bits % ALIGNMENT:
+                stream = None  # such a launch has another build
+        for kind, slot, what, rest in self.operations:
+            if kind == LAUNCH:
+                if stream is None:
+                    kernel, grid, tile, named = what.as_named(slots)
+                    launch(kernel, grid, tile, **named)
+                    continue
+                arguments = what.arguments.copy()
+                for place, number in what.pointers:
+                    arguments[place] = slots[number]
+                arguments[STREAM] = stream
+                try:
+                    start = what.start or what.compile(arguments, device)
+                    start(*arguments)
+                except (AttributeError, TypeError) as error:  # raised before anything is launched
+                    what.run_publicly(slots, error)
+            elif kind == ALLOCATE:
+                slots[slot] = like.new_empty(what, dtype=rest)
+            elif kind == PRODUCT:
+                slots[slot] = what(*[None if number is None else slots[number] for number in rest])
+            else:
+                slots[slot] = slots[slot].resolve_neg().contiguous()
 
 
-def stride(tensor: Tensor | None, dimension: int) -> int:
-    return 0 if tensor is None else tensor.stride(dimension)
+def _sized(operation: Operation, tokens: int, blocks: int) -> Operation:
+    if operation.kind == LAUNCH:
+        return operation._replace(what=SizedLaunch(operation.what, tokens, blocks))
+    if operation.kind == ALLOCATE:
+        return operation._replace(what=tuple([_number(size, tokens, blocks) for size in operation.what]))
+    return operation
+
+
+def _number(size: Size, tokens: int, blocks: int) -> int:
+    return size.of(tokens, blocks) if isinstance(size, Amount) else size
+
+
+class Pass:
+    """A schedule on a device.
+
+    Attributes:
+        operations: its steps, with the numbers of slots.
+        results: the numbers of the slots that are returned; None for what there is not.
+        gradients: one view per storage, None where none is wanted; ``grads`` is the slot that they are views of.
+        pointers: the slots of operands that kernels read or write.
+        blank: as many None as there are slots behind those of the operands.
+        token_block: tokens per block.
+    """
+
+    __slots__ = ("blank", "gradients", "grads", "operations", "pointers", "results", "token_block")
+
+    def __init__(self, schedule: Schedule, device: torch.device):
+        numbers = {name: number for number, name in enumerate((*schedule.operands, *schedule.made))}
+        first = schedule.dtypes[schedule.operands[0]]
+        self.token_block = schedule.token_block
+        self.results = tuple([None if name is None else numbers[name] for name in schedule.results])
+        operands = len(schedule.operands)
+        self.blank = (None,) * len(schedule.made)
+        self.operations = [_bound(step, numbers, first, device) for step in schedule.steps]
+        read = {number for step in self.operations if step.kind == LAUNCH for _, number in step.what.pointers}
+        self.pointers = tuple(sorted(number for number in read if number < operands))
+        self.grads = numbers.get("grads")
+        buffer = schedule.dtypes.get("grads")
+        self.gradients = tuple(
+            [
+                None if g is None else View(g.shape, _strides(g.shape), g.at, None if g.dtype == buffer else g.dtype)
+                for g in schedule.gradients
+            ]
+        )
+
+    def sized(self, tokens: int) -> SizedPass:
+        return SizedPass(self, tokens)
+
+
+def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return torch.empty(shape, device="meta").stride()
+
+
+def _bound(step: Any, numbers: dict[str, int], first: torch.dtype, device: torch.device) -> Operation:
+    if isinstance(step, Launch):
+        if "table_ptr" in step.arguments:
+            rows = step.arguments["table_ptr"]
+            step = step._replace(arguments={**step.arguments, "table_ptr": table(rows, device)})
+        return Operation(LAUNCH, 0, BoundLaunch(KERNELS[step.kernel], step, numbers), None)
+    slot = numbers[step.slot]
+    if isinstance(step, Allocate):
+        return Operation(ALLOCATE, slot, step.shape, None if step.dtype == first else step.dtype)
+    if isinstance(step, Copy):
+        return Operation(COPY, slot, None, None)
+    read: list[int | None] = [numbers[step.left], numbers[step.right]]
+    if step.form == "linear":
+        read.append(None if step.bias is None else numbers[step.bias])
+    return Operation(PRODUCT, slot, _PRODUCTS[step.form], read)
+
+
+def _weight_gradient(dy: Tensor, x: Tensor) -> Tensor:
+    """``dW = dy^T x``, (N, K), in the type of dy; for fp16 in fp32, since sums in fp16 could overflow."""
+    if dy.dtype != torch.float16:
+        return torch.mm(dy.t(), x)
+    if dy.is_cuda and not torch.version.hip:  # ROCm's library has no product of another output type
+        return torch.mm(dy.t(), x, out_dtype=torch.float32)
+    return torch.mm(dy.t().float(), x.float())
+
+
+_PRODUCTS: dict[str, Callable[..., Tensor]] = {
+    "linear": F.linear,
+    "plain": torch.mm,
+    "weight gradient": _weight_gradient,
+}
+
+
+@lru_cache(maxsize=TABLES)
+def table(rows: tuple[tuple[int, ...], ...], device: torch.device) -> Tensor:
+    """The table of ``finish`` on the device. Tables are small, and they are kept, since the same paths come again.
+
+    A table is copied from pinned memory: the host then need not wait, and a capture does not fail. A table that a
+    captured graph reads is kept for good.
+    """
+    if device.type != "cuda":
+        return torch.tensor(rows, dtype=torch.int64, device=device)
+    host = torch.tensor(rows, dtype=torch.int64).pin_memory()
+    copy = host.to(device, non_blocking=True)
+    if torch.cuda.is_current_stream_capturing():
+        _captured.append((host, copy))
+    return copy

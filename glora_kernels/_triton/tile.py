@@ -9,11 +9,13 @@ stride 0. All strides count elements; ``rank`` is what is read, BLOCK_RANK what 
 import triton
 import triton.language as tl
 
-NONE = tl.constexpr(0)
-ROW = tl.constexpr(1)  # one value per row of the tile
-COLUMN = tl.constexpr(2)  # one value per column
-LOW_RANK = tl.constexpr(3)  # left @ right
-ADDED = tl.constexpr(4)  # V @ Au (matmul product): A is added to the weight, not multiplied with it
+from ..planning import operands
+
+NONE = tl.constexpr(operands.NONE)
+ROW = tl.constexpr(operands.ROW)  # one value per row of the tile
+COLUMN = tl.constexpr(operands.COLUMN)  # one value per column
+LOW_RANK = tl.constexpr(operands.LOW_RANK)  # left @ right
+ADDED = tl.constexpr(operands.ADDED)  # V @ Au (matmul product): A is added to the weight, not multiplied with it
 
 
 @triton.jit

@@ -18,10 +18,10 @@ from ..gradient_routes import (
     scales_inputs,
     scales_rows,
 )
-from ..planning.launches import PASS
 from ..planning.machines import INTERPRETER, machine_for
 from ..planning.prediction import STRATEGIES, predict, rounded, strategy_for
-from ..planning.problem import Problem, route_of
+from ..planning.prices import PASS
+from ..planning.problem import Problem, keeps_output, route_of
 from ..precision import cast_operands
 from ..terms import LowRank, Terms, compute_dtype, rank_of
 from .explanation import Explanation
@@ -105,13 +105,12 @@ def _pretend(weight: Tensor, terms: Terms, architecture: str) -> Decision:
 
 
 def _triton_plan(call: _Call, architecture: str, decision: Decision) -> dict[str, Any]:
-    whole = Problem.of(call.sizes[0], call.weight, call.terms, architecture)  # what the backend decides by
-    has_bias = call.bias is not None
-    problem = whole._replace(bias=has_bias, wanted=call.wanted, wants_x=call.x.requires_grad)
-    taken = decision.strategy or strategy_for(whole)
-    predictions = tuple(predict(problem, name) for name in sorted(STRATEGIES, key=lambda name: name != taken))
+    tokens = call.sizes[0]
+    problem = Problem.of(call.weight, call.bias, call.terms, call.wanted, call.x.requires_grad, architecture)
+    taken = decision.strategy or strategy_for(problem, tokens)
+    predictions = tuple(predict(problem, tokens, name) for name in sorted(STRATEGIES, key=lambda name: name != taken))
     forward, backward = predictions[0].forward, predictions[0].backward
-    route = route_of(problem)
+    route = route_of(problem, keeps_output(problem, tokens))
     return {
         "strategy": _triton_strategy(call, taken, route if backward else None),
         "forward_units": sum(launch.category != PASS for launch in forward),
@@ -121,7 +120,7 @@ def _triton_plan(call: _Call, architecture: str, decision: Decision) -> dict[str
         **_saved(call, token_sums=False, output=call.keeps_output),
         "architecture": architecture,
         "route": route,
-        "choice": _reasoning(whole, decision),
+        "choice": _reasoning(problem, tokens, decision),
         "predictions": predictions,
     }
 
@@ -132,15 +131,15 @@ def _triton_strategy(call: _Call, taken: str, route: str | None) -> str:
     return _STRATEGIES[taken] if route is None else f"{_STRATEGIES[taken]}; {_ROUTES[route]}"
 
 
-def _reasoning(whole: Problem, decision: Decision) -> str:
+def _reasoning(problem: Problem, tokens: int, decision: Decision) -> str:
     if decision.strategy is not None:
         return f"{decision.strategy}, {decision.reason}"
-    if not whole.adapts_weight:
+    if not problem.adapts_weight:
         return "none to be made: the strategies differ in how they form W_eff"
-    decided = whole._replace(tokens=rounded(whole.tokens))
-    ways = sorted((predict(decided, name) for name in STRATEGIES), key=lambda way: way.strategy != strategy_for(whole))
+    decided, taken = rounded(tokens), strategy_for(problem, tokens)
+    ways = [predict(problem.whole, decided, name) for name in sorted(STRATEGIES, key=lambda name: name != taken)]
     times = " against ".join(f"{way.seconds * 1e6:,.1f} us for {way.strategy}" for way in ways)
-    return f"predicted, not measured, for a training step of {decided.tokens} tokens: {times}"
+    return f"predicted, not measured, for a training step of {decided} tokens: {times}"
 
 
 # The other backends.

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
-from ..planning.launches import PricedLaunch
 from ..planning.prediction import Prediction
+from ..planning.prices import PricedLaunch
 
 
 @dataclass(frozen=True)

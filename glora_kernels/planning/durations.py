@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 
-from .launches import BLAS, FUSED, PASS, PricedLaunch
 from .machines import Machine
+from .prices import BLAS, FUSED, PASS, PricedLaunch
 from .problem import Problem
 
 # Shares of the vendor's rate; [E] is an estimate, as in machines.py.

@@ -7,6 +7,7 @@ then committed.
 from __future__ import annotations
 
 import json
+from bisect import bisect_left
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -64,7 +65,7 @@ class Rule:
 
 Table = dict[str, tuple[Rule, ...]]
 
-_forced: dict[str, Tile] = {}
+forced: dict[str, Tile] = {}  # another object whenever other tiles are in force
 
 
 def tile_for(kernel: str, architecture: str, element: int, tokens: int, rank: int) -> Tile:
@@ -73,8 +74,8 @@ def tile_for(kernel: str, architecture: str, element: int, tokens: int, rank: in
     Raises:
         LookupError: the file has no rule for it.
     """
-    if kernel in _forced:
-        return _forced[kernel]
+    if kernel in forced:
+        return forced[kernel]
     for rule in rules(architecture)[kernel]:
         if rule.fits(element, tokens, rank):
             return rule.tile
@@ -89,12 +90,31 @@ def forced_tiles(tiles: dict[str, Tile]) -> Iterator[None]:
 
     They hold for the whole process, since autograd runs backward passes on a GPU in its own thread.
     """
-    global _forced
-    before, _forced = _forced, {**_forced, **tiles}
+    global forced
+    before, forced = forced, {**forced, **tiles}
     try:
         yield
     finally:
-        _forced = before
+        forced = before
+
+
+def forced_now() -> tuple[tuple[str, Tile], ...]:
+    """The tiles that are forced now, as a key."""
+    return tuple(forced.items())
+
+
+def class_of(architecture: str, tokens: int) -> int:
+    """The largest number of tokens with the same tiles as ``tokens``, or one more than any limit."""
+    limits = _limits(architecture)
+    place = bisect_left(limits, tokens)
+    return limits[place] if place < len(limits) else (limits[-1] + 1 if limits else 1)
+
+
+@lru_cache
+def _limits(architecture: str) -> list[int]:
+    """Every number of tokens up to which some rule is meant, in order."""
+    found = {rule.max_tokens for table in rules(architecture).values() for rule in table}
+    return sorted(limit for limit in found if limit is not None)
 
 
 @lru_cache

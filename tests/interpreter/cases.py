@@ -16,7 +16,7 @@ from triton.runtime.errors import InterpreterError
 
 from glora_kernels import Terms, glora_linear, use_backend
 from glora_kernels._triton.launch import launch
-from glora_kernels._triton.operands import ADDED, COLUMN, NONE
+from glora_kernels.planning.operands import ADDED, COLUMN, NONE
 from glora_kernels.planning.settings import KERNELS, Tile, forced_tiles
 from tests.helpers import assert_contract, generator_for, make_call, make_term, oracle, results
 
@@ -146,7 +146,7 @@ def watched() -> Iterator[list[Call]]:
 
 
 def route(found: list[Call]) -> str:
-    """Which route a watched backward pass took, by what it launched; see ``glora_kernels/_triton/backward.py``."""
+    """Which route a watched backward pass took, by what it launched; see ``glora_kernels/planning/backward.py``."""
     by_name = {call.kernel: call.arguments for call in found}
     if "contract_kernel" in by_name:
         return "solved" if by_name["contract_kernel"]["ONLY_LOST"] else "dense"

@@ -12,8 +12,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from glora_kernels import glora_linear
-from glora_kernels._triton import TritonBackend, device
-from glora_kernels._triton.kernels import finish
+from glora_kernels._triton import TritonBackend, device, plan
+from glora_kernels._triton import run as running
 from glora_kernels._triton.launch import recorded
 from glora_kernels.backend import BackwardCall
 from tests.interpreter.cases import KINDS, PRODUCTS, RAGGED, REUSED, STRATEGIES, kernels, leaves_of, make, upstream
@@ -120,9 +120,8 @@ def test_a_bias_path_needs_no_new_weight():
 def test_on_a_gpu(dtype, strategy, architecture, monkeypatch):
     """The host code on fake CUDA tensors: what it does for each type there, fp32 sums of dW for fp16 among it."""
     monkeypatch.setattr(device, "_gpu", lambda _: architecture)
-    monkeypatch.setattr(
-        finish, "table", lambda jobs, device: torch.empty(len(jobs), 12, device=device)
-    )  # kept, as FREE
+    monkeypatch.setattr(running, "table", lambda rows, device: torch.empty(len(rows), 13, device=device))  # as FREE
+    monkeypatch.setattr(plan, "_plan", plan._plan.__wrapped__)  # those of fake tensors are not kept
     backend, (tokens, outputs, inputs) = TritonBackend(strategy), (4096, 768, 512)
     for product, a, b in itertools.product(PRODUCTS, KINDS, ("lora_3", "vector")):
         path = (a, b, "lora_3", "vector", "constant")

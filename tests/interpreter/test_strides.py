@@ -2,12 +2,11 @@
 
 import pytest
 import torch
-import triton.language as tl
 from triton.runtime.errors import InterpreterError
 
 from glora_kernels import Terms, Vector, glora_linear
-from glora_kernels._triton import context
-from glora_kernels._triton.context import LARGEST_BLOCK
+from glora_kernels.planning import schedule
+from glora_kernels.planning.numerics import LARGEST_BLOCK
 from tests.helpers import assert_contract, oracle, results
 from tests.interpreter.cases import (
     RAGGED,
@@ -173,7 +172,7 @@ def test_offsets_beyond_int32(path, product, shape, operand, place, strategy):
 @pytest.mark.parametrize("operand", ["x", "weight", "dy"])
 def test_the_detector_would_notice(operand, strategy, monkeypatch):
     """With offsets in int32 each of those cases fails."""
-    monkeypatch.setattr(context, "index_type", lambda *_: tl.int32)
+    monkeypatch.setattr(schedule, "index_type", lambda *_: torch.int32)
     path, product, shape = ROUTES["projected"]
     (x, weight, *others), dy = (call := make(path, shape, product=product, dtype=torch.bfloat16)), upstream(call)
     x, weight, dy = (far_apart(t) if name == operand else t for name, t in (("x", x), ("weight", weight), ("dy", dy)))

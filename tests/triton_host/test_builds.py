@@ -19,7 +19,19 @@ from glora_kernels._triton.launch import recorded
 ROOT = Path(__file__).resolve().parents[2]
 KINDS = ("lora", "vector", "constant", "none")
 # What only makes or looks at memory.
-NO_LAUNCH = {"empty", "new_empty", "empty_like", "view", "_unsafe_view", "t", "transpose", "slice", "detach", "reshape"}
+NO_LAUNCH = {
+    "empty",
+    "new_empty",
+    "empty_like",
+    "as_strided",
+    "view",
+    "_unsafe_view",
+    "t",
+    "transpose",
+    "slice",
+    "detach",
+    "reshape",
+}
 
 
 class Operations(TorchDispatchMode):

@@ -1,4 +1,4 @@
-"""The Triton kernels: each in a file with its equations and the function that launches it.
+"""The Triton kernels: each in a file with its equations. What each is given: ``planning/forward.py`` and ``passes.py``.
 
 M tokens, N outputs, K inputs, R rank. dX is the gradient of X, ``*`` multiplies elements. The names in all kernels:
 
@@ -10,5 +10,21 @@ M tokens, N outputs, K inputs, R rank. dX is the gradient of X, ``*`` multiplies
 
 A constant is passed as a vector of stride 0, an absent tensor as None: the flags keep a kernel from reading it.
 A *slice* is the partial sum that one program, or one block of tokens, rows or columns, stores. All slices of a backward
-pass lie in one buffer, in fp32 (fp64 for fp64 layers); those of a gradient begin at its ``at_...`` (see run.py).
+pass lie in one buffer, in fp32 (fp64 for fp64 layers); those of a gradient begin at its ``at_...`` (planning/sums.py).
 """
+
+from .assemble import assemble_kernel
+from .contract import contract_kernel
+from .finish import finish_kernel
+from .fused import fused_kernel
+from .token_pass import token_pass_kernel
+from .weight_pass import weight_pass_kernel
+
+KERNELS = {
+    "assemble": assemble_kernel,
+    "fused": fused_kernel,
+    "token_pass": token_pass_kernel,
+    "weight_pass": weight_pass_kernel,
+    "contract": contract_kernel,
+    "finish": finish_kernel,
+}

@@ -9,13 +9,7 @@ The shapes are in kernels/__init__.py. A program owns BLOCK_N rows. It walks all
 
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from ...terms import LowRank, Terms, compute_dtype
-from .. import operands
-from ..context import Context, share_of
-from ..launch import launch
-from ..operands import Operand, a_operand, b_operand, bias_operands, cdiv, dense, padded_rank
 from ..tile import ADDED, NONE, bias_tile, effective_tile, load_tile, prompt_tile, row_part, span, store_tile, term_tile
 
 # Numbers that change from call to call: a new value needs no new build.
@@ -113,72 +107,3 @@ def assemble_kernel(
     if WRITE_BIAS and part == 0:
         bias = bias_tile(prompt, bias_ptr, d_ptr, e_ptr, rows, stride_d, stride_e, row_mask, BIAS, D, E, WIDE)
         tl.store(b_eff_ptr + rows, bias.to(b_eff_ptr.dtype.element_ty), mask=row_mask)
-
-
-def assembled(
-    weight: Tensor, bias: Tensor | None, terms: Terms, shared: Context, write_weight: bool, write_bias: bool
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """``(W_eff, b_eff, V)`` by one launch; None for what is not asked for or not needed."""
-    outputs, inputs = weight.shape
-    a, folded = a_operand(terms, None, weight.dtype), bias_operands(terms if write_bias else Terms(), bias)
-    b = b_operand(terms, weight.dtype) if write_weight else Operand()
-    down = dense(terms.A.down) if isinstance(terms.A, LowRank) else a.left
-    w_eff = weight.new_empty(outputs, inputs) if write_weight else None
-    b_eff = weight.new_empty(outputs) if write_bias else None
-    projects = a.form == operands.ADDED
-    projected = weight.new_empty(outputs, a.rank, dtype=compute_dtype(weight.dtype)) if projects else None
-    tile = shared.tile("assemble", a.rank, b.rank, folded.rank)
-    share = share_of(inputs, tile, projects or folded.c_form != operands.NONE or not write_weight)
-    launch(
-        assemble_kernel,
-        cdiv(outputs, tile.rows) * cdiv(inputs, share),
-        tile,
-        w_ptr=weight,
-        w_eff_ptr=w_eff,
-        b_eff_ptr=b_eff,
-        v_ptr=projected,
-        a_ptr=down,
-        au_ptr=a.right,
-        b_ptr=b.left,
-        bu_ptr=b.right,
-        c_ptr=folded.c,
-        cu_ptr=folded.cu,
-        bias_ptr=folded.bias,
-        d_ptr=folded.d,
-        e_ptr=folded.e,
-        N=outputs,
-        K=inputs,
-        share=share,
-        stride_wn=weight.stride(0),
-        stride_wk=weight.stride(1),
-        stride_a=down.shape[1] if isinstance(terms.A, LowRank) and down is not None else a.left_row,
-        stride_b=b.left_row,
-        stride_bu=b.right_rank,
-        stride_au=a.right_rank,
-        stride_auk=a.right_column,
-        stride_c=folded.stride_c,
-        stride_d=folded.stride_d,
-        stride_e=folded.stride_e,
-        rank_a=a.rank,
-        rank_b=b.rank,
-        rank_c=folded.rank,
-        A=a.form,
-        B=b.form,
-        C=folded.c_form,
-        D=folded.d is not None,
-        E=folded.e is not None,
-        BIAS=folded.bias is not None,
-        WRITE_WEIGHT=write_weight,
-        WRITE_BIAS=write_bias,
-        BLOCK_N=tile.rows,
-        BLOCK_K=tile.columns,
-        RANK_A=a.block_rank,
-        RANK_B=b.block_rank,
-        RANK_C=padded_rank(folded.rank),
-        FACTOR_A=a.dtype,
-        FACTOR_B=b.dtype,
-        INDEX=shared.index,
-        WIDE=shared.numerics.wide,
-        PRECISION=shared.numerics.factors,
-    )
-    return w_eff, b_eff, projected

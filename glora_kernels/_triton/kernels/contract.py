@@ -12,11 +12,7 @@ result is linear in dW or db. With ONLY_LOST a program whose rows are all kept d
 
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from ..launch import launch
-from ..operands import cdiv, padded_rank
-from ..run import BackwardRun, stride
 from ..tile import LOW_RANK, effective_tile, load_tile, row_part, span, store_tile, sum_slices, term_tile
 
 # Numbers that change from call to call: a new value needs no new build.
@@ -111,7 +107,7 @@ def contract_kernel(
     RANK_C: tl.constexpr,  # rank_c padded likewise
     FACTOR_A: tl.constexpr,  # type in which the factors of A meet
     FACTOR_B: tl.constexpr,  # type in which the factors of B meet
-    CONTRACT: tl.constexpr,  # type in which dW meets the factors (why: context.Numerics)
+    CONTRACT: tl.constexpr,  # type in which dW meets the factors (why: planning/numerics.py)
     CONTRACT_DOT: tl.constexpr,  # input_precision of those products
     INDEX: tl.constexpr,  # type of offsets: int64 if one could pass 2^31, else int32
     WIDE: tl.constexpr,  # type of sums and of W_eff before rounding: fp32, or fp64 for fp64 layers
@@ -202,83 +198,3 @@ def contract_kernel(
             a = term_tile(a_rows, au_ptr, columns, stride_au, 1, rank_a, mask, A, RANK_A, FACTOR_A, WIDE, PRECISION)
             b = term_tile(b_rows, bu_ptr, columns, stride_bu, 1, rank_b, mask, B, RANK_B, FACTOR_B, WIDE, PRECISION)
             store_tile(w_eff_ptr, effective_tile(weight, a, b, A, B), rows, columns, K, 1, row_mask, mask)
-
-
-def contraction(run: BackwardRun, dw: Tensor | None) -> Tensor | None:
-    """Launch the kernel on ``dw``, or else on dy and x; returns W_eff if dx is to be formed from it.
-
-    On the route ``solved`` it forms the lost rows of da, and nothing else.
-    """
-    call, solved = run.call, run.route == "solved"
-    outputs, inputs = call.weight.shape
-    dy, x = (call.dy, call.x) if dw is None else (None, None)
-    writes = dw is not None and call.wants_x
-    w_eff = call.weight.new_empty(outputs, inputs) if writes else None
-    tile, numerics = run.contract_tile, run.shared.numerics
-    launch(
-        contract_kernel,
-        cdiv(outputs, tile.rows) * cdiv(inputs, tile.columns),
-        tile,
-        dw_ptr=dw,
-        dy_ptr=dy,
-        x_ptr=x,
-        w_ptr=call.weight,
-        w_eff_ptr=w_eff,
-        a_ptr=run.a.left,
-        au_ptr=run.a.right,
-        b_ptr=run.b.left,
-        bu_ptr=run.b.right,
-        c_ptr=run.prompt.c,
-        lost_ptr=run.lost,
-        partials_ptr=run.buffer,
-        at_a=run.at("exact" if solved else "a"),
-        at_au=run.at("au"),
-        at_b=run.at("b_sum" if run.has("b_sum") else "b"),
-        at_bu=run.at("bu"),
-        at_db=run.at("db"),
-        at_dc=run.at("dc"),
-        at_cu=run.at("cu"),
-        slices=run.token_blocks,
-        M=call.dy.shape[0],
-        N=outputs,
-        K=inputs,
-        stride_ym=stride(dy, 0),
-        stride_yn=stride(dy, 1),
-        stride_xm=stride(x, 0),
-        stride_xk=stride(x, 1),
-        stride_wn=call.weight.stride(0),
-        stride_wk=call.weight.stride(1),
-        stride_a=run.a.left_row,
-        stride_au=run.a.right_rank,
-        stride_b=run.b.left_row,
-        stride_bu=run.b.right_rank,
-        stride_c=run.prompt.stride_c,
-        rank_a=run.a.rank,
-        rank_b=run.b.rank,
-        rank_c=run.prompt.rank,
-        A=run.a.form,
-        B=run.b.form,
-        GRAD_A=True,
-        GRAD_B=run.wants("B") and not solved,
-        SUM_B=run.has("b_sum") and not solved,
-        DC=run.has("dc") and not solved,
-        DCU=run.has("cu") and not solved,
-        WRITE_WEIGHT=writes,
-        GEMM=dw is None,
-        ONLY_LOST=solved,
-        BLOCK_M=tile.tokens,
-        BLOCK_N=tile.rows,
-        BLOCK_K=tile.columns,
-        RANK_A=run.a.block_rank,
-        RANK_B=run.b.block_rank,
-        RANK_C=padded_rank(run.prompt.rank),
-        FACTOR_A=run.a.dtype,
-        FACTOR_B=run.b.dtype,
-        CONTRACT=numerics.contract,
-        CONTRACT_DOT=numerics.contract_precision,
-        INDEX=run.shared.index,
-        WIDE=numerics.wide,
-        PRECISION=numerics.factors,
-        DOT=numerics.stream,
-    )
-    return w_eff

@@ -7,6 +7,9 @@ of its storage, is found in them:
     element o = (c, j) of a storage of ``inner`` columns (or of the transposed right factor, ``up``)
     value     = sum_s partials[source + s * stride + c * width + min(j, width - 1)]    for c < count and j < rank
 
+A table serves every number of tokens: a row has the number of slices, or -1 for one per block of tokens, and how far
+each block of tokens moves ``source``.
+
 The rule of a row may multiply the value by b0[c] (TIMES_BIAS, for D) or by Cu[j] (TIMES_UP, for Cd). With the rule
 SOLVED it is the gradient of A as a hadamard vector, solved from the output y, where t = sum_m dy y:
 
@@ -17,21 +20,14 @@ The shapes are in kernels/__init__.py.
 
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from ...planning.settings import Tile
-from .. import jobs as rules
-from .. import operands
-from ..jobs import FINISH_BLOCK, GradientJob, blocks, table
-from ..launch import launch
-from ..operands import dense
-from ..run import BackwardRun
+from ...planning import sums
 from ..tile import LOW_RANK, ROW, sum_slices
 
-TABLE_WIDTH = tl.constexpr(12)
-TIMES_BIAS = tl.constexpr(rules.TIMES_BIAS)  # D: times b0
-TIMES_UP = tl.constexpr(rules.TIMES_UP)  # Cd: times Cu
-SOLVED = tl.constexpr(rules.SOLVED)  # A from the output
+TABLE_WIDTH = tl.constexpr(13)
+TIMES_BIAS = tl.constexpr(sums.TIMES_BIAS)  # D: times b0
+TIMES_UP = tl.constexpr(sums.TIMES_UP)  # Cd: times Cu
+SOLVED = tl.constexpr(sums.SOLVED)  # A from the output
 
 # Numbers that change from call to call: a new value needs no new build.
 VARYING = ["jobs", "N", "slices", "exact_slices", "stride_a", "stride_b", "rank_b", "at_t", "at_db", "at_b", "at_exact"]
@@ -122,6 +118,9 @@ def finish_kernel(
     first_block, source, job_slices, stride = tl.load(row), tl.load(row + 1), tl.load(row + 2), tl.load(row + 3)
     target, size, inner, up = tl.load(row + 4), tl.load(row + 5), tl.load(row + 6), tl.load(row + 7)
     width, rank, count, rule = tl.load(row + 8), tl.load(row + 9), tl.load(row + 10), tl.load(row + 11)
+    # What depends on the number of tokens: where slices begin, and how many there are (-1: one per block of tokens).
+    source += slices * tl.load(row + 12)
+    job_slices = tl.where(job_slices < 0, slices, job_slices)
     # Element o is row c and column j of the storage; of a right factor (R, columns), c is the column, j the rank.
     o = (block - first_block) * BLOCK + tl.arange(0, BLOCK)
     c = tl.where(up != 0, o % inner, o // inner)
@@ -163,44 +162,3 @@ def finish_kernel(
             )
     value = tl.where(mask, value, 0.0)  # what is not read becomes zero, even if it is NaN by now
     tl.store(grads_ptr + target + o, value.to(grads_ptr.dtype.element_ty), mask=o < size)
-
-
-FINISH_TILE = Tile(0, FINISH_BLOCK, 0, 4, 2)
-
-
-def finish(run: BackwardRun, jobs: tuple[GradientJob, ...], grads: Tensor) -> None:
-    """Write the gradients of all jobs into ``grads``, one after the other."""
-    call, solved = run.call, run.route == "solved"
-    asked = {job.rule for job in jobs}
-    launch(
-        finish_kernel,
-        blocks(jobs),
-        FINISH_TILE,
-        table_ptr=table(jobs, grads.device),
-        partials_ptr=run.buffer,
-        grads_ptr=grads,
-        bias_ptr=None if call.bias is None else dense(call.bias),
-        cu_ptr=run.prompt.cu,
-        a_ptr=run.a.left if solved else None,
-        b_ptr=run.b.left if solved else None,
-        b_eff_ptr=call.b_eff if solved else None,
-        lost_ptr=run.lost,
-        jobs=len(jobs),
-        at_t=run.at("t"),
-        at_db=run.at("db"),
-        at_b=run.at("b"),
-        at_exact=run.at("exact"),
-        slices=run.token_blocks,
-        exact_slices=run.of("exact").number,
-        N=call.weight.shape[0],
-        stride_a=run.a.left_row,
-        stride_b=run.b.left_row,
-        rank_b=run.b.rank,
-        BIAS=rules.TIMES_BIAS in asked,
-        UP=rules.TIMES_UP in asked,
-        SOLVE=solved,
-        B=run.b.form if solved else operands.NONE,
-        B_EFF=solved and call.b_eff is not None,
-        BLOCK=FINISH_BLOCK,
-        WIDE=run.shared.numerics.wide,
-    )

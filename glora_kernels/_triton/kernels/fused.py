@@ -11,11 +11,7 @@ of a small batch is the wide side of the matrix instruction.
 
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from ..context import Context
-from ..launch import launch
-from ..operands import BiasOperands, Operand, cdiv, padded_rank
 from ..tile import NONE, bias_tile, effective_tile, load_tile, prompt_tile, row_part, span, store_tile, term_tile
 
 # Numbers that change from call to call: a new value needs no new build.
@@ -119,76 +115,3 @@ def fused_kernel(
     else:
         y = acc + bias.to(WIDE)[None, :]
     store_tile(y_ptr, y, tokens, outs, OUT, 1, token_mask, out_mask)
-
-
-def multiply(
-    x: Tensor,
-    weight: Tensor,
-    y: Tensor,
-    a: Operand,
-    b: Operand,
-    folded: BiasOperands,
-    b_eff: Tensor | None,
-    shared: Context,
-) -> None:
-    """``y = x W_eff^T + b_eff`` with W_eff in registers only; ``weight``, ``a`` and ``b`` may all be transposed."""
-    tile = shared.tile("fused", a.rank, b.rank, folded.rank)
-    launch(
-        fused_kernel,
-        cdiv(x.shape[0], tile.tokens) * cdiv(weight.shape[0], tile.rows),
-        tile,
-        x_ptr=x,
-        w_ptr=weight,
-        y_ptr=y,
-        b_eff_ptr=b_eff,
-        a_ptr=a.left,
-        au_ptr=a.right,
-        b_ptr=b.left,
-        bu_ptr=b.right,
-        c_ptr=folded.c,
-        cu_ptr=folded.cu,
-        bias_ptr=folded.bias,
-        d_ptr=folded.d,
-        e_ptr=folded.e,
-        M=x.shape[0],
-        OUT=weight.shape[0],
-        RED=weight.shape[1],
-        stride_xm=x.stride(0),
-        stride_xr=x.stride(1),
-        stride_wo=weight.stride(0),
-        stride_wr=weight.stride(1),
-        stride_a=a.left_row,
-        stride_ar=a.left_rank,
-        stride_au=a.right_rank,
-        stride_auc=a.right_column,
-        stride_b=b.left_row,
-        stride_br=b.left_rank,
-        stride_bu=b.right_rank,
-        stride_buc=b.right_column,
-        stride_c=folded.stride_c,
-        stride_d=folded.stride_d,
-        stride_e=folded.stride_e,
-        rank_a=a.rank,
-        rank_b=b.rank,
-        rank_c=folded.rank,
-        A=a.form,
-        B=b.form,
-        C=folded.c_form,
-        D=folded.d is not None,
-        E=folded.e is not None,
-        BIAS=folded.bias is not None,
-        WRITE_BIAS=b_eff is not None,
-        BLOCK_M=tile.tokens,
-        BLOCK_O=tile.rows,
-        BLOCK_R=tile.columns,
-        RANK_A=a.block_rank,
-        RANK_B=b.block_rank,
-        RANK_C=padded_rank(folded.rank),
-        FACTOR_A=a.dtype,
-        FACTOR_B=b.dtype,
-        INDEX=shared.index,
-        WIDE=shared.numerics.wide,
-        PRECISION=shared.numerics.factors,
-        DOT=shared.numerics.stream,
-        SWAP=tile.swap,
-    )

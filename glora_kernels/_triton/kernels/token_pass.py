@@ -18,16 +18,9 @@ leave as one slice per program, (programs, N, R) and the like in fp32; ``finish`
 Other shapes are in kernels/__init__.py.
 """
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from ...terms import Constant
-from .. import operands
-from ..launch import launch
-from ..operands import Operand, dense
-from ..run import BackwardRun, stride
 from ..tile import ADDED, COLUMN, LOW_RANK, NONE, ROW, load_tile, span, store_tile
 
 # Numbers that change from call to call: a new value needs no new build.
@@ -219,74 +212,3 @@ def token_pass_kernel(
                     store_tile(dx_ptr, dx, tokens, columns, K, 1, token_mask, mask)
     if SUM_A:
         tl.store(partials_ptr + at_a + block, tl.sum(a_sum, 0))
-
-
-def token_pass(run: BackwardRun, g: Tensor | None = None) -> Tensor | None:
-    """Launch the kernel, if anything needs it; given ``g = dy W0`` (M, K), it returns dx if that is wanted."""
-    call = run.call
-    contracts_b = run.contracts_b and run.route != "dense"
-    if not (contracts_b or run.sums_bias or run.route in ("projected", "scaled", "solved")):
-        return None
-    (outputs, inputs), x = call.weight.shape, call.x
-    dx = torch.empty_like(g) if g is not None and call.wants_x else None
-    a = run.a if run.route in ("projected", "scaled") else Operand()
-    b = run.b if contracts_b or dx is not None else Operand()
-    # A constant scales rows and inputs alike: here it is passed as a value per input, of stride 0.
-    over_inputs = a.right if a.form == operands.COLUMN else a.left
-    tile = run.token_tile
-    launch(
-        token_pass_kernel,
-        run.token_blocks,
-        tile,
-        x_ptr=x,
-        dy_ptr=call.dy,
-        other_ptr=call.output if run.route == "solved" else g,
-        dx_ptr=dx,
-        a_ptr=over_inputs if run.route == "scaled" else a.left,
-        au_ptr=a.right,
-        b_ptr=b.left,
-        bu_ptr=b.right,
-        bias_ptr=None if call.bias is None else dense(call.bias),
-        partials_ptr=run.buffer,
-        at_db=run.at("db"),
-        at_db_sum=run.at("db_sum"),
-        at_db_bias=run.at("db_bias"),
-        at_t=run.at("t"),
-        at_a=run.at("dv" if run.route == "projected" else "a"),
-        at_au=run.at("au"),
-        at_b=run.at("b"),
-        at_b_sum=run.at("b_sum"),
-        at_bu=run.at("bu"),
-        M=call.dy.shape[0],
-        N=outputs,
-        K=inputs,
-        stride_xm=stride(x, 0),
-        stride_xk=stride(x, 1),
-        stride_ym=call.dy.stride(0),
-        stride_yn=call.dy.stride(1),
-        stride_a=a.right_column if a.form == operands.COLUMN else a.left_row,
-        stride_au=a.right_rank,
-        stride_b=b.left_row,
-        stride_bu=b.right_rank,
-        rank_a=a.rank,
-        rank_b=b.rank,
-        A=operands.COLUMN if run.route == "scaled" else a.form,
-        B=b.form,
-        GRAD_B=contracts_b,
-        SUM_A=run.route == "scaled" and isinstance(call.terms.A, Constant),
-        SUM_B=contracts_b and run.has("b_sum"),
-        DB=run.has("db"),
-        DB_SUM=run.has("db_sum"),
-        DB_BIAS=run.has("db_bias"),
-        OUTPUT=run.route == "solved",
-        WRITE_DX=dx is not None,
-        BLOCK_M=tile.tokens,
-        BLOCK_N=tile.rows,
-        BLOCK_K=tile.columns,
-        RANK_A=a.block_rank,
-        RANK_B=b.block_rank,
-        INDEX=run.shared.index,
-        WIDE=run.shared.numerics.wide,
-        DOT=run.shared.numerics.stream,
-    )
-    return dx

@@ -13,15 +13,9 @@ if, with ``|Bd| |Bu|`` in place of ``|B|`` (which is no larger) where B is a low
     sum_p |dy| (|b_eff| + |x| |B|^T)   <   loss * |1 + a| sum_p |dy| |x| |W0|^T     and     |t| < inf
 """
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from ...gradient_routes import ACCEPTED_LOSS, PROBED_TOKENS
-from ..launch import launch
-from ..operands import Operand, cdiv, padded_rank
-from ..run import BackwardRun, stride
 from ..tile import LOW_RANK, ROW, effective_tile, load_tile, row_part, span, store_tile, sum_slices, term_tile
 
 # Numbers that change from call to call: a new value needs no new build.
@@ -166,82 +160,3 @@ def weight_pass_kernel(
         t = sum_slices(partials_ptr + at_t, slices, N, rows, row_mask, BLOCK_N, WIDE)
         kept = (tl.sum(dy * taken, 0) < allowed) & (tl.abs(t) < float("inf"))  # false for NaN
         tl.store(lost_ptr + rows, tl.where(kept, 0, 1), mask=row_mask)
-
-
-def weight_pass(run: BackwardRun) -> Tensor | None:
-    """Launch the kernel, if anything needs it; returns W_eff if dx is to be formed from it."""
-    call, probes = run.call, run.route == "solved"
-    outputs, inputs = call.weight.shape
-    writes = call.wants_x and call.terms.adapts_weight and run.strategy != "fused" and run.route != "scaled"
-    if not (writes or probes or run.has("dc") or run.has("ad")):
-        return None
-    w_eff = call.weight.new_empty(outputs, inputs) if writes else None
-    run.lost = torch.empty(outputs, dtype=torch.int32, device=call.weight.device) if probes else None
-    a, b = (run.a, run.b) if writes or probes else (Operand(), Operand())
-    x, dy = (call.x, call.dy) if probes else (None, None)
-    tile, numerics = run.weight_tile, run.shared.numerics
-    launch(
-        weight_pass_kernel,
-        cdiv(outputs, tile.rows) * cdiv(inputs, run.weight_share),
-        tile,
-        w_ptr=call.weight,
-        w_eff_ptr=w_eff,
-        a_ptr=a.left,
-        au_ptr=a.right,
-        b_ptr=b.left,
-        bu_ptr=b.right,
-        c_ptr=run.prompt.c,
-        x_ptr=x,
-        dy_ptr=dy,
-        b_eff_ptr=call.b_eff,
-        lost_ptr=run.lost,
-        partials_ptr=run.buffer,
-        at_db=run.at("db"),
-        at_dv=run.at("dv"),
-        at_dc=run.at("dc"),
-        at_cu=run.at("cu"),
-        at_ad=run.at("ad"),
-        at_t=run.at("t"),
-        slices=run.token_blocks,
-        M=call.dy.shape[0],
-        N=outputs,
-        K=inputs,
-        share=run.weight_share,
-        stride_wn=call.weight.stride(0),
-        stride_wk=call.weight.stride(1),
-        stride_xm=stride(x, 0),
-        stride_xk=stride(x, 1),
-        stride_ym=stride(dy, 0),
-        stride_yn=stride(dy, 1),
-        stride_a=a.left_row,
-        stride_au=a.right_rank,
-        stride_auk=a.right_column,
-        stride_b=b.left_row,
-        stride_bu=b.right_rank,
-        stride_c=run.prompt.stride_c,
-        rank_a=run.a.rank,
-        rank_b=b.rank,
-        rank_c=run.prompt.rank,
-        loss=ACCEPTED_LOSS[call.weight.dtype],
-        A=a.form,
-        B=b.form,
-        WRITE_WEIGHT=writes,
-        DC=run.has("dc"),
-        DCU=run.has("cu"),
-        DV=run.has("ad"),
-        PROBE=probes,
-        B_EFF=call.b_eff is not None,
-        BLOCK_N=tile.rows,
-        BLOCK_K=tile.columns,
-        RANK_A=run.a.block_rank,
-        RANK_B=b.block_rank,
-        RANK_C=padded_rank(run.prompt.rank),
-        PROBES=PROBED_TOKENS,
-        FACTOR_A=a.dtype,
-        FACTOR_B=b.dtype,
-        INDEX=run.shared.index,
-        WIDE=numerics.wide,
-        PRECISION=numerics.factors,
-        ROUGH=numerics.rough,
-    )
-    return w_eff
