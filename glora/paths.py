@@ -155,7 +155,8 @@ def paths_of(layers: Mapping[str, object], paths: Mapping[str, PathConfig] | Pat
         return dict.fromkeys(layers, paths)
     expected = "a mapping of layer names to glora.PathConfig, or one for every layer"
     require_type("paths", paths, Mapping, expected)
-    named = {name_in(layers, name): path for name, path in paths.items()}
+    known = paths.keys() == layers.keys()
+    named = paths if known else {name_in(layers, name): path for name, path in paths.items()}
     missing, unknown = [n for n in layers if n not in named], [n for n in named if n not in layers]
     if missing or unknown or len(named) != len(paths):
         raise ValueError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -101,9 +101,7 @@ class GLoRALayer(nn.Module):
         with torch.inference_mode(False):  # they are trained later
             for name, shape in support_shapes(features, rank, product).items():
                 self.register_parameter(name, nn.Parameter(torch.empty(shape, device=self.weight.device, dtype=wide)))
-        path = PathConfig(f"lora_{rank}", f"lora_{rank}", f"lora_{rank}", "vector", "vector")
-        self._history = PathHistory(path)
-        self.path = path
+        self._begin(PathConfig(f"lora_{rank}", f"lora_{rank}", f"lora_{rank}", "vector", "vector"))
         self.register_state_dict_post_hook(_write_path)
         self.training = base.training
         self.reset_support()
@@ -182,12 +180,17 @@ class GLoRALayer(nn.Module):
         if path.rank > self.rank:
             raise ValueError(f"path: expected ranks up to {self.rank} (the rank of the storage), got {path}")
 
+    def _begin(self, path: PathConfig) -> None:
+        """Begin with ``path`` and without a history of others."""
+        self._history = PathHistory(path)
+        with _trainable():
+            self._encode_path()
+
     def _encode_path(self) -> None:
         """Encode the path as data for compiled graphs. It is no buffer: it stays on the CPU and out of state dicts."""
-        # Graphs that train read it. Entered in inference mode only: that takes as long as the rest of setting a path.
-        with torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext():
-            # Past nn.Module.__setattr__, which looks for parameters, modules and buffers first.
-            self.__dict__["_config"] = encode(self.path.choices, self._history.since)
+        history = self._history
+        # Past nn.Module.__setattr__, which looks for parameters, modules and buffers first.
+        self.__dict__["_config"] = encode(history.now.choices, history.since)
 
     @property
     def shape(self) -> LayerShape:
@@ -267,14 +270,12 @@ class GLoRALayer(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Give copies, shallow ones too, a path of their own."""
         super().__setstate__(state)
-        self._history = PathHistory(self.path)
-        self._encode_path()
+        self._begin(self.path)
 
     def _replicate_for_data_parallel(self) -> GLoRALayer:
         """A replica lives for one forward pass and its backward; its own thread numbers their autograd nodes."""
         replica = super()._replicate_for_data_parallel()
-        replica._history = PathHistory(self.path)
-        replica._encode_path()
+        replica._begin(self.path)
         return replica
 
     def extra_repr(self) -> str:
@@ -294,9 +295,15 @@ def take_paths(paths: Iterable[tuple[GLoRALayer, PathConfig]]) -> None:
         RuntimeError: during a backward pass; no path is changed then.
     """
     start = next_start()
-    for layer, path in paths:
-        layer._history.set(path, start)
-        layer._encode_path()
+    with _trainable():
+        for layer, path in paths:
+            layer._history.set(path, start)
+            layer._encode_path()
+
+
+def _trainable() -> AbstractContextManager[object]:
+    """A block in which tensors that are made can be read by graphs that train, whatever mode it is in."""
+    return torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()
 
 
 def _write_path(layer: Any, _state: dict, _prefix: str, local_metadata: dict[str, Any]) -> None:
