@@ -47,7 +47,7 @@ from .workloads import LayerWorkload
 
 TOKENS, WIDTH, RANK = 8, 32, 8
 CALLS = 64  # per timing, so that reading the clock hardly counts; and how many paths are seen again
-LAYERS = 12  # of the model in which paths are set
+LAYERS = 48  # of the model in which paths are set, as many as a ViT-B has
 SPACE = SearchSpace(ranks=(8, 4))
 NEW = SearchSpace(ranks=tuple(range(1, RANK + 1)))  # 10,890 paths: more than any cache of ours holds
 TRAINING, INFERENCE, PATHS = "training", "without grad", "paths"
