@@ -108,6 +108,11 @@ def pack(terms: Terms) -> tuple[list[Tensor | None], Tensor]:
     return storages, encode(kinds)
 
 
+def places_of(terms: Terms) -> list[int]:
+    """The places of ``terms.storages``."""
+    return [place for slot, term in terms.active for place in PLACES[slot][: len(term.storages)]]
+
+
 def spread(terms: Terms, grads: dict[str, tuple[Tensor, ...]]) -> list[Tensor | None]:
     """Gradients by slot put in the places of their storages."""
     placed: list[Tensor | None] = [None] * len(STORAGES)

@@ -1,17 +1,320 @@
-"""The plan of a layer call."""
+"""A layer call of the torch backend, planned once: W_eff in one pass, one dense product, gradients in closed form.
+
+One unit is one dense GEMM of 2 M N K operations. Forward takes one. The backward pass takes the fewest that the
+mathematics allows; with dW = dy^T x, an (N, K) matrix:
+
+* ``dx = dy W_eff`` costs one unit, whatever the kinds;
+* the gradient of B needs dW only through thin products, such as ``dBd = dy^T (x Bu^T)``: no unit.
+  If B is a vector or a constant, it needs of x only the sum over the inputs;
+* A as a constant, and every A of the matmul product, needs no dW either: ``dx`` is formed from
+  ``g = dy W0``, and ``da = sum x * g``;
+* A as a hadamard vector needs ``da_n = sum_m dy_mn z_mn`` with ``z = x W0^T``. The output contains
+  z already, ``y = (1 + a) z + x B^T + b_eff``, so ``da`` is solved for, except in rows where that
+  would lose digits: see ``row_scale.py``;
+* A as a hadamard low rank needs dW itself: ``dAd = (dW * W0) Au^T``, ``dAu = Ad^T (dW * W0)``.
+  That is one more unit, and the gradient of B is then formed from dW as well.
+
+Merging and the forward pass share one function, so a merged layer multiplies by the very same bits as the unmerged one.
+
+Shapes: dy (M, N), x (M, K), weight (N, K). "Wide" is the compute dtype: fp32, or fp64 for fp64 layers. Thin factors
+are kept as (r, .) rather than (., r): on a CPU the same product is 2 to 10 times slower with the long side first.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from .. import _torch
-from ..backend import Plan, PlanOfPasses
-from ..gradient_routes import reads_token_sums
-from ..terms import Terms
+from ..backend import ForwardResult
+from ..gradient_routes import reads_token_sums, scales_inputs, scales_rows
+from ..terms import LowRank, Terms, Vector, compute_dtype
+from ..torch_private import unsafe_view
+from .row_scale import Thin, row_scale_gradient
+from .storages import Parts, Reader, Writer
+
+Grads = list[Tensor | None]  # by place, as in storages.py
+AD, AU, BD, BU, CD, CU, D, E = range(8)
+
+# The forms of A: absent; an elementwise (N, K) factor; V Au with V = W0 Ad; a scale of the rows; of the inputs.
+NONE, ELEMENTS, PROJECTED, ROWS, INPUTS = "none", "elements", "projected", "rows", "inputs"
+# The forms of B and C: absent; factors; one value per row (of C: per input); of B: one value for all.
+FACTORS, VECTOR, CONSTANT = "factors", "vector", "constant"
 
 
-def plan(weight: Tensor, bias: Tensor | None, terms: Terms, wanted: frozenset[str], wants_x: bool) -> Plan:
-    """The plan of calls with these operands. For a vector or constant B, nothing but token sums is read of x."""
-    made = PlanOfPasses(_torch, terms, wanted, wants_x)
-    made.reads_token_sums = reads_token_sums(terms, wanted)
-    return made
+def _form_of_a(terms: Terms) -> str:
+    if isinstance(terms.A, LowRank):
+        return ELEMENTS if terms.product == "hadamard" else PROJECTED
+    return ROWS if scales_rows(terms) else INPUTS if scales_inputs(terms) else NONE
+
+
+def _form(term: object) -> str:
+    if term is None:
+        return NONE
+    return FACTORS if isinstance(term, LowRank) else VECTOR if isinstance(term, Vector) else CONSTANT
+
+
+class TorchPlan:
+    """See :class:`glora_kernels.backend.Plan`. It serves any number of rows of W0 and any strides."""
+
+    def __init__(self, dtype: torch.dtype, terms: Terms, wanted: frozenset[str], wants_x: bool):
+        self._dtype, self._wide = dtype, compute_dtype(dtype)
+        self._is_half = dtype != self._wide
+        self._a, self._b, self._c = _form_of_a(terms), _form(terms.B), _form(terms.C)
+        self._is_hadamard = terms.product == "hadamard"
+        self._has_d, self._has_e = terms.D is not None, terms.E is not None
+        self._adapts_weight, self._adapts_bias = terms.adapts_weight, terms.adapts_bias
+        self._wants_a, self._wants_b, self._wants_c = "A" in wanted, "B" in wanted, "C" in wanted
+        self._wants_d, self._wants_e, self._wants_x = "D" in wanted, "E" in wanted, wants_x
+        self._sums_dy = self._wants_c or self._wants_d or self._wants_e
+        self.reads_token_sums = reads_token_sums(terms, wanted)
+        self._read = Reader(terms, self._wide)
+        self._read_thin = Reader(terms, dtype)
+        self._write = Writer(terms, None if self._is_half else dtype)
+
+    # -- W_eff and b_eff -----------------------------------------------------------------------------------------------
+
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None, storages: Sequence[Tensor]) -> ForwardResult:
+        """y for x of any leading shape."""
+        parts, wide = self._read(storages), self._widened(weight)
+        projected = torch.mm(wide, parts[AD]) if self._a == PROJECTED else None
+        w_eff = self._effective_weight(wide, parts, projected) if self._adapts_weight else weight
+        b_eff = self._effective_bias(wide, bias, parts) if self._adapts_bias else bias
+        y = F.linear(x, w_eff, b_eff)
+        if x.dim() != 2:  # in place of a view, which a successor such as ReLU(inplace=True) could not overwrite
+            y = unsafe_view(y, y.shape)
+        return ForwardResult(y, projected, b_eff)
+
+    def assemble(self, weight: Tensor, bias: Tensor | None, storages: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
+        """``(W_eff, b_eff)`` in the dtype of ``weight``; an operand that no term changes is returned as it is."""
+        parts, wide = self._read(storages), self._widened(weight)
+        w_eff = self._effective_weight(wide, parts, None) if self._adapts_weight else weight
+        return w_eff, self._effective_bias(wide, bias, parts) if self._adapts_bias else bias
+
+    def effective_bias(self, weight: Tensor, bias: Tensor | None, storages: Sequence[Tensor]) -> Tensor | None:
+        """b_eff alone."""
+        return self._effective_bias(self._widened(weight), bias, self._read(storages)) if self._adapts_bias else bias
+
+    def project(self, weight: Tensor, storages: Sequence[Tensor]) -> Tensor | None:
+        """``V = W0 Ad``, (N, r), where A is a low rank of the matmul product: the term is then ``V Au``."""
+        return torch.mm(self._widened(weight), self._read(storages)[AD]) if self._a == PROJECTED else None
+
+    def _widened(self, weight: Tensor) -> Tensor:
+        """W0 in the compute dtype, where W_eff or ``W0 c`` is formed from it."""
+        return weight.to(self._wide) if self._is_half and (self._adapts_weight or self._c != NONE) else weight
+
+    def _effective_weight(self, wide: Tensor, parts: Parts, projected: Tensor | None) -> Tensor:
+        """W_eff in as few passes over the weight (in the compute dtype) as the kinds allow, rounded once."""
+        ad, au, bd, bu, *_ = parts
+        if self._b == NONE:
+            w_eff = self._scaled(wide, ad, au, projected)
+        elif self._b == FACTORS:
+            w_eff = (
+                torch.addmm(wide, bd, bu) if self._a == NONE else self._scaled(wide, ad, au, projected).addmm_(bd, bu)
+            )
+        else:
+            shift = bd.unsqueeze(1) if self._b == VECTOR else bd
+            if self._a == NONE:
+                w_eff = wide + shift
+            elif self._a in (ROWS, INPUTS):
+                w_eff = torch.addcmul(shift, wide, self._scale(ad))
+            else:
+                w_eff = self._scaled(wide, ad, au, projected).add_(shift)
+        return w_eff.to(self._dtype) if self._is_half else w_eff
+
+    def _scaled(self, wide: Tensor, ad: Tensor, au: Tensor, projected: Tensor | None) -> Tensor:
+        """``W0 + W0 * A`` or ``W0 + W0 @ A``, as a new tensor."""
+        if self._a == ELEMENTS:
+            product = torch.mm(ad, au)
+            return torch.addcmul(wide, wide, product, out=product)
+        if self._a == PROJECTED:
+            return torch.addmm(wide, torch.mm(wide, ad) if projected is None else projected, au)
+        return wide * self._scale(ad)
+
+    def _scale(self, ad: Tensor) -> Tensor:
+        """``1 + a`` of a vector or constant A, shaped to multiply an (N, K) weight."""
+        scale = ad + 1
+        return scale.unsqueeze(1) if self._a == ROWS else scale
+
+    def _effective_bias(self, wide: Tensor, bias: Tensor | None, parts: Parts) -> Tensor | None:
+        """``b0 + b0 * D + E + W0 c``, rounded once; ``wide`` is the weight in the compute dtype if C is there."""
+        *_, cd, cu, d, e = parts
+        b_eff = bias.to(self._wide) if self._is_half and bias is not None else bias
+        if self._has_d and b_eff is not None:
+            b_eff = torch.addcmul(b_eff, b_eff, d)
+        if self._has_e:
+            b_eff = e.expand(wide.shape[0]) if b_eff is None else b_eff + e
+        if self._c != NONE:
+            prompt = torch.mv(wide, cd if self._c == VECTOR else torch.mm(cd, cu).squeeze(1))
+            b_eff = prompt if b_eff is None else b_eff + prompt
+        return b_eff.to(self._dtype) if self._is_half and b_eff is not None else b_eff
+
+    # -- gradients -----------------------------------------------------------------------------------------------------
+
+    def backward(
+        self,
+        dy: Tensor,
+        x: Tensor | None,
+        weight: Tensor,
+        bias: Tensor | None,
+        storages: Sequence[Tensor],
+        output: Tensor | None,
+        b_eff: Tensor | None,
+        projected: Tensor | None,
+        token_sums: Tensor | None,
+    ) -> tuple[Tensor | None, list[Tensor | None]]:
+        """The gradient of x, if wanted, and one for each storage."""
+        parts, grads = self._read(storages), _no_grads()
+        thin_parts = self._read_thin(storages) if self._is_half else parts
+        db = dy.sum(0, dtype=self._wide) if self._sums_dy or output is not None else None
+        if db is not None and self._sums_dy:
+            self._bias_gradients(db, weight, bias, parts, grads)
+        if not self._wants_a:
+            if self._wants_b:
+                self._thin_gradients(dy, x, thin_parts, token_sums, grads)
+        else:
+            assert x is not None
+            if self._a == INPUTS:
+                dx = self._input_scale_gradients(dy, x, weight, parts, thin_parts, grads)
+                return dx, self._write(grads)
+            if self._a == ELEMENTS:
+                dw = torch.mm(dy.t(), x)
+                self._dense_gradients(dw.to(self._wide) if self._is_half else dw, weight, parts, grads, own=True)
+            elif self._a == PROJECTED:
+                _projected_gradients(dy, x, weight, thin_parts[AU], projected, grads)
+                if self._wants_b:
+                    self._thin_gradients(dy, x, thin_parts, None, grads)
+            else:
+                reads_b = self._wants_b or (output is not None and self._b != NONE)
+                thin = self._thin_gradients(dy, x, thin_parts, None, grads) if reads_b else None
+                grads[AD] = row_scale_gradient(dy, x, weight, parts[AD], output, b_eff, db, thin)
+        if not self._wants_x:
+            return None, self._write(grads)
+        w_eff = self._effective_weight(self._widened(weight), parts, projected) if self._adapts_weight else weight
+        return torch.mm(dy, w_eff), self._write(grads)
+
+    def contract(
+        self, weight: Tensor, bias: Tensor | None, storages: Sequence[Tensor], dw: Tensor | None, db: Tensor | None
+    ) -> list[Tensor | None]:
+        """One gradient for each storage, from those of W_eff, if A or B is wanted, and of b_eff, if C, D or E is."""
+        parts, grads = self._read(storages), _no_grads()
+        if self._wants_a or self._wants_b:
+            assert dw is not None
+            self._dense_gradients(dw.to(self._wide), weight, parts, grads, own=False)
+        if self._sums_dy:
+            assert db is not None
+            self._bias_gradients(db.to(self._wide), weight, bias, parts, grads)
+        return self._write(grads)
+
+    def _bias_gradients(self, db: Tensor, weight: Tensor, bias: Tensor | None, parts: Parts, grads: Grads) -> None:
+        """Gradients of C, D and E from ``db = sum_m dy``, (N,)."""
+        if self._wants_c:
+            dc = torch.mv((weight.to(self._wide) if self._is_half else weight).t(), db)
+            if self._c == VECTOR:
+                grads[CD] = dc
+            else:
+                grads[CD] = torch.mm(dc.unsqueeze(1), parts[CU].t())
+                grads[CU] = torch.mv(parts[CD].t(), dc).unsqueeze(1)
+        if self._wants_d:
+            assert bias is not None
+            grads[D] = db * bias
+        if self._wants_e:
+            grads[E] = db
+
+    def _dense_gradients(self, dw: Tensor, weight: Tensor, parts: Parts, grads: Grads, own: bool) -> None:
+        """Gradients of A and B from a dense dW; ``own``: whether it may be overwritten.
+
+        Hadamard: ``dA = dW * W0``. Matmul: ``dA = W0^T dW``, (K, K), which is never formed.
+        """
+        ad, au, bd, bu, *_ = parts
+        if self._wants_b:
+            if self._b == FACTORS:
+                grads[BD], grads[BU] = _through(dw, bd, bu)
+            else:
+                grads[BD] = dw.sum(1)
+        if not self._wants_a:
+            return
+        if self._a == PROJECTED:
+            wide = weight.to(dw.dtype)
+            grads[AD], grads[AU] = torch.mm(wide.t(), torch.mm(dw, au.t())), torch.mm(torch.mm(wide, ad).t(), dw)
+            return
+        da = dw.mul_(weight) if own else dw * weight
+        if self._a == ELEMENTS:
+            grads[AD], grads[AU] = _through(da, ad, au)
+        else:
+            grads[AD] = da.sum(1 if self._is_hadamard else 0)
+
+    def _thin_gradients(
+        self, dy: Tensor, x: Tensor | None, parts: Parts, token_sums: Tensor | None, grads: Grads
+    ) -> Thin:
+        """The contraction of B with dW, and from it the gradients of B, if wanted.
+
+        For a term that adds ``rows^T columns`` to W_eff, with dW = dy^T x never formed:
+        ``d rows = columns dW^T = (columns x^T) dy`` and ``d columns = rows dW = (rows dy^T) x``.
+        A vector or constant has ones as columns, and reads only the sums of x over the inputs.
+        """
+        bd, bu = parts[BD], parts[BU]
+        if self._b == FACTORS:
+            assert x is not None
+            rows = bd.t()
+            tokens = torch.mm(bu, x.t())
+            contracted = torch.mm(tokens, dy)
+            if self._wants_b:
+                grads[BD], grads[BU] = contracted.t(), torch.mm(torch.mm(rows, dy.t()), x)
+            return rows, bu, tokens, contracted
+        if token_sums is None:
+            assert x is not None
+            token_sums = x.sum(1)
+        tokens = token_sums.unsqueeze(0)
+        contracted = torch.mm(tokens, dy)
+        if self._wants_b:
+            grads[BD] = contracted.squeeze(0)
+        return bd.expand(1, dy.shape[1]), None, tokens, contracted
+
+    def _input_scale_gradients(
+        self, dy: Tensor, x: Tensor, weight: Tensor, parts: Parts, thin_parts: Parts, grads: Grads
+    ) -> Tensor | None:
+        """Where A scales inputs: ``g = dy W0, dx = g (1 + a) + dy B, da = sum x * g``; returns dx, if wanted."""
+        g = torch.mm(dy, weight)
+        if self._is_half:
+            g = g.to(self._wide)
+        grads[AD] = torch.linalg.vecdot(x.to(self._wide), g, dim=0)
+        if self._wants_b:
+            self._thin_gradients(dy, x, thin_parts, None, grads)
+        if not self._wants_x:
+            return None
+        dx = g.mul_(self._scale(parts[AD]))
+        bd, bu = thin_parts[BD], thin_parts[BU]
+        if self._b == FACTORS:
+            dx.addmm_(torch.mm(bd.t(), dy.t()).t().to(self._wide), bu.to(self._wide))
+        elif self._b == VECTOR:
+            dx.add_(torch.mm(dy, bd.unsqueeze(1)))
+        elif self._b == CONSTANT:
+            dx.add_(dy.sum(1, keepdim=True, dtype=self._wide) * parts[BD])
+        return dx.to(self._dtype)
+
+
+def _no_grads() -> Grads:
+    return [None] * 8
+
+
+def _through(dm: Tensor, down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of the factors of a product whose gradient is ``dm``, (N, K)."""
+    return torch.mm(up, dm.t()).t(), torch.mm(down.t(), dm)
+
+
+def _projected_gradients(
+    dy: Tensor, x: Tensor, weight: Tensor, au: Tensor, projected: Tensor | None, grads: Grads
+) -> None:
+    """Gradients of A in ``projected Au`` with ``projected = W0 Ad``; ``dAd = W0^T d projected``."""
+    assert projected is not None
+    d_projected = torch.mm(torch.mm(au, x.t()), dy)
+    grads[AD] = torch.mm(d_projected, weight).t()
+    grads[AU] = torch.mm(torch.mm(projected.t().to(dy.dtype), dy.t()), x)
+
+
+def plan(weight: Tensor, bias: Tensor | None, terms: Terms, wanted: frozenset[str], wants_x: bool) -> TorchPlan:
+    """The plan of calls with these operands."""
+    return TorchPlan(weight.dtype, terms, wanted, wants_x)

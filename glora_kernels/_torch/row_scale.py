@@ -10,30 +10,39 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..backend import BackwardCall
 from ..gradient_routes import ACCEPTED_LOSS, PROBED_TOKENS
 from ..terms import compute_dtype
-from .assemble import row_scale
-from .thin import Thin
+
+# B as rows^T columns, of rank r (1 for a vector or constant), and its contraction with dW: rows (r, N); columns
+# (r, K), None stands for ones; columns x^T (r, M); columns dW^T (r, N).
+Thin = tuple[Tensor, "Tensor | None", Tensor, Tensor]
 
 
-def row_scale_gradient(call: BackwardCall, db: Tensor | None, thin: Thin | None) -> Tensor:
+def row_scale_gradient(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    a: Tensor,
+    output: Tensor | None,
+    b_eff: Tensor | None,
+    db: Tensor | None,
+    thin: Thin | None,
+) -> Tensor:
     """``da_n = sum_m dy_mn z_mn``, ``z = x W0^T``, of shape (N,).
 
     From ``y = s z + x B^T + b_eff`` with ``s = 1 + a``:
     ``s da = sum_m dy y - b_eff db - sum_k B dW``; rows where this loses digits are formed from z.
     """
-    dy, x, weight = call.dy, call.x, call.weight
-    assert x is not None
-    if call.output is None:
+    if output is None:
         return _column_dots(dy, x @ weight.t())
     assert db is not None
     wide = compute_dtype(dy.dtype)
-    scale = row_scale(call.terms, wide)[:, 0]
-    b_eff = torch.zeros_like(scale) if call.b_eff is None else call.b_eff.to(wide)
-    da = _column_dots(dy, call.output) - b_eff * db
+    scale = a + 1
+    b_eff = torch.zeros_like(scale) if b_eff is None else b_eff.to(wide)
+    da = _column_dots(dy, output) - b_eff * db
     if thin is not None:
-        da -= (thin.rows.to(wide) * thin.contracted.to(wide)).sum(0)
+        rows, _, _, contracted = thin
+        da -= (rows.to(wide) * contracted.to(wide)).sum(0)
     da /= scale
     lost = _unreliable_rows(dy, x, weight, scale, b_eff, thin) | ~da.isfinite()
     if lost.any():
@@ -56,8 +65,9 @@ def _unreliable_rows(dy: Tensor, x: Tensor, weight: Tensor, scale: Tensor, b_eff
     weights, inputs = dy[probe].to(wide).abs_(), x[probe].to(wide).abs_()
     taken = b_eff.abs().expand(count, -1)
     if thin is not None:
-        through = inputs.sum(1, keepdim=True) if thin.columns is None else inputs @ thin.columns.to(wide).abs().t()
-        taken = torch.addmm(taken, through, thin.rows.to(wide).abs())
+        rows, columns, _, _ = thin
+        through = inputs.sum(1, keepdim=True) if columns is None else inputs @ columns.to(wide).abs().t()
+        taken = torch.addmm(taken, through, rows.to(wide).abs())
     lost = torch.linalg.vecdot(weights, taken, dim=0)
     allowed = torch.linalg.vecdot(weights, inputs @ weight.to(wide).abs().t(), dim=0) * scale.abs()
     return ~(lost < ACCEPTED_LOSS[dy.dtype] * allowed)

@@ -1,31 +1,106 @@
-"""Gradients in the shape of the storages that they belong to."""
+"""The part of each storage that is read, and gradients in the shape of the storages: what to do is decided once.
+
+Parts and their gradients stand in the places of ``path_encoding.PLACES``: Ad, Au, Bd, Bu, Cd, Cu, D, E.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from operator import itemgetter, methodcaller
+
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from ..terms import LowRank, Term, Vector
+from ..path_encoding import STORAGES, places_of
+from ..terms import LowRank, Term, Terms, Vector
+
+Change = Callable[[Tensor], Tensor]
+Parts = tuple[Tensor, ...]  # by place; None where nothing is read, which the kinds of the terms tell
 
 
-def into_storages(term: Term, *values: Tensor) -> tuple[Tensor, ...]:
-    """Gradients in the shape and dtype of the term's storages: ``values`` in the part that is read, else zero.
+class Reader:
+    """Storages, in the order of ``terms.storages``, to the parts that are read, in one dtype.
 
-    For a constant, ``values`` has one value per row, and the gradient is their sum.
+    Of a low rank they are ``(rows, r)`` and ``(r, columns)``, of a vector ``(length,)``, of a constant ``()``.
     """
+
+    def __init__(self, terms: Terms, dtype: torch.dtype):
+        places = places_of(terms)
+        self._spread = itemgetter(*(places.index(p) if p in places else len(places) for p in range(len(STORAGES))))
+        self._changes = _changes(
+            _in_turn(part, None if storage.dtype == dtype else methodcaller("to", dtype))
+            for part, storage in zip(_each(_parts, terms), terms.storages)
+        )
+
+    def __call__(self, storages: Sequence[Tensor]) -> Parts:
+        if self._changes is not None:
+            storages = [change(storage) if change else storage for storage, change in zip(storages, self._changes)]
+        return self._spread((*storages, None))
+
+
+class Writer:
+    """Gradients of the parts to those of the storages, in their shapes and dtypes: zero where nothing is read.
+
+    The gradient of a constant is the sum of one value per row.
+    """
+
+    def __init__(self, terms: Terms, dtype: torch.dtype | None):
+        """``dtype`` is that of the gradients of the parts; None if they have several."""
+        self._places = places_of(terms)
+        self._changes = _changes(
+            _in_turn(whole, None if storage.dtype == dtype else methodcaller("to", storage.dtype))
+            for whole, storage in zip(_each(_wholes, terms), terms.storages)
+        )
+
+    def __call__(self, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
+        found = [grads[place] for place in self._places]
+        if self._changes is None:
+            return found
+        return [grad if grad is None or not change else change(grad) for grad, change in zip(found, self._changes)]
+
+
+def _each(changes: Callable[[Term], list[Change | None]], terms: Terms) -> list[Change | None]:
+    return [change for _, term in terms.active for change in changes(term)]
+
+
+def _changes(changes: Iterable[Change | None]) -> list[Change | None] | None:
+    found = list(changes)
+    return found if any(found) else None
+
+
+def _in_turn(first: Change | None, second: Change | None) -> Change | None:
+    if first is None or second is None:
+        return first or second
+    return lambda tensor: second(first(tensor))
+
+
+def _parts(term: Term) -> list[Change | None]:
+    """For each storage of a term, what takes the part that is read; None: all of it is."""
     if isinstance(term, LowRank):
         rank = term.read_rank
-        if rank == term.up.shape[0]:
-            return values[0].to(term.down.dtype), values[1].to(term.up.dtype)
-        down, up = (torch.zeros_like(storage) for storage in term.storages)
-        down[:, :rank] = values[0]
-        up[:rank] = values[1]
-        return down, up
-    if isinstance(term, Vector) and term.value.dim() == 1:
-        return (values[0].to(term.value.dtype),)
-    grad = torch.zeros_like(term.value)
+        if rank == term.down.shape[1] == term.up.shape[0]:
+            return [None, None]
+        return [methodcaller("narrow", 1, 0, rank), methodcaller("narrow", 0, 0, rank)]
     if isinstance(term, Vector):
-        grad[:, 0] = values[0]
-    else:
-        grad[(0,) * grad.dim()] = values[0].sum()
-    return (grad,)
+        return [None if term.value.dim() == 1 else methodcaller("select", 1, 0)]
+    return [itemgetter((0,) * term.value.dim())]
+
+
+def _wholes(term: Term) -> list[Change | None]:
+    """For each storage of a term, what gives the gradient of the part that is read the shape of the storage."""
+    if isinstance(term, LowRank):
+        missing = term.up.shape[0] - term.read_rank
+        return [_padded(0, missing), _padded(0, 0, 0, missing)] if missing else [None, None]
+    if isinstance(term, Vector):
+        if term.value.dim() == 1:
+            return [None]
+        return [_in_turn(methodcaller("unsqueeze", 1), _padded(0, term.value.shape[1] - 1))]
+    shape = term.value.shape
+    padding = [edge for size in reversed(shape) for edge in (0, size - 1)]
+    return [_in_turn(torch.sum, _in_turn(methodcaller("reshape", (1,) * len(shape)), _padded(*padding)))]
+
+
+def _padded(*amounts: int) -> Change | None:
+    return partial(F.pad, pad=amounts) if any(amounts) else None

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from .._torch.dense_gradient import contract_dense
+from .._torch import TorchPlan
 from ..backend import Backend
 from ..checks import check_layer
 from ..dispatch import backend_for, decide
@@ -78,9 +78,8 @@ class _Assembled(torch.autograd.Function):
         with without_autocast(weight.device.type):
             if torch.is_grad_enabled() or is_batched(like) or (db is not None and is_batched(db)):
                 return None, None, None, None, *_differentiable(ctx, weight, bias, storages, dw, db)
-            grads = contract_dense(weight, bias, terms, dw, db, wanted)
-        flat = [grad for slot, term in terms.active for grad in grads.get(slot, (None,) * len(term.storages))]
-        return None, None, None, None, *(g if needed else None for g, needed in zip(flat, ctx.needs_input_grad[4:]))
+            grads = TorchPlan(weight.dtype, terms, wanted, False).contract(weight, bias, storages, dw, db)
+        return None, None, None, None, *(g if needed else None for g, needed in zip(grads, ctx.needs_input_grad[4:]))
 
 
 def _differentiable(ctx, weight: Tensor, bias: Tensor | None, storages, dw: Tensor | None, db: Tensor | None):

@@ -12,9 +12,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._torch.dense_gradient import contract_dense
+from .._torch import TorchPlan
 from ..checks import check_layer
-from ..path_encoding import PLACES, STORAGES, check_devices, decode, spread
+from ..path_encoding import PLACES, STORAGES, check_devices, decode, places_of
 from ..precision import without_autocast
 from ..terms import Terms
 from .assembly import form
@@ -76,8 +76,9 @@ def _assemble_backward(dw: Tensor, db: Tensor, weight: Tensor, bias: Tensor | No
     active = {slot for slot, _ in terms.active if slot != "D" or bias is not None}
     wanted = frozenset(slot for slot in active if any(needs[place] for place in PLACES[slot]))
     with torch.no_grad():
-        grads = spread(terms, contract_dense(weight, bias, terms, dw, db, wanted))
-    whole = [owned(grad, like) if need else None for grad, like, need in zip(grads, storages, needs)]
+        found = TorchPlan(weight.dtype, terms, wanted, False).contract(weight, bias, terms.storages, dw, db)
+    grads = dict(zip(places_of(terms), found))
+    whole = [owned(grads.get(i), like) if need else None for i, (like, need) in enumerate(zip(storages, needs))]
     return [dw.new_empty(0) if grad is None else grad for grad in whole]
 
 

@@ -7,19 +7,19 @@ tensors are kept for backward. The products are those of the torch backend.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from typing import Protocol
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .. import _torch, reference
-from ..backend import BackwardCall
+from .. import reference
+from .._torch import TorchPlan
 from ..checks import check_call, check_tensor
 from ..dispatch import tracing_reason
 from ..precision import cast_operands, without_autocast
-from ..terms import Constant, LowRank, Structure, Term, Terms, Vector, compute_dtype
+from ..terms import Constant, LowRank, Term, Terms, Vector, compute_dtype
 from .autograd import wanted_slots
 
 Bounds = tuple[int, int]
@@ -67,8 +67,21 @@ def blocked_linear(x: Tensor, blocks: RowBlocks, bias: Tensor | None, terms: Ter
         if tracing_reason() is not None:
             whole = torch.cat([blocks.rows(*bounds) for bounds in blocks.bounds]).to(x.dtype)
             return reference.glora_linear(x, whole, bias, terms)
-        storages, structure = terms.flatten()
-        return _BlockedLinear.apply(blocks, structure, x, bias, *storages)
+        wanted = wanted_slots(terms, bias is not None)
+        plan = TorchPlan(x.dtype, terms, wanted, x.requires_grad)
+        parts = [
+            _Storage(i == 0 and _has_rows(slot, terms), slot in wanted)
+            for slot, term in terms.active
+            for i in range(len(term.storages))
+        ]
+        return _BlockedLinear.apply(blocks, plan, parts, bool(wanted & {"A", "B"}), x, bias, *terms.storages)
+
+
+class _Storage(NamedTuple):
+    """Whether a storage has a row (or an entry) for each row of W0, and whether it wants a gradient."""
+
+    has_rows: bool
+    wanted: bool
 
 
 def terms_of_rows(terms: Terms, start: int, stop: int) -> Terms:
@@ -90,25 +103,33 @@ def _of_rows(term: Term, start: int, stop: int) -> Term:
     return Vector(term.value[start:stop])
 
 
-def _parts(
-    blocks: RowBlocks, dtype: torch.dtype, bias: Tensor | None, terms: Terms
-) -> Iterator[tuple[Bounds, Tensor, Tensor | None, Terms]]:
-    """Each block with what belongs to its rows."""
+def _of_blocks(
+    blocks: RowBlocks, dtype: torch.dtype, bias: Tensor | None, storages: Sequence[Tensor], kinds: list[_Storage]
+) -> Iterator[tuple[Bounds, Tensor, Tensor | None, list[Tensor]]]:
+    """The weight, bias and storages of the rows of each block."""
     for start, stop in blocks.bounds:
         part = None if bias is None else bias[start:stop]
-        yield (start, stop), blocks.rows(start, stop).to(dtype), part, terms_of_rows(terms, start, stop)
+        own = [storage[start:stop] if kind.has_rows else storage for storage, kind in zip(storages, kinds)]
+        yield (start, stop), blocks.rows(start, stop).to(dtype), part, own
 
 
 class _BlockedLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, blocks: RowBlocks, structure: Structure, x: Tensor, bias: Tensor | None, *storages):
-        terms = Terms.unflatten(storages, structure)
-        ctx.blocks, ctx.structure, ctx.x_shape, ctx.dtype = blocks, structure, x.shape, x.dtype
-        ctx.wanted = wanted_slots(terms, bias is not None)
-        ctx.save_for_backward(x if ctx.wanted & {"A", "B"} else None, bias, *storages)
+    def forward(
+        ctx,
+        blocks: RowBlocks,
+        plan: TorchPlan,
+        kinds: list[_Storage],
+        keeps_x: bool,
+        x: Tensor,
+        bias: Tensor | None,
+        *storages: Tensor,
+    ):
+        ctx.blocks, ctx.plan, ctx.kinds, ctx.x_shape, ctx.dtype = blocks, plan, kinds, x.shape, x.dtype
+        ctx.save_for_backward(x if keeps_x else None, bias, *storages)
         y = x.new_empty(*x.shape[:-1], blocks.shape[0])
-        for (start, stop), weight, b0, part in _parts(blocks, x.dtype, bias, terms):
-            y[..., start:stop] = _torch.forward(x, weight, b0, part).y
+        for (start, stop), weight, b0, own in _of_blocks(blocks, x.dtype, bias, storages, kinds):
+            y[..., start:stop] = plan.forward(x, weight, b0, own).y
         return y
 
     @staticmethod
@@ -124,32 +145,23 @@ def _backward(ctx, dy: Tensor):
     tokens = math.prod(ctx.x_shape[:-1])
     dy = dy.reshape(tokens, rows)
     x = None if x is None else x.reshape(tokens, columns)
-    terms = Terms.unflatten(storages, ctx.structure)
     wide = compute_dtype(ctx.dtype)
     # Parts are summed in the compute dtype, and the sum is rounded once.
-    dx = dy.new_zeros(tokens, columns, dtype=wide) if ctx.needs_input_grad[2] else None
-    grads = {
-        slot: tuple(
-            storage.new_zeros(storage.shape, dtype=torch.promote_types(storage.dtype, wide))
-            for storage in term.storages
-        )
-        for slot, term in terms.active
-        if slot in ctx.wanted
-    }
-    for (start, stop), weight, b0, part in _parts(ctx.blocks, ctx.dtype, bias, terms):
-        projected = _torch.project(weight, part)
-        call = BackwardCall(dy[:, start:stop], x, weight, b0, part, None, None, projected, ctx.wanted, dx is not None)
-        part_dx, part_grads = _torch.backward(call)
-        if dx is not None and part_dx is not None:
-            dx += part_dx
-        for slot, found in part_grads.items():
-            first = grads[slot][0][start:stop] if _has_rows(slot, terms) else grads[slot][0]
-            for total, grad in zip((first, *grads[slot][1:]), found):
-                total += grad
-    flat = [
-        grads[slot][i].to(storage.dtype) if slot in ctx.wanted else None
-        for slot, term in terms.active
-        for i, storage in enumerate(term.storages)
+    dx = dy.new_zeros(tokens, columns, dtype=wide) if ctx.needs_input_grad[4] else None
+    grads = [
+        storage.new_zeros(storage.shape, dtype=torch.promote_types(storage.dtype, wide)) if kind.wanted else None
+        for storage, kind in zip(storages, ctx.kinds)
     ]
-    masked = (grad if needed else None for grad, needed in zip(flat, ctx.needs_input_grad[4:]))
-    return None, None, None if dx is None else dx.to(ctx.dtype).reshape(ctx.x_shape), None, *masked
+    for (start, stop), weight, b0, own in _of_blocks(ctx.blocks, ctx.dtype, bias, storages, ctx.kinds):
+        projected = ctx.plan.project(weight, own)
+        part_dx, found = ctx.plan.backward(dy[:, start:stop], x, weight, b0, own, None, None, projected, None)
+        if dx is not None:
+            dx += part_dx
+        for total, grad, kind in zip(grads, found, ctx.kinds):
+            if total is not None:
+                (total[start:stop] if kind.has_rows else total).add_(grad)
+    masked = (
+        grad.to(storage.dtype) if grad is not None and needed else None
+        for grad, storage, needed in zip(grads, storages, ctx.needs_input_grad[6:])
+    )
+    return None, None, None, None, None if dx is None else dx.to(ctx.dtype).reshape(ctx.x_shape), None, *masked

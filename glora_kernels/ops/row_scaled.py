@@ -17,8 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from .. import _torch
-from ..backend import BackwardCall
+from .._torch import TorchPlan
 from ..checks import check_call
 from ..precision import cast_operands, without_autocast
 from ..terms import LowRank, Structure, Terms, Vector, compute_dtype
@@ -48,19 +47,29 @@ def row_scaled_linear(x: Tensor, weight: Tensor, bias: Tensor | None, terms: Ter
     if terms.product != "hadamard" or not isinstance(terms.A, Vector) or not isinstance(terms.B, (LowRank, type(None))):
         raise ValueError(f"terms: expected a hadamard A as a vector and B as a low rank or none, got {terms}")
     with without_autocast(x.device.type):
-        storages, structure = terms.flatten()
-        return _RowScaled.apply(structure, wanted_slots(terms, bias is not None), x, weight, bias, *storages)
+        wanted = wanted_slots(terms, bias is not None)
+        plan = TorchPlan(x.dtype, terms, wanted - {"A"}, x.requires_grad)
+        return _RowScaled.apply(plan, terms.structure, wanted, x, weight, bias, *terms.storages)
 
 
 class _RowScaled(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, structure: Structure, wanted: frozenset[str], x: Tensor, weight: Tensor, bias, *storages: Tensor):
-        terms = Terms.unflatten(storages, structure)
-        ctx.structure, ctx.wanted, ctx.x_shape = structure, wanted, x.shape
+    def forward(
+        ctx,
+        plan: TorchPlan,
+        structure: Structure,
+        wanted: frozenset[str],
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        *storages: Tensor,
+    ):
+        ctx.plan, ctx.x_shape = plan, x.shape
         tokens = x.reshape(-1, x.shape[-1])
         z = F.linear(tokens, weight)
         ctx.save_for_backward(tokens if "B" in wanted else None, z if "A" in wanted else None, weight, bias, *storages)
-        y = _forward(tokens, z, weight, bias, terms)
+        b_eff = plan.effective_bias(weight, bias, storages)
+        y = _forward(tokens, z, b_eff, Terms.unflatten(storages, structure))
         # in place of a view, which a successor such as ReLU(inplace=True) could not overwrite
         return unsafe_view(y, (*x.shape[:-1], weight.shape[0]))
 
@@ -71,7 +80,7 @@ class _RowScaled(torch.autograd.Function):
             return _backward(ctx, dy)
 
 
-def _forward(x: Tensor, z: Tensor, weight: Tensor, bias: Tensor | None, terms: Terms) -> Tensor:
+def _forward(x: Tensor, z: Tensor, b_eff: Tensor | None, terms: Terms) -> Tensor:
     """y, summed in the compute dtype and rounded once."""
     assert isinstance(terms.A, Vector)
     wide = compute_dtype(x.dtype)
@@ -79,22 +88,15 @@ def _forward(x: Tensor, z: Tensor, weight: Tensor, bias: Tensor | None, terms: T
     if isinstance(terms.B, LowRank):
         down, up = terms.B.factors
         y.addmm_((x @ up.to(x.dtype).t()).to(wide), down.to(wide).t())
-    _, b_eff = _torch.assemble(weight, bias, Terms(C=terms.C, D=terms.D, E=terms.E))
     return (y if b_eff is None else y.add_(b_eff)).to(x.dtype)
 
 
 def _backward(ctx, dy: Tensor):
     x, z, weight, bias, *storages = ctx.saved_tensors
-    terms = Terms.unflatten(storages, ctx.structure)
     dy = dy.reshape(math.prod(ctx.x_shape[:-1]), weight.shape[0])
-    rest = ctx.wanted - {"A"}
-    dx, grads = _torch.backward(
-        BackwardCall(dy, x, weight, bias, terms, None, None, None, rest, ctx.needs_input_grad[2])
-    )
-    if "A" in ctx.wanted:
+    dx, grads = ctx.plan.backward(dy, x, weight, bias, storages, None, None, None, None)
+    if z is not None:
         wide = compute_dtype(dy.dtype)
-        da = torch.linalg.vecdot(dy.to(wide), z.to(wide), dim=0)
-        grads["A"] = (da.to(storages[0].dtype),)
-    flat = [grad for slot, term in terms.active for grad in grads.get(slot, (None,) * len(term.storages))]
-    needed = (grad if need else None for grad, need in zip(flat, ctx.needs_input_grad[5:]))
-    return None, None, None if dx is None else dx.reshape(ctx.x_shape), None, None, *needed
+        grads[0] = torch.linalg.vecdot(dy.to(wide), z.to(wide), dim=0).to(storages[0].dtype)
+    needed = (grad if need else None for grad, need in zip(grads, ctx.needs_input_grad[6:]))
+    return None, None, None, None if dx is None else dx.reshape(ctx.x_shape), None, None, *needed

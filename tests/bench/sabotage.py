@@ -2,9 +2,9 @@
 
 import os
 
-from glora_kernels import _torch
+from glora_kernels._torch import TorchPlan
 
-forward, backward, assemble = _torch.forward, _torch.backward, _torch.assemble
+forward, backward, assemble = TorchPlan.forward, TorchPlan.backward, TorchPlan.assemble
 
 
 def wrong_forward(*arguments):
@@ -12,9 +12,9 @@ def wrong_forward(*arguments):
     return made._replace(y=made.y * 1.01)
 
 
-def wrong_backward(step):
-    dx, gradients = backward(step)
-    return dx, {slot: tuple(None if g is None else g * 1.01 for g in found) for slot, found in gradients.items()}
+def wrong_backward(*arguments):
+    dx, gradients = backward(*arguments)
+    return dx, [None if gradient is None else gradient * 1.01 for gradient in gradients]
 
 
 def wrong_assemble(*arguments):
@@ -23,4 +23,4 @@ def wrong_assemble(*arguments):
 
 
 part = os.environ["SABOTAGE"]
-setattr(_torch, part, {"forward": wrong_forward, "backward": wrong_backward, "assemble": wrong_assemble}[part])
+setattr(TorchPlan, part, {"forward": wrong_forward, "backward": wrong_backward, "assemble": wrong_assemble}[part])
