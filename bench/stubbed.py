@@ -4,8 +4,8 @@
         layer = glora.GLoRALinear(32, 32)
         layer(x)  # every step of a call on a GPU, up to that of the compiled kernel, which is a C function
 
-Results are whatever was in memory. A layer that was called elsewhere may keep to the route that it took there, and one
-that was called here is of no use elsewhere: make the layers in the block.
+Results are whatever was in memory. A layer may keep to the route and to the kernels of its first call: one that is
+called in such blocks is of no use elsewhere, and the other way round.
 """
 
 from __future__ import annotations
@@ -56,9 +56,9 @@ def stubbed() -> Iterator[None]:
 
     to_triton = dispatch.Decision("triton", "stubbed")
     with (
-        _everywhere(dispatch.automatic, lambda weight, terms: to_triton),
-        _everywhere(device.architecture, lambda device: ARCHITECTURE),
-        patch.object(launch, "compile_for", lambda kernel, values, tile: _COMPILED),
+        _everywhere(dispatch.automatic, lambda *_: to_triton),
+        _everywhere(device.architecture, lambda *_: ARCHITECTURE),
+        patch.object(launch, "compile_for", lambda *_: _COMPILED),
         patch.object(torch.cuda, "current_device", lambda: None),  # the index of the device of a CPU tensor
         patch.object(triton.runtime, "driver", _DRIVER),
     ):

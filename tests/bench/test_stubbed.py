@@ -12,8 +12,6 @@ from glora import GLoRALinear
 from glora_kernels import dispatch
 from glora_kernels.ops import prepared
 
-needs_triton = pytest.mark.skipif(fault() is not None, reason=str(fault()))
-
 
 def launches_of(layer):
     """How often forward and backward call the compiled kernel."""
@@ -31,8 +29,9 @@ def launches_of(layer):
     return count
 
 
-@needs_triton
 def test_calls_reach_the_launches_in_the_block_alone():
+    if fault() is not None:
+        pytest.skip(fault())
     before = torch.cuda.current_device, dispatch.automatic, prepared.automatic
     with pytest.raises(ZeroDivisionError), stubbed():
         layer = GLoRALinear(32, 32)
