@@ -119,7 +119,7 @@ def _build_of(kernel: Any, tile: Tile, arguments: dict[str, Any], device: int) -
 
 # -- launches of a schedule --------------------------------------------------------------------------------------------
 
-ELSEWHERE = object()
+ELSEWHERE, BY_NAME = object(), object()
 _HEAD = 9  # how many values a direct call takes before the kernel's own
 STREAM, _FUNCTION, _METADATA = 3, 4, 5  # places of these values
 _TYPES = {
@@ -136,10 +136,10 @@ _INTERPRETED = isinstance(span, InterpretedFunction)
 def direct_stream(device: int) -> Any:
     """The current stream of a device, for direct calls; ELSEWHERE if another device is current.
 
-    None where launches go through :func:`launch`: if they are recorded or interpreted, or the direct call has failed.
+    BY_NAME where launches go through :func:`launch`: if they are recorded or interpreted, or a direct call has failed.
     """
     if _record is not None or _INTERPRETED or not _direct:
-        return None
+        return BY_NAME
     if device != torch.cuda.current_device():
         return ELSEWHERE
     return triton.runtime.driver.active.get_current_stream(device)

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from ..planning import settings
 from ..planning.steps import Allocate, Amount, Copy, Launch, Schedule, Size, cdiv
 from .kernels import KERNELS
-from .launch import ALIGNMENT, ELSEWHERE, STREAM, BoundLaunch, SizedLaunch, direct_stream, launch
+from .launch import ALIGNMENT, BY_NAME, ELSEWHERE, STREAM, BoundLaunch, SizedLaunch, direct_stream, launch
 
 ALLOCATE, COPY, PRODUCT, LAUNCH = range(4)
 TABLES = 1 << 16  # how many are kept; each takes less than a kilobyte
@@ -88,15 +88,15 @@ class SizedPass:
         if stream is ELSEWHERE:
             with torch.cuda.device(device):
                 return self.run(slots)
-        if stream is not None:
+        if stream is not BY_NAME:
             bits = 0
             for place in self.pointers:
                 bits |= slots[place].data_ptr()
             if bits % ALIGNMENT:
-                stream = None  # such a launch has another build
+                stream = BY_NAME  # such a launch has another build
         for kind, slot, what, rest in self.operations:
             if kind == LAUNCH:
-                if stream is None:
+                if stream is BY_NAME:
                     kernel, grid, tile, named = what.as_named(slots)
                     launch(kernel, grid, tile, **named)
                     continue
