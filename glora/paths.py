@@ -112,6 +112,8 @@ def require_unused(layers: Iterable[GLoRALayer]) -> None:
     """Raise RuntimeError if another thread or task is within :func:`using_paths` of any of ``layers``."""
     if not _users:
         return
+    if not _users:
+        return
     user = _user()
     if any(_users.get(layer, user) != user for layer in layers):
         raise RuntimeError(

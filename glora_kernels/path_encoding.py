@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -31,9 +31,9 @@ def encode(kinds: Choices, since: int | None = None) -> Tensor:
     """
     if since is None:
         return torch.tensor(_rows(kinds), dtype=torch.int64, device="cpu")
-    dated = _undated(tuple(kinds.items())).copy()
-    dated[-1, 0] = since
-    return torch.from_numpy(dated)
+    dated = _undated(tuple(kinds.items()))[:]
+    dated[-2] = since
+    return torch.frombuffer(dated, dtype=torch.int64).view(-1, 2)
 
 
 def _rows(kinds: Choices) -> list[tuple[int, int]]:
@@ -45,9 +45,9 @@ def _rows(kinds: Choices) -> list[tuple[int, int]]:
 
 
 @lru_cache(4096)
-def _undated(kinds: tuple[tuple[str, tuple[str, int]], ...]) -> np.ndarray:
+def _undated(kinds: tuple[tuple[str, tuple[str, int]], ...]) -> array[int]:
     """The six rows with 0 for ``since``, to be copied: a path is set far more often than it is new."""
-    return np.array([*_rows(dict(kinds)), (0, 0)], dtype=np.int64)
+    return array("q", [number for row in [*_rows(dict(kinds)), (0, 0)] for number in row])
 
 
 def check_devices(weight: Tensor, storages: Sequence[Tensor | None], config: Tensor) -> None:

@@ -80,7 +80,6 @@ def test_files_are_counted_as_they_are_entered(monkeypatch):
     assert files_entered(layer, torch.ones(2, 3), computes) == entered
 
 
-@pytest.mark.xfail(strict=False, reason="plans are being written")
 @pytest.mark.parametrize("route", ["triton", "torch"])
 @pytest.mark.parametrize("training", [True, False], ids=["training", "without-grad"])
 def test_a_call_enters_few_files_and_none_twice(route, training):

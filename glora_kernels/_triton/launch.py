@@ -30,7 +30,8 @@ from .tile import span
 ALIGNMENT = 16  # bytes: Triton loads wide vectors from a pointer that is a multiple of this
 
 _compiled: dict[tuple, Any] = {}
-_direct = True  # until the direct call fails
+# Whether compiled kernels are called directly: not while launches are recorded, and not after a direct call has failed.
+direct = not isinstance(span, InterpretedFunction)
 
 
 class Launch(NamedTuple):
@@ -48,12 +49,13 @@ _record: list[Launch] | None = None
 @contextmanager
 def recorded() -> Iterator[list[Launch]]:
     """Record launches inside the ``with`` block instead of running them (for the gate and for tests)."""
-    global _record
-    before, _record = _record, []
+    global _record, direct
+    before = _record, direct
+    _record, direct = [], False
     try:
         yield _record
     finally:
-        _record = before
+        _record, direct = before
 
 
 def launch(kernel: Any, grid: int, tile: Tile, /, **arguments: Any) -> None:
@@ -81,7 +83,7 @@ def _run(kernel: Any, grid: int, tile: Tile, arguments: dict[str, Any]) -> None:
         with torch.cuda.device(device):
             return _run(kernel, grid, tile, arguments)
     failed: Exception | None = None
-    if _direct:
+    if direct:
         try:
             compiled, values = _build_of(kernel, tile, arguments, device), arguments.values()
             stream = triton.runtime.driver.active.get_current_stream(device)
@@ -93,11 +95,11 @@ def _run(kernel: Any, grid: int, tile: Tile, arguments: dict[str, Any]) -> None:
 
 
 def _run_publicly(kernel: Any, grid: int, tile: Tile, arguments: dict[str, Any], failed: Exception | None) -> None:
-    global _direct
+    global direct
     _check_order(kernel, arguments)
     kernel[(grid,)](*arguments.values(), **_options(tile))  # raises too, if it is the arguments that are wrong
     if failed is not None:
-        _direct = False
+        direct = False
         told = f"glora_kernels: kernels of Triton {triton.__version__} cannot be called directly"
         warnings.warn(f"{told} ({failed}); every launch takes longer", RuntimeWarning, stacklevel=2)
 
@@ -119,7 +121,6 @@ def _build_of(kernel: Any, tile: Tile, arguments: dict[str, Any], device: int) -
 
 # -- launches of a schedule --------------------------------------------------------------------------------------------
 
-ELSEWHERE, BY_NAME = object(), object()
 _HEAD = 9  # how many values a direct call takes before the kernel's own
 STREAM, _FUNCTION, _METADATA = 3, 4, 5  # places of these values
 _TYPES = {
@@ -130,19 +131,6 @@ _TYPES = {
     torch.int32: tl.int32,
     torch.int64: tl.int64,
 }
-_INTERPRETED = isinstance(span, InterpretedFunction)
-
-
-def direct_stream(device: int) -> Any:
-    """The current stream of a device, for direct calls; ELSEWHERE if another device is current.
-
-    BY_NAME where launches go through :func:`launch`: if they are recorded or interpreted, or a direct call has failed.
-    """
-    if _record is not None or _INTERPRETED or not _direct:
-        return BY_NAME
-    if device != torch.cuda.current_device():
-        return ELSEWHERE
-    return triton.runtime.driver.active.get_current_stream(device)
 
 
 class BoundLaunch:
@@ -152,7 +140,7 @@ class BoundLaunch:
         kernel, step: the kernel, and the launch as the schedule has it.
         values: the arguments in order, None for pointers and for numbers that depend on the number of tokens.
         pointers: places among the values of a direct call, each with the number of its slot.
-        amounts: places of numbers that depend on the number of tokens.
+        amounts: places, there too, of numbers that depend on the number of tokens, with their parts.
         build: what a direct call takes of the compiled kernel, once it is known; for numbers of 32 bits.
     """
 
@@ -168,7 +156,7 @@ class BoundLaunch:
                 pointers.append(_pair(_HEAD + place, numbers[value]))
                 value = None
             elif isinstance(value, Amount):
-                amounts.append((place, value))
+                amounts.append((_HEAD + place, *value))
             self.values.append(_TYPES.get(value, value) if isinstance(value, torch.dtype) else value)
         self.pointers, self.amounts = tuple(pointers), tuple(amounts)
 
@@ -193,10 +181,9 @@ class SizedLaunch:
     def __init__(self, bound: BoundLaunch, tokens: int, blocks: int):
         self.bound, self.pointers = bound, bound.pointers
         self.arguments = [bound.step.grid(tokens), 1, 1, None, None, None, None, None, None, *bound.values]
-        self.wide = False
-        for place, amount in bound.amounts:
-            value = self.arguments[_HEAD + place] = amount.of(tokens, blocks)
-            self.wide |= value >= 2**31
+        for place, fixed, per_block, per_token in bound.amounts:
+            self.arguments[place] = fixed + per_block * blocks + per_token * tokens
+        self.wide = any(self.arguments[place] >= 2**31 for place, *_ in bound.amounts)
         self.start = None
         if bound.build is not None and not self.wide:
             self._take(bound.build)

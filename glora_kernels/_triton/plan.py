@@ -13,7 +13,7 @@ from .. import _torch
 from ..backend import ForwardResult, Plan
 from ..planning import schedule, settings
 from ..planning.forward import assembly, projection
-from ..planning.prediction import strategy_for
+from ..planning.prediction import rounded, strategy_for
 from ..planning.problem import Problem
 from ..planning.schedule import Call, Strides
 from ..precision import fp32_precision, tf32_allowed
@@ -47,6 +47,7 @@ class TritonPlan:
         self._in_place = all(storage.in_place for part in problem.parts for storage in part.storages)
         self._setting = fp32_precision() if problem.dtype == torch.float32 else None
         self._passes: dict[tuple, Pass] = {}
+        self._strategies: dict[tuple, str] = {}
         self._forward: SizedPass | None = None
         self._backward: list[SizedPass | None] = [None, None]  # without the output at hand, and with it
 
@@ -91,9 +92,7 @@ class TritonPlan:
             or not dy.is_contiguous()
             or dy.is_neg()
             or (x is not None and (x.is_neg() or not x.is_contiguous()))
-            # Saved-tensor hooks may have put others in the place of the saved ones.
-            or weight.stride() != self.problem.weight_strides
-            or not all(map(Tensor.is_contiguous, storages))
+            or not self._fits(weight, storages)
             or settings.forced is not found.forced
             or (self._setting is not None and fp32_precision() != self._setting)
         ):
@@ -107,10 +106,14 @@ class TritonPlan:
         (dx,) = found.results_in(slots)
         return dx, found.gradients_in(slots)
 
+    def _fits(self, weight: Tensor, storages: Sequence[Tensor]) -> bool:
+        """Whether saved tensors lie as planned: saved-tensor hooks may have put others in their place."""
+        in_place = self._in_place and all(map(Tensor.is_contiguous, storages))
+        return in_place and weight.stride() == self.problem.weight_strides
+
     def _forward_of(self, x: Tensor) -> SizedPass:
         self._follow_setting()
-        call = self._call(x.shape[0], _strides(x), None, False)
-        return self._pass("forward", call).sized(x.shape[0])
+        return self._pass("forward", x.shape[0], _strides(x), None, False).sized(x.shape[0])
 
     def _backward_of(
         self,
@@ -122,27 +125,33 @@ class TritonPlan:
         output: bool,
     ) -> SizedPass:
         self._follow_setting()
-        tokens, problem = dy.shape[0], self.problem
-        now = Problem.of(weight, bias, self._terms(storages), problem.wanted, problem.wants_x, problem.architecture)
-        planned = self if now == problem else _plan(now, self.strategy, self.device)
-        call = planned._call(tokens, None if x is None else _strides(x), _strides(dy), output)
-        found = planned._pass("backward", call).sized(tokens)
-        if planned is self and dy.is_contiguous() and (x is None or x.is_contiguous()):
+        planned, p = self, self.problem
+        if not self._fits(weight, storages):
+            now = Problem.of(weight, bias, self._terms(storages), p.wanted, p.wants_x, p.architecture)
+            planned = _plan(now, self.strategy, self.device)
+        tokens, strides = dy.shape[0], (None if x is None else _strides(x), _strides(dy))
+        found = planned._pass("backward", tokens, *strides, output).sized(tokens)
+        if planned is self and strides == (None, None):
             self._backward[output] = found
         return found
 
-    def _call(self, tokens: int, x_strides: Strides | None, dy_strides: Strides | None, output: bool) -> Call:
-        strategy = self.strategy or strategy_for(self.problem, tokens)
-        return Call.of(self.problem, strategy, tokens, x_strides, dy_strides, output)
-
-    def _pass(self, direction: str, call: Call) -> Pass:
-        key = direction, call, settings.forced_now()
-        found = self._passes.get(key)
+    def _pass(
+        self, direction: str, tokens: int, x_strides: Strides | None, dy_strides: Strides | None, output: bool
+    ) -> Pass:
+        """The pass for so many tokens: many numbers of tokens share one."""
+        forced = settings.forced_now()
+        choice = rounded(tokens), forced
+        strategy = self.strategy or self._strategies.get(choice)
+        if strategy is None:
+            strategy = self._strategies[choice] = strategy_for(self.problem, tokens)
+        call = Call.of(self.problem, strategy, tokens, x_strides, dy_strides, output)
+        found = self._passes.get((direction, call, forced))
         if found is None:
             if len(self._passes) >= PASSES:
                 self._passes.clear()
+                self._strategies.clear()
             made = getattr(schedule, direction)(self.problem, call)
-            found = self._passes[key] = Pass(made, self.device)
+            found = self._passes[direction, call, forced] = Pass(made, self.device)
         return found
 
     def _follow_setting(self) -> None:
@@ -151,7 +160,7 @@ class TritonPlan:
             self._setting = fp32_precision()
             tf32 = tf32_allowed() and not self.problem.architecture.startswith("gfx")
             self.problem = self.problem._replace(tf32=tf32)
-            self._forward, self._backward = None, [None, None]
+            self._forward, self._backward, self._strategies = None, [None, None], {}
 
     def _terms(self, storages: Sequence[Tensor]) -> Terms:
         return Terms.unflatten(storages, self.problem.structure)

@@ -8,16 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
+import triton
 from torch import Tensor
 from torch.nn import functional as F
 
 from ..planning import settings
 from ..planning.steps import Allocate, Amount, Copy, Launch, Schedule, Size, cdiv
+from . import launch as launching
 from .kernels import KERNELS
-from .launch import ALIGNMENT, BY_NAME, ELSEWHERE, STREAM, BoundLaunch, SizedLaunch, direct_stream, launch
+from .launch import ALIGNMENT, STREAM, BoundLaunch, SizedLaunch, launch
 
 ALLOCATE, COPY, PRODUCT, LAUNCH = range(4)
 TABLES = 1 << 16  # how many are kept; each takes less than a kilobyte
@@ -41,7 +44,7 @@ class Operation(NamedTuple):
         kind: ALLOCATE, COPY, PRODUCT or LAUNCH.
         slot: the slot that is filled; 0 for a launch.
         what: the function of a product, the shape of an allocation, or the launch.
-        rest: the slots that a product reads, or the dtype of an allocation (None: that of the first slot).
+        rest: takes what a product reads out of the slots; or the dtype of an allocation (None: that of the first slot).
     """
 
     kind: int
@@ -60,7 +63,9 @@ class SizedPass:
         self.results, self.gradients, self.grads = found.results, found.gradients, found.grads
         self.pointers, self.blank = found.pointers, found.blank
         blocks = cdiv(tokens, found.token_block) if found.token_block else 0
-        self.operations = [_sized(operation, tokens, blocks) for operation in found.operations]
+        self.operations = [
+            (kind, slot, _sized(kind, what, tokens, blocks), rest) for kind, slot, what, rest in found.operations
+        ]
 
     def results_in(self, slots: Slots) -> list[Any]:
         """What the pass returns; None for what there is not."""
@@ -84,19 +89,19 @@ class SizedPass:
         """Fill the slots behind those of the operands; kernels read and write where the slots are."""
         like = slots[0]
         device = like.device.index
-        stream = direct_stream(device)
-        if stream is ELSEWHERE:
-            with torch.cuda.device(device):
-                return self.run(slots)
-        if stream is not BY_NAME:
+        direct = launching.direct
+        if direct:
+            if device != torch.cuda.current_device():
+                with torch.cuda.device(device):
+                    return self.run(slots)
+            stream = triton.runtime.driver.active.get_current_stream(device)
             bits = 0
             for place in self.pointers:
                 bits |= slots[place].data_ptr()
-            if bits % ALIGNMENT:
-                stream = BY_NAME  # such a launch has another build
+            direct = not bits % ALIGNMENT  # where a tensor is not aligned, the launch has another build
         for kind, slot, what, rest in self.operations:
             if kind == LAUNCH:
-                if stream is BY_NAME:
+                if not direct:
                     kernel, grid, tile, named = what.as_named(slots)
                     launch(kernel, grid, tile, **named)
                     continue
@@ -109,20 +114,19 @@ class SizedPass:
                     start(*arguments)
                 except (AttributeError, TypeError) as error:  # raised before anything is launched
                     what.run_publicly(slots, error)
+                    direct = False
             elif kind == ALLOCATE:
                 slots[slot] = like.new_empty(what, dtype=rest)
             elif kind == PRODUCT:
-                slots[slot] = what(*[None if number is None else slots[number] for number in rest])
+                slots[slot] = what(*rest(slots))
             else:
                 slots[slot] = slots[slot].resolve_neg().contiguous()
 
 
-def _sized(operation: Operation, tokens: int, blocks: int) -> Operation:
-    if operation.kind == LAUNCH:
-        return operation._replace(what=SizedLaunch(operation.what, tokens, blocks))
-    if operation.kind == ALLOCATE:
-        return operation._replace(what=tuple([_number(size, tokens, blocks) for size in operation.what]))
-    return operation
+def _sized(kind: int, what: Any, tokens: int, blocks: int) -> Any:
+    if kind == LAUNCH:
+        return SizedLaunch(what, tokens, blocks)
+    return tuple([_number(size, tokens, blocks) for size in what]) if kind == ALLOCATE else what
 
 
 def _number(size: Size, tokens: int, blocks: int) -> int:
@@ -181,10 +185,10 @@ def _bound(step: Any, numbers: dict[str, int], first: torch.dtype, device: torch
         return Operation(ALLOCATE, slot, step.shape, None if step.dtype == first else step.dtype)
     if isinstance(step, Copy):
         return Operation(COPY, slot, None, None)
-    read: list[int | None] = [numbers[step.left], numbers[step.right]]
+    read = [numbers[step.left], numbers[step.right]]
     if step.form == "linear":
-        read.append(None if step.bias is None else numbers[step.bias])
-    return Operation(PRODUCT, slot, _PRODUCTS[step.form], read)
+        read.append(numbers[step.bias or "bias"])  # that slot is empty where there is no bias
+    return Operation(PRODUCT, slot, _PRODUCTS[step.form], itemgetter(*read))
 
 
 def _weight_gradient(dy: Tensor, x: Tensor) -> Tensor:

@@ -56,7 +56,7 @@ def gpu(monkeypatch):
 
     driver = SimpleNamespace(active=SimpleNamespace(get_current_stream=lambda device: f"stream {device}"))
     monkeypatch.setattr(module, "_compiled", {})
-    monkeypatch.setattr(module, "_direct", True)
+    monkeypatch.setattr(module, "direct", True)
     monkeypatch.setattr(module, "compile_for", compile_for)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: state.current)
     monkeypatch.setattr(torch.cuda, "device", Device)
@@ -161,7 +161,7 @@ class Changed:
 def test_another_direct_call_goes_the_public_way(monkeypatch, missing):
     """It is said once; the arguments are the same."""
     monkeypatch.setattr(module, "_compiled", {})
-    monkeypatch.setattr(module, "_direct", True)
+    monkeypatch.setattr(module, "direct", True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     active = SimpleNamespace(get_current_stream=lambda device: f"stream {device}")
     monkeypatch.setattr(triton.runtime, "driver", SimpleNamespace(active=active))
