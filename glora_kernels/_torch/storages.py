@@ -5,7 +5,7 @@ Parts and their gradients stand in the places of ``path_encoding.PLACES``: Ad, A
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from operator import itemgetter, methodcaller
 
@@ -20,54 +20,46 @@ Change = Callable[[Tensor], Tensor]
 Parts = tuple[Tensor, ...]  # by place; None where nothing is read, which the kinds of the terms tell
 
 
-class Reader:
-    """Storages, in the order of ``terms.storages``, to the parts that are read, in one dtype.
+def reader(terms: Terms, dtype: torch.dtype) -> Callable[[Sequence[Tensor]], Parts]:
+    """A function of the storages, in the order of ``terms.storages``: the parts that are read, in one dtype.
 
     Of a low rank they are ``(rows, r)`` and ``(r, columns)``, of a vector ``(length,)``, of a constant ``()``.
     """
-
-    def __init__(self, terms: Terms, dtype: torch.dtype):
-        places = places_of(terms)
-        self._spread = itemgetter(*(places.index(p) if p in places else len(places) for p in range(len(STORAGES))))
-        self._changes = _changes(
-            _in_turn(part, None if storage.dtype == dtype else methodcaller("to", dtype))
-            for part, storage in zip(_each(_parts, terms), terms.storages)
-        )
-
-    def __call__(self, storages: Sequence[Tensor]) -> Parts:
-        if self._changes is not None:
-            storages = [change(storage) if change else storage for storage, change in zip(storages, self._changes)]
-        return self._spread((*storages, None))
+    places = places_of(terms)
+    spread = itemgetter(*(places.index(p) if p in places else len(places) for p in range(len(STORAGES))))
+    changes = [
+        _in_turn(part, None if storage.dtype == dtype else methodcaller("to", dtype))
+        for part, storage in zip(_each(_parts, terms), terms.storages)
+    ]
+    if not any(changes):
+        return lambda storages: spread((*storages, None))
+    return lambda storages: spread((*[f(s) if f else s for f, s in zip(changes, storages)], None))
 
 
-class Writer:
-    """Gradients of the parts to those of the storages, in their shapes and dtypes: zero where nothing is read.
+def writer(terms: Terms, dtype: torch.dtype | None) -> Callable[[Sequence[Tensor | None]], list[Tensor | None]]:
+    """A function of the gradients of the parts: those of the storages, in their shapes and dtypes, zero where nothing
+    is read. The gradient of a constant is the sum of one value per row.
 
-    The gradient of a constant is the sum of one value per row.
+    Args:
+        dtype: of the gradients of the parts; None if they have several.
     """
+    places = places_of(terms)
+    changes = [
+        _in_turn(whole, None if storage.dtype == dtype else methodcaller("to", storage.dtype))
+        for whole, storage in zip(_each(_wholes, terms), terms.storages)
+    ]
+    if not any(changes):
+        return lambda grads: [grads[place] for place in places]
 
-    def __init__(self, terms: Terms, dtype: torch.dtype | None):
-        """``dtype`` is that of the gradients of the parts; None if they have several."""
-        self._places = places_of(terms)
-        self._changes = _changes(
-            _in_turn(whole, None if storage.dtype == dtype else methodcaller("to", storage.dtype))
-            for whole, storage in zip(_each(_wholes, terms), terms.storages)
-        )
+    def write(grads: Sequence[Tensor | None]) -> list[Tensor | None]:
+        found = [grads[place] for place in places]
+        return [grad if grad is None or change is None else change(grad) for grad, change in zip(found, changes)]
 
-    def __call__(self, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
-        found = [grads[place] for place in self._places]
-        if self._changes is None:
-            return found
-        return [grad if grad is None or not change else change(grad) for grad, change in zip(found, self._changes)]
+    return write
 
 
 def _each(changes: Callable[[Term], list[Change | None]], terms: Terms) -> list[Change | None]:
     return [change for _, term in terms.active for change in changes(term)]
-
-
-def _changes(changes: Iterable[Change | None]) -> list[Change | None] | None:
-    found = list(changes)
-    return found if any(found) else None
 
 
 def _in_turn(first: Change | None, second: Change | None) -> Change | None:
@@ -82,7 +74,7 @@ def _parts(term: Term) -> list[Change | None]:
         rank = term.read_rank
         if rank == term.down.shape[1] == term.up.shape[0]:
             return [None, None]
-        return [methodcaller("narrow", 1, 0, rank), methodcaller("narrow", 0, 0, rank)]
+        return [itemgetter((slice(None), slice(rank))), itemgetter(slice(rank))]
     if isinstance(term, Vector):
         return [None if term.value.dim() == 1 else methodcaller("select", 1, 0)]
     return [itemgetter((0,) * term.value.dim())]

@@ -6,14 +6,14 @@ arithmetic. Here a call only asks whether everything is still what it was (``tor
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from operator import is_
 from typing import NamedTuple
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 
-from ..backend import ForwardResult
 from ..checks import check_call, check_term
 from ..dispatch import automatic, backend_for, chosen_backend, tracing_reason, variable_is_set
 from ..path_encoding import Choices, term_of
@@ -25,13 +25,25 @@ from .linear import compute
 MAX_USES = 1024  # of one layer
 
 
+class _Run:
+    """How layers with operands of the same kind run one path: without and with gradients."""
+
+    __slots__ = ("__weakref__", "differentiably", "forward", "terms")
+
+    def __init__(self, call: PlannedCall):
+        self.forward, self.differentiably, self.terms = call.plan.forward, differentiable(call), call.terms
+
+
 class _Use(NamedTuple):
-    """One way to read the storages, planned for the backend that serves it automatically."""
+    """One path of one layer."""
 
     choices: Choices  # kept alive, so that no others get their identity
-    terms: Terms
-    forward: Callable[..., ForwardResult]
-    run: Callable[..., Tensor]
+    storages: tuple[Tensor, ...]
+    run: _Run
+
+
+# By operands and path, as long as a layer runs it: a model has hundreds of paths and few kinds of layers.
+_runs: WeakValueDictionary[tuple, _Run] = WeakValueDictionary()
 
 
 class PreparedLinear:
@@ -55,7 +67,8 @@ class PreparedLinear:
         self._tensors = tuple(operand for operand in self._operands if operand is not None)
         self._unchanged = guard(x, self._tensors)
         self._terms: dict[tuple[str, str, int], Term] = {}
-        self._wants_x = x.requires_grad
+        kinds = [None if t is None else (t.shape, t.stride(), t.dtype, t.requires_grad) for t in self._operands]
+        self._key, self._wants_x = (*kinds, weight.device, x.requires_grad), x.requires_grad
         self._uses: dict[int, _Use] = {}  # by the identity of the choices, the oldest first
 
     def __call__(self, x: Tensor, operands: Mapping[str, Tensor | None], choices: Choices) -> Tensor | None:
@@ -76,21 +89,26 @@ class PreparedLinear:
             or forward_level() >= 0
         ):
             return None
-        use = self._uses.get(id(choices)) or self._planned(choices)
+        use = self._uses.get(id(choices)) or self._first_use(choices)
+        _, storages, run = use
         if chosen_backend() is not None or variable_is_set():
-            return compute(x, self.weight, self.bias, use.terms)
+            return compute(x, self.weight, self.bias, run.terms(storages))
         if torch.is_grad_enabled():
-            return use.run(x, self.weight, self.bias, *use.terms.storages)
-        return use.forward(x, self.weight, self.bias, use.terms.storages).y
+            return run.differentiably(x, self.weight, self.bias, *storages)
+        return run.forward(x, self.weight, self.bias, storages).y
 
-    def _planned(self, choices: Choices) -> _Use:
+    def _first_use(self, choices: Choices) -> _Use:
         chosen = {slot: self._term(slot, kind, rank) for slot, (kind, rank) in choices.items() if kind != "none"}
         terms = Terms(**chosen, product=self.product)  # type: ignore[arg-type]
-        backend = backend_for(automatic(self.weight, terms))
-        call = PlannedCall(backend, self.weight, self.bias, terms, self._wants_x)
+        decision = automatic(self.weight, terms)
+        key = self._key, terms.structure, decision
+        run = _runs.get(key)
+        if run is None:
+            call = PlannedCall(backend_for(decision), self.weight, self.bias, terms, self._wants_x)
+            run = _runs[key] = _Run(call)
         if len(self._uses) >= MAX_USES:
             del self._uses[next(iter(self._uses))]
-        use = self._uses[id(choices)] = _Use(choices, terms, call.plan.forward, differentiable(call))
+        use = self._uses[id(choices)] = _Use(choices, terms.storages, run)
         return use
 
     def _term(self, slot: str, kind: str, rank: int) -> Term:
