@@ -23,7 +23,7 @@ import triton.language as tl
 from triton.runtime.interpreter import InterpretedFunction
 
 from ..planning.settings import Tile
-from ..planning.steps import Amount
+from ..planning.steps import Amount, cdiv
 from ..planning.steps import Launch as Step
 from .tile import span
 
@@ -137,34 +137,35 @@ class BoundLaunch:
     """A launch of a schedule with its kernel, on one device.
 
     Attributes:
-        kernel, step: the kernel, and the launch as the schedule has it.
+        kernel, tile: the kernel, and how it cuts its work.
+        grid: the number of programs, and the tokens per block for which there are so many (0: for all together).
         values: the arguments in order, None for pointers and for numbers that depend on the number of tokens.
         pointers: places among the values of a direct call, each with the number of its slot.
         amounts: places, there too, of numbers that depend on the number of tokens, with their parts.
         build: what a direct call takes of the compiled kernel, once it is known; for numbers of 32 bits.
     """
 
-    __slots__ = ("amounts", "build", "kernel", "pointers", "step", "values")
+    __slots__ = ("amounts", "build", "grid", "kernel", "pointers", "tile", "values")
 
     def __init__(self, kernel: Any, step: Step, numbers: dict[str, int]):
         _check_order(kernel, step.arguments)
-        self.kernel, self.step = kernel, step
+        self.kernel, self.tile, self.grid = kernel, step.tile, (step.programs, step.token_block)
         self.build: tuple[Any, Any, Any] | None = None
         self.values, pointers, amounts = [], [], []
         for place, (name, value) in enumerate(step.arguments.items()):
             if name.endswith("_ptr") and isinstance(value, str):
-                pointers.append(_pair(_HEAD + place, numbers[value]))
+                pointers.append(_shared((_HEAD + place, numbers[value])))
                 value = None
             elif isinstance(value, Amount):
-                amounts.append((_HEAD + place, *value))
+                amounts.append(_shared((_HEAD + place, *value)))
             self.values.append(_TYPES.get(value, value) if isinstance(value, torch.dtype) else value)
         self.pointers, self.amounts = tuple(pointers), tuple(amounts)
 
 
-@lru_cache(maxsize=1 << 12)
-def _pair(place: int, number: int) -> tuple[int, int]:
-    """One shared pair, since plans hold many."""
-    return place, number
+@lru_cache(maxsize=1 << 14)
+def _shared(numbers: tuple[int, ...]) -> tuple[int, ...]:
+    """One tuple for all that are equal, since plans hold many."""
+    return numbers
 
 
 class SizedLaunch:
@@ -180,7 +181,9 @@ class SizedLaunch:
 
     def __init__(self, bound: BoundLaunch, tokens: int, blocks: int):
         self.bound, self.pointers = bound, bound.pointers
-        self.arguments = [bound.step.grid(tokens), 1, 1, None, None, None, None, None, None, *bound.values]
+        programs, token_block = bound.grid
+        grid = programs * cdiv(tokens, token_block) if token_block else programs
+        self.arguments = [grid, 1, 1, None, None, None, None, None, None, *bound.values]
         for place, fixed, per_block, per_token in bound.amounts:
             self.arguments[place] = fixed + per_block * blocks + per_token * tokens
         self.wide = any(self.arguments[place] >= 2**31 for place, *_ in bound.amounts)
@@ -190,7 +193,7 @@ class SizedLaunch:
 
     def compile(self, arguments: list[Any], device: int) -> Any:
         """The function that starts the build for ``arguments``, whose pointers are aligned; the build is put there."""
-        compiled = _build_of(self.bound.kernel, self.bound.step.tile, self._named(arguments), device)
+        compiled = _build_of(self.bound.kernel, self.bound.tile, self._named(arguments), device)
         start = compiled.run  # loads the module at its first use, before ``function`` is read
         build = start, compiled.function, compiled.packed_metadata
         if not self.wide:
@@ -204,14 +207,14 @@ class SizedLaunch:
         self.start = build[0]
 
     def _named(self, arguments: list[Any]) -> dict[str, Any]:
-        return dict(zip(self.bound.step.arguments, arguments[_HEAD:]))
+        return dict(zip(self.bound.kernel.arg_names, arguments[_HEAD:]))
 
     def as_named(self, slots: list[Any]) -> tuple[Any, int, Tile, dict[str, Any]]:
         """Kernel, grid, tile and named arguments, as :func:`launch` takes them."""
         arguments = self.arguments.copy()
         for place, number in self.pointers:
             arguments[place] = slots[number]
-        return self.bound.kernel, arguments[0], self.bound.step.tile, self._named(arguments)
+        return self.bound.kernel, arguments[0], self.bound.tile, self._named(arguments)
 
     def run_publicly(self, slots: list[Any], failed: Exception) -> None:
         """Launch the public way, since a direct call has failed."""

@@ -63,9 +63,7 @@ class SizedPass:
         self.results, self.gradients, self.grads = found.results, found.gradients, found.grads
         self.pointers, self.blank = found.pointers, found.blank
         blocks = cdiv(tokens, found.token_block) if found.token_block else 0
-        self.operations = [
-            (kind, slot, _sized(kind, what, tokens, blocks), rest) for kind, slot, what, rest in found.operations
-        ]
+        self.operations = [_sized(operation, tokens, blocks) for operation in found.operations]
 
     def results_in(self, slots: Slots) -> list[Any]:
         """What the pass returns; None for what there is not."""
@@ -123,10 +121,13 @@ class SizedPass:
                 slots[slot] = slots[slot].resolve_neg().contiguous()
 
 
-def _sized(kind: int, what: Any, tokens: int, blocks: int) -> Any:
+def _sized(operation: Operation, tokens: int, blocks: int) -> tuple[int, int, Any, Any]:
+    kind, slot, what, rest = operation
     if kind == LAUNCH:
-        return SizedLaunch(what, tokens, blocks)
-    return tuple([_number(size, tokens, blocks) for size in what]) if kind == ALLOCATE else what
+        return kind, slot, SizedLaunch(what, tokens, blocks), rest
+    if kind == ALLOCATE and any(isinstance(size, Amount) for size in what):
+        return kind, slot, tuple([_number(size, tokens, blocks) for size in what]), rest
+    return operation
 
 
 def _number(size: Size, tokens: int, blocks: int) -> int:
@@ -161,7 +162,7 @@ class Pass:
         buffer = schedule.dtypes.get("grads")
         self.gradients = tuple(
             [
-                None if g is None else View(g.shape, _strides(g.shape), g.at, None if g.dtype == buffer else g.dtype)
+                None if g is None else _view(g.shape, g.at, None if g.dtype == buffer else g.dtype)
                 for g in schedule.gradients
             ]
         )
@@ -170,8 +171,9 @@ class Pass:
         return SizedPass(self, tokens)
 
 
-def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
-    return torch.empty(shape, device="meta").stride()
+@lru_cache(maxsize=1 << 12)
+def _view(shape: tuple[int, ...], at: int, dtype: torch.dtype | None) -> View:
+    return View(shape, torch.empty(shape, device="meta").stride(), at, dtype)
 
 
 def _bound(step: Any, numbers: dict[str, int], first: torch.dtype, device: torch.device) -> Operation:

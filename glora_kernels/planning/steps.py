@@ -67,9 +67,6 @@ class Launch(NamedTuple):
     token_block: int
     arguments: dict[str, Any]
 
-    def grid(self, tokens: int) -> int:
-        return self.programs * (cdiv(tokens, self.token_block) if self.token_block else 1)
-
 
 class Product(NamedTuple):
     """A dense product of the vendor's library, into ``slot``.
