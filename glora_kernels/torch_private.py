@@ -235,9 +235,12 @@ def is_fake(tensor: Tensor) -> bool:
 version_of: Callable[[Tensor], int | None] = (lambda _: None) if _version is None else attrgetter("_version")
 
 
-def unsafe_view(tensor: Tensor, shape: Sequence[int]) -> Tensor:
-    """A view that autograd does not track as one: a successor such as ``ReLU(inplace=True)`` may overwrite it."""
-    return tensor.reshape(tuple(shape)).clone() if _view is None else _view(tensor, shape)
+def _copied(tensor: Tensor, shape: Sequence[int]) -> Tensor:
+    return tensor.reshape(tuple(shape)).clone()
+
+
+# A view that autograd does not track as one: a successor such as ``ReLU(inplace=True)`` may overwrite it.
+unsafe_view: Callable[[Tensor, Sequence[int]], Tensor] = _copied if _view is None else _view
 
 
 def copy_each(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:

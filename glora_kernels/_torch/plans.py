@@ -108,7 +108,7 @@ class TorchPlan:
 
     def _effective_weight(self, wide: Tensor, parts: Parts, projected: Tensor | None) -> Tensor:
         """W_eff in as few passes over the weight (in the compute dtype) as the kinds allow, rounded once."""
-        ad, au, bd, bu, *_ = parts
+        ad, au, bd, bu, _, _, _, _ = parts
         if self._b == NONE:
             w_eff = self._scaled(wide, ad, au, projected)
         elif self._b == FACTORS:
@@ -141,7 +141,7 @@ class TorchPlan:
 
     def _effective_bias(self, wide: Tensor, bias: Tensor | None, parts: Parts) -> Tensor | None:
         """``b0 + b0 * D + E + W0 c``, rounded once; ``wide`` is the weight in the compute dtype if C is there."""
-        *_, cd, cu, d, e = parts
+        _, _, _, _, cd, cu, d, e = parts
         b_eff = bias.to(self._wide) if self._is_half and bias is not None else bias
         if self._has_d and b_eff is not None:
             b_eff = torch.addcmul(b_eff, b_eff, d)
@@ -229,7 +229,7 @@ class TorchPlan:
 
         Hadamard: ``dA = dW * W0``. Matmul: ``dA = W0^T dW``, (K, K), which is never formed.
         """
-        ad, au, bd, bu, *_ = parts
+        ad, au, bd, bu, _, _, _, _ = parts
         if self._wants_b:
             if self._b == FACTORS:
                 grads[BD], grads[BU] = _through(dw, bd, bu)

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .. import reference
-from ..backend import Backend, Plan
+from ..backend import Backend
 from ..gradient_routes import tokens_to_reuse_output
 from ..precision import without_autocast
 from ..terms import Terms
@@ -29,27 +29,22 @@ class PlannedCall:
 
     Attributes:
         plan: the backend's.
-        wants_x: whether x wants a gradient.
         keeps_x: whether a gradient of a storage reads x itself.
         fewest_kept: from how many elements of x on y is kept, so that the gradient of A can be solved from it.
         reads_values: see :class:`glora_kernels.backend.Backend`.
     """
 
-    __slots__ = ("_backend", "_structure", "_wanted", "fewest_kept", "keeps_x", "plan", "reads_values", "wants_x")
+    __slots__ = ("_structure", "fewest_kept", "keeps_x", "plan", "reads_values")
 
     def __init__(self, backend: Backend, weight: Tensor, bias: Tensor | None, terms: Terms, wants_x: bool):
         wanted = wanted_slots(terms, bias is not None)
-        self._backend, self._structure, self._wanted, self.wants_x = backend, terms.structure, wanted, wants_x
+        self._structure = terms.structure
         self.plan = backend.plan(weight, bias, terms, wanted, wants_x)
         self.keeps_x = ("A" in wanted or "B" in wanted) and not self.plan.reads_token_sums
         inputs = weight.shape[1]
         tokens = tokens_to_reuse_output(inputs, terms) if "A" in wanted else None
         self.fewest_kept = math.inf if tokens is None else tokens * inputs
         self.reads_values = backend.reads_values
-
-    def without_x(self, weight: Tensor, bias: Tensor | None, storages: Sequence[Tensor]) -> Plan:
-        """The plan of the same call where x wants no gradient."""
-        return self._backend.plan(weight, bias, self.terms(storages), self._wanted, False)
 
     def terms(self, storages: Sequence[Tensor]) -> Terms:
         return Terms.unflatten(storages, self._structure)
@@ -120,9 +115,7 @@ def _backward(ctx, dy: Tensor):
     # A successor such as ReLU(inplace=True) may have overwritten y: then z is formed again.
     if output is not None and version_of(output) != ctx.output_version:
         output = None
-    call, needed = ctx.call, ctx.needs_input_grad
-    plan = call.plan if needed[_X] or not call.wants_x else call.without_x(weight, bias, storages)
-    dx, grads = plan.backward(
+    dx, grads = ctx.call.plan.backward(
         _flat(dy),
         None if x is None else _flat(x),
         weight,
@@ -135,8 +128,9 @@ def _backward(ctx, dy: Tensor):
     )
     if dx is not None and dy.dim() != 2:
         dx = dx.reshape(*dy.shape[:-1], weight.shape[1])
-    if not all(needed[_FIRST_STORAGE:]):
-        grads = [grad if need else None for grad, need in zip(grads, needed[_FIRST_STORAGE:])]
+    needed = ctx.needs_input_grad[_FIRST_STORAGE:]
+    if not all(needed):
+        grads = [grad if need else None for grad, need in zip(grads, needed)]
     return None, None, dx, None, None, *grads
 
 
