@@ -183,7 +183,7 @@ class SizedLaunch:
         self.bound, self.pointers = bound, bound.pointers
         programs, token_block = bound.grid
         grid = programs * cdiv(tokens, token_block) if token_block else programs
-        self.arguments = [grid, 1, 1, None, None, None, None, None, None, *bound.values]
+        self.arguments: list[Any] = [grid, 1, 1, None, None, None, None, None, None, *bound.values]
         for place, fixed, per_block, per_token in bound.amounts:
             self.arguments[place] = fixed + per_block * blocks + per_token * tokens
         self.wide = any(self.arguments[place] >= 2**31 for place, *_ in bound.amounts)

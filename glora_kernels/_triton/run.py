@@ -23,7 +23,6 @@ from .kernels import KERNELS
 from .launch import ALIGNMENT, STREAM, BoundLaunch, SizedLaunch, launch
 
 ALLOCATE, COPY, PRODUCT, LAUNCH = range(4)
-TABLES = 1 << 16  # how many are kept; each takes less than a kilobyte
 Slots = list[Any]  # of tensors, None where there is none
 _captured: list[tuple[Tensor, Tensor]] = []
 
@@ -209,9 +208,8 @@ _PRODUCTS: dict[str, Callable[..., Tensor]] = {
 }
 
 
-@lru_cache(maxsize=TABLES)
 def table(rows: tuple[tuple[int, ...], ...], device: torch.device) -> Tensor:
-    """The table of ``finish`` on the device. Tables are small, and they are kept, since the same paths come again.
+    """The table of ``finish`` on the device.
 
     A table is copied from pinned memory: the host then need not wait, and a capture does not fail. A table that a
     captured graph reads is kept for good.

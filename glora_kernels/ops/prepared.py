@@ -67,7 +67,9 @@ class PreparedLinear:
         self._tensors = tuple(operand for operand in self._operands if operand is not None)
         self._unchanged = guard(x, self._tensors)
         self._terms: dict[tuple[str, str, int], Term] = {}
-        kinds = [None if t is None else (t.shape, t.stride(), t.dtype, t.requires_grad) for t in self._operands]
+        kinds = [
+            None if t is None else (t.shape, t.stride(), t.dtype, t.requires_grad, t.is_neg()) for t in self._operands
+        ]
         self._key, self._wants_x = (*kinds, weight.device, x.requires_grad), x.requires_grad
         self._uses: dict[int, _Use] = {}  # by the identity of the choices, the oldest first
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -50,7 +51,13 @@ class Part(NamedTuple):
     def of(term: Term | None) -> Part:
         if term is None:
             return ABSENT
-        return Part(_KINDS[type(term)], rank_of(term), tuple([Stored.of(storage) for storage in term.storages]))
+        return _shared(Part(_KINDS[type(term)], rank_of(term), tuple([Stored.of(s) for s in term.storages])))
+
+
+@lru_cache(maxsize=1 << 10)
+def _shared(part: Part) -> Part:
+    """One object for all that are equal, since plans hold many."""
+    return part
 
 
 ABSENT = Part(NONE, 0, ())
