@@ -93,6 +93,7 @@ class TritonPlan:
             or dy.is_neg()
             or (x is not None and (x.is_neg() or not x.is_contiguous()))
             or not self._fits(weight, storages)
+            or (projected is not None and not projected.is_contiguous())
             or settings.forced is not found.forced
             or (self._setting is not None and fp32_precision() != self._setting)
         ):
@@ -100,6 +101,7 @@ class TritonPlan:
                 torch_plan = self._of_torch(weight, bias, storages)
                 return torch_plan.backward(dy, x, weight, bias, storages, output, b_eff, projected, token_sums)
             dy, x = dy.resolve_neg(), None if x is None else x.resolve_neg()
+            projected = None if projected is None else projected.contiguous()
             found = self._backward_of(dy, x, weight, bias, storages, output is not None)
         slots = [dy, x, weight, bias, *storages, output, b_eff, projected, *found.blank]
         found.run(slots)

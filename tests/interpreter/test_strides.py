@@ -82,6 +82,30 @@ def test_storages_and_bias(path, product, shape, strategy):
 
 
 @each_strategy
+@pytest.mark.parametrize("c", ["none", "vector"])
+def test_a_bias_behind_strides_that_is_taken_off_the_output(c, strategy):
+    """Without C, D and E it is b_eff itself."""
+    x, weight, b0, terms = make(("vector", "none", c, "none", "none"), REUSED)
+    bias = torch.full((2 * len(b0),), torch.nan)[::2].copy_(b0)
+    check((x, weight, bias, terms), strategy=strategy)
+
+
+@each_strategy
+@each_route
+def test_saved_tensors_that_come_back_behind_other_strides(path, product, shape, strategy):
+    """As from hooks that pack what is saved."""
+    call = make(path, shape, product=product)
+    dy = upstream(call)
+
+    def transposed(tensor):
+        return tensor.t().contiguous().t() if tensor.dim() == 2 else tensor
+
+    with kernels(strategy), torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, transposed):
+        got = results(glora_linear, *call, dy)
+    assert_contract(got, *oracle(*call, dy), call[0].dtype)
+
+
+@each_strategy
 @pytest.mark.parametrize("slot", ["C", "D", "E"])
 def test_vectors_behind_strides(slot, strategy):
     """Of one dimension, with a stride of their own, and the first column of a transposed storage."""
