@@ -63,6 +63,8 @@ class TorchPlan:
     def __init__(self, dtype: torch.dtype, terms: Terms, wanted: frozenset[str], wants_x: bool):
         self._dtype, self._wide = dtype, compute_dtype(dtype)
         self._is_half = dtype != self._wide
+        # whether W_eff or W0 c is formed from W0 in the compute dtype
+        self._widens = self._is_half and (terms.adapts_weight or terms.C is not None)
         self._a, self._b, self._c = _form_of_a(terms), _form(terms.B), _form(terms.C)
         self._is_hadamard = terms.product == "hadamard"
         self._has_d, self._has_e = terms.D is not None, terms.E is not None
@@ -79,7 +81,8 @@ class TorchPlan:
 
     def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None, storages: Sequence[Tensor]) -> ForwardResult:
         """y for x of any leading shape."""
-        parts, wide = self._read(storages), self._widened(weight)
+        parts = self._read(storages)
+        wide = weight.to(self._wide) if self._widens else weight
         projected = torch.mm(wide, parts[AD]) if self._a == PROJECTED else None
         w_eff = self._effective_weight(wide, parts, projected) if self._adapts_weight else weight
         b_eff = self._effective_bias(wide, bias, parts) if self._adapts_bias else bias
@@ -90,21 +93,20 @@ class TorchPlan:
 
     def assemble(self, weight: Tensor, bias: Tensor | None, storages: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
         """``(W_eff, b_eff)`` in the dtype of ``weight``; an operand that no term changes is returned as it is."""
-        parts, wide = self._read(storages), self._widened(weight)
+        parts = self._read(storages)
+        wide = weight.to(self._wide) if self._widens else weight
         w_eff = self._effective_weight(wide, parts, None) if self._adapts_weight else weight
         return w_eff, self._effective_bias(wide, bias, parts) if self._adapts_bias else bias
 
     def effective_bias(self, weight: Tensor, bias: Tensor | None, storages: Sequence[Tensor]) -> Tensor | None:
         """b_eff alone."""
-        return self._effective_bias(self._widened(weight), bias, self._read(storages)) if self._adapts_bias else bias
+        wide = weight.to(self._wide) if self._widens else weight
+        return self._effective_bias(wide, bias, self._read(storages)) if self._adapts_bias else bias
 
     def project(self, weight: Tensor, storages: Sequence[Tensor]) -> Tensor | None:
         """``V = W0 Ad``, (N, r), where A is a low rank of the matmul product: the term is then ``V Au``."""
-        return torch.mm(self._widened(weight), self._read(storages)[AD]) if self._a == PROJECTED else None
-
-    def _widened(self, weight: Tensor) -> Tensor:
-        """W0 in the compute dtype, where W_eff or ``W0 c`` is formed from it."""
-        return weight.to(self._wide) if self._is_half and (self._adapts_weight or self._c != NONE) else weight
+        wide = weight.to(self._wide) if self._widens else weight
+        return torch.mm(wide, self._read(storages)[AD]) if self._a == PROJECTED else None
 
     def _effective_weight(self, wide: Tensor, parts: Parts, projected: Tensor | None) -> Tensor:
         """W_eff in as few passes over the weight (in the compute dtype) as the kinds allow, rounded once."""
@@ -167,7 +169,8 @@ class TorchPlan:
         token_sums: Tensor | None,
     ) -> tuple[Tensor | None, list[Tensor | None]]:
         """The gradient of x, if wanted, and one for each storage."""
-        parts, grads = self._read(storages), _no_grads()
+        parts = self._read(storages)
+        grads: Grads = [None] * 8
         thin_parts = self._read_thin(storages) if self._is_half else parts
         db = dy.sum(0, dtype=self._wide) if self._sums_dy or output is not None else None
         if db is not None and self._sums_dy:
@@ -193,14 +196,17 @@ class TorchPlan:
                 grads[AD] = row_scale_gradient(dy, x, weight, parts[AD], output, b_eff, db, thin)
         if not self._wants_x:
             return None, self._write(grads)
-        w_eff = self._effective_weight(self._widened(weight), parts, projected) if self._adapts_weight else weight
-        return torch.mm(dy, w_eff), self._write(grads)
+        if not self._adapts_weight:
+            return torch.mm(dy, weight), self._write(grads)
+        wide = weight.to(self._wide) if self._widens else weight
+        return torch.mm(dy, self._effective_weight(wide, parts, projected)), self._write(grads)
 
     def contract(
         self, weight: Tensor, bias: Tensor | None, storages: Sequence[Tensor], dw: Tensor | None, db: Tensor | None
     ) -> list[Tensor | None]:
         """One gradient for each storage, from those of W_eff, if A or B is wanted, and of b_eff, if C, D or E is."""
-        parts, grads = self._read(storages), _no_grads()
+        parts = self._read(storages)
+        grads: Grads = [None] * 8
         if self._wants_a or self._wants_b:
             assert dw is not None
             self._dense_gradients(dw.to(self._wide), weight, parts, grads, own=False)
@@ -295,10 +301,6 @@ class TorchPlan:
         elif self._b == CONSTANT:
             dx.add_(dy.sum(1, keepdim=True, dtype=self._wide) * parts[BD])
         return dx.to(self._dtype)
-
-
-def _no_grads() -> Grads:
-    return [None] * 8
 
 
 def _through(dm: Tensor, down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
