@@ -47,7 +47,7 @@ class TritonPlan:
         self._in_place = all(storage.in_place for part in problem.parts for storage in part.storages)
         self._setting = fp32_precision() if problem.dtype == torch.float32 else None
         self._passes: dict[tuple, Pass] = {}
-        self._strategies: dict[tuple, str] = {}
+        self._decided: tuple[int, tuple, str] = (0, (), "")  # the strategy for the last class of tokens
         self._forward: SizedPass | None = None
         self._backward: list[SizedPass | None] = [None, None]  # without the output at hand, and with it
 
@@ -141,19 +141,18 @@ class TritonPlan:
         self, direction: str, tokens: int, x_strides: Strides | None, dy_strides: Strides | None, output: bool
     ) -> Pass:
         """The pass for so many tokens: many numbers of tokens share one."""
-        forced = settings.forced_now()
-        choice = rounded(tokens), forced
-        strategy = self.strategy or self._strategies.get(choice)
-        if strategy is None:
-            strategy = self._strategies[choice] = strategy_for(self.problem, tokens)
-        call = Call.of(self.problem, strategy, tokens, x_strides, dy_strides, output)
-        found = self._passes.get((direction, call, forced))
+        forced, decided = settings.forced_now(), self._decided
+        if self.strategy is None and decided[:2] != (rounded(tokens), forced):
+            decided = self._decided = rounded(tokens), forced, strategy_for(self.problem, tokens)
+        strategy = self.strategy or decided[2]
+        call = _shared(Call.of(self.problem, strategy, tokens, x_strides, dy_strides, output))
+        key = direction, call, forced, self.problem.tf32
+        found = self._passes.get(key)
         if found is None:
             if len(self._passes) >= PASSES:
                 self._passes.clear()
-                self._strategies.clear()
             made = getattr(schedule, direction)(self.problem, call)
-            found = self._passes[direction, call, forced] = Pass(made, self.device)
+            found = self._passes[key] = Pass(made, self.device)
         return found
 
     def _follow_setting(self) -> None:
@@ -162,7 +161,7 @@ class TritonPlan:
             self._setting = fp32_precision()
             tf32 = tf32_allowed() and not self.problem.architecture.startswith("gfx")
             self.problem = self.problem._replace(tf32=tf32)
-            self._forward, self._backward, self._strategies = None, [None, None], {}
+            self._forward, self._backward, self._decided = None, [None, None], (0, (), "")
 
     def _terms(self, storages: Sequence[Tensor]) -> Terms:
         return Terms.unflatten(storages, self.problem.structure)
@@ -176,6 +175,12 @@ class TritonPlan:
 @lru_cache(maxsize=PLANS)
 def _plan(problem: Problem, strategy: str | None, device: torch.device) -> TritonPlan:
     return TritonPlan(problem, strategy, device)
+
+
+@lru_cache(maxsize=1 << 10)
+def _shared(call: Call) -> Call:
+    """One object for all that are equal, since plans hold many."""
+    return call
 
 
 def _strides(matrix: Tensor) -> Strides | None:

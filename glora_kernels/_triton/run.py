@@ -6,8 +6,11 @@ of one number of tokens filled in too, so that a call only puts its tensors into
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable
 from functools import lru_cache
+from hashlib import blake2b
+from itertools import chain
 from operator import itemgetter
 from typing import Any, NamedTuple
 
@@ -23,8 +26,10 @@ from .kernels import KERNELS
 from .launch import ALIGNMENT, STREAM, BoundLaunch, SizedLaunch, launch
 
 ALLOCATE, COPY, PRODUCT, LAUNCH = range(4)
+TABLES = 1 << 16  # how many are kept; each takes less than a kilobyte
 Slots = list[Any]  # of tensors, None where there is none
 _captured: list[tuple[Tensor, Tensor]] = []
+_tables: dict[tuple[bytes, torch.device], Tensor] = {}  # the oldest first
 
 
 class View(NamedTuple):
@@ -178,7 +183,7 @@ def _view(shape: tuple[int, ...], at: int, dtype: torch.dtype | None) -> View:
 def _bound(step: Any, numbers: dict[str, int], first: torch.dtype, device: torch.device) -> Operation:
     if isinstance(step, Launch):
         if "table_ptr" in step.arguments:
-            rows = step.arguments["table_ptr"]
+            rows = array("q", chain.from_iterable(step.arguments["table_ptr"])).tobytes()
             step = step._replace(arguments={**step.arguments, "table_ptr": table(rows, device)})
         return Operation(LAUNCH, 0, BoundLaunch(KERNELS[step.kernel], step, numbers), None)
     slot = numbers[step.slot]
@@ -208,15 +213,26 @@ _PRODUCTS: dict[str, Callable[..., Tensor]] = {
 }
 
 
-def table(rows: tuple[tuple[int, ...], ...], device: torch.device) -> Tensor:
-    """The table of ``finish`` on the device.
+def table(rows: bytes, device: torch.device) -> Tensor:
+    """The table of ``finish``, rows of int64, on the device. Tables outlive plans: captured graphs read them."""
+    key = blake2b(rows, digest_size=16).digest(), device
+    found = _tables.get(key)
+    if found is None:
+        if len(_tables) >= TABLES:
+            del _tables[next(iter(_tables))]
+        found = _tables[key] = _on_device(rows, device)
+    return found
 
-    A table is copied from pinned memory: the host then need not wait, and a capture does not fail. A table that a
+
+def _on_device(rows: bytes, device: torch.device) -> Tensor:
+    """A new table.
+
+    It is copied from pinned memory: the host then need not wait, and a capture does not fail. A table that a
     captured graph reads is kept for good.
     """
     if device.type != "cuda":
-        return torch.tensor(rows, dtype=torch.int64, device=device)
-    host = torch.tensor(rows, dtype=torch.int64).pin_memory()
+        return torch.frombuffer(bytearray(rows), dtype=torch.int64).to(device)
+    host = torch.frombuffer(bytearray(rows), dtype=torch.int64).pin_memory()
     copy = host.to(device, non_blocking=True)
     if torch.cuda.is_current_stream_capturing():
         _captured.append((host, copy))

@@ -91,18 +91,25 @@ needs_stub = pytest.mark.skipif(fault() is not None, reason=str(fault()))
 
 
 @pytest.fixture
-def layer(monkeypatch):
+def layer():
     """Planned here and by nobody else."""
-    monkeypatch.setattr(plan, "_plan", cache(plan._plan.__wrapped__))
-    monkeypatch.setattr(prepared, "_runs", {})
-    with stubbed():
+    with pytest.MonkeyPatch.context() as patch, stubbed():
+        patch.setattr(plan, "_plan", cache(plan._plan.__wrapped__))
+        patch.setattr(prepared, "_runs", {})
         made = glora.GLoRALinear(64, 96, rank=8)
         made.path = make_path("none", "lora_8", "lora_8", "vector", "vector")  # a pass reads x and dy
         yield made
 
 
 @pytest.fixture
-def compiled(layer, monkeypatch):
+def patch(layer):
+    """Undone before the stub is, which the fixture ``monkeypatch`` is not."""
+    with pytest.MonkeyPatch.context() as patch:
+        yield patch
+
+
+@pytest.fixture
+def compiled(patch):
     """The kernels that are compiled, by name."""
     found = []
 
@@ -110,8 +117,8 @@ def compiled(layer, monkeypatch):
         found.append(kernel.fn.__name__)
         return SimpleNamespace(run=does_nothing, function=0, packed_metadata=())
 
-    monkeypatch.setattr(launch, "compile_for", compile_for)
-    monkeypatch.setattr(launch, "_compiled", {})
+    patch.setattr(launch, "compile_for", compile_for)
+    patch.setattr(launch, "_compiled", {})
     return found
 
 
@@ -157,25 +164,29 @@ def test_other_tiles_are_planned_again(layer):
     assert tile not in {one.tile for one in found}
 
 
-@needs_stub
-def test_the_setting_for_products_is_followed(layer):
-    """Of fp32 layers, whatever it was when the layer was planned."""
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_the_setting_for_products_is_followed(strategy):
+    """By fp32 layers, forward and backward, whatever it was when the call was planned."""
     matmul = torch.backends.cuda.matmul
     before, seen = matmul.fp32_precision, []
-    try:
-        for setting in ("ieee", "tf32", "ieee"):
-            matmul.fp32_precision = setting
-            with recorded() as found:
-                train(layer)
-                train(layer)
-            seen.append({one.arguments["DOT"] for one in found if "DOT" in one.arguments})
-    finally:
-        matmul.fp32_precision = before
+    x, weight, bias, terms = call_of(("none", "lora_8", "none", "none", "none"), "hadamard", False)
+    x, weight, bias = x.float(), weight.float(), bias.float()
+    with pretended("sm_90"):
+        planned = plan.plan(weight, bias, terms, frozenset("B"), True, strategy)
+        try:
+            for setting in ("ieee", "tf32", "ieee"):
+                matmul.fp32_precision = setting
+                with recorded() as found:
+                    y, *_ = planned.forward(x, weight, bias, terms.storages)
+                    planned.backward(y, x, weight, bias, terms.storages, None, None, None, None)
+                seen.append({one.arguments["DOT"] for one in found if "DOT" in one.arguments})
+        finally:
+            matmul.fp32_precision = before
     assert seen == [{"ieee"}, {"tf32"}, {"ieee"}]
 
 
 @needs_stub
-def test_a_direct_call_that_fails_is_repeated_the_public_way(layer, monkeypatch):
+def test_a_direct_call_that_fails_is_repeated_the_public_way(layer, patch):
     """Before it was started; every further launch goes that way at once."""
     tried, public = [], []
 
@@ -184,12 +195,10 @@ def test_a_direct_call_that_fails_is_repeated_the_public_way(layer, monkeypatch)
         raise TypeError("function takes exactly 20 arguments")
 
     compiled = SimpleNamespace(run=run, function=0, packed_metadata=())
-    monkeypatch.setattr(launch, "compile_for", lambda kernel, values, tile: compiled)
-    monkeypatch.setattr(launch, "_compiled", {})
-    monkeypatch.setattr(launch, "direct", True)
-    monkeypatch.setattr(
-        type(KERNELS["assemble"]), "__getitem__", lambda kernel, _: lambda *a, **k: public.append(kernel)
-    )
+    patch.setattr(launch, "compile_for", lambda kernel, values, tile: compiled)
+    patch.setattr(launch, "_compiled", {})
+    patch.setattr(launch, "direct", True)
+    patch.setattr(type(KERNELS["assemble"]), "__getitem__", lambda kernel, _: lambda *a, **k: public.append(kernel))
     with pytest.warns(RuntimeWarning, match="cannot be called directly"):
         train(layer)
     assert len(tried) == 1 and len(public) > 2
