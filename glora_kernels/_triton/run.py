@@ -230,9 +230,10 @@ def _on_device(rows: bytes, device: torch.device) -> Tensor:
     It is copied from pinned memory: the host then need not wait, and a capture does not fail. A table that a
     captured graph reads is kept for good.
     """
+    numbers = memoryview(rows).cast("q").tolist()
     if device.type != "cuda":
-        return torch.frombuffer(bytearray(rows), dtype=torch.int64).to(device)
-    host = torch.frombuffer(bytearray(rows), dtype=torch.int64).pin_memory()
+        return torch.tensor(numbers, dtype=torch.int64, device=device)
+    host = torch.tensor(numbers, dtype=torch.int64).pin_memory()
     copy = host.to(device, non_blocking=True)
     if torch.cuda.is_current_stream_capturing():
         _captured.append((host, copy))

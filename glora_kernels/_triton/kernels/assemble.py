@@ -13,7 +13,8 @@ import triton.language as tl
 from ..tile import ADDED, NONE, bias_tile, effective_tile, load_tile, prompt_tile, row_part, span, store_tile, term_tile
 
 # Numbers that change from call to call: a new value needs no new build.
-VARYING = ["rank_a", "rank_b", "rank_c", "share"]
+STRIDES = ["stride_a", "stride_b", "stride_c", "stride_d", "stride_e"]  # of a storage: its rank, 1 or 0
+VARYING = ["rank_a", "rank_b", "rank_c", "share", *STRIDES]
 
 
 @triton.jit(do_not_specialize=VARYING)

@@ -16,7 +16,9 @@ import triton.language as tl
 from ..tile import LOW_RANK, effective_tile, load_tile, row_part, span, store_tile, sum_slices, term_tile
 
 # Numbers that change from call to call: a new value needs no new build.
-VARYING = ["M", "slices", "rank_a", "rank_b", "rank_c", "at_a", "at_au", "at_b", "at_bu", "at_db", "at_dc", "at_cu"]
+PLACES = ["at_a", "at_au", "at_b", "at_bu", "at_db", "at_dc", "at_cu"]
+STRIDES = ["stride_a", "stride_b", "stride_c"]  # of a storage: its rank, 1 or 0
+VARYING = ["M", "slices", "rank_a", "rank_b", "rank_c", *PLACES, *STRIDES]
 
 
 @triton.jit

@@ -25,7 +25,7 @@ from ..tile import ADDED, COLUMN, LOW_RANK, NONE, ROW, load_tile, span, store_ti
 
 # Numbers that change from call to call: a new value needs no new build.
 PLACES = ["at_db", "at_db_sum", "at_db_bias", "at_t", "at_a", "at_au", "at_b", "at_b_sum", "at_bu"]
-VARYING = ["M", "rank_a", "rank_b", *PLACES]
+VARYING = ["M", "rank_a", "rank_b", "stride_a", "stride_b", *PLACES]
 
 
 @triton.jit

@@ -19,7 +19,9 @@ import triton.language as tl
 from ..tile import LOW_RANK, ROW, effective_tile, load_tile, row_part, span, store_tile, sum_slices, term_tile
 
 # Numbers that change from call to call: a new value needs no new build.
-VARYING = ["M", "share", "slices", "rank_a", "rank_b", "rank_c", "at_db", "at_dv", "at_dc", "at_cu", "at_ad", "at_t"]
+PLACES = ["at_db", "at_dv", "at_dc", "at_cu", "at_ad", "at_t"]
+STRIDES = ["stride_a", "stride_b", "stride_c"]  # of a storage: its rank, 1 or 0
+VARYING = ["M", "share", "slices", "rank_a", "rank_b", "rank_c", *PLACES, *STRIDES]
 
 
 @triton.jit(do_not_specialize=VARYING)
