@@ -23,7 +23,7 @@ import triton.language as tl
 from triton.runtime.interpreter import InterpretedFunction
 
 from ..planning.settings import Tile
-from ..planning.steps import Amount, cdiv
+from ..planning.steps import Amount
 from ..planning.steps import Launch as Step
 from .tile import span
 
@@ -180,16 +180,24 @@ class SizedLaunch:
     __slots__ = ("arguments", "bound", "pointers", "start", "wide")
 
     def __init__(self, bound: BoundLaunch, tokens: int, blocks: int):
-        self.bound, self.pointers = bound, bound.pointers
+        self.bound, self.pointers, self.start = bound, bound.pointers, None
         programs, token_block = bound.grid
-        grid = programs * cdiv(tokens, token_block) if token_block else programs
-        self.arguments: list[Any] = [grid, 1, 1, None, None, None, None, None, None, *bound.values]
+        grid = programs * -(-tokens // token_block) if token_block else programs
+        build = bound.build
+        if build is None:
+            arguments = [grid, 1, 1, None, None, None, None, None, None, *bound.values]
+        else:
+            self.start, function, metadata = build
+            arguments = [grid, 1, 1, None, function, metadata, None, None, None, *bound.values]
+        largest = 0
         for place, fixed, per_block, per_token in bound.amounts:
-            self.arguments[place] = fixed + per_block * blocks + per_token * tokens
-        self.wide = any(self.arguments[place] >= 2**31 for place, *_ in bound.amounts)
-        self.start = None
-        if bound.build is not None and not self.wide:
-            self._take(bound.build)
+            arguments[place] = value = fixed + per_block * blocks + per_token * tokens
+            if value > largest:
+                largest = value
+        self.arguments: list[Any] = arguments
+        self.wide = largest >= 2**31
+        if self.wide:
+            self.start = None  # another build
 
     def compile(self, arguments: list[Any], device: int) -> Any:
         """The function that starts the build for ``arguments``, whose pointers are aligned; the build is put there."""

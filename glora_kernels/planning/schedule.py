@@ -7,6 +7,7 @@ the gradients are. ``forward.py`` and ``backward.py`` write it; ``_triton/run.py
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -15,10 +16,11 @@ from . import backward as backward_pass
 from . import forward as forward_pass
 from .numerics import index_type
 from .problem import Problem
-from .settings import class_of
+from .settings import class_of, forced_now
 from .steps import Schedule
 
 Strides = tuple[int, ...]
+KEPT = 8  # schedules
 
 
 class Call(NamedTuple):
@@ -60,10 +62,21 @@ class Call(NamedTuple):
 
 def forward(problem: Problem, call: Call) -> Schedule:
     """See :func:`glora_kernels.planning.forward.forward`."""
-    return forward_pass.forward(problem, call.strategy, call.tokens, call.offsets, call.x_strides)
+    return _forward(problem, call, forced_now())
 
 
 def backward(problem: Problem, call: Call) -> Schedule:
     """See :func:`glora_kernels.planning.backward.backward`."""
+    return _backward(problem, call, forced_now())
+
+
+# The cost model writes a few schedules before one is bound and run: the last ones are kept.
+@lru_cache(maxsize=KEPT)
+def _forward(problem: Problem, call: Call, _forced: tuple) -> Schedule:
+    return forward_pass.forward(problem, call.strategy, call.tokens, call.offsets, call.x_strides)
+
+
+@lru_cache(maxsize=KEPT)
+def _backward(problem: Problem, call: Call, _forced: tuple) -> Schedule:
     strides = call.dy_strides, call.x_strides
     return backward_pass.backward(problem, call.strategy, call.tokens, call.offsets, strides, call.output)
