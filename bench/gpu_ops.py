@@ -30,7 +30,7 @@ from glora_kernels._triton.builds import Case, launches_of
 from glora_kernels._triton.device import architecture
 from glora_kernels._triton.launch import launch
 from glora_kernels.error_bound import PROMISED, largest_constant
-from glora_kernels.planning.launches import launches
+from glora_kernels.planning.prediction import predict
 from glora_kernels.planning.problem import Problem
 
 from .timing import WHOLE, EventWatch, interleave, plain, ratio
@@ -185,13 +185,14 @@ def kernels(bandwidth: float, rate: float) -> Iterator[dict[str, Any]]:
 
 def _floors(case: Case, size: tuple[int, int], bandwidth: float, rate: float) -> dict[str, float]:
     """Milliseconds of each kernel: the cost model's bytes and operations at the measured ceilings."""
-    _, weight, _, terms = make((case.tokens, *size), (case.a, case.b))
-    problem = Problem.of(case.tokens, weight, terms, architecture(weight.device))
+    _, weight, bias, terms = make((case.tokens, *size), (case.a, case.b))
+    every = frozenset(slot for slot, _ in terms.active)
+    way = predict(Problem.of(weight, bias, terms, every, True, architecture(weight.device)), case.tokens, case.strategy)
     kernel_of = {"y": "fused_kernel", "dx": "fused_kernel"}
     return {
         f"{direction} {kernel_of.get(one.name, one.name + '_kernel')}": 1e3
         * max(one.bytes / bandwidth, one.flops / rate)
-        for direction, part in zip(("forward", "backward"), launches(problem, case.strategy))
+        for direction, part in zip(("forward", "backward"), (way.forward, way.backward))
         for one in part
     }
 

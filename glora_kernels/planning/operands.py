@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import torch
 
-from ..terms import SLOTS
 from .problem import CONSTANT, Problem
 from .problem import LOW_RANK as A_LOW_RANK
 from .problem import NONE as ABSENT
@@ -118,9 +117,3 @@ def _values(problem: Problem, slot: str) -> tuple[str | None, int]:
     if part.kind == ABSENT:
         return None, 0
     return problem.names(slot)[0], 0 if part.kind == CONSTANT else part.storages[0].row
-
-
-def storage_of(problem: Problem, name: str):
-    """The storage of that name."""
-    found = {n: s for slot in SLOTS for n, s in zip(problem.names(slot), problem.part(slot).storages)}
-    return found[name]

@@ -122,10 +122,6 @@ class Schedule(NamedTuple):
         """The slots that steps fill."""
         return tuple(step.slot for step in self.steps if isinstance(step, (Allocate, Product)))
 
-    @property
-    def launches(self) -> tuple[Launch, ...]:
-        return tuple(step for step in self.steps if isinstance(step, Launch))
-
 
 def cdiv(size: int, block: int) -> int:
     """How many blocks cover ``size``."""
