@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..backend import BackwardCall
 from ..gradient_routes import reuses_output
-from ..planning.operands import ADDED, LOW_RANK
+from ..planning.operands import ADDED
 from ..terms import SLOTS, Constant, LowRank, Terms, Vector
 from .backend import TritonBackend
 from .device import pretended
@@ -186,8 +186,7 @@ def _thin_dots(launch: Launch) -> bool:
     """Whether this is a token pass with products with factors in it."""
     if launch.kernel is not token_pass_kernel:
         return False
-    thin_b = launch.arguments["GRAD_B"] and launch.arguments["B"] == LOW_RANK
-    return launch.arguments["A"] == ADDED or thin_b
+    return launch.arguments["A"] == ADDED or launch.arguments["THIN_B"]
 
 
 def _type_of(value: Any) -> str:

@@ -18,7 +18,7 @@ import torch
 
 from ..terms import SLOTS
 from .forward import multiply
-from .operands import ADDED, BiasOperands
+from .operands import ADDED, no_bias
 from .passes import BackwardDraft, contraction, finish, token_pass, weight_pass
 from .problem import CONSTANT, LOW_RANK, Problem, Stored
 from .steps import TOKENS, Gradient, Schedule
@@ -95,7 +95,7 @@ def _input_gradient(draft: BackwardDraft, w_eff: str | None) -> str | None:
         return draft.product("dx", "plain", "dy", w_eff or "weight", (TOKENS, p.inputs, p.outputs))
     dx = draft.allocate("dx", TOKENS, p.inputs)
     strides, terms = (draft.weight_strides[1], draft.weight_strides[0]), (draft.a.transposed, draft.b.transposed)
-    multiply(draft, ("dy", draft.dy_strides), (p.inputs, p.outputs), strides, dx, terms, BiasOperands(), None)
+    multiply(draft, ("dy", draft.dy_strides), (p.inputs, p.outputs), strides, dx, terms, no_bias(p), None)
     return dx
 
 

@@ -12,7 +12,7 @@ import torch
 
 from .draft import Draft
 from .numerics import index_type
-from .operands import ADDED, NONE, BiasOperands, Operand, bias_operands, operand, padded_rank
+from .operands import ADDED, EITHER, NONE, BiasOperands, Operand, absent, bias_operands, no_bias, operand, padded_rank
 from .problem import LOW_RANK, Problem
 from .settings import Tile
 from .steps import TOKENS, Schedule, cdiv
@@ -72,8 +72,8 @@ def _assembly(draft: Draft) -> tuple[str, str | None, str | None]:
 def assemble(draft: Draft, writes_weight: bool, writes_bias: bool) -> tuple[str | None, str | None, str | None]:
     """The slots of W_eff, b_eff and V from one launch; None for what is not asked for or not needed."""
     p, wide = draft.problem, draft.numerics.wide
-    a, b = operand(p, "A"), operand(p, "B") if writes_weight else Operand()
-    folded = bias_operands(p) if writes_bias else BiasOperands()
+    a, b = operand(p, "A"), operand(p, "B") if writes_weight else absent(p)
+    folded = bias_operands(p) if writes_bias else no_bias(p)
     low = p.kind("A") == LOW_RANK
     projects, down = a.form == ADDED, p.names("A")[0] if low else a.left
     w_eff = draft.allocate("w_eff", p.outputs, p.inputs) if writes_weight else None
@@ -88,7 +88,7 @@ def assemble(draft: Draft, writes_weight: bool, writes_bias: bool) -> tuple[str 
         {
             "w_ptr": "weight",
             "w_eff_ptr": w_eff,
-            "b_eff_ptr": b_eff,
+            "b_eff_ptr": b_eff or "weight",
             "v_ptr": projected,
             "a_ptr": down,
             "au_ptr": a.right,
@@ -96,7 +96,7 @@ def assemble(draft: Draft, writes_weight: bool, writes_bias: bool) -> tuple[str 
             "bu_ptr": b.right,
             "c_ptr": folded.c,
             "cu_ptr": folded.cu,
-            "bias_ptr": folded.bias,
+            "bias_ptr": None if p.bias is None else "bias",
             "d_ptr": folded.d,
             "e_ptr": folded.e,
             "N": p.outputs,
@@ -115,14 +115,14 @@ def assemble(draft: Draft, writes_weight: bool, writes_bias: bool) -> tuple[str 
             "rank_a": a.rank,
             "rank_b": b.rank,
             "rank_c": folded.rank,
+            "has_d": int(folded.has_d),
+            "has_e": int(folded.has_e),
+            "writes_bias": int(writes_bias),
             "A": a.form,
             "B": b.form,
-            "C": folded.c_form,
-            "D": folded.d is not None,
-            "E": folded.e is not None,
-            "BIAS": folded.bias is not None,
+            "C": _either(folded.c_form, a, b),
+            "BIAS": p.bias is not None,
             "WRITE_WEIGHT": writes_weight,
-            "WRITE_BIAS": writes_bias,
             "BLOCK_N": tile.rows,
             "BLOCK_K": tile.columns,
             "RANK_A": a.block_rank,
@@ -136,6 +136,11 @@ def assemble(draft: Draft, writes_weight: bool, writes_bias: bool) -> tuple[str 
         },
     )
     return w_eff, b_eff, projected
+
+
+def _either(c_form: int, a: Operand, b: Operand) -> int:
+    """One build for both forms of C, unless A and B both have factors: such a build spills on sm_80 and sm_100."""
+    return c_form if c_form == NONE or (a.low and b.low) else EITHER
 
 
 def multiply(
@@ -199,11 +204,11 @@ def multiply(
             "rank_a": a.rank,
             "rank_b": b.rank,
             "rank_c": folded.rank,
+            "has_d": int(folded.has_d),
+            "has_e": int(folded.has_e),
             "A": a.form,
             "B": b.form,
             "C": folded.c_form,
-            "D": folded.d is not None,
-            "E": folded.e is not None,
             "BIAS": folded.bias is not None,
             "WRITE_BIAS": b_eff is not None,
             "BLOCK_M": tile.tokens,

@@ -10,11 +10,11 @@ import torch
 from ..gradient_routes import ACCEPTED_LOSS, PROBED_TOKENS
 from .draft import Draft
 from .forward import share_of
-from .operands import COLUMN, LOW_RANK, NONE, BiasOperands, Operand, operand, padded_rank, prompt_operands
+from .operands import COLUMN, LOW_RANK, NONE, absent, no_bias, operand, padded_rank, prompt_operands, stand_in
 from .problem import CONSTANT, Problem, route_of
 from .settings import Tile
 from .steps import BLOCKS, TOKENS, cdiv
-from .sums import FINISH_BLOCK, TIMES_BIAS, TIMES_UP, GradientJob, Partials, blocks_of, rows_of
+from .sums import FINISH_BLOCK, TIMES_UP, UNWANTED, GradientJob, Partials, blocks_of, rows_of
 
 FINISH_TILE = Tile(0, FINISH_BLOCK, 0, 4, 2)
 OPERANDS = ("dy", "x", "weight", "bias")
@@ -58,7 +58,7 @@ class BackwardDraft(Draft):
     @property
     def contracts_b(self) -> bool:
         """Whether B is contracted with dW: for the gradient of B, or to solve for the gradient of A."""
-        return self.wants("B") or (self.route == "solved" and self.b.form != NONE)
+        return self.wants("B") or (self.route == "solved" and not self.b.absent)
 
     @property
     def takes_off_bias(self) -> bool:
@@ -122,6 +122,7 @@ class BackwardDraft(Draft):
         if self.route == "projected":
             self.sums.reserve("ad", row_blocks, p.inputs * self.a.rank)
         if self.route == "solved":
+            self.sums.reserve("lost", 1, p.outputs)
             self.sums.reserve("exact", cdiv(p.inputs, self.contract_tile.columns), p.outputs)
 
     def _contraction_sums(self) -> None:
@@ -155,18 +156,20 @@ def token_pass(draft: BackwardDraft, g: str | None = None) -> str | None:
     if not (contracts_b or sums_bias or route in ("projected", "scaled", "solved")):
         return None
     dx = draft.allocate("dx", TOKENS, p.inputs) if g is not None and p.wants_x else None
-    a = draft.a if route in ("projected", "scaled") else Operand()
-    b = draft.b if contracts_b or dx is not None else Operand()
+    a = draft.a if route in ("projected", "scaled") else absent(p)
+    b = draft.b if contracts_b or dx is not None else absent(p)
+    thin_b = contracts_b and b.form == LOW_RANK
     # A constant scales rows and inputs alike: here it is passed as a value per input, of stride 0.
     over_inputs = a.right if a.form == COLUMN else a.left
     reads_x = contracts_b or route in ("projected", "scaled")
+    x, x_strides = ("x", draft.x_strides) if reads_x else ("dy", draft.dy_strides)  # a stand-in
     tile = draft.token_tile
     draft.launch(
         "token_pass",
         tile,
         1,
         {
-            "x_ptr": "x" if reads_x else None,
+            "x_ptr": x,
             "dy_ptr": "dy",
             "other_ptr": "output" if route == "solved" else g,
             "dx_ptr": dx,
@@ -174,7 +177,7 @@ def token_pass(draft: BackwardDraft, g: str | None = None) -> str | None:
             "au_ptr": a.right,
             "b_ptr": b.left,
             "bu_ptr": b.right,
-            "bias_ptr": "bias" if "db_bias" in sums else None,
+            "bias_ptr": None if p.bias is None else "bias",
             "partials_ptr": draft.partials,
             "at_db": sums.at("db"),
             "at_db_sum": sums.at("db_sum"),
@@ -182,14 +185,14 @@ def token_pass(draft: BackwardDraft, g: str | None = None) -> str | None:
             "at_t": sums.at("t"),
             "at_a": sums.at("dv" if route == "projected" else "a"),
             "at_au": sums.at("au"),
-            "at_b": sums.at("b"),
-            "at_b_sum": sums.at("b_sum"),
+            "at_b": sums.at("b") if contracts_b else UNWANTED,
+            "at_b_sum": sums.at("b_sum") if contracts_b else UNWANTED,
             "at_bu": sums.at("bu"),
             "M": TOKENS,
             "N": p.outputs,
             "K": p.inputs,
-            "stride_xm": draft.x_strides[0] if reads_x else 0,
-            "stride_xk": draft.x_strides[1] if reads_x else 0,
+            "stride_xm": x_strides[0],
+            "stride_xk": x_strides[1],
             "stride_ym": draft.dy_strides[0],
             "stride_yn": draft.dy_strides[1],
             "stride_a": a.right_column if a.form == COLUMN else a.left_row,
@@ -198,14 +201,12 @@ def token_pass(draft: BackwardDraft, g: str | None = None) -> str | None:
             "stride_bu": b.right_rank,
             "rank_a": a.rank,
             "rank_b": b.rank,
-            "A": COLUMN if route == "scaled" else a.form,
+            "A": COLUMN if route == "scaled" else a.form if route == "projected" else NONE,
             "B": b.form,
-            "GRAD_B": contracts_b,
+            "THIN_B": thin_b,
             "SUM_A": route == "scaled" and p.kind("A") == CONSTANT,
-            "SUM_B": contracts_b and "b_sum" in sums,
-            "DB": "db" in sums,
-            "DB_SUM": "db_sum" in sums,
-            "DB_BIAS": "db_bias" in sums,
+            "BIAS": p.bias is not None,
+            "ONES": thin_b and b.rank < b.block_rank and p.element == 2,
             "OUTPUT": route == "solved",
             "WRITE_DX": dx is not None,
             "BLOCK_M": tile.tokens,
@@ -229,9 +230,7 @@ def weight_pass(draft: BackwardDraft) -> str | None:
     if not (writes or probes or "dc" in sums or "ad" in sums):
         return None
     w_eff = draft.allocate("w_eff", p.outputs, p.inputs) if writes else None
-    lost = draft.allocate("lost", p.outputs, dtype=torch.int32) if probes else None
-    a, b = (draft.a, draft.b) if writes or probes else (Operand(), Operand())
-    prompt = draft.prompt if "cu" in sums else BiasOperands()
+    a, b = (draft.a, draft.b) if writes or probes else (absent(p), absent(p))
     tile, numerics = draft.weight_tile, draft.numerics
     draft.launch(
         "weight_pass",
@@ -244,11 +243,10 @@ def weight_pass(draft: BackwardDraft) -> str | None:
             "au_ptr": a.right,
             "b_ptr": b.left,
             "bu_ptr": b.right,
-            "c_ptr": prompt.c,
+            "c_ptr": draft.prompt.c or stand_in(p),
             "x_ptr": "x" if probes else None,
             "dy_ptr": "dy" if probes else None,
-            "b_eff_ptr": "b_eff" if draft.takes_off_bias else None,
-            "lost_ptr": lost,
+            "b_eff_ptr": ("b_eff" if draft.takes_off_bias else "dy") if probes else None,
             "partials_ptr": draft.partials,
             "at_db": sums.at("db"),
             "at_dv": sums.at("dv"),
@@ -256,6 +254,7 @@ def weight_pass(draft: BackwardDraft) -> str | None:
             "at_cu": sums.at("cu"),
             "at_ad": sums.at("ad"),
             "at_t": sums.at("t"),
+            "at_lost": sums.at("lost"),
             "slices": BLOCKS,
             "M": TOKENS,
             "N": p.outputs,
@@ -272,24 +271,21 @@ def weight_pass(draft: BackwardDraft) -> str | None:
             "stride_auk": a.right_column,
             "stride_b": b.left_row,
             "stride_bu": b.right_rank,
-            "stride_c": prompt.stride_c,
+            "stride_c": draft.prompt.stride_c,
             "rank_a": draft.a.rank,
             "rank_b": b.rank,
-            "rank_c": prompt.rank,
+            "rank_c": draft.prompt.rank,
             "loss": ACCEPTED_LOSS[p.dtype],
             "A": a.form,
             "B": b.form,
             "WRITE_WEIGHT": writes,
-            "DC": "dc" in sums,
-            "DCU": bool(prompt.rank),
             "DV": "ad" in sums,
             "PROBE": probes,
-            "B_EFF": draft.takes_off_bias,
             "BLOCK_N": tile.rows,
             "BLOCK_K": tile.columns,
             "RANK_A": draft.a.block_rank,
             "RANK_B": b.block_rank,
-            "RANK_C": padded_rank(prompt.rank),
+            "RANK_C": padded_rank(draft.prompt.rank),
             "PROBES": PROBED_TOKENS,
             "FACTOR_A": a.dtype,
             "FACTOR_B": b.dtype,
@@ -310,7 +306,8 @@ def contraction(draft: BackwardDraft, dw: str | None) -> str | None:
     p, sums, solved = draft.problem, draft.sums, draft.route == "solved"
     writes, gemm = dw is not None and p.wants_x, dw is None
     w_eff = draft.allocate("w_eff", p.outputs, p.inputs) if writes else None
-    prompt = draft.prompt if "cu" in sums and not solved else BiasOperands()
+    b, prompt = (absent(p), no_bias(p)) if solved else (draft.b, draft.prompt)
+    grad_b = draft.wants("B") and not solved
     tile, numerics = draft.contract_tile, draft.numerics
     draft.launch(
         "contract",
@@ -324,18 +321,19 @@ def contraction(draft: BackwardDraft, dw: str | None) -> str | None:
             "w_eff_ptr": w_eff,
             "a_ptr": draft.a.left,
             "au_ptr": draft.a.right,
-            "b_ptr": draft.b.left,
-            "bu_ptr": draft.b.right,
-            "c_ptr": prompt.c,
-            "lost_ptr": "lost" if solved else None,
+            "b_ptr": b.left,
+            "bu_ptr": b.right,
+            "c_ptr": prompt.c or stand_in(p),
             "partials_ptr": draft.partials,
             "at_a": sums.at("exact" if solved else "a"),
             "at_au": sums.at("au"),
-            "at_b": sums.at("b_sum" if "b_sum" in sums else "b"),
+            "at_b": sums.at("b") if grad_b else UNWANTED,
+            "at_b_sum": sums.at("b_sum") if grad_b else UNWANTED,
             "at_bu": sums.at("bu"),
             "at_db": sums.at("db"),
-            "at_dc": sums.at("dc"),
-            "at_cu": sums.at("cu"),
+            "at_dc": UNWANTED if solved else sums.at("dc"),
+            "at_cu": UNWANTED if solved else sums.at("cu"),
+            "at_lost": sums.at("lost"),
             "slices": BLOCKS,
             "M": TOKENS,
             "N": p.outputs,
@@ -348,19 +346,15 @@ def contraction(draft: BackwardDraft, dw: str | None) -> str | None:
             "stride_wk": draft.weight_strides[1],
             "stride_a": draft.a.left_row,
             "stride_au": draft.a.right_rank,
-            "stride_b": draft.b.left_row,
-            "stride_bu": draft.b.right_rank,
+            "stride_b": b.left_row,
+            "stride_bu": b.right_rank,
             "stride_c": prompt.stride_c,
             "rank_a": draft.a.rank,
-            "rank_b": draft.b.rank,
+            "rank_b": b.rank,
             "rank_c": prompt.rank,
             "A": draft.a.form,
-            "B": draft.b.form,
-            "GRAD_A": True,
-            "GRAD_B": draft.wants("B") and not solved,
-            "SUM_B": "b_sum" in sums and not solved,
-            "DC": "dc" in sums and not solved,
-            "DCU": bool(prompt.rank),
+            "B": b.form,
+            "THIN_B": grad_b and b.form == LOW_RANK,
             "WRITE_WEIGHT": writes,
             "GEMM": gemm,
             "ONLY_LOST": solved,
@@ -368,10 +362,10 @@ def contraction(draft: BackwardDraft, dw: str | None) -> str | None:
             "BLOCK_N": tile.rows,
             "BLOCK_K": tile.columns,
             "RANK_A": draft.a.block_rank,
-            "RANK_B": draft.b.block_rank,
+            "RANK_B": b.block_rank,
             "RANK_C": padded_rank(prompt.rank),
             "FACTOR_A": draft.a.dtype,
-            "FACTOR_B": draft.b.dtype,
+            "FACTOR_B": b.dtype,
             "CONTRACT": numerics.contract,
             "CONTRACT_DOT": numerics.contract_precision,
             "INDEX": draft.index,
@@ -385,9 +379,8 @@ def contraction(draft: BackwardDraft, dw: str | None) -> str | None:
 
 def finish(draft: BackwardDraft, jobs: tuple[GradientJob, ...]) -> None:
     """The launch that writes the gradients of all jobs into the slot ``grads``, one after the other."""
-    p, sums, solved = draft.problem, draft.sums, draft.route == "solved"
+    p, sums, solved, other = draft.problem, draft.sums, draft.route == "solved", stand_in(draft.problem)
     rules = {job.rule for job in jobs}
-    exact = sums.of("exact").number
     draft.launch(
         "finish",
         FINISH_TILE,
@@ -396,28 +389,24 @@ def finish(draft: BackwardDraft, jobs: tuple[GradientJob, ...]) -> None:
             "table_ptr": rows_of(jobs),
             "partials_ptr": draft.partials,
             "grads_ptr": "grads",
-            "bias_ptr": "bias" if TIMES_BIAS in rules else None,
-            "cu_ptr": draft.prompt.cu if TIMES_UP in rules else None,
-            "a_ptr": draft.a.left if solved else None,
-            "b_ptr": draft.b.left if solved else None,
-            "b_eff_ptr": "b_eff" if draft.takes_off_bias else None,
-            "lost_ptr": "lost" if solved else None,
+            "bias_ptr": None if p.bias is None else "bias",
+            "cu_ptr": draft.prompt.cu if TIMES_UP in rules else other,
+            "a_ptr": draft.a.left if solved else other,
+            "b_ptr": draft.b.left if solved else other,
+            "b_eff_ptr": "b_eff" if draft.takes_off_bias else "dy",
             "jobs": len(jobs),
             "at_t": sums.at("t"),
             "at_db": sums.at("db"),
             "at_b": sums.at("b"),
+            "at_lost": sums.at("lost"),
             "at_exact": sums.at("exact"),
             "slices": BLOCKS,
-            "exact_slices": exact,
+            "exact_slices": sums.of("exact").number,
             "N": p.outputs,
             "stride_a": draft.a.left_row,
             "stride_b": draft.b.left_row,
             "rank_b": draft.b.rank,
-            "BIAS": TIMES_BIAS in rules,
-            "UP": TIMES_UP in rules,
-            "SOLVE": solved,
-            "B": draft.b.form if solved else NONE,
-            "B_EFF": draft.takes_off_bias,
+            "BIAS": p.bias is not None,
             "BLOCK": FINISH_BLOCK,
             "WIDE": draft.numerics.wide,
         },

@@ -11,6 +11,7 @@ from .machines import machine_for
 from .operands import ADDED, COLUMN, LOW_RANK, NONE
 from .problem import Problem
 from .steps import Allocate, Launch, Product, Schedule, Size
+from .sums import UNWANTED
 
 # Categories of launches. A dense product has 2 M N K operations.
 BLAS = "blas"  # a dense product of the vendor's library
@@ -92,7 +93,7 @@ class _Prices:
 
     def _ranks(self, given: dict[str, Any]) -> int:
         """The operations for the low ranks in W_eff, when V is given."""
-        return 2 * self.entries * (given["rank_a"] + given["rank_b"])
+        return 2 * self.entries * (_low_rank(given, "A") + _low_rank(given, "B"))
 
     def _assemble(self, given: dict[str, Any]) -> PricedLaunch:
         """Forms W_eff and b_eff, and V, for which it walks W0 twice."""
@@ -113,11 +114,11 @@ class _Prices:
     def _token_pass(self, given: dict[str, Any]) -> PricedLaunch:
         """Reads dy, x (a second time too, from the cache if x fits there) and what else the route needs."""
         projected, scaled, solved = given["A"] == ADDED, given["A"] == COLUMN, given["OUTPUT"]
-        contracts, writes, has_b = given["GRAD_B"], given["WRITE_DX"], given["B"] != NONE
-        sums_bias = given["DB"] or given["DB_SUM"] or given["DB_BIAS"]
+        contracts, writes, has_b = _contracts_b(given), given["WRITE_DX"], given["rank_b"] > 0
+        sums_bias = any(_wanted(given, place) for place in ("at_db", "at_db_sum", "at_db_bias"))
         through_dy = sums_bias or contracts or projected or solved or (scaled and has_b)
         reads_x = contracts or projected or scaled
-        twice = projected or (contracts and (scaled or given["rank_b"] > 0))
+        twice = projected or (contracts and (scaled or given["B"] == LOW_RANK))
         moved = through_dy * self.y_bytes + (reads_x + (twice and self._spills(self.x_bytes))) * self.x_bytes
         moved += solved * self.y_bytes + scaled * (1 + writes) * self.x_bytes
         moved += self.problem.factor_bytes + self.sums - self.fixed_sums
@@ -125,7 +126,7 @@ class _Prices:
 
     def _thin_flops(self, given: dict[str, Any]) -> int:
         """4 M (N + K) operations per rank for both gradients of a low rank, and half as many for its part in dx."""
-        p, contracts, rank_b = self.problem, given["GRAD_B"], given["rank_b"]
+        p, contracts, rank_b = self.problem, _contracts_b(given), _low_rank(given, "B")
         both, one_sided = 2 * self.tokens * (p.outputs + p.inputs), 2 * self.tokens * p.outputs
         flops = (given["A"] == ADDED) * 2 * both * given["rank_a"] + contracts * 2 * both * rank_b
         if contracts and not rank_b:
@@ -142,14 +143,14 @@ class _Prices:
         )
 
     def _prompt_flops(self, given: dict[str, Any]) -> int:
-        return given["DC"] * (2 * self.entries + 4 * self.problem.inputs * given["rank_c"])
+        return _wanted(given, "at_dc") * (2 * self.entries + 4 * self.problem.inputs * given["rank_c"])
 
     def _contract(self, given: dict[str, Any]) -> PricedLaunch:
         """Contracts dW with W0 and the factors; dW is read, or formed in registers. It may write W_eff for dx."""
         p, writes = self.problem, given["WRITE_WEIGHT"]
         if given["ONLY_LOST"]:  # usually no row is lost: then it reads nothing but flags
             return PricedLaunch("contract", 0, 4 * p.outputs * -(-p.inputs // given["BLOCK_K"]), PASS)
-        ranks = (given["A"] == LOW_RANK) * given["rank_a"] + given["GRAD_B"] * given["rank_b"]
+        ranks = _low_rank(given, "A") + given["THIN_B"] * given["rank_b"]
         flops = 4 * self.entries * ranks + self._prompt_flops(given) + writes * self._ranks(given)
         if given["GEMM"]:
             plain = self._product("dW", (p.outputs, p.inputs, self.tokens))
@@ -165,3 +166,19 @@ class _Prices:
     def _spills(self, size: int) -> bool:
         """Whether a pass that walks a matrix twice reads it twice from memory, since the L2 cannot hold it."""
         return size > machine_for(self.problem.architecture).cache
+
+
+def _wanted(given: dict[str, Any], place: str) -> bool:
+    """Whether a sum is formed."""
+    return given[place] != UNWANTED
+
+
+def _contracts_b(given: dict[str, Any]) -> bool:
+    """Whether a token pass contracts B with dW."""
+    return given["THIN_B"] or _wanted(given, "at_b") or _wanted(given, "at_b_sum")
+
+
+def _low_rank(given: dict[str, Any], slot: str) -> int:
+    """The rank of A or B where it has factors."""
+    rank: int = given[f"rank_{slot.lower()}"]
+    return rank if given[slot] in (LOW_RANK, ADDED) else 0

@@ -21,6 +21,7 @@ class Slices(NamedTuple):
 
 
 NO_SLICES = Slices(NOTHING, 0, 0)
+UNWANTED = -1  # the place of a sum that nobody reads: kernels do not form it
 
 
 class Partials:
@@ -46,8 +47,8 @@ class Partials:
     def of(self, name: str) -> Slices:
         return self.parts.get(name, NO_SLICES)
 
-    def at(self, name: str) -> Amount:
-        return self.of(name).at
+    def at(self, name: str) -> Size:
+        return self.parts[name].at if name in self.parts else UNWANTED
 
 
 def aligned(size: int) -> int:

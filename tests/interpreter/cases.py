@@ -67,6 +67,13 @@ def make(
     return (*none[:3], terms)
 
 
+def lost_rows(launches):
+    """The rows of da that the weight pass has marked, (N,); given all launches."""
+    arguments = next(one.arguments for one in launches if one.kernel == "weight_pass_kernel")
+    at = arguments["at_lost"]
+    return arguments["partials_ptr"][at : at + arguments["N"]].bool()
+
+
 def upstream(call, seed: int = 0) -> Tensor:
     """A gradient of the output, of its shape and dtype."""
     x, weight, *_ = call

@@ -23,7 +23,7 @@ from glora_kernels._triton.launch import launch
 from glora_kernels._triton.tile import sum_slices
 from glora_kernels.planning.settings import Tile
 from glora_kernels.planning.steps import Amount
-from glora_kernels.planning.sums import ALIGN, Partials
+from glora_kernels.planning.sums import ALIGN, UNWANTED, Partials
 from tests.interpreter.cases import (
     KINDS,
     PRODUCTS,
@@ -33,6 +33,7 @@ from tests.interpreter.cases import (
     check,
     kernels,
     launching,
+    lost_rows,
     make,
     run,
     tiles,
@@ -167,7 +168,7 @@ def test_rows_are_lost_where_the_formula_says(bias, b, strategy):
     arguments = next(launched.arguments for launched in found if launched.kernel == "weight_pass_kernel")
     kept, margin = _formula(arguments, terms)
     clear = (margin.log().abs() > 1e-3) & margin.isfinite()
-    lost = arguments["lost_ptr"].bool()
+    lost = lost_rows(found)
     assert torch.equal(lost[clear], ~kept[clear])
     assert (b == "none" and not bias) or 10 < lost.sum() < 60
     assert clear.sum() > 60
@@ -180,8 +181,7 @@ def test_the_tokens_looked_at_are_spread_over_the_batch():
     dy[(torch.arange(1, 16) * 90 // 16)] = upstream(call)[:15]
     with watched() as found:
         check(call, dy)
-    lost = next(launched.arguments["lost_ptr"] for launched in found if launched.kernel == "weight_pass_kernel")
-    assert lost.sum() < 60
+    assert lost_rows(found).sum() < 60
 
 
 def _formula(arguments, terms):
@@ -190,7 +190,7 @@ def _formula(arguments, terms):
     probes = torch.arange(16) * len(x) // 16
     x, dy = x[probes], dy[probes]
     taken = torch.zeros_like(dy)
-    if arguments["b_eff_ptr"] is not None:
+    if arguments["at_db"] >= 0:  # then there is a b_eff
         taken += arguments["b_eff_ptr"].double().abs()
     if terms.B is not None and len(terms.B.storages) == 2:
         down, up = (factor.detach().double().abs() for factor in terms.B.factors)
@@ -246,8 +246,9 @@ def first_launch(kernel, path, product, shape, strategy):
 
 
 def moved(arguments, **changes):
-    """Some of the arguments changed; numbers are added to what is there."""
-    return {**arguments, **{name: arguments[name] + change for name, change in changes.items()}}
+    """Some of the arguments changed; numbers are added to what is there, unless it is UNWANTED."""
+    there = {name: change for name, change in changes.items() if arguments[name] != UNWANTED}
+    return {**arguments, **{name: arguments[name] + change for name, change in there.items()}}
 
 
 def same_partials(got, want):
@@ -306,7 +307,7 @@ def test_a_weight_pass_far_out(route, monkeypatch):
 def test_a_contraction_far_out(rows, monkeypatch):
     path = ("vector", "vector", "vector", "none", "none")
     first = first_launch(contract_kernel, path, "hadamard", (17, 16, 16), "fused")
-    first |= {"stride_wn": 0, "stride_wk": 0, "stride_xk": 0, "stride_yn": 0, "DC": False}
+    first |= {"stride_wn": 0, "stride_wk": 0, "stride_xk": 0, "stride_yn": 0, "at_dc": -1}
     size = 16 * FAR
     far_out = moved(first, **{"N" if rows else "K": size}, at_a=-size, at_b=-size)
     want = launch_far(monkeypatch, contract_kernel, 0, first)
@@ -317,12 +318,12 @@ def test_probes_of_very_many_tokens(monkeypatch):
     """The last of 16 tokens that are looked at is formed of a product with their number."""
     first = first_launch(weight_pass_kernel, ("vector", "lora_3", "none", "none", "none"), "hadamard", REUSED, "fused")
     first |= {"stride_xm": 0, "stride_ym": 0}
-    want = first["lost_ptr"] = torch.full_like(first["lost_ptr"], -1)
     nothing = torch.zeros_like(first["partials_ptr"])
-    launch_far(monkeypatch, weight_pass_kernel, 0, first, nothing)
-    many = {**first, "M": 2**29, "lost_ptr": torch.full_like(want, -1)}
-    launch_far(monkeypatch, weight_pass_kernel, 0, many, nothing)
-    assert torch.equal(many["lost_ptr"], want) and 0 in want[:16] and -1 not in want[:16]
+    marked = slice(first["at_lost"], first["at_lost"] + 16)
+    nothing[marked] = -1
+    want = launch_far(monkeypatch, weight_pass_kernel, 0, first, nothing)
+    found = launch_far(monkeypatch, weight_pass_kernel, 0, {**first, "M": 2**29}, nothing)
+    assert same_partials(found, want) and 0 in want[marked] and -1 not in want[marked]
 
 
 @triton.jit

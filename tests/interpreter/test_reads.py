@@ -28,7 +28,7 @@ WRITTEN = {
     "assemble_kernel": {"w_eff_ptr", "b_eff_ptr", "v_ptr"},
     "fused_kernel": {"y_ptr", "b_eff_ptr"},
     "token_pass_kernel": {"dx_ptr", "partials_ptr"},
-    "weight_pass_kernel": {"w_eff_ptr", "lost_ptr", "partials_ptr"},
+    "weight_pass_kernel": {"w_eff_ptr", "partials_ptr"},
     "contract_kernel": {"w_eff_ptr", "partials_ptr"},
     "finish_kernel": {"grads_ptr"},
 }

@@ -14,6 +14,7 @@ from tests.interpreter.cases import (
     check,
     kernels,
     leaves_of,
+    lost_rows,
     make,
     rest,
     route,
@@ -29,13 +30,6 @@ LARGE = (256, 24, 96)
 def vector_call(dtype, b="lora_3", bias_scale=1.0, shape=LARGE, others=("vector", "vector", "vector")):
     x, weight, b0, terms = make(("vector", b, *others), shape, dtype=dtype)
     return x, weight, b0 * bias_scale, terms
-
-
-def lost_rows(found):
-    """As the weight pass has marked them."""
-    assert route(found) == "solved"
-    (weight_pass,) = (call for call in found if call.kernel == "weight_pass_kernel")
-    return weight_pass.arguments["lost_ptr"].bool()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

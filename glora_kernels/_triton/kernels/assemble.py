@@ -14,24 +14,24 @@ from ..tile import ADDED, NONE, bias_tile, effective_tile, load_tile, prompt_til
 
 # Numbers that change from call to call: a new value needs no new build.
 STRIDES = ["stride_a", "stride_b", "stride_c", "stride_d", "stride_e"]  # of a storage: its rank, 1 or 0
-VARYING = ["rank_a", "rank_b", "rank_c", "share", *STRIDES]
+VARYING = ["rank_a", "rank_b", "rank_c", "share", "has_d", "has_e", "writes_bias", *STRIDES]
 
 
 @triton.jit(do_not_specialize=VARYING)
 def assemble_kernel(
     w_ptr,  # W0 (N, K), read
     w_eff_ptr,  # W_eff (N, K), contiguous, written if WRITE_WEIGHT
-    b_eff_ptr,  # b_eff (N,), written if WRITE_BIAS
+    b_eff_ptr,  # b_eff (N,), written if writes_bias
     v_ptr,  # V = W0 Ad (N, rank_a), written if A is ADDED
     a_ptr,  # Ad: (N, R), or (K, R) if A is ADDED; or a value per row (N,); read
     au_ptr,  # Au (R, K), or a value per column (K,) if A is COLUMN; read if WRITE_WEIGHT
     b_ptr,  # Bd (N, R), or a value per row (N,); read
     bu_ptr,  # Bu (R, K), read if B is LOW_RANK and WRITE_WEIGHT
     c_ptr,  # Cd (K, R), or c (K,); read
-    cu_ptr,  # Cu (R, 1), read if C is LOW_RANK
+    cu_ptr,  # Cu (R, 1), read if C is a low rank
     bias_ptr,  # b0 (N,), read if BIAS
-    d_ptr,  # D (N,), read if D
-    e_ptr,  # E (N,), read if E
+    d_ptr,  # D (N,), read if has_d
+    e_ptr,  # E (N,), read if has_e
     N,  # outputs: rows of W0
     K,  # inputs: columns of W0
     share,  # columns that one program walks
@@ -45,17 +45,17 @@ def assemble_kernel(
     stride_c,  # c_ptr: to the next input
     stride_d,  # D: to the next output; 0 repeats a constant
     stride_e,  # E: to the next output; 0 repeats a constant
-    rank_a,  # ranks of A that are read; its storage may hold more
-    rank_b,  # ranks of B that are read
-    rank_c,  # ranks of C that are read
-    A: tl.constexpr,  # form of A on a tile: NONE, ROW, COLUMN, LOW_RANK or ADDED (tile.py)
-    B: tl.constexpr,  # form of B on a tile: NONE, ROW or LOW_RANK
-    C: tl.constexpr,  # form of c: NONE, ROW (a vector) or LOW_RANK
-    D: tl.constexpr,  # whether there is a D
-    E: tl.constexpr,  # whether there is an E
+    rank_a,  # ranks of A that are read; its storage may hold more. 1 of a vector or constant, 0 without A
+    rank_b,  # ranks of B that are read, likewise
+    rank_c,  # ranks of C that are read; 0 of a vector
+    has_d,  # whether there is a D: 1 or 0
+    has_e,  # whether there is an E: 1 or 0
+    writes_bias,  # whether b_eff is formed: 1 or 0
+    A: tl.constexpr,  # form of A on a tile: ROW, COLUMN, LOW_RANK or ADDED (tile.py)
+    B: tl.constexpr,  # form of B on a tile: ROW or LOW_RANK
+    C: tl.constexpr,  # form of c: NONE, ROW (a vector), LOW_RANK, or EITHER
     BIAS: tl.constexpr,  # whether there is a b0
     WRITE_WEIGHT: tl.constexpr,  # whether W_eff is formed
-    WRITE_BIAS: tl.constexpr,  # whether b_eff is formed
     BLOCK_N: tl.constexpr,  # rows per tile
     BLOCK_K: tl.constexpr,  # columns per tile
     RANK_A: tl.constexpr,  # rank_a padded to a power of two, at least 16
@@ -103,8 +103,8 @@ def assemble_kernel(
                     left, au_ptr, columns, stride_au, stride_auk, rank_a, mask, A, RANK_A, FACTOR_A, WIDE, PRECISION
                 )
                 b = term_tile(b_rows, bu_ptr, columns, stride_bu, 1, rank_b, mask, B, RANK_B, FACTOR_B, WIDE, PRECISION)
-                store_tile(w_eff_ptr, effective_tile(weight, a, b, A, B), rows, columns, K, 1, row_mask, mask)
+                store_tile(w_eff_ptr, effective_tile(weight, a, b, A), rows, columns, K, 1, row_mask, mask)
     # With C a share is the whole row, so this program's W0 c is complete.
-    if WRITE_BIAS and part == 0:
-        bias = bias_tile(prompt, bias_ptr, d_ptr, e_ptr, rows, stride_d, stride_e, row_mask, BIAS, D, E, WIDE)
+    if writes_bias > 0 and part == 0:
+        bias = bias_tile(prompt, bias_ptr, d_ptr, e_ptr, rows, stride_d, stride_e, has_d, has_e, row_mask, BIAS, WIDE)
         tl.store(b_eff_ptr + rows, bias.to(b_eff_ptr.dtype.element_ty), mask=row_mask)

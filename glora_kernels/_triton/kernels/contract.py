@@ -13,10 +13,10 @@ result is linear in dW or db. With ONLY_LOST a program whose rows are all kept d
 import triton
 import triton.language as tl
 
-from ..tile import LOW_RANK, effective_tile, load_tile, row_part, span, store_tile, sum_slices, term_tile
+from ..tile import LOW_RANK, UNWANTED, effective_tile, load_tile, row_part, span, store_tile, sum_slices, term_tile
 
 # Numbers that change from call to call: a new value needs no new build.
-PLACES = ["at_a", "at_au", "at_b", "at_bu", "at_db", "at_dc", "at_cu"]
+PLACES = ["at_a", "at_au", "at_b", "at_b_sum", "at_bu", "at_db", "at_dc", "at_cu", "at_lost"]
 STRIDES = ["stride_a", "stride_b", "stride_c"]  # of a storage: its rank, 1 or 0
 VARYING = ["M", "slices", "rank_a", "rank_b", "rank_c", *PLACES, *STRIDES]
 
@@ -59,20 +59,21 @@ def contract_kernel(
     x_ptr,  # x (M, K), read with GEMM
     w_ptr,  # W0 (N, K), read
     w_eff_ptr,  # W_eff (N, K), contiguous, written if WRITE_WEIGHT
-    a_ptr,  # Ad (N, R), read with GRAD_A or WRITE_WEIGHT; or a (N,), read with WRITE_WEIGHT
-    au_ptr,  # Au (R, K), read if A is LOW_RANK, with GRAD_A or WRITE_WEIGHT
-    b_ptr,  # Bd (N, R), read with GRAD_B or WRITE_WEIGHT; or a value per row (N,), read with WRITE_WEIGHT
-    bu_ptr,  # Bu (R, K), read if B is LOW_RANK, with GRAD_B or WRITE_WEIGHT
-    c_ptr,  # Cd (K, R), read with DCU
-    lost_ptr,  # (N,) int32, read with ONLY_LOST: 1 where the row of da is lost
-    partials_ptr,  # buffer of partial sums: db is read, the rest written
+    a_ptr,  # Ad (N, R), read; or a (N,), read with WRITE_WEIGHT
+    au_ptr,  # Au (R, K), read if A is LOW_RANK
+    b_ptr,  # Bd (N, R), read with THIN_B or WRITE_WEIGHT; or a value per row (N,), read with WRITE_WEIGHT
+    bu_ptr,  # Bu (R, K), read if B is LOW_RANK, with THIN_B or WRITE_WEIGHT
+    c_ptr,  # Cd (K, R), read for at_cu
+    partials_ptr,  # buffer of partial sums: db and lost are read, the rest written. At UNWANTED: not formed
     at_a,  # dAd (column blocks, N, R), or da (column blocks, N)
     at_au,  # dAu (row blocks, K, R)
-    at_b,  # dBd (column blocks, N, R); or sum_k dW (column blocks, N); with SUM_B (tiles,)
+    at_b,  # dBd (column blocks, N, R); or sum_k dW (column blocks, N)
+    at_b_sum,  # sum of dW over rows and columns (tiles,), for a constant B
     at_bu,  # dBu (row blocks, K, R)
     at_db,  # db (slices, N), from the token pass
     at_dc,  # dc (row blocks, K)
-    at_cu,  # Cd^T dc (tiles, R)
+    at_cu,  # Cd^T dc (tiles, R); only with dc
+    at_lost,  # lost (N,), read with ONLY_LOST: 1 where the row of da is lost
     slices,  # slices of db in the buffer: blocks of tokens
     M,  # tokens
     N,  # outputs: rows of W0
@@ -88,16 +89,12 @@ def contract_kernel(
     stride_b,  # b_ptr: to the next row; 0 repeats a constant
     stride_bu,  # Bu: to the next rank
     stride_c,  # Cd: to the next row
-    rank_a,  # ranks of A that are read; its storage may hold more
-    rank_b,  # ranks of B that are read
+    rank_a,  # ranks of A that are read; its storage may hold more. 1 of a vector
+    rank_b,  # ranks of B that are read; 1 of a vector or constant, 0 without B
     rank_c,  # ranks of C that are read
     A: tl.constexpr,  # form of A: ROW or LOW_RANK
-    B: tl.constexpr,  # form of B: NONE, ROW or LOW_RANK
-    GRAD_A: tl.constexpr,  # whether the gradient of A is formed
-    GRAD_B: tl.constexpr,  # whether the gradient of B is formed
-    SUM_B: tl.constexpr,  # whether B is a constant: its gradient is one number per tile
-    DC: tl.constexpr,  # whether dc is formed
-    DCU: tl.constexpr,  # whether Cd^T dc is formed, for dCu
+    B: tl.constexpr,  # form of B: ROW or LOW_RANK
+    THIN_B: tl.constexpr,  # whether the gradients of the factors of B are formed
     WRITE_WEIGHT: tl.constexpr,  # whether W_eff is formed, for dx
     GEMM: tl.constexpr,  # whether dW is formed here, from dy and x
     ONLY_LOST: tl.constexpr,  # whether blocks of rows without a lost row are skipped
@@ -125,7 +122,7 @@ def contract_kernel(
     # Where no row of the block is lost, nobody reads its sums.
     wanted = True
     if ONLY_LOST:
-        wanted = tl.max(tl.load(lost_ptr + rows, mask=row_mask, other=0), 0) > 0
+        wanted = tl.max(tl.load(partials_ptr + at_lost + rows, mask=row_mask, other=0.0), 0) > 0
     if wanted:
         if GEMM:  # this tile of dW = dy^T x, in the order of the tokens
             dw = tl.zeros([BLOCK_N, BLOCK_K], dtype=WIDE)
@@ -139,7 +136,7 @@ def contract_kernel(
         else:
             dw = load_tile(dw_ptr, rows, columns, K, 1, row_mask, mask).to(WIDE)
         # dBd and dBu. If B is one value per row, sum_k dW; if it is a constant, the sum of the tile.
-        if GRAD_B and B == LOW_RANK:
+        if THIN_B:
             store_factor_gradients(
                 dw,
                 b_ptr,
@@ -157,14 +154,14 @@ def contract_kernel(
                 CONTRACT,
                 CONTRACT_DOT,
             )
-        elif GRAD_B and SUM_B:
-            tl.store(partials_ptr + at_b + row_block * column_blocks + column_block, tl.sum(tl.sum(dw, 1), 0))
-        elif GRAD_B:
-            tl.store(partials_ptr + at_b + column_block * N + rows, tl.sum(dw, 1), mask=row_mask)
-        if GRAD_A or DC or WRITE_WEIGHT:
-            weight = load_tile(w_ptr, rows, columns, stride_wn, stride_wk, row_mask, mask).to(WIDE)
+        elif not ONLY_LOST:
+            if at_b_sum != UNWANTED:
+                tl.store(partials_ptr + at_b_sum + row_block * column_blocks + column_block, tl.sum(tl.sum(dw, 1), 0))
+            if at_b != UNWANTED:
+                tl.store(partials_ptr + at_b + column_block * N + rows, tl.sum(dw, 1), mask=row_mask)
+        weight = load_tile(w_ptr, rows, columns, stride_wn, stride_wk, row_mask, mask).to(WIDE)
         # The same for A, with H = dW * W0 in place of dW.
-        if GRAD_A and A == LOW_RANK:
+        if A == LOW_RANK:
             store_factor_gradients(
                 dw * weight,
                 a_ptr,
@@ -182,14 +179,14 @@ def contract_kernel(
                 CONTRACT,
                 CONTRACT_DOT,
             )
-        elif GRAD_A:
+        else:
             tl.store(partials_ptr + at_a + column_block * N + rows, tl.sum(dw * weight, 1), mask=row_mask)
         # dc = W0^T db over the rows of this block. db is still in slices of the token pass.
-        if DC:
+        if not ONLY_LOST and at_dc != UNWANTED:
             db = sum_slices(partials_ptr + at_db, slices, N, rows, row_mask, BLOCK_N, WIDE)
             dc = tl.sum(weight * db[:, None], 0)
             tl.store(partials_ptr + at_dc + row_block * K + columns, dc, mask=mask)
-            if DCU:
+            if at_cu != UNWANTED:
                 ranks = tl.arange(0, RANK_C)
                 down = load_tile(c_ptr, columns, ranks, stride_c, 1, mask, ranks < rank_c).to(WIDE)
                 at = partials_ptr + at_cu + (row_block * column_blocks + column_block) * rank_c
@@ -199,4 +196,4 @@ def contract_kernel(
             b_rows = row_part(b_ptr, rows, stride_b, 1, rank_b, row_mask, B, RANK_B, FACTOR_B)
             a = term_tile(a_rows, au_ptr, columns, stride_au, 1, rank_a, mask, A, RANK_A, FACTOR_A, WIDE, PRECISION)
             b = term_tile(b_rows, bu_ptr, columns, stride_bu, 1, rank_b, mask, B, RANK_B, FACTOR_B, WIDE, PRECISION)
-            store_tile(w_eff_ptr, effective_tile(weight, a, b, A, B), rows, columns, K, 1, row_mask, mask)
+            store_tile(w_eff_ptr, effective_tile(weight, a, b, A), rows, columns, K, 1, row_mask, mask)

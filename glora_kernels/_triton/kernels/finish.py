@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 
 from ...planning import sums
-from ..tile import LOW_RANK, ROW, sum_slices
+from ..tile import UNWANTED, sum_slices
 
 TABLE_WIDTH = tl.constexpr(13)
 TIMES_BIAS = tl.constexpr(sums.TIMES_BIAS)  # D: times b0
@@ -30,7 +30,8 @@ TIMES_UP = tl.constexpr(sums.TIMES_UP)  # Cd: times Cu
 SOLVED = tl.constexpr(sums.SOLVED)  # A from the output
 
 # Numbers that change from call to call: a new value needs no new build.
-VARYING = ["jobs", "N", "slices", "exact_slices", "stride_a", "stride_b", "rank_b", "at_t", "at_db", "at_b", "at_exact"]
+PLACES = ["at_t", "at_db", "at_b", "at_lost", "at_exact"]
+VARYING = ["jobs", "N", "slices", "exact_slices", "stride_a", "stride_b", "rank_b", *PLACES]
 
 
 @triton.jit
@@ -40,39 +41,33 @@ def solve(
     partials_ptr,  # buffer of partial sums, read
     a_ptr,  # a (N,), read
     b_ptr,  # Bd (N, R), or a value per row (N,); read
-    b_eff_ptr,  # b_eff (N,), read with B_EFF
-    lost_ptr,  # (N,) int32, read: 1 where the row is lost
+    b_eff_ptr,  # b_eff (N,), read if db is there
     at_t,  # t = sum_m dy y (slices, N)
-    at_db,  # db (slices, N)
+    at_db,  # db (slices, N); UNWANTED where the layer has no b_eff
     at_b,  # dBd (slices, N, R), or sum_k dW (slices, N)
+    at_lost,  # lost (N,): 1 where the row is lost
     at_exact,  # da of lost rows, from dW and W0 (exact_slices, N)
     slices,  # slices of t, db and at_b: blocks of tokens
     exact_slices,  # slices of at_exact: blocks of columns
     N,  # outputs
     stride_a,  # a: to the next row
     stride_b,  # b_ptr: to the next row; 0 repeats a constant
-    rank_b,  # ranks of B that are read
-    B: tl.constexpr,  # form of B: NONE, ROW or LOW_RANK
-    B_EFF: tl.constexpr,  # whether the layer has a b_eff
+    rank_b,  # ranks of B that are read; 1 of a value per row, 0 without B
     BLOCK: tl.constexpr,  # elements per program
     WIDE: tl.constexpr,  # type of sums: fp32, or fp64 for fp64 layers
 ):
     """da of the given rows, [BLOCK], by the equation above."""
     da = sum_slices(partials_ptr + at_t, slices, N, rows, mask, BLOCK, WIDE)
-    if B_EFF:
+    if at_db != UNWANTED:
         db = sum_slices(partials_ptr + at_db, slices, N, rows, mask, BLOCK, WIDE)
         da -= tl.load(b_eff_ptr + rows, mask=mask, other=0.0).to(WIDE) * db
-    # sum_k B dW = sum_r Bd dBd, since dBd = dW Bu^T.
-    if B == LOW_RANK:
-        for r in range(0, rank_b):
-            d_left = sum_slices(partials_ptr + at_b, slices, N * rank_b, rows * rank_b + r, mask, BLOCK, WIDE)
-            da -= tl.load(b_ptr + rows * stride_b + r, mask=mask, other=0.0).to(WIDE) * d_left
-    elif B == ROW:
-        d_rows = sum_slices(partials_ptr + at_b, slices, N, rows, mask, BLOCK, WIDE)
-        da -= tl.load(b_ptr + rows * stride_b, mask=mask, other=0.0).to(WIDE) * d_rows
+    # sum_k B dW = sum_r Bd dBd, since dBd = dW Bu^T; a value per row is a Bd of rank 1, and Bu a row of ones.
+    for r in range(0, rank_b):
+        d_left = sum_slices(partials_ptr + at_b, slices, N * rank_b, rows * rank_b + r, mask, BLOCK, WIDE)
+        da -= tl.load(b_ptr + rows * stride_b + r, mask=mask, other=0.0).to(WIDE) * d_left
     # Exact sums are read for lost rows alone: where a block has none, they were never written.
     # A lost row may have 1 + a = 0: it divides by 1, and takes the exact sum.
-    lost = tl.load(lost_ptr + rows, mask=mask, other=0) > 0
+    lost = tl.load(partials_ptr + at_lost + rows, mask=mask, other=0.0) > 0
     scale = 1.0 + tl.load(a_ptr + rows * stride_a, mask=mask, other=0.0).to(WIDE)
     exact = sum_slices(partials_ptr + at_exact, exact_slices, N, rows, mask & lost, BLOCK, WIDE)
     return tl.where(lost, exact, da / tl.where(lost, 1.0, scale))
@@ -83,28 +78,24 @@ def finish_kernel(
     table_ptr,  # (jobs, TABLE_WIDTH) int64, read: one row per gradient
     partials_ptr,  # buffer of partial sums, read
     grads_ptr,  # all gradients, one after the other, written
-    bias_ptr,  # b0 (N,), read with BIAS
-    cu_ptr,  # Cu (R, 1), read with UP
-    a_ptr,  # a (N,), read with SOLVE
-    b_ptr,  # Bd (N, R), or a value per row (N,); read with SOLVE
-    b_eff_ptr,  # b_eff (N,), read with SOLVE and B_EFF
-    lost_ptr,  # (N,) int32, read with SOLVE: 1 where the row is lost
+    bias_ptr,  # b0 (N,), read by the rule TIMES_BIAS
+    cu_ptr,  # Cu (R, 1), read by the rule TIMES_UP
+    a_ptr,  # a (N,), read by the rule SOLVED, as all that follows
+    b_ptr,  # Bd (N, R), or a value per row (N,)
+    b_eff_ptr,  # b_eff (N,), read if db is there
     jobs,  # gradients to make: rows of the table
     at_t,  # t = sum_m dy y (slices, N)
-    at_db,  # db (slices, N)
+    at_db,  # db (slices, N); UNWANTED where the layer has no b_eff
     at_b,  # dBd (slices, N, R), or sum_k dW (slices, N)
+    at_lost,  # lost (N,): 1 where the row is lost
     at_exact,  # da of lost rows, from dW and W0 (exact_slices, N)
     slices,  # slices of t, db and at_b: blocks of tokens
     exact_slices,  # slices of at_exact: blocks of columns
     N,  # outputs
     stride_a,  # a: to the next row
     stride_b,  # b_ptr: to the next row; 0 repeats a constant
-    rank_b,  # ranks of B that are read
-    BIAS: tl.constexpr,  # whether some job multiplies by b0
-    UP: tl.constexpr,  # whether some job multiplies by Cu
-    SOLVE: tl.constexpr,  # whether some job solves for da
-    B: tl.constexpr,  # form of B, for SOLVE: NONE, ROW or LOW_RANK
-    B_EFF: tl.constexpr,  # whether b_eff is taken off, for SOLVE
+    rank_b,  # ranks of B that are read; 1 of a value per row, 0 without B
+    BIAS: tl.constexpr,  # whether there is a b0
     BLOCK: tl.constexpr,  # elements per program
     WIDE: tl.constexpr,  # type of sums: fp32, or fp64 for fp64 layers
 ):
@@ -132,33 +123,29 @@ def finish_kernel(
     if BIAS:
         if rule == TIMES_BIAS:
             value *= tl.load(bias_ptr + c, mask=mask, other=0.0).to(WIDE)
-    if UP:
-        if rule == TIMES_UP:
-            value *= tl.load(cu_ptr + j, mask=mask, other=0.0).to(WIDE)
-    if SOLVE:
-        if rule == SOLVED:
-            value = solve(
-                c,
-                mask,
-                partials_ptr,
-                a_ptr,
-                b_ptr,
-                b_eff_ptr,
-                lost_ptr,
-                at_t,
-                at_db,
-                at_b,
-                at_exact,
-                slices,
-                exact_slices,
-                N,
-                stride_a,
-                stride_b,
-                rank_b,
-                B,
-                B_EFF,
-                BLOCK,
-                WIDE,
-            )
+    if rule == TIMES_UP:
+        value *= tl.load(cu_ptr + j, mask=mask, other=0.0).to(WIDE)
+    if rule == SOLVED:
+        value = solve(
+            c,
+            mask,
+            partials_ptr,
+            a_ptr,
+            b_ptr,
+            b_eff_ptr,
+            at_t,
+            at_db,
+            at_b,
+            at_lost,
+            at_exact,
+            slices,
+            exact_slices,
+            N,
+            stride_a,
+            stride_b,
+            rank_b,
+            BLOCK,
+            WIDE,
+        )
     value = tl.where(mask, value, 0.0)  # what is not read becomes zero, even if it is NaN by now
     tl.store(grads_ptr + target + o, value.to(grads_ptr.dtype.element_ty), mask=o < size)

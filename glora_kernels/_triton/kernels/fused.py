@@ -15,7 +15,7 @@ import triton.language as tl
 from ..tile import NONE, bias_tile, effective_tile, load_tile, prompt_tile, row_part, span, store_tile, term_tile
 
 # Numbers that change from call to call: a new value needs no new build.
-VARYING = ["M", "rank_a", "rank_b", "rank_c"]
+VARYING = ["M", "rank_a", "rank_b", "rank_c", "has_d", "has_e"]
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -31,8 +31,8 @@ def fused_kernel(
     c_ptr,  # Cd (RED, R), or c (RED,); read
     cu_ptr,  # Cu (R, 1), read if C is LOW_RANK
     bias_ptr,  # b0 (OUT,), read if BIAS
-    d_ptr,  # D (OUT,), read if D
-    e_ptr,  # E (OUT,), read if E
+    d_ptr,  # D (OUT,), read if has_d
+    e_ptr,  # E (OUT,), read if has_e
     M,  # tokens
     OUT,  # rows of the weight: N, or K to form dx
     RED,  # columns of the weight, summed over: K, or N to form dx
@@ -51,14 +51,14 @@ def fused_kernel(
     stride_c,  # c_ptr: to the next input
     stride_d,  # D: to the next output; 0 repeats a constant
     stride_e,  # E: to the next output; 0 repeats a constant
-    rank_a,  # ranks of A that are read; its storage may hold more
-    rank_b,  # ranks of B that are read
-    rank_c,  # ranks of C that are read
-    A: tl.constexpr,  # form of A on a tile: NONE, ROW, COLUMN, LOW_RANK or ADDED (tile.py)
-    B: tl.constexpr,  # form of B on a tile: NONE, ROW, COLUMN or LOW_RANK
+    rank_a,  # ranks of A that are read; its storage may hold more. 1 of a vector or constant, 0 without A
+    rank_b,  # ranks of B that are read, likewise
+    rank_c,  # ranks of C that are read; 0 of a vector
+    has_d,  # whether there is a D: 1 or 0
+    has_e,  # whether there is an E: 1 or 0
+    A: tl.constexpr,  # form of A on a tile: ROW, COLUMN, LOW_RANK or ADDED (tile.py)
+    B: tl.constexpr,  # form of B on a tile: ROW, COLUMN or LOW_RANK
     C: tl.constexpr,  # form of c: NONE, ROW (a vector) or LOW_RANK
-    D: tl.constexpr,  # whether there is a D
-    E: tl.constexpr,  # whether there is an E
     BIAS: tl.constexpr,  # whether there is a b0
     WRITE_BIAS: tl.constexpr,  # whether b_eff is stored, for backward
     BLOCK_M: tl.constexpr,  # tokens per tile
@@ -100,12 +100,12 @@ def fused_kernel(
             prompt += tl.sum(weight * c[None, :], 1)
         a = term_tile(a_rows, au_ptr, reds, stride_au, stride_auc, rank_a, mask, A, RANK_A, FACTOR_A, WIDE, PRECISION)
         b = term_tile(b_rows, bu_ptr, reds, stride_bu, stride_buc, rank_b, mask, B, RANK_B, FACTOR_B, WIDE, PRECISION)
-        w_eff = effective_tile(weight, a, b, A, B).to(x_ptr.dtype.element_ty)
+        w_eff = effective_tile(weight, a, b, A).to(x_ptr.dtype.element_ty)
         if SWAP:
             acc = tl.dot(w_eff, tl.trans(x), acc, input_precision=DOT, out_dtype=WIDE)
         else:
             acc = tl.dot(x, tl.trans(w_eff), acc, input_precision=DOT, out_dtype=WIDE)
-    bias = bias_tile(prompt, bias_ptr, d_ptr, e_ptr, outs, stride_d, stride_e, out_mask, BIAS, D, E, WIDE)
+    bias = bias_tile(prompt, bias_ptr, d_ptr, e_ptr, outs, stride_d, stride_e, has_d, has_e, out_mask, BIAS, WIDE)
     bias = bias.to(y_ptr.dtype.element_ty)  # the bits that a merged layer adds
     # Every block of tokens has formed the same b_eff: one of them stores it.
     if WRITE_BIAS and token_block == 0:

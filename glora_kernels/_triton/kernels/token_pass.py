@@ -21,7 +21,7 @@ Other shapes are in kernels/__init__.py.
 import triton
 import triton.language as tl
 
-from ..tile import ADDED, COLUMN, LOW_RANK, NONE, ROW, load_tile, span, store_tile
+from ..tile import ADDED, COLUMN, LOW_RANK, NONE, ROW, UNWANTED, load_tile, span, store_tile
 
 # Numbers that change from call to call: a new value needs no new build.
 PLACES = ["at_db", "at_db_sum", "at_db_bias", "at_t", "at_a", "at_au", "at_b", "at_b_sum", "at_bu"]
@@ -52,25 +52,27 @@ def store_slice(ptr, tile, thin, block, columns, size, rank, mask, BLOCK_RANK: t
     """Store ``tile^T thin``, (columns, rank), in slice ``block`` of (slices, size, rank) at ``ptr``; size: N or K.
 
     ``tile`` is [tokens, columns] of dy or x; ``thin`` is P or Q, [tokens, BLOCK_RANK], and takes the type of ``tile``.
-    The other parameters are those of ``thin_product``.
+    The other parameters are those of ``thin_product``. Returns the product with all its columns, those too that are
+    not stored.
     """
     ranks = tl.arange(0, BLOCK_RANK)
     product = tl.dot(tl.trans(tile), thin.to(tile.dtype), input_precision=DOT)
     store_tile(ptr + block * size * rank, product, columns, ranks, rank, 1, mask, ranks < rank)
+    return product
 
 
 @triton.jit(do_not_specialize=VARYING)
 def token_pass_kernel(
-    x_ptr,  # x (M, K), read
+    x_ptr,  # x (M, K), read if A or B needs it
     dy_ptr,  # dy (M, N), read
     other_ptr,  # y (M, N) with OUTPUT; g = dy W0 (M, K) if A is COLUMN; contiguous, read
     dx_ptr,  # dx (M, K), contiguous, written with WRITE_DX
     a_ptr,  # V (N, R), read if A is ADDED; a over the inputs (K,), read if A is COLUMN and with WRITE_DX
     au_ptr,  # Au (R, K), read if A is ADDED
-    b_ptr,  # Bd (N, R), read with GRAD_B or WRITE_DX; or a value per row (N,), read with WRITE_DX
-    bu_ptr,  # Bu (R, K), read if B is LOW_RANK, with GRAD_B or WRITE_DX
-    bias_ptr,  # b0 (N,), read with DB_BIAS
-    partials_ptr,  # buffer of partial sums, written: one slice per program
+    b_ptr,  # Bd (N, R), read if B is LOW_RANK; or a value per row (N,), read with WRITE_DX
+    bu_ptr,  # Bu (R, K), read if B is LOW_RANK
+    bias_ptr,  # b0 (N,), read for at_db_bias
+    partials_ptr,  # buffer of partial sums, written: one slice per program. At UNWANTED: nobody wants the sum
     at_db,  # db (programs, N)
     at_db_sum,  # sum_n db (programs,), for a constant E
     at_db_bias,  # sum_n db b0 (programs,), for a constant D
@@ -92,15 +94,13 @@ def token_pass_kernel(
     stride_b,  # b_ptr: to the next row; 0 repeats a constant
     stride_bu,  # Bu: to the next rank
     rank_a,  # ranks of A that are read; its storage may hold more
-    rank_b,  # ranks of B that are read
+    rank_b,  # ranks of B that are read; 1 of a value per row, 0 without B
     A: tl.constexpr,  # NONE if the gradient of A is not formed here, else ADDED or COLUMN (tile.py)
-    B: tl.constexpr,  # form of B: NONE, ROW or LOW_RANK
-    GRAD_B: tl.constexpr,  # whether B meets dW: for its gradient, or to solve for da
+    B: tl.constexpr,  # form of B: ROW or LOW_RANK
+    THIN_B: tl.constexpr,  # whether the factors of B meet dW: for their gradients, or to solve for da
     SUM_A: tl.constexpr,  # whether A is a constant: its gradient is one number per slice
-    SUM_B: tl.constexpr,  # whether B is a constant: its gradient is one number per slice
-    DB: tl.constexpr,  # whether db is stored
-    DB_SUM: tl.constexpr,  # whether sum_n db is stored
-    DB_BIAS: tl.constexpr,  # whether sum_n db b0 is stored
+    BIAS: tl.constexpr,  # whether there is a b0
+    ONES: tl.constexpr,  # whether db comes from P, whose last column is free for it: only with THIN_B
     OUTPUT: tl.constexpr,  # whether t is formed, from the output y
     WRITE_DX: tl.constexpr,  # whether dx is formed, from g
     BLOCK_M: tl.constexpr,  # tokens per program
@@ -116,7 +116,8 @@ def token_pass_kernel(
     block = tl.program_id(0).to(tl.int64)
     tokens = span(block * BLOCK_M, BLOCK_M, INDEX)
     token_mask = tokens < M
-    THIN_B: tl.constexpr = GRAD_B and B == LOW_RANK
+    sums_bias = (at_db != UNWANTED) | (at_db_sum != UNWANTED) | (at_db_bias != UNWANTED)
+    sums_rows = (at_b != UNWANTED) | (at_b_sum != UNWANTED)  # of dW, for a B of one value per row
     tl.assume(K > 0)
     tl.assume(N > 0)
 
@@ -124,7 +125,7 @@ def token_pass_kernel(
     p_a = tl.zeros([BLOCK_M, RANK_A], dtype=WIDE)
     p_b = tl.zeros([BLOCK_M, RANK_B], dtype=WIDE)
     x_sum = tl.zeros([BLOCK_M], dtype=WIDE)
-    if GRAD_B or A == ADDED:
+    if THIN_B or A == ADDED:
         for k in range(0, K, BLOCK_K):
             columns = span(k, BLOCK_K, INDEX)
             mask = columns < K
@@ -133,28 +134,33 @@ def token_pass_kernel(
                 p_a = thin_product(x, au_ptr, columns, 1, stride_au, rank_a, mask, p_a, RANK_A, DOT)
             if THIN_B:
                 p_b = thin_product(x, bu_ptr, columns, 1, stride_bu, rank_b, mask, p_b, RANK_B, DOT)
-            elif GRAD_B:
+            elif sums_rows:
                 x_sum += tl.sum(x.to(WIDE), 1)
+    elif sums_rows:
+        for k in range(0, K, BLOCK_K):
+            columns = span(k, BLOCK_K, INDEX)
+            x = load_tile(x_ptr, tokens, columns, stride_xm, stride_xk, token_mask, columns < K)
+            x_sum += tl.sum(x.to(WIDE), 1)
+    if ONES:  # the column of ones makes the last column of dy^T P the sum over tokens
+        p_b = tl.where(tl.arange(0, RANK_B)[None, :] == RANK_B - 1, 1.0, p_b)
 
-    # Second walk, over dy: db, t, d left = dy^T P, and Q = dy left.
+    # Second walk, over dy: db, t, d left = dy^T P, and Q = dy left. It is left out if nobody needs it.
     q_a = tl.zeros([BLOCK_M, RANK_A], dtype=WIDE)
     q_b = tl.zeros([BLOCK_M, RANK_B], dtype=WIDE)
     y_sum = tl.zeros([BLOCK_M], dtype=WIDE)
     db_sum = tl.zeros([BLOCK_N], dtype=WIDE)
     db_bias = tl.zeros([BLOCK_N], dtype=WIDE)
     b_sum = tl.zeros([BLOCK_N], dtype=WIDE)
-    for n in range(0, N, BLOCK_N):
+    outputs = N
+    if A != ADDED and B == ROW and not OUTPUT:
+        needed = sums_bias | sums_rows
+        if WRITE_DX:
+            needed = needed | (rank_b > 0)
+        outputs = tl.where(needed, N, 0)
+    for n in range(0, outputs, BLOCK_N):
         rows = span(n, BLOCK_N, INDEX)
         mask = rows < N
         dy = load_tile(dy_ptr, tokens, rows, stride_ym, stride_yn, token_mask, mask)
-        if DB or DB_SUM or DB_BIAS:
-            db = tl.sum(dy.to(WIDE), 0)
-            if DB:
-                tl.store(partials_ptr + at_db + block * N + rows, db, mask=mask)
-            if DB_SUM:
-                db_sum += db
-            if DB_BIAS:
-                db_bias += db * tl.load(bias_ptr + rows, mask=mask, other=0.0).to(WIDE)
         if OUTPUT:
             y = load_tile(other_ptr, tokens, rows, N, 1, token_mask, mask)
             t = tl.sum(dy.to(WIDE) * y.to(WIDE), 0)
@@ -163,23 +169,31 @@ def token_pass_kernel(
             store_slice(partials_ptr + at_a, dy, p_a, block, rows, N, rank_a, mask, RANK_A, DOT)
             q_a = thin_product(dy, a_ptr, rows, stride_a, 1, rank_a, mask, q_a, RANK_A, DOT)
         if THIN_B:
-            store_slice(partials_ptr + at_b, dy, p_b, block, rows, N, rank_b, mask, RANK_B, DOT)
-        elif GRAD_B:
+            d_left = store_slice(partials_ptr + at_b, dy, p_b, block, rows, N, rank_b, mask, RANK_B, DOT)
+        elif sums_rows:
             d_rows = tl.sum(dy.to(WIDE) * x_sum[:, None], 0)
-            if SUM_B:
-                b_sum += d_rows
-            if OUTPUT or not SUM_B:
-                tl.store(partials_ptr + at_b + block * N + rows, d_rows, mask=mask)
-        if B == LOW_RANK and (GRAD_B or WRITE_DX):
+            b_sum += d_rows
+            tl.store(partials_ptr + at_b + block * N + rows, d_rows, mask=mask & (at_b != UNWANTED))
+        if sums_bias:
+            if ONES:
+                db = tl.sum(tl.where(tl.arange(0, RANK_B)[None, :] == RANK_B - 1, d_left, 0.0), 1)
+            else:
+                db = tl.sum(dy.to(WIDE), 0)
+            tl.store(partials_ptr + at_db + block * N + rows, db, mask=mask & (at_db != UNWANTED))
+            db_sum += db
+            if BIAS:
+                db_bias += db * tl.load(bias_ptr + rows, mask=mask & (at_db_bias != UNWANTED), other=0.0).to(WIDE)
+        if B == LOW_RANK:
             q_b = thin_product(dy, b_ptr, rows, stride_b, 1, rank_b, mask, q_b, RANK_B, DOT)
-        elif B == ROW and WRITE_DX:
-            values = tl.load(b_ptr + rows * stride_b, mask=mask, other=0.0).to(WIDE)
-            y_sum += tl.sum(dy.to(WIDE) * values[None, :], 1)
-    if DB_SUM:
+        elif WRITE_DX:
+            if rank_b > 0:
+                values = tl.load(b_ptr + rows * stride_b, mask=mask, other=0.0).to(WIDE)
+                y_sum += tl.sum(dy.to(WIDE) * values[None, :], 1)
+    if at_db_sum != UNWANTED:
         tl.store(partials_ptr + at_db_sum + block, tl.sum(db_sum, 0))
-    if DB_BIAS:
+    if at_db_bias != UNWANTED:
         tl.store(partials_ptr + at_db_bias + block, tl.sum(db_bias, 0))
-    if SUM_B:
+    if at_b_sum != UNWANTED:
         tl.store(partials_ptr + at_b_sum + block, tl.sum(b_sum, 0))
 
     # Third walk, over x again: d right = Q^T x, and da and dx where A scales inputs.
@@ -207,7 +221,7 @@ def token_pass_kernel(
                         ranks = tl.arange(0, RANK_B)
                         right = load_tile(bu_ptr, ranks, columns, stride_bu, 1, ranks < rank_b, mask).to(x.dtype)
                         dx = tl.fma(g, scale[None, :], tl.dot(q_b.to(x.dtype), right, input_precision=DOT))
-                    elif B == ROW:
+                    else:
                         dx += y_sum[:, None]
                     store_tile(dx_ptr, dx, tokens, columns, K, 1, token_mask, mask)
     if SUM_A:

@@ -16,10 +16,10 @@ if, with ``|Bd| |Bu|`` in place of ``|B|`` (which is no larger) where B is a low
 import triton
 import triton.language as tl
 
-from ..tile import LOW_RANK, ROW, effective_tile, load_tile, row_part, span, store_tile, sum_slices, term_tile
+from ..tile import LOW_RANK, UNWANTED, effective_tile, load_tile, row_part, span, store_tile, sum_slices, term_tile
 
 # Numbers that change from call to call: a new value needs no new build.
-PLACES = ["at_db", "at_dv", "at_dc", "at_cu", "at_ad", "at_t"]
+PLACES = ["at_db", "at_dv", "at_dc", "at_cu", "at_ad", "at_t", "at_lost"]
 STRIDES = ["stride_a", "stride_b", "stride_c"]  # of a storage: its rank, 1 or 0
 VARYING = ["M", "share", "slices", "rank_a", "rank_b", "rank_c", *PLACES, *STRIDES]
 
@@ -32,18 +32,18 @@ def weight_pass_kernel(
     au_ptr,  # Au (R, K), or a value per column (K,) if A is COLUMN; read with WRITE_WEIGHT
     b_ptr,  # Bd (N, R), or a value per row (N,); read
     bu_ptr,  # Bu (R, K), read if B is LOW_RANK, with WRITE_WEIGHT or PROBE
-    c_ptr,  # Cd (K, R), read with DCU
+    c_ptr,  # Cd (K, R), read for at_cu
     x_ptr,  # x (M, K), read with PROBE
     dy_ptr,  # dy (M, N), read with PROBE
-    b_eff_ptr,  # b_eff (N,), read with B_EFF
-    lost_ptr,  # (N,) int32, written with PROBE: 1 where a row of da is lost, else 0
-    partials_ptr,  # buffer of partial sums: db, dV and t are read, the rest written
-    at_db,  # db (slices, N), read with DC
+    b_eff_ptr,  # b_eff (N,), read with PROBE, if the layer has one: then db is there too
+    partials_ptr,  # buffer of partial sums: db, dV and t are read, the rest written. At UNWANTED: not formed
+    at_db,  # db (slices, N), read for dc
     at_dv,  # dV (slices, N, R), read with DV
-    at_dc,  # dc (row blocks, K), written with DC
-    at_cu,  # Cd^T dc (programs, R), written with DCU
+    at_dc,  # dc (row blocks, K)
+    at_cu,  # Cd^T dc (programs, R), for dCu; only with dc
     at_ad,  # dAd (row blocks, K, R), written with DV
     at_t,  # t = sum_m dy y (slices, N), read with PROBE
+    at_lost,  # lost (N,), written with PROBE: 1 where a row of da is lost, else 0
     slices,  # slices of db, dV and t: blocks of tokens
     M,  # tokens
     N,  # outputs: rows of W0
@@ -61,18 +61,15 @@ def weight_pass_kernel(
     stride_b,  # b_ptr: to the next row; 0 repeats a constant
     stride_bu,  # Bu: to the next rank
     stride_c,  # Cd: to the next row
-    rank_a,  # ranks of A that are read; its storage may hold more
-    rank_b,  # ranks of B that are read
+    rank_a,  # ranks of A that are read; its storage may hold more. 1 of a vector or constant, 0 without A
+    rank_b,  # ranks of B that are read, likewise
     rank_c,  # ranks of C that are read
     loss,  # largest accepted ratio of the two scales (gradient_routes.ACCEPTED_LOSS)
-    A: tl.constexpr,  # form of A on a tile: NONE, ROW, COLUMN, LOW_RANK or ADDED (tile.py)
-    B: tl.constexpr,  # form of B on a tile: NONE, ROW or LOW_RANK
+    A: tl.constexpr,  # form of A on a tile: ROW, COLUMN, LOW_RANK or ADDED (tile.py)
+    B: tl.constexpr,  # form of B on a tile: ROW or LOW_RANK
     WRITE_WEIGHT: tl.constexpr,  # whether W_eff is formed, for dx
-    DC: tl.constexpr,  # whether dc is formed
-    DCU: tl.constexpr,  # whether Cd^T dc is formed, for dCu
     DV: tl.constexpr,  # whether dAd is formed from dV
     PROBE: tl.constexpr,  # whether lost rows are looked for; A is then ROW
-    B_EFF: tl.constexpr,  # whether the layer has a b_eff
     BLOCK_N: tl.constexpr,  # rows per tile
     BLOCK_K: tl.constexpr,  # columns per tile
     RANK_A: tl.constexpr,  # rank_a padded to a power of two, at least 16
@@ -100,9 +97,10 @@ def weight_pass_kernel(
     ranks_b = tl.arange(0, RANK_B)
     ranks_c = tl.arange(0, RANK_C)
     # db and dV of these rows, added up from their slices.
-    if DC:
+    db = tl.zeros([BLOCK_N], dtype=WIDE)
+    d_up = tl.zeros([RANK_C], dtype=WIDE)
+    if at_dc != UNWANTED:
         db = sum_slices(partials_ptr + at_db, slices, N, rows, row_mask, BLOCK_N, WIDE)
-        d_up = tl.zeros([RANK_C], dtype=WIDE)
     if DV:
         dv = tl.zeros([BLOCK_N, RANK_A], dtype=WIDE)
         at = partials_ptr + at_dv
@@ -125,12 +123,12 @@ def weight_pass_kernel(
                 a_rows, au_ptr, columns, stride_au, stride_auk, rank_a, mask, A, RANK_A, FACTOR_A, WIDE, PRECISION
             )
             b = term_tile(b_rows, bu_ptr, columns, stride_bu, 1, rank_b, mask, B, RANK_B, FACTOR_B, WIDE, PRECISION)
-            store_tile(w_eff_ptr, effective_tile(weight, a, b, A, B), rows, columns, K, 1, row_mask, mask)
+            store_tile(w_eff_ptr, effective_tile(weight, a, b, A), rows, columns, K, 1, row_mask, mask)
         # dc and dAd of these columns, over the rows of this block.
-        if DC:
+        if at_dc != UNWANTED:
             dc = tl.sum(weight * db[:, None], 0)
             tl.store(partials_ptr + at_dc + row_block * K + columns, dc, mask=mask)
-            if DCU:
+            if at_cu != UNWANTED:
                 down = load_tile(c_ptr, columns, ranks_c, stride_c, 1, mask, ranks_c < rank_c).to(WIDE)
                 d_up += tl.sum(down * dc[:, None], 0)
         if DV:
@@ -144,21 +142,21 @@ def weight_pass_kernel(
             if B == LOW_RANK:
                 up = load_tile(bu_ptr, columns, ranks_b, 1, stride_bu, mask, ranks_b < rank_b).to(WIDE)
                 through = tl.dot(x, tl.abs(up), through, input_precision=ROUGH, out_dtype=WIDE)
-            elif B == ROW:
+            elif rank_b > 0:
                 x_sum += tl.sum(x, 1)
-    if DCU:
+    if at_cu != UNWANTED:
         tl.store(partials_ptr + at_cu + (row_block * shares + part) * rank_c + ranks_c, d_up, mask=ranks_c < rank_c)
     # The comparison. Here a share is the whole row, so the sums over columns are complete.
     if PROBE:
         dy = tl.abs(load_tile(dy_ptr, probes, rows, stride_ym, stride_yn, every, row_mask).to(WIDE))
         taken = tl.zeros([PROBES, BLOCK_N], dtype=WIDE)
-        if B_EFF:
+        if at_db != UNWANTED:
             taken += tl.abs(tl.load(b_eff_ptr + rows, mask=row_mask, other=0.0).to(WIDE))[None, :]
         if B == LOW_RANK:
             taken += tl.dot(through, tl.trans(tl.abs(b_rows.to(WIDE))), input_precision=ROUGH)
-        elif B == ROW:
+        else:
             taken += x_sum[:, None] * tl.abs(b_rows.to(WIDE))[None, :]
         allowed = loss * tl.abs(1.0 + a_rows.to(WIDE)) * tl.sum(dy * reach, 0)
         t = sum_slices(partials_ptr + at_t, slices, N, rows, row_mask, BLOCK_N, WIDE)
         kept = (tl.sum(dy * taken, 0) < allowed) & (tl.abs(t) < float("inf"))  # false for NaN
-        tl.store(lost_ptr + rows, tl.where(kept, 0, 1), mask=row_mask)
+        tl.store(partials_ptr + at_lost + rows, tl.where(kept, 0.0, 1.0), mask=row_mask)
