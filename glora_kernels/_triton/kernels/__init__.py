@@ -8,7 +8,10 @@ M tokens, N outputs, K inputs, R rank. dX is the gradient of X, ``*`` multiplies
     B           Bd (N, R), Bu (R, K);  or a vector (N,);  or a constant
     C           Cd (K, R), Cu (R, 1);  or a vector c (K,)
 
-A constant is passed as a vector of stride 0, an absent tensor as None: the flags keep a kernel from reading it.
+A constant is passed as a vector of stride 0. What differs from path to path is a run-time number wherever that costs
+little, so that many paths share a build: an absent A or B is a vector of rank 0, a sum that nobody wants lies at
+UNWANTED, and ``has_d`` and the like say what else is there. A pointer that is then not read is a stand-in of the same
+type (planning/operands.py); where a constant keeps a kernel from reading, it is None.
 A *slice* is the partial sum that one program, or one block of tokens, rows or columns, stores. All slices of a backward
 pass lie in one buffer, in fp32 (fp64 for fp64 layers); those of a gradient begin at its ``at_...`` (planning/sums.py).
 """

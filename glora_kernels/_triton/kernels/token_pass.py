@@ -13,8 +13,10 @@ For B as one value per row, right is a row of ones: P = sum_k x. The bias needs 
 
 Where A scales rows, and its gradient is solved from the output y: ``t = sum_m dy y`` (N,).
 
-A program owns BLOCK_M tokens: it walks x for P, then dy, then x again (out of the cache) for d right. Sums over tokens
-leave as one slice per program, (programs, N, R) and the like in fp32; ``finish`` adds them up in a fixed order.
+A program owns BLOCK_M tokens: it walks x for P, then dy, then x again (out of the cache) for d right. A walk that
+nothing needs has no steps. Sums over tokens leave as one slice per program, (programs, N, R) and the like in fp32;
+``finish`` adds them up in a fixed order. Where the padded rank of B has a column to spare, P has ones there (ONES):
+``dy^T P`` then holds db too. That is exact in half types alone, since others may be rounded to TF32 first.
 Other shapes are in kernels/__init__.py.
 """
 
@@ -125,26 +127,23 @@ def token_pass_kernel(
     p_a = tl.zeros([BLOCK_M, RANK_A], dtype=WIDE)
     p_b = tl.zeros([BLOCK_M, RANK_B], dtype=WIDE)
     x_sum = tl.zeros([BLOCK_M], dtype=WIDE)
-    if THIN_B or A == ADDED:
-        for k in range(0, K, BLOCK_K):
-            columns = span(k, BLOCK_K, INDEX)
-            mask = columns < K
-            x = load_tile(x_ptr, tokens, columns, stride_xm, stride_xk, token_mask, mask)
-            if A == ADDED:
-                p_a = thin_product(x, au_ptr, columns, 1, stride_au, rank_a, mask, p_a, RANK_A, DOT)
-            if THIN_B:
-                p_b = thin_product(x, bu_ptr, columns, 1, stride_bu, rank_b, mask, p_b, RANK_B, DOT)
-            elif sums_rows:
-                x_sum += tl.sum(x.to(WIDE), 1)
-    elif sums_rows:
-        for k in range(0, K, BLOCK_K):
-            columns = span(k, BLOCK_K, INDEX)
-            x = load_tile(x_ptr, tokens, columns, stride_xm, stride_xk, token_mask, columns < K)
+    inputs = K
+    if A != ADDED and not THIN_B:
+        inputs = tl.where(sums_rows, K, 0)
+    for k in range(0, inputs, BLOCK_K):
+        columns = span(k, BLOCK_K, INDEX)
+        mask = columns < K
+        x = load_tile(x_ptr, tokens, columns, stride_xm, stride_xk, token_mask, mask)
+        if A == ADDED:
+            p_a = thin_product(x, au_ptr, columns, 1, stride_au, rank_a, mask, p_a, RANK_A, DOT)
+        if THIN_B:
+            p_b = thin_product(x, bu_ptr, columns, 1, stride_bu, rank_b, mask, p_b, RANK_B, DOT)
+        elif sums_rows:
             x_sum += tl.sum(x.to(WIDE), 1)
-    if ONES:  # the column of ones makes the last column of dy^T P the sum over tokens
+    if ONES:  # then the last column of dy^T P is the sum of dy over tokens
         p_b = tl.where(tl.arange(0, RANK_B)[None, :] == RANK_B - 1, 1.0, p_b)
 
-    # Second walk, over dy: db, t, d left = dy^T P, and Q = dy left. It is left out if nobody needs it.
+    # Second walk, over dy: db, t, d left = dy^T P, and Q = dy left.
     q_a = tl.zeros([BLOCK_M, RANK_A], dtype=WIDE)
     q_b = tl.zeros([BLOCK_M, RANK_B], dtype=WIDE)
     y_sum = tl.zeros([BLOCK_M], dtype=WIDE)
