@@ -279,6 +279,7 @@ def weight_pass(draft: BackwardDraft) -> str | None:
             "A": a.form,
             "B": b.form,
             "WRITE_WEIGHT": writes,
+            "DC": "dc" in sums,
             "DV": "ad" in sums,
             "PROBE": probes,
             "BLOCK_N": tile.rows,

@@ -136,14 +136,14 @@ class _Prices:
     def _weight_pass(self, given: dict[str, Any]) -> PricedLaunch:
         """Reads W0; writes W_eff for dx, sums for C and for the left factor of a projected A."""
         p, writes = self.problem, given["WRITE_WEIGHT"]
-        flops = writes * self._ranks(given) + self._prompt_flops(given)
+        flops = writes * self._ranks(given) + given["DC"] * self._prompt_flops(given)
         flops += 2 * self.entries * (given["DV"] * given["rank_a"] + given["PROBE"] * PROBED_TOKENS)
         return PricedLaunch(
             "weight_pass", flops, (1 + writes) * p.weight_bytes + p.factor_bytes + self.fixed_sums, PASS
         )
 
     def _prompt_flops(self, given: dict[str, Any]) -> int:
-        return _wanted(given, "at_dc") * (2 * self.entries + 4 * self.problem.inputs * given["rank_c"])
+        return 2 * self.entries + 4 * self.problem.inputs * given["rank_c"]
 
     def _contract(self, given: dict[str, Any]) -> PricedLaunch:
         """Contracts dW with W0 and the factors; dW is read, or formed in registers. It may write W_eff for dx."""
@@ -151,7 +151,9 @@ class _Prices:
         if given["ONLY_LOST"]:  # usually no row is lost: then it reads nothing but flags
             return PricedLaunch("contract", 0, 4 * p.outputs * -(-p.inputs // given["BLOCK_K"]), PASS)
         ranks = _low_rank(given, "A") + given["THIN_B"] * given["rank_b"]
-        flops = 4 * self.entries * ranks + self._prompt_flops(given) + writes * self._ranks(given)
+        flops = (
+            4 * self.entries * ranks + _wanted(given, "at_dc") * self._prompt_flops(given) + writes * self._ranks(given)
+        )
         if given["GEMM"]:
             plain = self._product("dW", (p.outputs, p.inputs, self.tokens))
             moved = plain.bytes + p.factor_bytes + self.fixed_sums

@@ -178,10 +178,11 @@ def token_pass_kernel(
                 db = tl.sum(tl.where(tl.arange(0, RANK_B)[None, :] == RANK_B - 1, d_left, 0.0), 1)
             else:
                 db = tl.sum(dy.to(WIDE), 0)
-            tl.store(partials_ptr + at_db + block * N + rows, db, mask=mask & (at_db != UNWANTED))
             db_sum += db
-            if BIAS:
-                db_bias += db * tl.load(bias_ptr + rows, mask=mask & (at_db_bias != UNWANTED), other=0.0).to(WIDE)
+            if at_db != UNWANTED:
+                tl.store(partials_ptr + at_db + block * N + rows, db, mask=mask)
+            if BIAS and at_db_bias != UNWANTED:
+                db_bias += db * tl.load(bias_ptr + rows, mask=mask, other=0.0).to(WIDE)
         if B == LOW_RANK:
             q_b = thin_product(dy, b_ptr, rows, stride_b, 1, rank_b, mask, q_b, RANK_B, DOT)
         elif WRITE_DX:

@@ -36,11 +36,11 @@ def weight_pass_kernel(
     x_ptr,  # x (M, K), read with PROBE
     dy_ptr,  # dy (M, N), read with PROBE
     b_eff_ptr,  # b_eff (N,), read with PROBE, if the layer has one: then db is there too
-    partials_ptr,  # buffer of partial sums: db, dV and t are read, the rest written. At UNWANTED: not formed
-    at_db,  # db (slices, N), read for dc
+    partials_ptr,  # buffer of partial sums: db, dV and t are read, the rest written
+    at_db,  # db (slices, N), read with DC
     at_dv,  # dV (slices, N, R), read with DV
-    at_dc,  # dc (row blocks, K)
-    at_cu,  # Cd^T dc (programs, R), for dCu; only with dc
+    at_dc,  # dc (row blocks, K), written with DC
+    at_cu,  # Cd^T dc (programs, R), for dCu; UNWANTED if C is a vector
     at_ad,  # dAd (row blocks, K, R), written with DV
     at_t,  # t = sum_m dy y (slices, N), read with PROBE
     at_lost,  # lost (N,), written with PROBE: 1 where a row of da is lost, else 0
@@ -68,6 +68,7 @@ def weight_pass_kernel(
     A: tl.constexpr,  # form of A on a tile: ROW, COLUMN, LOW_RANK or ADDED (tile.py)
     B: tl.constexpr,  # form of B on a tile: ROW or LOW_RANK
     WRITE_WEIGHT: tl.constexpr,  # whether W_eff is formed, for dx
+    DC: tl.constexpr,  # whether dc is formed
     DV: tl.constexpr,  # whether dAd is formed from dV
     PROBE: tl.constexpr,  # whether lost rows are looked for; A is then ROW
     BLOCK_N: tl.constexpr,  # rows per tile
@@ -97,10 +98,9 @@ def weight_pass_kernel(
     ranks_b = tl.arange(0, RANK_B)
     ranks_c = tl.arange(0, RANK_C)
     # db and dV of these rows, added up from their slices.
-    db = tl.zeros([BLOCK_N], dtype=WIDE)
-    d_up = tl.zeros([RANK_C], dtype=WIDE)
-    if at_dc != UNWANTED:
+    if DC:
         db = sum_slices(partials_ptr + at_db, slices, N, rows, row_mask, BLOCK_N, WIDE)
+        d_up = tl.zeros([RANK_C], dtype=WIDE)
     if DV:
         dv = tl.zeros([BLOCK_N, RANK_A], dtype=WIDE)
         at = partials_ptr + at_dv
@@ -125,7 +125,7 @@ def weight_pass_kernel(
             b = term_tile(b_rows, bu_ptr, columns, stride_bu, 1, rank_b, mask, B, RANK_B, FACTOR_B, WIDE, PRECISION)
             store_tile(w_eff_ptr, effective_tile(weight, a, b, A), rows, columns, K, 1, row_mask, mask)
         # dc and dAd of these columns, over the rows of this block.
-        if at_dc != UNWANTED:
+        if DC:
             dc = tl.sum(weight * db[:, None], 0)
             tl.store(partials_ptr + at_dc + row_block * K + columns, dc, mask=mask)
             if at_cu != UNWANTED:
@@ -144,7 +144,7 @@ def weight_pass_kernel(
                 through = tl.dot(x, tl.abs(up), through, input_precision=ROUGH, out_dtype=WIDE)
             elif rank_b > 0:
                 x_sum += tl.sum(x, 1)
-    if at_cu != UNWANTED:
+    if DC and at_cu != UNWANTED:
         tl.store(partials_ptr + at_cu + (row_block * shares + part) * rank_c + ranks_c, d_up, mask=ranks_c < rank_c)
     # The comparison. Here a share is the whole row, so the sums over columns are complete.
     if PROBE:
