@@ -30,9 +30,9 @@ std::tuple<at::Tensor, Optional, Optional> forward(const at::Tensor& x, const at
 std::vector<Optional> backward(const at::Tensor& dy, const Optional& x, const at::Tensor& weight, const Optional& bias,
                                const Given& storages, const std::vector<int64_t>& config, bool matmul,
                                const Optional& projected, const std::array<bool, kSlots>& wanted, bool wants_x) {
-  const auto found =
-      glora::backward(dy, x.value_or(at::Tensor()), weight, bias.value_or(at::Tensor()),
-                      terms_of(storages, config, matmul), projected.value_or(at::Tensor()), wanted, wants_x);
+  const auto terms = terms_of(storages, config, matmul);
+  const auto found = glora::backward(dy, x.value_or(at::Tensor()), weight, bias.value_or(at::Tensor()), terms,
+                                     projected ? *projected : glora::project(weight, terms), wanted, wants_x);
   std::vector<Optional> result = {optional(found.x)};
   for (const auto& gradient : found.storages) result.push_back(optional(gradient));
   return result;
@@ -43,10 +43,6 @@ std::tuple<at::Tensor, Optional> assemble(const at::Tensor& weight, const Option
   const auto terms = terms_of(storages, config, matmul);
   return {glora::effective_weight(weight, terms, glora::project(weight, terms)),
           optional(glora::effective_bias(weight, bias.value_or(at::Tensor()), terms))};
-}
-
-Optional project(const at::Tensor& weight, const Given& storages, const std::vector<int64_t>& config, bool matmul) {
-  return optional(glora::project(weight, terms_of(storages, config, matmul)));
 }
 
 std::pair<int64_t, int64_t> plan_contraction(int64_t rows, int64_t columns) {
@@ -68,7 +64,6 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   module.def("forward", &forward);
   module.def("backward", &backward);
   module.def("assemble", &assemble);
-  module.def("project", &project);
   module.def("plan_contraction", &plan_contraction);
   module.def("takes_vectors", &glora::takes_vectors);
 }

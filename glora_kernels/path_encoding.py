@@ -111,12 +111,3 @@ def pack(terms: Terms) -> tuple[list[Tensor | None], Tensor]:
 def places_of(terms: Terms) -> list[int]:
     """The places of ``terms.storages``."""
     return [place for slot, term in terms.active for place in PLACES[slot][: len(term.storages)]]
-
-
-def spread(terms: Terms, grads: dict[str, tuple[Tensor, ...]]) -> list[Tensor | None]:
-    """Gradients by slot put in the places of their storages."""
-    placed: list[Tensor | None] = [None] * len(STORAGES)
-    for slot, _ in terms.active:
-        for place, grad in zip(PLACES[slot], grads.get(slot, ())):
-            placed[place] = grad
-    return placed

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ..backend import BackwardCall, ForwardResult, Plan, PlanOfPasses, SlotGradients
-from ..path_encoding import CODES, PLACES, STORAGES
+from ..backend import ForwardResult
+from ..path_encoding import CODES, PLACES, STORAGES, places_of
 from ..terms import SLOTS, Constant, LowRank, Terms, Vector
 from .extension import load
 
@@ -42,31 +42,50 @@ class ExtensionBackend:
         """A whole layer: one call of C++, and one node of autograd for its backward."""
         return self.extension.linear(x, weight, bias, *pack(terms))
 
-    def plan(self, weight: Tensor, bias: Tensor | None, terms: Terms, wanted: frozenset[str], wants_x: bool) -> Plan:
+    def plan(
+        self, weight: Tensor, bias: Tensor | None, terms: Terms, wanted: frozenset[str], wants_x: bool
+    ) -> ExtensionPlan:
         """The plan of calls with these operands."""
-        return PlanOfPasses(self, terms, wanted, wants_x)
+        return ExtensionPlan(self.extension, terms, wanted, wants_x)
 
-    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None, terms: Terms) -> ForwardResult:
+
+class ExtensionPlan:
+    """See :class:`glora_kernels.backend.Plan`."""
+
+    reads_token_sums = False
+
+    def __init__(self, extension: Any, terms: Terms, wanted: frozenset[str], wants_x: bool):
+        self._extension, self._places = extension, places_of(terms)
+        _, self._config, self._matmul = pack(terms)
+        self._wanted, self._wants_x = [slot in wanted for slot in SLOTS], wants_x
+
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor | None, storages: Sequence[Tensor]) -> ForwardResult:
         """y for x of any leading shape."""
-        return ForwardResult(*self.extension.forward(x, weight, bias, *pack(terms)))
+        return ForwardResult(*self._extension.forward(x, weight, bias, *self._packed(storages)))
 
-    def backward(self, call: BackwardCall) -> tuple[Tensor | None, SlotGradients]:
-        """The gradient of x, if wanted, and the gradients of the storages of every wanted slot."""
-        wanted = [slot in call.wanted for slot in SLOTS]
-        dx, *grads = self.extension.backward(
-            call.dy, call.x, call.weight, call.bias, *pack(call.terms), call.projected, wanted, call.wants_x
-        )
-        return dx, {slot: _of(slot, grads, call.terms) for slot in call.wanted}
+    def backward(
+        self,
+        dy: Tensor,
+        x: Tensor | None,
+        weight: Tensor,
+        bias: Tensor | None,
+        storages: Sequence[Tensor],
+        output: Tensor | None,
+        b_eff: Tensor | None,
+        projected: Tensor | None,
+        token_sums: Tensor | None,
+    ) -> tuple[Tensor | None, list[Tensor | None]]:
+        """The gradient of x, if wanted, and one for each storage."""
+        packed = self._packed(storages)
+        dx, *grads = self._extension.backward(dy, x, weight, bias, *packed, projected, self._wanted, self._wants_x)
+        return dx, [grads[place] for place in self._places]
 
-    def assemble(self, weight: Tensor, bias: Tensor | None, terms: Terms) -> tuple[Tensor, Tensor | None]:
+    def assemble(self, weight: Tensor, bias: Tensor | None, storages: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
         """``(W_eff, b_eff)``, rounded once."""
-        return self.extension.assemble(weight, bias, *pack(terms))
+        return self._extension.assemble(weight, bias, *self._packed(storages))
 
-    def project(self, weight: Tensor, terms: Terms) -> Tensor | None:
-        """V = W0 Ad, (N, r), where A is a low rank of the matmul product."""
-        return self.extension.project(weight, *pack(terms))
-
-
-def _of(slot: str, grads: Sequence[Tensor], terms: Terms) -> tuple[Tensor, ...]:
-    count = len(getattr(terms, slot).storages)
-    return tuple(grads[place] for place in PLACES[slot][:count])
+    def _packed(self, storages: Sequence[Tensor]) -> Packed:
+        placed: list[Tensor | None] = [None] * len(STORAGES)
+        for place, storage in zip(self._places, storages):
+            placed[place] = storage
+        return placed, self._config, self._matmul

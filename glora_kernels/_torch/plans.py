@@ -92,7 +92,7 @@ class TorchPlan:
         return ForwardResult(y, projected, b_eff)
 
     def assemble(self, weight: Tensor, bias: Tensor | None, storages: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
-        """``(W_eff, b_eff)`` in the dtype of ``weight``; an operand that no term changes is returned as it is."""
+        """``(W_eff, b_eff)`` in the dtype of ``weight``, rounded once; what no term changes is returned as it is."""
         parts = self._read(storages)
         wide = weight.to(self._wide) if self._widens else weight
         w_eff = self._effective_weight(wide, parts, None) if self._adapts_weight else weight
@@ -102,11 +102,6 @@ class TorchPlan:
         """b_eff alone."""
         wide = weight.to(self._wide) if self._widens else weight
         return self._effective_bias(wide, bias, self._read(storages)) if self._adapts_bias else bias
-
-    def project(self, weight: Tensor, storages: Sequence[Tensor]) -> Tensor | None:
-        """``V = W0 Ad``, (N, r), where A is a low rank of the matmul product: the term is then ``V Au``."""
-        wide = weight.to(self._wide) if self._widens else weight
-        return torch.mm(wide, self._read(storages)[AD]) if self._a == PROJECTED else None
 
     def _effective_weight(self, wide: Tensor, parts: Parts, projected: Tensor | None) -> Tensor:
         """W_eff in as few passes over the weight (in the compute dtype) as the kinds allow, rounded once."""
@@ -187,6 +182,8 @@ class TorchPlan:
                 dw = torch.mm(dy.t(), x)
                 self._dense_gradients(dw.to(self._wide) if self._is_half else dw, weight, parts, grads, own=True)
             elif self._a == PROJECTED:
+                if projected is None:
+                    projected = torch.mm(weight.to(self._wide), parts[AD])
                 _projected_gradients(dy, x, weight, thin_parts[AU], projected, grads)
                 if self._wants_b:
                     self._thin_gradients(dy, x, thin_parts, None, grads)
@@ -308,11 +305,8 @@ def _through(dm: Tensor, down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     return F.linear(up, dm).t(), torch.mm(down.t(), dm)
 
 
-def _projected_gradients(
-    dy: Tensor, x: Tensor, weight: Tensor, au: Tensor, projected: Tensor | None, grads: Grads
-) -> None:
+def _projected_gradients(dy: Tensor, x: Tensor, weight: Tensor, au: Tensor, projected: Tensor, grads: Grads) -> None:
     """Gradients of A in ``projected Au`` with ``projected = W0 Ad``; ``dAd = W0^T d projected``."""
-    assert projected is not None
     d_projected = torch.mm(F.linear(au, x), dy)
     grads[AD] = torch.mm(d_projected, weight).t()
     grads[AU] = torch.mm(F.linear(projected.t().to(dy.dtype), dy), x)

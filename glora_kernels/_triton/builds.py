@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..backend import BackwardCall
 from ..gradient_routes import reuses_output
 from ..planning.operands import ADDED
 from ..terms import SLOTS, Constant, LowRank, Terms, Vector
@@ -115,14 +114,14 @@ def _builds_of(case: Case, architecture: str) -> Iterator[Build]:
 
 def launches_of(case: Case, size: tuple[int, int] = SIZE, device: str = "meta") -> tuple[list[Launch], list[Launch]]:
     """What forward and backward of a layer of ``size`` (N, K) would launch; meta tensors need ``pretended``."""
-    backend = TritonBackend(case.strategy)
     x, weight, bias, terms = _operands(case, size, device)
     wanted = frozenset(slot for slot in SLOTS if getattr(terms, slot) is not None)
+    plan = TritonBackend(case.strategy).plan(weight, bias, terms, wanted, True)
     with recorded() as first:
-        y, projected, b_eff = backend.forward(x, weight, bias, terms)
+        y, projected, b_eff = plan.forward(x, weight, bias, terms.storages)
     output = y if reuses_output(x.shape[0], x.shape[1], terms) else None
     with recorded() as second:
-        backend.backward(BackwardCall(y, x, weight, bias, terms, output, b_eff, projected, wanted, True))
+        plan.backward(y, x, weight, bias, terms.storages, output, b_eff, projected, None)
     return first, second
 
 

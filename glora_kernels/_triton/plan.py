@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -16,6 +16,7 @@ from ..planning.forward import assembly, projection
 from ..planning.prediction import rounded, strategy_for
 from ..planning.problem import Problem
 from ..planning.schedule import Call, Strides
+from ..planning.steps import Schedule
 from ..precision import fp32_precision, tf32_allowed
 from ..terms import Terms
 from ..torch_private import unsafe_view
@@ -44,6 +45,7 @@ class TritonPlan:
 
     def __init__(self, problem: Problem, strategy: str | None, device: torch.device):
         self.problem, self.strategy, self.device = problem, strategy, device
+        self._projects = problem.projects and (problem.wants_x or problem.wants("A"))
         self._in_place = all(storage.in_place for part in problem.parts for storage in part.storages)
         self._setting = fp32_precision() if problem.dtype == torch.float32 else None
         self._passes: dict[tuple, Pass] = {}
@@ -85,6 +87,8 @@ class TritonPlan:
         projected: Tensor | None,
         token_sums: Tensor | None,
     ) -> tuple[Tensor | None, Sequence[Tensor | None]]:
+        if projected is None and self._projects and dy.shape[0]:
+            (projected,) = self._without_tokens(projection, weight, bias, storages)
         found = self._backward[output is not None]
         if (
             found is None
@@ -108,10 +112,21 @@ class TritonPlan:
         (dx,) = found.results_in(slots)
         return dx, found.gradients_in(slots)
 
+    def assemble(self, weight: Tensor, bias: Tensor | None, storages: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
+        w_eff, b_eff = self._without_tokens(assembly, weight, bias, storages)
+        return w_eff, b_eff
+
     def _fits(self, weight: Tensor, storages: Sequence[Tensor]) -> bool:
         """Whether saved tensors lie as planned: saved-tensor hooks may have put others in their place."""
         in_place = self._in_place and all(map(Tensor.is_contiguous, storages))
         return in_place and weight.stride() == self.problem.weight_strides
+
+    def _problem_of(self, weight: Tensor, bias: Tensor | None, storages: Sequence[Tensor]) -> Problem:
+        """The problem that was planned, or the same with the strides of these operands."""
+        p = self.problem
+        if self._fits(weight, storages):
+            return p
+        return Problem.of(weight, bias, self._terms(storages), p.wanted, p.wants_x, p.architecture)
 
     def _forward_of(self, x: Tensor) -> SizedPass:
         self._follow_setting()
@@ -127,10 +142,8 @@ class TritonPlan:
         output: bool,
     ) -> SizedPass:
         self._follow_setting()
-        planned, p = self, self.problem
-        if not self._fits(weight, storages):
-            now = Problem.of(weight, bias, self._terms(storages), p.wanted, p.wants_x, p.architecture)
-            planned = _plan(now, self.strategy, self.device)
+        problem = self._problem_of(weight, bias, storages)
+        planned = self if problem is self.problem else _plan(problem, self.strategy, self.device)
         tokens, strides = dy.shape[0], (None if x is None else _strides(x), _strides(dy))
         found = planned._pass("backward", tokens, *strides, output).sized(tokens)
         if planned is self and strides == (None, None):
@@ -163,6 +176,17 @@ class TritonPlan:
             self.problem = self.problem._replace(tf32=tf32)
             self._forward, self._backward, self._decided = None, [None, None], (0, (), "")
 
+    def _without_tokens(
+        self, made: Callable[[Problem], Schedule], weight: Tensor, bias: Tensor | None, storages: Sequence[Tensor]
+    ) -> list[Any]:
+        """W_eff and b_eff, or V: what is returned by the schedule that is ``made``."""
+        self._follow_setting()
+        problem = self._problem_of(weight, bias, storages)
+        found = _pass_without_tokens(made, problem, self.device, settings.forced_now())
+        slots = [weight, bias, *storages, *found.blank]
+        found.run(slots)
+        return found.results_in(slots)
+
     def _terms(self, storages: Sequence[Tensor]) -> Terms:
         return Terms.unflatten(storages, self.problem.structure)
 
@@ -188,26 +212,8 @@ def _strides(matrix: Tensor) -> Strides | None:
     return None if matrix.is_contiguous() else matrix.stride()
 
 
-def assemble(weight: Tensor, bias: Tensor | None, terms: Terms) -> tuple[Tensor, Tensor | None]:
-    """``(W_eff, b_eff)``, rounded once."""
-    w_eff, b_eff = _without_tokens("assembly", weight, bias, terms)
-    return w_eff, b_eff
-
-
-def project(weight: Tensor, terms: Terms) -> Tensor | None:
-    """V = W0 Ad, (N, r), where A is a low rank of the matmul product."""
-    (projected,) = _without_tokens("projection", weight, None, terms)
-    return projected
-
-
-def _without_tokens(what: str, weight: Tensor, bias: Tensor | None, terms: Terms) -> list[Any]:
-    problem = Problem.of(weight, bias, terms, frozenset(), False, architecture(weight.device))
-    found = _pass_without_tokens(what, problem, weight.device, settings.forced_now())
-    slots = [weight, bias, *terms.storages, *found.blank]
-    found.run(slots)
-    return found.results_in(slots)
-
-
 @lru_cache(maxsize=PLANS)
-def _pass_without_tokens(what: str, problem: Problem, device: torch.device, _forced: tuple) -> SizedPass:
-    return Pass((assembly if what == "assembly" else projection)(problem), device).sized(0)
+def _pass_without_tokens(
+    made: Callable[[Problem], Schedule], problem: Problem, device: torch.device, _forced: tuple
+) -> SizedPass:
+    return Pass(made(problem), device).sized(0)

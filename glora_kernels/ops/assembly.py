@@ -49,10 +49,17 @@ def glora_assemble(weight: Tensor, bias: Tensor | None, terms: Terms) -> tuple[T
 def form(weight: Tensor, bias: Tensor | None, terms: Terms) -> tuple[Tensor, Tensor | None]:
     """``(W_eff, b_eff)`` without gradients, never an alias of the base or of a support tensor."""
     decision = decide(weight, terms)
-    assemble = reference.glora_merge if decision.backend == "reference" else backend_for(decision).assemble
-    w_eff, b_eff = assemble(weight.detach(), None if bias is None else bias.detach(), terms)
+    weight, bias = weight.detach(), None if bias is None else bias.detach()
+    if decision.backend == "reference":
+        w_eff, b_eff = reference.glora_merge(weight, bias, terms)
+    else:
+        w_eff, b_eff = _assemble(backend_for(decision), weight, bias, terms)
     w_eff = w_eff if terms.adapts_weight else w_eff.clone()
     return w_eff, None if b_eff is None else b_eff.clone(memory_format=torch.contiguous_format)
+
+
+def _assemble(backend: Backend, weight: Tensor, bias: Tensor | None, terms: Terms) -> tuple[Tensor, Tensor | None]:
+    return backend.plan(weight, bias, terms, frozenset(), False).assemble(weight, bias, terms.storages)
 
 
 class _Assembled(torch.autograd.Function):
@@ -63,7 +70,7 @@ class _Assembled(torch.autograd.Function):
         ctx.wanted = wanted_slots(terms, bias is not None)
         ctx.save_for_backward(weight, bias, *storages)
         ctx.set_materialize_grads(False)
-        w_eff, b_eff = backend.assemble(weight, bias, terms)
+        w_eff, b_eff = _assemble(backend, weight, bias, terms)
         own_bias = (
             None if b_eff is None or not terms.adapts_bias else b_eff.clone(memory_format=torch.contiguous_format)
         )

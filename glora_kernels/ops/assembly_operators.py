@@ -14,11 +14,11 @@ from torch import Tensor
 
 from .._torch import TorchPlan
 from ..checks import check_layer
-from ..path_encoding import PLACES, STORAGES, check_devices, decode, places_of
+from ..path_encoding import STORAGES, check_devices, decode
 from ..precision import without_autocast
 from ..terms import Terms
 from .assembly import form
-from .operators import OPERAND_STORAGES, TAGS, check_current, library, owned, refuse_second_order
+from .operators import OPERAND_STORAGES, TAGS, by_place, check_current, library, refuse_second_order, slots_of
 
 _OPERANDS = f"Tensor weight, Tensor? bias, {OPERAND_STORAGES}, Tensor config, str product"
 _FIRST, _LAST = 2, 2 + len(STORAGES)
@@ -73,13 +73,10 @@ def _assemble_fake(weight: Tensor, bias: Tensor | None, *rest) -> tuple[Tensor, 
 def _assemble_backward(dw: Tensor, db: Tensor, weight: Tensor, bias: Tensor | None, *rest) -> list[Tensor]:
     *storages, config, product, needs = rest
     terms = decode(storages, config, product)
-    active = {slot for slot, _ in terms.active if slot != "D" or bias is not None}
-    wanted = frozenset(slot for slot in active if any(needs[place] for place in PLACES[slot]))
+    plan = TorchPlan(weight.dtype, terms, slots_of(needs, terms, bias), False)
     with torch.no_grad():
-        found = TorchPlan(weight.dtype, terms, wanted, False).contract(weight, bias, terms.storages, dw, db)
-    grads = dict(zip(places_of(terms), found))
-    whole = [owned(grads.get(i), like) if need else None for i, (like, need) in enumerate(zip(storages, needs))]
-    return [dw.new_empty(0) if grad is None else grad for grad in whole]
+        grads = plan.contract(weight, bias, terms.storages, dw, db)
+    return by_place(grads, dw, terms, storages, needs)
 
 
 @torch.library.register_fake("glora::assemble_backward", lib=library)

@@ -101,7 +101,7 @@ class _GLoRALinear(torch.autograd.Function):
             return _backward(ctx, dy)
 
 
-def _flat(tensor: Tensor) -> Tensor:
+def flat(tensor: Tensor) -> Tensor:
     """``(M, ...)``; a reshape costs a microsecond where it changes nothing."""
     return tensor if tensor.dim() == 2 else tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1])
 
@@ -116,12 +116,12 @@ def _backward(ctx, dy: Tensor):
     if output is not None and version_of(output) != ctx.output_version:
         output = None
     dx, grads = ctx.call.plan.backward(
-        _flat(dy),
-        None if x is None else _flat(x),
+        flat(dy),
+        None if x is None else flat(x),
         weight,
         bias,
         storages,
-        None if output is None else _flat(output),
+        None if output is None else flat(output),
         b_eff,
         projected,
         None if token_sums is None else token_sums.reshape(-1),

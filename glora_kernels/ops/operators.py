@@ -15,14 +15,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .. import reference
-from ..backend import BackwardCall, SlotGradients
+from .. import _torch, reference
 from ..checks import check_call
 from ..dispatch import backend_for, decide, tracing_reason
-from ..path_encoding import PLACES, STORAGES, check_devices, decode, spread
+from ..path_encoding import PLACES, STORAGES, check_devices, decode, places_of
 from ..precision import cast_operands, without_autocast
 from ..terms import SLOTS, Terms
 from ..torch_private import forward_mode_is_on, repeated_node
+from .autograd import flat
 
 OPERAND_STORAGES = ", ".join(f"Tensor? {name}" for name in STORAGES)
 _OPERANDS = f"Tensor x, Tensor weight, Tensor? bias, {OPERAND_STORAGES}, Tensor config, str product"
@@ -80,7 +80,8 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, *rest) -> Tensor:
     with torch.no_grad():
         if decision.backend == "reference":
             return reference.glora_linear(x, weight, bias, terms)
-        return backend_for(decision).forward(x, weight, bias, terms).y
+        plan = backend_for(decision).plan(weight, bias, terms, frozenset(), False)
+        return plan.forward(x, weight, bias, terms.storages).y
 
 
 def _refuse_forward_mode() -> None:
@@ -101,49 +102,41 @@ def _linear_fake(x: Tensor, weight: Tensor, bias: Tensor | None, *rest) -> Tenso
 def _linear_backward(dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, *rest) -> list[Tensor]:
     *storages, config, product, needs = rest
     terms = decode(storages, config, product)
-    active = {slot for slot, _ in terms.active if slot != "D" or bias is not None}
-    wanted = frozenset(slot for slot in active if any(needs[1 + place] for place in PLACES[slot]))
+    wanted, decision = slots_of(needs[1:], terms, bias), decide(weight, terms)
+    # No graph of autograd is recorded within an operator, so there is none through the reference formula.
+    backend = _torch if decision.backend == "reference" else backend_for(decision)
+    plan = backend.plan(weight, bias, terms, wanted, needs[0])
     with torch.no_grad():
-        dx, grads = _gradients(dy, x, weight, bias, terms, wanted, needs[0])
-    placed = zip(spread(terms, grads), storages, needs[1:])
-    whole = [None if dx is None else dx.reshape(x.shape).contiguous()]
-    whole += [owned(grad, like) if need else None for grad, like, need in placed]
-    return [dy.new_empty(0) if grad is None else grad for grad in whole]
+        dx, found = plan.backward(flat(dy), flat(x), weight, bias, terms.storages, None, None, None, None)
+    dx = dy.new_empty(0) if dx is None else dx.reshape(x.shape).contiguous()
+    return [dx, *by_place(found, dy, terms, storages, needs[1:])]
 
 
-def owned(grad: Tensor | None, like: Tensor | None) -> Tensor:
-    """A gradient in memory of its own, contiguous as the fake kernel promises; zero where nothing was read."""
+def slots_of(needs: Sequence[bool], terms: Terms, bias: Tensor | None) -> frozenset[str]:
+    """The slots with a storage that needs a gradient (by place); D has none where there is no bias to scale."""
+    active = (slot for slot, _ in terms.active if slot != "D" or bias is not None)
+    return frozenset(slot for slot in active if any(needs[place] for place in PLACES[slot]))
+
+
+def by_place(
+    grads: Sequence[Tensor | None], dy: Tensor, terms: Terms, storages: Sequence[Tensor | None], needs: Sequence[bool]
+) -> list[Tensor]:
+    """The gradients of all storages, from those of ``terms.storages``: zero where nothing was read.
+
+    Each is contiguous and in memory of its own, as the fake kernel promises; one that is not needed is empty.
+    """
+    found = dict(zip(places_of(terms), grads))
+    return [
+        _owned(found.get(place), like) if need else dy.new_empty(0)
+        for place, (like, need) in enumerate(zip(storages, needs))
+    ]
+
+
+def _owned(grad: Tensor | None, like: Tensor | None) -> Tensor:
     assert like is not None
     if grad is None:
         return torch.zeros(like.shape, dtype=like.dtype, device=like.device)
     return grad.reshape(like.shape).clone(memory_format=torch.contiguous_format)
-
-
-def _gradients(
-    dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, terms: Terms, wanted: frozenset[str], wants_x: bool
-) -> tuple[Tensor | None, SlotGradients]:
-    decision = decide(weight, terms)
-    if decision.backend == "reference":
-        return _reference_gradients(dy, x, weight, bias, terms, wanted, wants_x)
-    backend = backend_for(decision)
-    flat_dy, flat_x = dy.reshape(-1, weight.shape[0]), x.reshape(-1, weight.shape[1])
-    projected = backend.project(weight, terms)
-    call = BackwardCall(flat_dy, flat_x, weight, bias, terms, None, None, projected, wanted, wants_x)
-    return backend.backward(call)
-
-
-def _reference_gradients(
-    dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, terms: Terms, wanted: frozenset[str], wants_x: bool
-) -> tuple[Tensor | None, SlotGradients]:
-    leaves = {slot: tuple(s.detach().requires_grad_() for s in term.storages) for slot, term in terms.active}
-    every = iter([leaf for group in leaves.values() for leaf in group])
-    with torch.enable_grad():
-        leaf_x = x.detach().requires_grad_(wants_x)
-        y = reference.glora_linear(leaf_x, weight, bias, terms.map(lambda _: next(every)))
-        inputs = [leaf_x] * wants_x + [leaf for slot in wanted for leaf in leaves[slot]]
-        found = iter(torch.autograd.grad(y, inputs, dy) if inputs else ())
-    dx = next(found) if wants_x else None
-    return dx, {slot: tuple(next(found) for _ in leaves[slot]) for slot in wanted}
 
 
 @torch.library.register_fake("glora::linear_backward", lib=library)

@@ -153,8 +153,7 @@ def _backward(ctx, dy: Tensor):
         for storage, kind in zip(storages, ctx.kinds)
     ]
     for (start, stop), weight, b0, own in _of_blocks(ctx.blocks, ctx.dtype, bias, storages, ctx.kinds):
-        projected = ctx.plan.project(weight, own)
-        part_dx, found = ctx.plan.backward(dy[:, start:stop], x, weight, b0, own, None, None, projected, None)
+        part_dx, found = ctx.plan.backward(dy[:, start:stop], x, weight, b0, own, None, None, None, None)
         if dx is not None:
             dx += part_dx
         for total, grad, kind in zip(grads, found, ctx.kinds):

@@ -15,7 +15,6 @@ from glora_kernels import glora_linear
 from glora_kernels._triton import TritonBackend, device, plan
 from glora_kernels._triton import run as running
 from glora_kernels._triton.launch import recorded
-from glora_kernels.backend import BackwardCall
 from tests.interpreter.cases import KINDS, PRODUCTS, RAGGED, REUSED, STRATEGIES, kernels, leaves_of, make, upstream
 
 FREE = {"view", "_unsafe_view", "t", "transpose", "detach", "alias", "slice", "select", "expand", "as_strided"}
@@ -132,13 +131,13 @@ def test_on_a_gpu(dtype, strategy, architecture, monkeypatch):
             terms = terms.map(lambda s, fake=fake: fake.from_tensor(s).to("cuda"))
             x, y = (torch.empty(tokens, size, dtype=dtype, device="cuda") for size in (inputs, outputs))
             weight, bias = (torch.empty(size, dtype=dtype, device="cuda") for size in ((outputs, inputs), outputs))
+            wanted, storages = frozenset(slot for slot, _ in terms.active), terms.storages
+            planned = backend.plan(weight, bias, terms, wanted, True)
             with recorded() as forward, Operations() as operations:
-                _, projected, b_eff = backend.forward(x, weight, bias, terms)
+                _, projected, b_eff = planned.forward(x, weight, bias, storages)
                 assert len(forward) + len(operations.names) <= 2, (path, forward, operations.names)
-            wanted = frozenset(slot for slot, _ in terms.active)
             output = y if expected_route(product, a) == "solved" else None
-            step = BackwardCall(y, x, weight, bias, terms, output, b_eff, projected, wanted, True)
             with recorded() as backward, Operations() as operations:
-                backend.backward(step)
+                planned.backward(y, x, weight, bias, storages, output, b_eff, projected, None)
             assert set(operations.names) <= {"mm"}
             assert len(backward) + len(operations.names) <= BACKWARD[expected_route(product, a)], path

@@ -16,7 +16,6 @@ from glora_kernels._triton import TritonBackend, launch, plan
 from glora_kernels._triton.device import pretended
 from glora_kernels._triton.kernels import KERNELS
 from glora_kernels._triton.launch import recorded
-from glora_kernels.backend import BackwardCall
 from glora_kernels.ops import prepared
 from glora_kernels.ops.explain import explain
 from glora_kernels.planning.prediction import STRATEGIES
@@ -63,12 +62,13 @@ def call_of(path, product, wanted):
 def launched(call, strategy, grad):
     """The kernels of forward and backward, in order."""
     x, weight, bias, terms = call
-    backend, wanted = TritonBackend(strategy), frozenset(slot for slot, _ in terms.active)
+    wanted, storages = frozenset(slot for slot, _ in terms.active), terms.storages
     with pretended("sm_90"), torch.no_grad(), recorded() as found:
-        y, projected, b_eff = backend.forward(*call)
+        planned = TritonBackend(strategy).plan(weight, bias, terms, wanted, True)
+        y, projected, b_eff = planned.forward(x, weight, bias, storages)
         if grad:
             output = y if isinstance(terms.A, Vector) and terms.product == "hadamard" else None
-            backend.backward(BackwardCall(y, x, weight, bias, terms, output, b_eff, projected, wanted, True))
+            planned.backward(y, x, weight, bias, storages, output, b_eff, projected, None)
     return [one.kernel.fn.__name__.removesuffix("_kernel") for one in found]
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from glora_kernels import Terms, configured_linear, encode, glora_linear
+from glora_kernels import Terms, configured_linear, encode, glora_linear, use_backend
 from glora_kernels.path_encoding import STORAGES, decode, pack
 from glora_kernels.torch_private import next_node
 from tests.helpers import ALL_PATHS, make_call
@@ -43,6 +43,28 @@ def test_equals_glora_linear(product, bias):
         for name, g, w in zip(("x", *STORAGES), got, expected):
             w = torch.zeros_like(g) if w is None else w
             torch.testing.assert_close(g, w, rtol=1e-10, atol=1e-10, msg=f"{path} {name}")
+
+
+def test_the_reference_backend_can_be_trained():
+    """Its gradients are those of the closed form."""
+    for path in PATHS:
+        call = make(path)
+        leaves, found = [call[0], *call[3]], []
+        for backend in ("reference", "torch"):
+            with use_backend(backend):
+                y = configured_linear(*call)
+                found.append([y, *torch.autograd.grad(y.square().sum(), leaves)])
+        torch.testing.assert_close(*found)
+
+
+def test_a_weight_without_rows():
+    gradient = []
+    for function in (configured_linear, lambda *call: glora_linear(*call[:3], decode(*call[3:], "hadamard"))):
+        storages = [torch.ones(0, 2), torch.ones(2, 6, requires_grad=True), *[None] * 6]
+        x = torch.ones(5, 6, requires_grad=True)
+        y = function(x, torch.ones(0, 6), None, storages, encode({"A": ("lora", 2)}))
+        gradient.append(torch.autograd.grad(y.sum(), [x, storages[1]]))
+    assert all(g.count_nonzero() == 0 and torch.equal(g, w) for g, w in zip(*gradient))
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # opcheck's own, of its copies

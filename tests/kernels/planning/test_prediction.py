@@ -87,19 +87,17 @@ class DenseProducts(TorchDispatchMode):
 def run(tokens, outputs, inputs, terms, has_bias, wanted, wants_x, strategy):
     """What forward and backward launch on a pretended GPU."""
     from glora_kernels._triton import TritonBackend, device, launch
-    from glora_kernels.backend import BackwardCall
     from glora_kernels.gradient_routes import reuses_output
 
     x, weight = empty(tokens, inputs, dtype=torch.bfloat16), empty(outputs, inputs, dtype=torch.bfloat16)
     bias = empty(outputs, dtype=torch.bfloat16) if has_bias else None
-    backend = TritonBackend(strategy)
     with device.pretended("sm_90"):
+        plan = TritonBackend(strategy).plan(weight, bias, terms, wanted, wants_x)
         with launch.recorded() as forward_launches, DenseProducts(forward_launches):
-            y, projected, b_eff = backend.forward(x, weight, bias, terms)
+            y, projected, b_eff = plan.forward(x, weight, bias, terms.storages)
         output = y if "A" in wanted and reuses_output(tokens, inputs, terms) else None
-        step = BackwardCall(y, x, weight, bias, terms, output, b_eff, projected, wanted, wants_x)
         with launch.recorded() as backward_launches, DenseProducts(backward_launches):
-            backend.backward(step)
+            plan.backward(y, x, weight, bias, terms.storages, output, b_eff, projected, None)
     return forward_launches, backward_launches
 
 
