@@ -26,12 +26,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from glora_kernels import Constant, LowRank, Terms, Vector, glora_linear, reference, use_backend
-from glora_kernels._triton.builds import Case, launches_of
 from glora_kernels._triton.device import architecture
 from glora_kernels._triton.launch import launch
+from glora_kernels._triton.recording import launches_of
 from glora_kernels.error_bound import PROMISED, largest_constant
-from glora_kernels.planning.prediction import predict
-from glora_kernels.planning.problem import Problem
+from glora_kernels.planning.cases import Case, Layer
+from glora_kernels.planning.prediction import STRATEGIES, predict
+from glora_kernels.planning.problem import CONSTANT, LOW_RANK, VECTOR
 
 from .timing import WHOLE, EventWatch, interleave, plain, ratio
 
@@ -166,11 +167,13 @@ def layers() -> Iterator[dict[str, Any]]:
 
 def kernels(bandwidth: float, rate: float) -> Iterator[dict[str, Any]]:
     """The time of every kernel of a layer over its own floor, by shape and strategy."""
+    here = architecture(torch.device("cuda"))
+    path = (LOW_RANK, RANK), (LOW_RANK, RANK), (VECTOR, 0), (VECTOR, 0), (CONSTANT, 0)
     for name, (tokens, outputs, inputs) in SHAPES.items():
-        for strategy in ("assemble", "fused"):
-            case = Case(torch.bfloat16, torch.float32, "hadamard", "lora", "lora", "vector", tokens, RANK, strategy)
-            found = launches_of(case, (outputs, inputs), "cuda")
-            floors = _floors(case, (outputs, inputs), bandwidth, rate)
+        for strategy in STRATEGIES:
+            layer, types = Layer(outputs, inputs), (torch.bfloat16, torch.float32)
+            case = Case(layer, path, RANK, "hadamard", *types, tokens, strategy, True, True, here)
+            found, floors = launches_of(case, "cuda"), _floors(case, bandwidth, rate)
             for direction, part in zip(("forward", "backward"), found):
                 for one in part:
                     label = f"{direction} {one.kernel.fn.__name__}"
@@ -183,11 +186,9 @@ def kernels(bandwidth: float, rate: float) -> Iterator[dict[str, Any]]:
                     yield row
 
 
-def _floors(case: Case, size: tuple[int, int], bandwidth: float, rate: float) -> dict[str, float]:
+def _floors(case: Case, bandwidth: float, rate: float) -> dict[str, float]:
     """Milliseconds of each kernel: the cost model's bytes and operations at the measured ceilings."""
-    _, weight, bias, terms = make((case.tokens, *size), (case.a, case.b))
-    every = frozenset(slot for slot, _ in terms.active)
-    way = predict(Problem.of(weight, bias, terms, every, True, architecture(weight.device)), case.tokens, case.strategy)
+    way = predict(case.problem, case.tokens, case.strategy)
     kernel_of = {"y": "fused_kernel", "dx": "fused_kernel"}
     return {
         f"{direction} {kernel_of.get(one.name, one.name + '_kernel')}": 1e3

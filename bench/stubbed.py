@@ -22,7 +22,7 @@ import torch
 
 ARCHITECTURE = "sm_90"
 does_nothing = "".format  # a function of C that takes any arguments
-_COMPILED = SimpleNamespace(run=does_nothing, function=0, packed_metadata=())
+COMPILED = SimpleNamespace(run=does_nothing, function=0, packed_metadata=())
 _DRIVER = SimpleNamespace(active=SimpleNamespace(get_current_stream={}.get))  # of C too
 
 
@@ -40,8 +40,11 @@ def fault() -> str | None:
 
 
 @contextmanager
-def stubbed() -> Iterator[None]:
+def stubbed(strategy: str | None = None) -> Iterator[None]:
     """Send the calls inside the ``with`` block to the Triton backend, as on a GPU where no backend was chosen.
+
+    Args:
+        strategy: ``"assemble"`` or ``"fused"``; None lets the cost model choose.
 
     Raises:
         RuntimeError: :func:`fault` says why.
@@ -54,11 +57,11 @@ def stubbed() -> Iterator[None]:
     from glora_kernels import dispatch
     from glora_kernels._triton import backend, device, launch  # noqa: F401  (backend loads what names architecture)
 
-    to_triton = dispatch.Decision("triton", "stubbed")
+    to_triton = dispatch.Decision("triton", "stubbed", strategy)
     with (
         _everywhere(dispatch.automatic, lambda *_: to_triton),
         _everywhere(device.architecture, lambda *_: ARCHITECTURE),
-        patch.object(launch, "compile_for", lambda *_: _COMPILED),
+        patch.object(launch, "compile_for", lambda *_: COMPILED),
         patch.object(torch.cuda, "current_device", lambda: None),  # the index of the device of a CPU tensor
         patch.object(triton.runtime, "driver", _DRIVER),
     ):

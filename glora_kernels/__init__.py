@@ -4,6 +4,7 @@ Knows tensors, never modules or configurations. Importing it loads no Triton and
 """
 
 from . import reference
+from .builds import builds_for
 from .dispatch import available_backends, use_backend
 from .ops.assembly import glora_assemble
 from .ops.convolution import configured_conv2d, glora_conv2d
@@ -28,6 +29,7 @@ __all__ = [
     "Vector",
     "available_backends",
     "blocked_linear",
+    "builds_for",
     "can_prepare",
     "configured_conv2d",
     "configured_linear",

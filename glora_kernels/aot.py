@@ -12,8 +12,8 @@ that spills is slow. So the gate reads the code that came out, and fails (exit s
 - two dots in one loop that add to each other, which some releases of Triton miscompile for Blackwell;
 - an exception or an abort of the compiler.
 
-It compiles the builds that ``shipped(target)`` of ``glora_kernels/_triton/builds.py`` lists. For a target named after
-``--cover``, it compiles a few of them. Together they show every trait of all builds (``_aot/covering.py``).
+It compiles the builds that ``shipped(architecture)`` of ``glora_kernels/_triton/shipped.py`` lists. For a target named
+after ``--cover``, it compiles a few of them. Together they show every trait of all builds (``_aot/covering.py``).
 Triton's cache (``TRITON_CACHE_DIR``) keeps the kernels, under the key that a launch looks for, and what was read in
 them: only what has changed is compiled again.
 """
@@ -21,22 +21,22 @@ them: only what has changed is compiled again.
 from __future__ import annotations
 
 import argparse
-import os
+import importlib
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 
 from tqdm.auto import tqdm
-from triton import knobs
 
 from ._aot.covering import cover, traits
 from ._aot.reading import Reading
 from ._aot.report import Row, complaints, summary, table, write_json
-from ._aot.targets import SHARED_LIMITS, Target, target_named
+from ._aot.targets import SHARED_LIMITS, Target, architecture_of, target_named
 from ._aot.verdict import failures
-from ._aot.work import BuildJob, builds_of, measured
+from ._aot.work import Job, measured, workers
+from ._triton.builds import Build, require_compiler
 
 TARGETS = ("cuda:80", "cuda:90", "cuda:100", "hip:gfx942")
-BUILDS = "glora_kernels._triton.builds"
+BUILDS = "glora_kernels._triton.shipped"
 
 
 def gate(
@@ -52,7 +52,7 @@ def gate(
     Args:
         targets: like ``"cuda:90"`` or ``"hip:gfx942"``.
         covered: the targets for which a cover is enough.
-        builds: the name of a module whose ``shipped(target)`` lists the builds, in the same order in every process.
+        builds: the name of a module whose ``shipped(architecture)`` lists the builds.
         only: take the builds whose label contains this.
         jobs: how many processes (default: one for each CPU).
 
@@ -60,41 +60,33 @@ def gate(
         ValueError: an unknown target, one to be covered that is no target, no build to compile, fewer than one
             process, or Triton in interpreter mode.
     """
-    if knobs.runtime.interpret:
-        raise ValueError("TRITON_INTERPRET: expected unset, since interpreted kernels cannot be compiled, got set")
-    jobs = jobs if jobs is not None else os.cpu_count() or 1
-    if jobs < 1:
-        raise ValueError(f"jobs: expected at least 1, got {jobs}")
+    require_compiler()
+    jobs = workers(jobs)
     known = {name: target_named(name) for name in targets}
     if unknown := [name for name in covered if name not in known]:
         raise ValueError(f"covered: expected some of the targets {', '.join(known)}, got {', '.join(unknown)}")
-    todo = _jobs(known, covered, builds, only)
-    results = tqdm(measured(todo, jobs), total=len(todo), desc="aot", unit="build", disable=None)
-    return [_row(job, known[job.target], result) for job, result in zip(todo, results)]
+    todo = _todo(known, covered, builds, only)
+    work = [Job(build, target.gpu) for target, build in todo]
+    results = tqdm(measured(work, jobs), total=len(todo), desc="aot", unit="build", disable=None)
+    return [_row(target, build, result) for (target, build), result in zip(todo, results)]
 
 
-def _jobs(targets: Iterable[str], covered: Sequence[str], module: str, only: str) -> list[BuildJob]:
-    found = [
-        BuildJob(module, target, place, builds_of(module, target)[place].label)
-        for target in targets
-        for place in _places(module, target, target in covered)
-        if only in builds_of(module, target)[place].label
-    ]
+def _todo(targets: Mapping[str, Target], covered: Sequence[str], module: str, only: str) -> list[tuple[Target, Build]]:
+    shipped, found = importlib.import_module(module).shipped, []
+    for name, target in targets.items():
+        builds = shipped(architecture_of(target.gpu))
+        if name in covered:
+            builds = [builds[place] for place in cover([traits(build) for build in builds])]
+        found += [(target, build) for build in builds if only in build.label]
     if not found:
         raise ValueError(f"only: expected a part of some label of {module}, got {only!r}, which leaves no build")
     return found
 
 
-def _places(module: str, target: str, covered: bool) -> Sequence[int]:
-    builds = builds_of(module, target)
-    return cover([traits(build) for build in builds]) if covered else range(len(builds))
-
-
-def _row(job: BuildJob, target: Target, result: Reading | str) -> Row:
-    build = builds_of(job.module, job.target)[job.place]
+def _row(target: Target, build: Build, result: Reading | str) -> Row:
     if isinstance(result, str):
-        return Row(job.target, job.label, build.launches, None, [f"compilation: expected to succeed, got {result}"])
-    return Row(job.target, job.label, build.launches, result, failures(build, target, result))
+        return Row(target.name, build.label, None, [f"compilation: expected to succeed, got {result}"])
+    return Row(target.name, build.label, result, failures(build, target, result))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -128,7 +120,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--only", default="", metavar="TEXT", help="take only builds with this in their label")
     parser.add_argument("--jobs", type=int, metavar="N", help="processes (default: one for each CPU)")
     parser.add_argument("--json", metavar="FILE", help="write the results to this file as well")
-    parser.add_argument("--builds", default=BUILDS, metavar="MODULE", help="whose shipped(target) lists the builds")
+    parser.add_argument(
+        "--builds", default=BUILDS, metavar="MODULE", help="whose shipped(architecture) lists the builds"
+    )
     return parser
 
 

@@ -23,10 +23,12 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
-from ._triton.builds import Case, launches_of
 from ._triton.device import architecture
 from ._triton.kernels.contract import contract_kernel
 from ._triton.launch import Launch, compile_for, launch, spills
+from ._triton.recording import launches_of
+from .planning.cases import Layer, cases
+from .planning.problem import CONSTANT, LOW_RANK, VECTOR
 from .planning.settings import FILE, KERNELS, Rule, Tile, forced_tiles, load, rules
 
 SHAPES = ((768, 768), (3072, 768), (4096, 4096))  # N, K
@@ -55,9 +57,18 @@ def problems(kernel: str, rule: Rule, element: int) -> Iterator[list[Launch]]:
     strategy = "fused" if kernel in ("fused", "gemm_contract") else "assemble"
     product = "matmul" if kernel == "token_pass" else "hadamard"  # there A has gradients of its own in that pass
     rank = rule.max_rank or RANK
-    for size in SHAPES:
-        case = Case(dtype, torch.float32, product, "lora", "lora", "lora", rule.max_tokens or TOKENS, rank, strategy)
-        forward, backward = launches_of(case, size, "cuda")
+    path = (*[(LOW_RANK, rank)] * 3, (VECTOR, 0), (CONSTANT, 0))
+    for case in cases(
+        [(Layer(*size), rule.max_tokens or TOKENS) for size in SHAPES],
+        [path],
+        [strategy],
+        rank=rank,
+        product=product,
+        dtype=dtype,
+        factors=torch.float32,
+        architecture=architecture(torch.device("cuda")),
+    ):
+        forward, backward = launches_of(case, "cuda")
         yield [one for one in (*forward, *backward) if _serves(one, kernel)]
 
 

@@ -10,15 +10,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
 from triton.runtime import driver
 
 from .._triton.builds import POINTERS, Build
-from .._triton.launch import ALIGNMENT, compile_for
+from .._triton.launch import ALIGNMENT, compile_for, constant
 from ..planning.settings import Tile
-from .targets import Target
+from .targets import name_of
 
 _POINTED = {kind: dtype for dtype, kind in POINTERS.items()}
+_PLAIN = {"fp32": 0.5, "u1": True}
 
 
 @dataclass(frozen=True)
@@ -39,21 +41,21 @@ class Pointer:
 class AbsentGPU:
     """A driver for Triton that only says what to compile for."""
 
-    def __init__(self, target: Target) -> None:
-        self.target = target
+    def __init__(self, gpu: GPUTarget) -> None:
+        self.gpu = gpu
 
     def get_current_device(self) -> str:
-        return self.target.name  # Triton keeps kernels by device: each target is one device
+        return name_of(self.gpu)  # Triton keeps kernels by device: each architecture is one device
 
     def get_current_stream(self, device: str) -> None:
         return None
 
-    def get_current_target(self) -> Any:
-        return self.target.gpu
+    def get_current_target(self) -> GPUTarget:
+        return self.gpu
 
 
-def compiled(build: Build, target: Target) -> CompiledKernel:
-    """The build compiled for the target, or taken from Triton's cache.
+def compiled(build: Build, gpu: GPUTarget) -> CompiledKernel:
+    """The build compiled for a GPU, or taken from Triton's cache.
 
     After this call Triton assumes that the process has such a GPU, so the process can launch nothing any more.
 
@@ -62,13 +64,13 @@ def compiled(build: Build, target: Target) -> CompiledKernel:
         Exception: whatever the compiler raises.
     """
     values = stand_ins(build)
-    driver.set_active(AbsentGPU(target))  # type: ignore[arg-type]
-    return compile_for(build.kernel, values, Tile(0, 0, 0, build.num_warps, build.num_stages))
+    driver.set_active(AbsentGPU(gpu))  # type: ignore[arg-type]
+    return compile_for(build.function, values, Tile(0, 0, 0, build.num_warps, build.num_stages))
 
 
 def stand_ins(build: Build) -> tuple[Any, ...]:
     """A value for every argument, in the kernel's order, that Triton specialises as the build says."""
-    names: list[str] = build.kernel.arg_names
+    names: list[str] = build.function.arg_names
     if set(build.signature) | set(build.constexprs) != set(names) or set(build.signature) & set(build.constexprs):
         raise ValueError(
             f"signature and constexprs: expected each of {sorted(names)} once, "
@@ -77,7 +79,7 @@ def stand_ins(build: Build) -> tuple[Any, ...]:
     if unknown := set(build.divisible) - set(build.signature):
         raise ValueError(f"divisible: expected names in signature, got {sorted(unknown)}")
     return tuple(
-        build.constexprs[name]
+        constant(build.constexprs[name])
         if name in build.constexprs
         else _stand_in(build.signature[name], name in build.divisible)
         for name in names
@@ -88,4 +90,6 @@ def _stand_in(kind: str, divisible: bool) -> Any:
     offset = 0 if divisible else 1
     if kind in _POINTED:
         return Pointer(_POINTED[kind], ALIGNMENT + offset)
-    return 0.5 if kind == "fp32" else offset + {"i32": ALIGNMENT, "i64": 2**31}[kind]
+    if kind in _PLAIN:
+        return _PLAIN[kind]
+    return offset + {"i32": ALIGNMENT, "i64": 2**31}[kind]

@@ -17,7 +17,7 @@ def traits(build: Build) -> frozenset[Hashable]:
     """
     arguments = {name: (kind, name in build.divisible) for name, kind in build.signature.items()}
     found = {**build.constexprs, **arguments, "num_warps": build.num_warps, "num_stages": build.num_stages}
-    return frozenset((id(build.kernel), name, str(value)) for name, value in found.items())
+    return frozenset((build.kernel, name, str(value)) for name, value in found.items())
 
 
 def cover(shown: Sequence[AbstractSet[Hashable]]) -> list[int]:

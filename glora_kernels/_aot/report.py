@@ -13,14 +13,13 @@ import triton
 
 from .reading import Reading
 
-_HEAD = ("target", "label", "regs", "stack", "spills", "shared", "matrix", "launches", "verdict")
-_NUMBERS = frozenset({"regs", "stack", "spills", "shared", "launches"})
+_HEAD = ("target", "label", "regs", "stack", "spills", "shared", "matrix", "verdict")
+_NUMBERS = frozenset({"regs", "stack", "spills", "shared"})
 
 
 class Row(NamedTuple):
     target: str
     label: str
-    launches: int  # per layer call
     reading: Reading | None  # None: there is no kernel
     failures: list[str]
 
@@ -45,7 +44,7 @@ def summary(rows: Sequence[Row]) -> str:
 
 
 def write_json(rows: Sequence[Row], file: str | os.PathLike[str]) -> None:
-    """``{"triton", "date", "rows": [{"target", "label", "launches", "failures", "reading"}]}``; reading may be null."""
+    """``{"triton", "date", "rows": [{"target", "label", "failures", "reading"}]}``; reading may be null."""
     result = {
         "triton": triton.__version__,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -61,7 +60,7 @@ def _cells(row: Row) -> tuple[str, ...]:
         registers, stack, spills, shared, _, matrix, *_ = row.reading
         instructions = ", ".join(f"{count} {name}" for name, count in matrix.items())
         shown = (str(registers), str(stack), str(sum(spills.values())), str(shared), instructions or "-")
-    return (row.target, row.label, *shown, str(row.launches), verdict)
+    return (row.target, row.label, *shown, verdict)
 
 
 def _line(cells: Sequence[str], widths: Sequence[int]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import NamedTuple
 
 from triton.backends.compiler import GPUTarget
@@ -30,6 +31,27 @@ def target_named(name: str) -> Target:
     """
     if name not in SHARED_LIMITS:
         raise ValueError(f"targets: expected some of {', '.join(SHARED_LIMITS)}, got {name!r}")
-    backend, arch = name.split(":")
-    gpu = GPUTarget(backend, int(arch), 32) if backend == "cuda" else GPUTarget(backend, arch, 64)
-    return Target(name, gpu, SHARED_LIMITS[name])
+    return Target(name, gpu_named(name), SHARED_LIMITS[name])
+
+
+def gpu_named(name: str) -> GPUTarget:
+    """What Triton compiles for, by a name like ``cuda:90`` or ``hip:gfx942``.
+
+    Raises:
+        ValueError: a name of another form.
+    """
+    if found := re.fullmatch(r"cuda:(\d+)", name):
+        return GPUTarget("cuda", int(found[1]), 32)
+    if found := re.fullmatch(r"hip:(gfx9\w+)", name):
+        return GPUTarget("hip", found[1], 64)
+    raise ValueError(f"architecture: expected a name like cuda:90 or hip:gfx942, got {name!r}")
+
+
+def name_of(gpu: GPUTarget) -> str:
+    """``cuda:90`` and the like."""
+    return f"{gpu.backend}:{gpu.arch}"
+
+
+def architecture_of(gpu: GPUTarget) -> str:
+    """The name that the planner gives it: ``sm_90`` and the like."""
+    return f"sm_{gpu.arch}" if gpu.backend == "cuda" else str(gpu.arch)

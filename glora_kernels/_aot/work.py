@@ -1,61 +1,84 @@
-"""Compiles and reads builds in other processes: an exception or an abort of the compiler does not stop the rest.
-
-A build is passed on as (module, target, place), since kernels and the compiler's exceptions cannot be pickled.
-"""
+"""Compiles builds in other processes: an exception or an abort of the compiler does not stop the rest."""
 
 from __future__ import annotations
 
-import importlib
 import io
 import multiprocessing
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import redirect_stdout
-from functools import cache
+from functools import partial
 from queue import SimpleQueue
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
+
+from triton import knobs
+from triton.backends.compiler import GPUTarget
 
 from .compiling import compiled
 from .reading import Reading, read
-from .targets import target_named
 
 if TYPE_CHECKING:
     from .._triton.builds import Build
 
+T = TypeVar("T")
 _LONGEST_ERROR = 300  # characters; some errors contain the whole assembly
 
 
-class BuildJob(NamedTuple):
-    module: str  # its shipped(target) lists the builds
-    target: str
-    place: int  # in that list
-    label: str  # the label of that build: it must be the same in every process
+class Job(NamedTuple):
+    build: Build
+    gpu: GPUTarget
 
 
-@cache
-def builds_of(module: str, target: str) -> list[Build]:
-    """What ``module.shipped`` lists for the target."""
-    return list(importlib.import_module(module).shipped(target))
-
-
-def measured(jobs: Sequence[BuildJob], workers: int) -> Iterator[Reading | str]:
+def measured(jobs: Sequence[Job], workers: int) -> Iterator[Reading | str]:
     """For every job, in order: what its kernel shows, or one line that says why there is no kernel."""
+    return _done(measure, jobs, workers)
+
+
+def stored(jobs: Sequence[Job], workers: int) -> Iterator[bool | str]:
+    """For every job, in order: whether its kernel was in Triton's cache before, or why there is no kernel."""
+    return _done(store, jobs, workers)
+
+
+def measure(job: Job) -> Reading:
+    return read(compiled(*job))
+
+
+def store(job: Job) -> bool:
+    """Have the kernel in Triton's cache; whether it was there before."""
+    hits: list[bool] = []
+    with knobs.compilation.scope():
+        knobs.compilation.listener = lambda *, cache_hit, **_: hits.append(cache_hit)
+        compiled(*job)
+    return all(hits)
+
+
+def workers(asked: int | None) -> int:
+    """How many processes to take: as many as are asked for, or one for each CPU.
+
+    Raises:
+        ValueError: fewer than one.
+    """
+    if asked is not None and asked < 1:
+        raise ValueError(f"jobs: expected at least 1, got {asked}")
+    return asked or os.cpu_count() or 1
+
+
+def _done(work: Callable[[Job], T], jobs: Sequence[Job], workers: int) -> Iterator[T | str]:
     processes = _Processes(workers)
     try:
         with ThreadPoolExecutor(workers) as threads:
-            yield from threads.map(processes.run, jobs)
+            yield from threads.map(partial(processes.run, work), jobs)
     finally:
         processes.close()
 
 
-def measure(job: BuildJob) -> Reading | str:
-    """One job, in this process."""
-    build = builds_of(job.module, job.target)[job.place]
-    assert build.label == job.label, f"{job.module}.shipped: another order in another process"
+def attempt(work: Callable[[Job], T], job: Job) -> T | str:
+    """The work on one job, in this process; or one line that says why it failed."""
     try:
         with redirect_stdout(io.StringIO()):  # Triton prints there what the assembler refuses
-            return read(compiled(build, target_named(job.target)))
+            return work(job)
     except Exception as error:  # the compiler's own, of any type
         text = " ".join(f"{type(error).__name__}: {error}".split())
         return text if len(text) <= _LONGEST_ERROR else text[:_LONGEST_ERROR] + " ..."
@@ -69,10 +92,10 @@ class _Processes:
         for _ in range(count):
             self._idle.put(_process())
 
-    def run(self, job: BuildJob) -> Reading | str:
+    def run(self, work: Callable[[Job], T], job: Job) -> T | str:
         process = self._idle.get()
         try:
-            return process.submit(measure, job).result()
+            return process.submit(attempt, work, job).result()
         except BrokenProcessPool:
             process.shutdown()
             process = _process()

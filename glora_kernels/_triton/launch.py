@@ -158,8 +158,13 @@ class BoundLaunch:
                 value = None
             elif isinstance(value, Amount):
                 amounts.append(_shared((_HEAD + place, *value)))
-            self.values.append(_TYPES.get(value, value) if isinstance(value, torch.dtype) else value)
+            self.values.append(constant(value))
         self.pointers, self.amounts = tuple(pointers), tuple(amounts)
+
+
+def constant(value: Any) -> Any:
+    """The value that a kernel is given for that of a schedule: Triton has types of its own."""
+    return _TYPES.get(value, value) if isinstance(value, torch.dtype) else value
 
 
 @lru_cache(maxsize=1 << 14)

@@ -11,11 +11,13 @@ from torch import Tensor
 from ..gradient_routes import tokens_to_solve
 from ..path_encoding import PLACES, STORAGES
 from ..precision import tf32_allowed
+from ..terms import KINDS as TERM_KINDS
 from ..terms import SLOTS, Constant, LowRank, Structure, Term, Terms, Vector, compute_dtype, rank_of
 
 NONE, CONSTANT, VECTOR, LOW_RANK = "none", "constant", "vector", "low rank"
 _KINDS: dict[type, str] = {Constant: CONSTANT, Vector: VECTOR, LowRank: LOW_RANK}
 _TYPES = {kind: term for term, kind in _KINDS.items()}
+KINDS = {slot: (*(_KINDS[term] for term in terms), NONE) for slot, terms in TERM_KINDS.items()}  # all, by slot
 
 
 class Stored(NamedTuple):

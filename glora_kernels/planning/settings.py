@@ -105,16 +105,16 @@ def forced_now() -> tuple[tuple[str, Tile], ...]:
 
 def class_of(architecture: str, tokens: int) -> int:
     """The largest number of tokens with the same tiles as ``tokens``, or one more than any limit."""
-    limits = _limits(architecture)
-    place = bisect_left(limits, tokens)
-    return limits[place] if place < len(limits) else (limits[-1] + 1 if limits else 1)
+    found = classes(architecture)
+    return found[min(bisect_left(found, tokens), len(found) - 1)]
 
 
 @lru_cache
-def _limits(architecture: str) -> list[int]:
-    """Every number of tokens up to which some rule is meant, in order."""
+def classes(architecture: str) -> list[int]:
+    """One number of tokens for each set of tiles: every limit that some rule has, and one above them all."""
     found = {rule.max_tokens for table in rules(architecture).values() for rule in table}
-    return sorted(limit for limit in found if limit is not None)
+    limits = sorted(limit for limit in found if limit is not None)
+    return [*limits, limits[-1] + 1] if limits else [1]
 
 
 @lru_cache
