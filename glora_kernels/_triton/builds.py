@@ -10,6 +10,7 @@ import torch
 from triton import knobs
 
 from ..planning.cases import Case
+from ..planning.operands import ADDED
 from ..planning.steps import Amount, Launch, Schedule, cdiv
 from .kernels import KERNELS
 
@@ -129,7 +130,7 @@ def _build(step: Launch, key: tuple, label: str, dtype: torch.dtype) -> Build:
 
 def _multiplies_by_factors(step: Launch) -> bool:
     """Whether this is a token pass with products with low ranks in it."""
-    return step.kernel == "token_pass" and bool(step.arguments["rank_a"] or step.arguments["rank_b"])
+    return step.kernel == "token_pass" and (step.arguments["A"] == ADDED or step.arguments["THIN_B"])
 
 
 def _type_of(value: bool | int | float) -> str:
