@@ -14,11 +14,14 @@ import torch
 
 from glora_kernels import builds_for
 from glora_kernels._triton.builds import builds_of
+from glora_kernels._triton.device import pretended
 from glora_kernels._triton.kernels import KERNELS
+from glora_kernels._triton.recording import launches_of
 from glora_kernels._triton.shipped import VIT_B, shipped
 from glora_kernels.planning import cases as module
 from glora_kernels.planning.cases import Layer, cases, paths
 from glora_kernels.planning.prediction import STRATEGIES
+from glora_kernels.planning.steps import Launch
 from glora_kernels.terms import PRODUCTS
 from tests.tiers import at
 
@@ -129,6 +132,20 @@ def test_bad_arguments(changes, message):
     options = {"shapes": [(768, 768)], "ranks": (8,), "dtype": torch.bfloat16, "architecture": "sm_90"}
     with pytest.raises((ValueError, TypeError), match=message):
         builds_for(**options | changes)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("product", PRODUCTS)
+def test_recorded_launches_are_those_of_the_schedules(product, strategy):
+    """What is timed and tuned is what layers launch."""
+    types = {"product": product, "dtype": torch.bfloat16, "factors": torch.float32, "architecture": "sm_90"}
+    calls, taken = [(Layer(96, 64), 128), (Layer(64, 96, bias=False), 16)], drawn(8, (8, 4))
+    for case in cases(calls, taken, [strategy], rank=8, **types, wants_x=(True, False), keeps_output=(True, False)):
+        with pretended("sm_90"):
+            recorded = launches_of(case, "meta")
+        for schedule, launches in zip(case.schedules, recorded):
+            steps = [step for step in schedule.steps if isinstance(step, Launch)]
+            assert [(KERNELS[step.kernel], step.tile) for step in steps] == [(one.kernel, one.tile) for one in launches]
 
 
 # The gate -------------------------------------------------------------------------------------------------------------
