@@ -159,7 +159,7 @@ def scratch_of(launched, scaled):
 
 
 def test_bytes_and_operations_of_the_main_launches():
-    """M = 512, N = 1024, K = 768 in bf16, against the matrices that each reads and writes; factors are below 5%."""
+    """M = 512, N = 1024, K = 768 in bf16, against the matrices that each reads and writes; the rest is below 6%."""
     x, y, weight, unit = 512 * 768 * 2, 512 * 1024 * 2, 1024 * 768 * 2, 2 * 512 * 1024 * 768
     wants = {
         ("assemble", FULL): {"assemble": 2 * weight, "y": x + weight + y, "dW": x + weight + y, "dx": x + weight + y},
@@ -171,7 +171,7 @@ def test_bytes_and_operations_of_the_main_launches():
         listed = [*itertools.chain(*launches(512, make_problem(1024, 768, "sm_90", kinds, rank=4), strategy))]
         found = {launch.name: launch for launch in listed}
         for name, size in expected.items():
-            assert size <= found[name].bytes <= 1.05 * size, (strategy, name)
+            assert size <= found[name].bytes <= 1.06 * size, (strategy, name)
         assert found["y"].flops == pytest.approx(unit, rel=0.03)
         assert all(
             unit <= launch.flops < 1.04 * unit for launch in listed if launch.category in (BLAS, FUSED, CONTRACTED)
