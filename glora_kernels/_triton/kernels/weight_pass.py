@@ -144,7 +144,7 @@ def weight_pass_kernel(
                 through = tl.dot(x, tl.abs(up), through, input_precision=ROUGH, out_dtype=WIDE)
             elif rank_b > 0:
                 x_sum += tl.sum(x, 1)
-    if DC and at_cu != UNWANTED:
+    if DC:  # no rank is stored if C is a vector
         tl.store(partials_ptr + at_cu + (row_block * shares + part) * rank_c + ranks_c, d_up, mask=ranks_c < rank_c)
     # The comparison. Here a share is the whole row, so the sums over columns are complete.
     if PROBE:
