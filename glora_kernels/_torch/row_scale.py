@@ -24,14 +24,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..gradient_routes import ACCEPTED_LOSS, PROBED_TOKENS
+from ..gradient_routes import ACCEPTED_LOSS, PROBED_PART, PROBED_TOKENS
 from ..terms import compute_dtype
 
 # B as rows^T columns, of rank r (1 for a vector or constant), and its contraction with dW: rows (r, N); columns
 # (r, K), None stands for ones; columns x^T (r, M); columns dW^T (r, N).
 Thin = tuple[Tensor, "Tensor | None", Tensor, Tensor]
 
-PART, MARGIN = 8, 0.9
+MARGIN = 0.9
 EVERY = slice(None)
 
 
@@ -85,7 +85,7 @@ def _lost_rows(dy: Tensor, x: Tensor, weight: Tensor, scale: Tensor, b_eff: Tens
         allowed = torch.linalg.vecdot(weights[:, rows], sizes, dim=0) * sizes_of_scale[rows]
         return ~(lost[rows] < accepted * allowed)
 
-    doubtful = is_lost(EVERY, slice(weight.shape[1] // PART), MARGIN * accepted)
+    doubtful = is_lost(EVERY, slice(weight.shape[1] // PROBED_PART), MARGIN * accepted)
     doubted = int(doubtful.sum())
     if 2 * doubted > len(doubtful):  # a copy of most rows takes longer than their products
         return is_lost(EVERY, EVERY, accepted)

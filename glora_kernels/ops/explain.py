@@ -11,6 +11,7 @@ from torch import Tensor
 from ..checks import check_call
 from ..dispatch import Decision, architecture_of, decide, rank_unfit
 from ..gradient_routes import (
+    PROBED_PART,
     PROBED_TOKENS,
     needs_weight_gradient,
     reads_token_sums,
@@ -163,7 +164,8 @@ def _reference_plan(call: _Call) -> dict[str, Any]:
 def _torch_plan(call: _Call) -> dict[str, Any]:
     _, outputs, inputs = call.sizes
     units = _backward_units(call)
-    probes = 2 * PROBED_TOKENS * outputs * inputs * call.keeps_output
+    # Which rows of da are lost: asked of a part of the inputs, and of the rest for rows that this leaves in doubt.
+    probes = 2 * PROBED_TOKENS * outputs * (inputs // PROBED_PART) * call.keeps_output
     return {
         "strategy": _torch_strategy(call),
         "forward_units": 1,
@@ -257,7 +259,7 @@ def _backward_flops(call: _Call, units: int) -> int:
     scales_dx = "A" in wanted and scales_inputs(terms)
     if call.x.requires_grad and not scales_dx:
         total += _assembly_flops(call, projected=True)
-    if scales_dx and terms.B is not None:
+    if scales_dx and call.x.requires_grad and terms.B is not None:
         total += 2 * tokens * (outputs + inputs) * rank_of(terms.B)
     if needs_weight_gradient(terms, wanted):
         total += 2 * on_weight * (rank_of(terms.A) + rank_of(terms.B) * ("B" in wanted))

@@ -7,11 +7,11 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from glora_kernels._torch import row_scale
-from glora_kernels.gradient_routes import ACCEPTED_LOSS, PROBED_TOKENS
+from glora_kernels.gradient_routes import ACCEPTED_LOSS, PROBED_PART, PROBED_TOKENS
 from tests.tiers import at
 
 M, N, K, R = 70, 40, 64, 3
-PART = K // row_scale.PART
+PART = K // PROBED_PART
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
 
