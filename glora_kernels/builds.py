@@ -96,11 +96,13 @@ def builds_of_calls(
 ) -> list[Build]:
     """As :func:`builds_for`, for layers that are each called with numbers of tokens of their own."""
     ranks = [_integer("ranks", rank, MAX_TRITON_RANK) for rank in _some("ranks", ranks)]
-    _check_choices("dtype", [dtype], DTYPES)
-    _check_choices("products", products, PRODUCTS)
-    _check_choices("strategies", STRATEGIES if strategies is None else strategies, STRATEGIES)
-    _check_choices("input_gradients", input_gradients, (True, False))
-    _check_choices("kept_outputs", kept_outputs, (True, False))
+    _choices("dtype", [dtype], DTYPES)
+    products = _choices("products", products, PRODUCTS)
+    strategies = None if strategies is None else _choices("strategies", strategies, STRATEGIES)
+    input_gradients = _choices("input_gradients", input_gradients, (True, False))
+    kept_outputs = _choices("kept_outputs", kept_outputs, (True, False))
+    if not isinstance(architecture, str):
+        raise TypeError(f"architecture: expected a name such as sm_90 or gfx942, got {architecture!r}")
     machine_for(architecture)
     from ._triton.builds import builds_of
 
@@ -124,10 +126,16 @@ def builds_of_calls(
 
 
 def _some(argument: str, values: Iterable[Any]) -> list[Any]:
-    found = list(values)
+    found = _listed(argument, values)
     if not found:
         raise ValueError(f"{argument}: expected at least one, got none")
     return found
+
+
+def _listed(argument: str, values: Iterable[Any]) -> list[Any]:
+    if isinstance(values, str) or not isinstance(values, Iterable):
+        raise TypeError(f"{argument}: expected a sequence, got {values!r}")
+    return list(values)
 
 
 def _shape(shape: Any) -> tuple[int, int]:
@@ -145,7 +153,9 @@ def _integer(argument: str, value: Any, most: int | None = None) -> int:
     return value
 
 
-def _check_choices(argument: str, values: Sequence[Any], known: Sequence[Any]) -> None:
-    if not values or any(value not in known for value in values):
+def _choices(argument: str, values: Iterable[Any], known: Sequence[Any]) -> list[Any]:
+    found = _listed(argument, values)
+    if not found or any(value not in known for value in found):
         names = ", ".join(map(str, known))
-        raise ValueError(f"{argument}: expected some of {names}, got {values!r}")
+        raise ValueError(f"{argument}: expected some of {names}, got {found!r}")
+    return found

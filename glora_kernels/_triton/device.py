@@ -38,7 +38,3 @@ def _gpu(index: int) -> str:
     if torch.version.hip:
         return properties.gcnArchName.split(":")[0]
     return f"sm_{properties.major}{properties.minor}"
-
-
-def is_hip(name: str) -> bool:
-    return name.startswith("gfx")

@@ -67,7 +67,9 @@ class TritonPlan:
             if not flat.shape[0]:
                 return self._of_torch(weight, bias, storages).forward(x, weight, bias, storages)
             flat = flat.resolve_neg()
-            found = self._forward = self._forward_of(flat)
+            found = self._forward_of(flat)
+            if flat.is_contiguous():
+                self._forward = found
         slots = [flat, weight, bias, *storages, *found.blank]
         found.run(slots)
         y, projected, b_eff = found.results_in(slots)
@@ -158,6 +160,8 @@ class TritonPlan:
         if self.strategy is None and decided[:2] != (rounded(tokens), forced):
             decided = self._decided = rounded(tokens), forced, strategy_for(self.problem, tokens)
         strategy = self.strategy or decided[2]
+        if direction == "forward" and strategy == "assemble":
+            x_strides = None  # x is read by a dense product alone
         call = _shared(Call.of(self.problem, strategy, tokens, x_strides, dy_strides, output))
         key = direction, call, forced, self.problem.tf32
         found = self._passes.get(key)

@@ -67,7 +67,7 @@ def make(
     return (*none[:3], terms)
 
 
-def lost_rows(launches):
+def lost_rows(launches: list[Call]) -> Tensor:
     """The rows of da that the weight pass has marked, (N,); given all launches."""
     arguments = next(one.arguments for one in launches if one.kernel == "weight_pass_kernel")
     at = arguments["at_lost"]

@@ -159,6 +159,17 @@ def test_what_successors_send_back(path, product, shape, successor):
         torch.testing.assert_close(g, w, rtol=1e-9, atol=1e-9)
 
 
+@each_strategy
+@pytest.mark.parametrize("order", ["transposed", "rows apart"])
+def test_a_strided_call_leaves_the_next_one_alone(order, strategy):
+    """Layers of one kind share their plan: what it keeps of a call with strides is not for contiguous operands."""
+    calls = [make(("lora_3", "vector", "vector", "vector", "vector"), RAGGED, seed=seed) for seed in range(2)]
+    (x, *rest), other = calls
+    strided = x.detach().t().contiguous().t() if order == "transposed" else x.detach().repeat(1, 2)[:, : x.shape[1]]
+    for call in ((strided.requires_grad_(), *rest), other, calls[0]):
+        check(call, strategy=strategy)
+
+
 # -- offsets beyond 2^31 -----------------------------------------------------------------------------
 # The detector of int32 overflow is on. Memory is taken where it is touched only.
 

@@ -123,8 +123,12 @@ def test_the_planner_chooses_the_strategy():
         ({"dtype": torch.float64}, "dtype: expected some of torch.bfloat16, torch.float16, torch.float32, got"),
         ({"architecture": "sm_1"}, "architecture: expected one of sm_80, .* got 'sm_1'"),
         ({"tokens": (0,)}, "tokens: expected integers from 1, got 0"),
-        ({"products": "hadamard"}, "products: expected some of hadamard, matmul, got 'hadamard'"),
-        ({"strategies": ()}, r"strategies: expected some of assemble, fused, got \(\)"),
+        ({"tokens": 64}, "tokens: expected a sequence, got 64"),
+        ({"ranks": 8}, "ranks: expected a sequence, got 8"),
+        ({"products": "hadamard"}, "products: expected a sequence, got 'hadamard'"),
+        ({"products": ("outer",)}, r"products: expected some of hadamard, matmul, got \['outer'\]"),
+        ({"strategies": ()}, r"strategies: expected some of assemble, fused, got \[\]"),
+        ({"architecture": None}, "architecture: expected a name such as sm_90 or gfx942, got None"),
         ({"input_gradients": (None,)}, "input_gradients: expected some of True, False, got"),
     ],
 )
@@ -132,6 +136,13 @@ def test_bad_arguments(changes, message):
     options = {"shapes": [(768, 768)], "ranks": (8,), "dtype": torch.bfloat16, "architecture": "sm_90"}
     with pytest.raises((ValueError, TypeError), match=message):
         builds_for(**options | changes)
+
+
+def test_iterators_are_read_once():
+    options = {"shapes": [(768, 768)], "ranks": (8,), "dtype": torch.bfloat16, "architecture": "sm_90"}
+    names = {"products": ["hadamard"], "strategies": ["fused"], "input_gradients": [True], "kept_outputs": [True]}
+    listed = builds_for(**options, **names)
+    assert listed and builds_for(**options, **{name: iter(values) for name, values in names.items()}) == listed
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)

@@ -89,7 +89,7 @@ def fused_kernel(
     else:
         acc = tl.zeros([BLOCK_M, BLOCK_O], dtype=WIDE)
     # The sum over r. W_eff is rounded to the type of x, to the bits that a merged layer multiplies by.
-    # Beyond RED x is zero: what W_eff holds there adds nothing.
+    # Beyond RED x is zero: what W_eff holds there adds nothing, unless a vector or constant is infinite.
     for r in range(0, RED, BLOCK_R):
         reds = span(r, BLOCK_R, INDEX)
         mask = reds < RED
