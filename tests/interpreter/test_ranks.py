@@ -26,8 +26,11 @@ def test_any_rank(rank, product, strategy):
 @pytest.mark.parametrize("a", ["vector", "constant", "none"])
 @pytest.mark.parametrize("rank", [1, 13, 16, 17, 64])
 def test_any_rank_of_b_alone(rank, a, strategy):
+    """In half types db lies beside the gradient of Bd, unless the padded rank is full."""
     with tiles(32, 16, 32):
         check(make((a, f"lora_{rank}", "none", "none", "none"), storage_rank=64), strategy=strategy)
+        half = make((a, f"lora_{rank}", "none", "constant", "vector"), dtype=torch.bfloat16, storage_rank=64)
+        check(half, strategy=strategy)
 
 
 def test_all_of_a_storage():
