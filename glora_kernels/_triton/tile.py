@@ -60,7 +60,8 @@ def row_part(
         ranks = tl.arange(0, BLOCK_RANK)
         return load_tile(ptr, rows, ranks, stride_row, stride_rank, row_mask, ranks < rank).to(DTYPE)
     elif KIND == ROW:
-        return tl.load(ptr + rows * stride_row, mask=row_mask & (rank > 0), other=-0.0).to(DTYPE)
+        value = tl.load(ptr + rows * stride_row, mask=row_mask & (rank > 0), other=0.0).to(DTYPE)
+        return tl.where(rank > 0, value, value * -1.0)  # Triton makes +0 of the constant -0.0
     else:
         return 0.0
 

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from glora_kernels import glora_linear, glora_merge, reference
 from glora_kernels.error_bound import UNIT_ROUNDOFF
 from tests.helpers import ALL_PATHS, CONTRACT
-from tests.interpreter.cases import DTYPES, PRODUCTS, kernels, laid_out, make
+from tests.interpreter.cases import DTYPES, PRODUCTS, bits, kernels, laid_out, make
 
 
 def merged(weight, b0, terms, **options):
@@ -90,3 +90,34 @@ def test_not_finite_is_refused(bad):
         merged(weight, b0, terms)
     w_eff, _ = merged(weight, b0, terms, safe=False)
     assert (~w_eff.isfinite()).nonzero()[:, 0].unique().tolist() == [4]
+
+
+@pytest.mark.parametrize(
+    "path", [("vector", "none"), ("constant", "none"), ("lora_3", "none"), ("none", "vector"), ("none", "lora_3")]
+)
+@pytest.mark.parametrize("product", PRODUCTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_an_absent_term_changes_no_bit(dtype, product, path):
+    """Beside a term of zeros (of -0 where it is added), zeros of W0 keep their signs, and infinities stay."""
+    _, weight, b0, terms = make((*path, "none", "none", "none"), dtype=dtype, product=product)
+    projected = path[0] == "lora_3" and product == "matmul"
+    added = terms.A is None or projected
+    terms = terms.map(lambda storage: torch.full_like(storage.detach(), -0.0 if added else 0.0))
+    weight = weight.detach()
+    weight[::3] = -0.0
+    if not projected:  # W0 Ad would be NaN
+        weight[1], weight[2] = torch.inf, -torch.inf
+    if "lora_3" in path and added:
+        weight = weight.abs()  # the product of two zeros is +0
+    w_eff, _ = merged(weight, b0, terms, safe=False)
+    assert torch.equal(bits(w_eff), bits(weight))
+
+
+@pytest.mark.parametrize("path", [("none", "none"), ("vector", "none"), ("none", "vector")])
+def test_absent_parts_of_the_bias_make_no_nan(path):
+    """An infinite W0 or b0 is not multiplied with the zero that C or D would be."""
+    _, weight, b0, terms = make((*path, "none", "none", "vector"))
+    weight, b0 = weight.detach(), b0.detach()
+    weight[1], b0[2], b0[3] = torch.inf, torch.inf, -0.0
+    _, b_eff = merged(weight, b0, terms, safe=False)
+    assert torch.equal(b_eff, b0 + terms.E.value.detach().flatten())
