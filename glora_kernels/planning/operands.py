@@ -82,7 +82,7 @@ def operand(problem: Problem, slot: str) -> Operand:
         return absent(problem)
     first = part.storages[0]
     if part.kind != A_LOW_RANK:
-        rows = Operand(ROW, names[0], None, 0 if part.kind == CONSTANT else first.row, rank=1, dtype=wide)
+        rows = Operand(ROW, names[0], left_row=_stride(problem, slot), rank=1, dtype=wide)
         return rows.transposed if slot == "A" and problem.product == "matmul" else rows
     up = part.storages[1]
     if slot == "A" and problem.projects:
@@ -147,4 +147,5 @@ def bias_operands(problem: Problem) -> BiasOperands:
 
 
 def _stride(problem: Problem, slot: str) -> int:
+    """From one value of a vector to the next; 0 repeats a constant."""
     return 0 if problem.kind(slot) == CONSTANT else problem.part(slot).storages[0].row
