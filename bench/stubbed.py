@@ -54,16 +54,33 @@ def stubbed(strategy: str | None = None) -> Iterator[None]:
         raise RuntimeError(f"stubbed: {reason}")
     import triton
 
+    from glora_kernels._triton import launch
+
+    with (
+        routed(ARCHITECTURE, strategy),
+        patch.object(launch, "compile_for", lambda *_: COMPILED),
+        patch.object(triton.runtime, "driver", _DRIVER),
+    ):
+        yield
+
+
+@contextmanager
+def routed(architecture: str, strategy: str | None = None) -> Iterator[None]:
+    """Send calls on CPU tensors to the Triton backend, as on a GPU of this architecture; something has to launch there.
+
+    ``use_backend("triton")`` works too.
+    """
     from glora_kernels import dispatch
-    from glora_kernels._triton import backend, device, launch  # noqa: F401  (backend loads what names architecture)
+    from glora_kernels._triton import backend, device  # noqa: F401  (backend loads what names architecture)
 
     to_triton = dispatch.Decision("triton", "stubbed", strategy)
+    rank_unfit = dispatch.rank_unfit
     with (
         _everywhere(dispatch.automatic, lambda *_: to_triton),
-        _everywhere(device.architecture, lambda *_: ARCHITECTURE),
-        patch.object(launch, "compile_for", lambda *_: COMPILED),
+        _everywhere(dispatch.triton_unfit, lambda _, terms: rank_unfit(terms)),
+        patch.object(dispatch, "_triton_reason", lambda: None),
+        _everywhere(device.architecture, lambda *_: architecture),
         patch.object(torch.cuda, "current_device", lambda: None),  # the index of the device of a CPU tensor
-        patch.object(triton.runtime, "driver", _DRIVER),
     ):
         yield
 

@@ -121,7 +121,7 @@ def prompt_tile(
         ranks = tl.arange(0, BLOCK_RANK)
         down = load_tile(ptr, columns, ranks, stride_row, 1, column_mask, ranks < rank).to(WIDE)
         up = tl.load(up_ptr + ranks, mask=ranks < rank, other=0.0).to(WIDE)
-        c = tl.sum(down * up[None, :], 1)
+        c = sum_of_products(down, up[None, :], 1)
     else:
         c = tl.load(ptr + columns * stride_row, mask=column_mask, other=0.0).to(WIDE)
     return c
@@ -152,6 +152,16 @@ def bias_tile(
     if has_e > 0:
         result += tl.load(e_ptr + rows * stride_e, mask=row_mask, other=0.0).to(WIDE)
     return result
+
+
+@triton.jit
+def sum_of_products(x, y, axis: tl.constexpr):
+    """``sum x * y`` along an axis, the same bits in every lane that holds it.
+
+    A plain product would be fused with the first addition across lanes. Of two lanes each would then round the other's
+    product, and not its own.
+    """
+    return tl.sum(tl.fma(x, y, 0.0), axis)
 
 
 @triton.jit

@@ -10,7 +10,19 @@ The shapes are in kernels/__init__.py. A program owns BLOCK_N rows. It walks all
 import triton
 import triton.language as tl
 
-from ..tile import ADDED, NONE, bias_tile, effective_tile, load_tile, prompt_tile, row_part, span, store_tile, term_tile
+from ..tile import (
+    ADDED,
+    NONE,
+    bias_tile,
+    effective_tile,
+    load_tile,
+    prompt_tile,
+    row_part,
+    span,
+    store_tile,
+    sum_of_products,
+    term_tile,
+)
 
 # Numbers that change from call to call: a new value needs no new build.
 STRIDES = ["stride_a", "stride_b", "stride_c", "stride_d", "stride_e"]  # of a storage: its rank, 1 or 0
@@ -97,7 +109,7 @@ def assemble_kernel(
             weight = load_tile(w_ptr, rows, columns, stride_wn, stride_wk, row_mask, mask).to(WIDE)
             if C != NONE:
                 c = prompt_tile(c_ptr, cu_ptr, columns, stride_c, rank_c, mask, C, RANK_C, WIDE)
-                prompt += tl.sum(weight * c[None, :], 1)
+                prompt += sum_of_products(weight, c[None, :], 1)
             if WRITE_WEIGHT:
                 a = term_tile(
                     left, au_ptr, columns, stride_au, stride_auk, rank_a, mask, A, RANK_A, FACTOR_A, WIDE, PRECISION

@@ -13,7 +13,18 @@ result is linear in dW or db. With ONLY_LOST a program whose rows are all kept d
 import triton
 import triton.language as tl
 
-from ..tile import LOW_RANK, UNWANTED, effective_tile, load_tile, row_part, span, store_tile, sum_slices, term_tile
+from ..tile import (
+    LOW_RANK,
+    UNWANTED,
+    effective_tile,
+    load_tile,
+    row_part,
+    span,
+    store_tile,
+    sum_of_products,
+    sum_slices,
+    term_tile,
+)
 
 # Numbers that change from call to call: a new value needs no new build.
 PLACES = ["at_a", "at_au", "at_b", "at_b_sum", "at_bu", "at_db", "at_dc", "at_cu", "at_lost"]
@@ -180,17 +191,17 @@ def contract_kernel(
                 CONTRACT_DOT,
             )
         else:
-            tl.store(partials_ptr + at_a + column_block * N + rows, tl.sum(dw * weight, 1), mask=row_mask)
+            tl.store(partials_ptr + at_a + column_block * N + rows, sum_of_products(dw, weight, 1), mask=row_mask)
         # dc = W0^T db over the rows of this block. db is still in slices of the token pass.
         if not ONLY_LOST and at_dc != UNWANTED:
             db = sum_slices(partials_ptr + at_db, slices, N, rows, row_mask, BLOCK_N, WIDE)
-            dc = tl.sum(weight * db[:, None], 0)
+            dc = sum_of_products(weight, db[:, None], 0)
             tl.store(partials_ptr + at_dc + row_block * K + columns, dc, mask=mask)
             if at_cu != UNWANTED:
                 ranks = tl.arange(0, RANK_C)
                 down = load_tile(c_ptr, columns, ranks, stride_c, 1, mask, ranks < rank_c).to(WIDE)
                 at = partials_ptr + at_cu + (row_block * column_blocks + column_block) * rank_c
-                tl.store(at + ranks, tl.sum(down * dc[:, None], 0), mask=ranks < rank_c)
+                tl.store(at + ranks, sum_of_products(down, dc[:, None], 0), mask=ranks < rank_c)
         if WRITE_WEIGHT:
             a_rows = row_part(a_ptr, rows, stride_a, 1, rank_a, row_mask, A, RANK_A, FACTOR_A)
             b_rows = row_part(b_ptr, rows, stride_b, 1, rank_b, row_mask, B, RANK_B, FACTOR_B)

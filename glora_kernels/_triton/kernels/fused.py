@@ -12,7 +12,18 @@ of a small batch is the wide side of the matrix instruction.
 import triton
 import triton.language as tl
 
-from ..tile import NONE, bias_tile, effective_tile, load_tile, prompt_tile, row_part, span, store_tile, term_tile
+from ..tile import (
+    NONE,
+    bias_tile,
+    effective_tile,
+    load_tile,
+    prompt_tile,
+    row_part,
+    span,
+    store_tile,
+    sum_of_products,
+    term_tile,
+)
 
 # Numbers that change from call to call: a new value needs no new build.
 VARYING = ["M", "rank_a", "rank_b", "rank_c", "has_d", "has_e"]
@@ -97,7 +108,7 @@ def fused_kernel(
         weight = load_tile(w_ptr, outs, reds, stride_wo, stride_wr, out_mask, mask).to(WIDE)
         if C != NONE:
             c = prompt_tile(c_ptr, cu_ptr, reds, stride_c, rank_c, mask, C, RANK_C, WIDE)
-            prompt += tl.sum(weight * c[None, :], 1)
+            prompt += sum_of_products(weight, c[None, :], 1)
         a = term_tile(a_rows, au_ptr, reds, stride_au, stride_auc, rank_a, mask, A, RANK_A, FACTOR_A, WIDE, PRECISION)
         b = term_tile(b_rows, bu_ptr, reds, stride_bu, stride_buc, rank_b, mask, B, RANK_B, FACTOR_B, WIDE, PRECISION)
         w_eff = effective_tile(weight, a, b, A).to(x_ptr.dtype.element_ty)

@@ -23,7 +23,7 @@ Other shapes are in kernels/__init__.py.
 import triton
 import triton.language as tl
 
-from ..tile import ADDED, COLUMN, LOW_RANK, NONE, ROW, UNWANTED, load_tile, span, store_tile
+from ..tile import ADDED, COLUMN, LOW_RANK, NONE, ROW, UNWANTED, load_tile, span, store_tile, sum_of_products
 
 # Numbers that change from call to call: a new value needs no new build.
 PLACES = ["at_db", "at_db_sum", "at_db_bias", "at_t", "at_a", "at_au", "at_b", "at_b_sum", "at_bu"]
@@ -162,7 +162,7 @@ def token_pass_kernel(
         dy = load_tile(dy_ptr, tokens, rows, stride_ym, stride_yn, token_mask, mask)
         if OUTPUT:
             y = load_tile(other_ptr, tokens, rows, N, 1, token_mask, mask)
-            t = tl.sum(dy.to(WIDE) * y.to(WIDE), 0)
+            t = sum_of_products(dy.to(WIDE), y.to(WIDE), 0)
             tl.store(partials_ptr + at_t + block * N + rows, t, mask=mask)
         if A == ADDED:
             store_slice(partials_ptr + at_a, dy, p_a, block, rows, N, rank_a, mask, RANK_A, DOT)
@@ -170,7 +170,7 @@ def token_pass_kernel(
         if THIN_B:
             d_left = store_slice(partials_ptr + at_b, dy, p_b, block, rows, N, rank_b, mask, RANK_B, DOT)
         elif sums_rows:
-            d_rows = tl.sum(dy.to(WIDE) * x_sum[:, None], 0)
+            d_rows = sum_of_products(dy.to(WIDE), x_sum[:, None], 0)
             b_sum += d_rows
             tl.store(partials_ptr + at_b + block * N + rows, d_rows, mask=mask & (at_b != UNWANTED))
         if sums_bias:
@@ -188,7 +188,7 @@ def token_pass_kernel(
         elif WRITE_DX:
             if rank_b > 0:
                 values = tl.load(b_ptr + rows * stride_b, mask=mask, other=0.0).to(WIDE)
-                y_sum += tl.sum(dy.to(WIDE) * values[None, :], 1)
+                y_sum += sum_of_products(dy.to(WIDE), values[None, :], 1)
     if at_db_sum != UNWANTED:
         tl.store(partials_ptr + at_db_sum + block, tl.sum(db_sum, 0))
     if at_db_bias != UNWANTED:
@@ -209,7 +209,7 @@ def token_pass_kernel(
                 store_slice(partials_ptr + at_bu, x, q_b, block, columns, K, rank_b, mask, RANK_B, DOT)
             if A == COLUMN:
                 g = load_tile(other_ptr, tokens, columns, K, 1, token_mask, mask).to(WIDE)
-                da = tl.sum(x.to(WIDE) * g, 0)
+                da = sum_of_products(x.to(WIDE), g, 0)
                 if SUM_A:
                     a_sum += da
                 else:

@@ -16,7 +16,18 @@ if, with ``|Bd| |Bu|`` in place of ``|B|`` (which is no larger) where B is a low
 import triton
 import triton.language as tl
 
-from ..tile import LOW_RANK, UNWANTED, effective_tile, load_tile, row_part, span, store_tile, sum_slices, term_tile
+from ..tile import (
+    LOW_RANK,
+    UNWANTED,
+    effective_tile,
+    load_tile,
+    row_part,
+    span,
+    store_tile,
+    sum_of_products,
+    sum_slices,
+    term_tile,
+)
 
 # Numbers that change from call to call: a new value needs no new build.
 PLACES = ["at_db", "at_dv", "at_dc", "at_cu", "at_ad", "at_t", "at_lost"]
@@ -126,11 +137,11 @@ def weight_pass_kernel(
             store_tile(w_eff_ptr, effective_tile(weight, a, b, A), rows, columns, K, 1, row_mask, mask)
         # dc and dAd of these columns, over the rows of this block.
         if DC:
-            dc = tl.sum(weight * db[:, None], 0)
+            dc = sum_of_products(weight, db[:, None], 0)
             tl.store(partials_ptr + at_dc + row_block * K + columns, dc, mask=mask)
             if at_cu != UNWANTED:
                 down = load_tile(c_ptr, columns, ranks_c, stride_c, 1, mask, ranks_c < rank_c).to(WIDE)
-                d_up += tl.sum(down * dc[:, None], 0)
+                d_up += sum_of_products(down, dc[:, None], 0)
         if DV:
             d_down = tl.dot(tl.trans(weight), dv, input_precision=PRECISION)
             at = partials_ptr + at_ad + row_block * K * rank_a
@@ -156,7 +167,7 @@ def weight_pass_kernel(
             taken += tl.dot(through, tl.trans(tl.abs(b_rows.to(WIDE))), input_precision=ROUGH)
         else:
             taken += x_sum[:, None] * tl.abs(b_rows.to(WIDE))[None, :]
-        allowed = loss * tl.abs(1.0 + a_rows.to(WIDE)) * tl.sum(dy * reach, 0)
+        allowed = loss * tl.abs(1.0 + a_rows.to(WIDE)) * sum_of_products(dy, reach, 0)
         t = sum_slices(partials_ptr + at_t, slices, N, rows, row_mask, BLOCK_N, WIDE)
-        kept = (tl.sum(dy * taken, 0) < allowed) & (tl.abs(t) < float("inf"))  # false for NaN
+        kept = (sum_of_products(dy, taken, 0) < allowed) & (tl.abs(t) < float("inf"))  # false for NaN
         tl.store(partials_ptr + at_lost + rows, tl.where(kept, 0.0, 1.0), mask=row_mask)
