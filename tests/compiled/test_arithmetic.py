@@ -158,10 +158,7 @@ def test_integers_of_one_operand_in_other_widths():
     assert lanes("not.b64 %rd2, %rd1;", "rd2", rd1=[0]) == [0xFFFFFFFFFFFFFFFF]
 
 
-@pytest.mark.parametrize(
-    "form, expected",
-    [("and", [0, 0, 0, 1]), ("or", [0, 1, 1, 1]), ("xor", [0, 1, 1, 0])],
-)
+@pytest.mark.parametrize("form, expected", [("and", [0, 0, 0, 1]), ("or", [0, 1, 1, 1]), ("xor", [0, 1, 1, 0])])
 def test_predicates_are_combined(form, expected):
     assert lanes(f"{form}.pred %p3, %p1, %p2;", "p3", p1=[0, 0, 1, 1], p2=[0, 1, 0, 1]) == expected
 

@@ -2,6 +2,7 @@
 
 import pytest
 
+from . import running
 from .machine import machine
 from .machine.faults import Fault
 from .snippets import ints, lanes, run, zeros
@@ -110,8 +111,10 @@ def test_an_endless_loop_ends_with_a_fault(monkeypatch):
 
 def test_more_programs_than_are_executed_at_once(monkeypatch):
     """Each adds its number to a place of its own."""
-    monkeypatch.setattr("tests.compiled.running.LANES", 96)
+    monkeypatch.setattr(running, "LANES", 96)
     out = ints(*[10] * 7)
-    body = "setp.ne.s32 %p1, %thread0, 0; @%p1 ret; mad.wide.s32 %rd2, %ctaid.x, 4, %rd1; st.global.b32 [%rd2], %ctaid.x;"
+    body = (
+        "setp.ne.s32 %p1, %thread0, 0; @%p1 ret; mad.wide.s32 %rd2, %ctaid.x, 4, %rd1; st.global.b32 [%rd2], %ctaid.x;"
+    )
     assert not run(body, grid=7, out=out)
     assert out.tolist() == list(range(7))

@@ -211,7 +211,12 @@ def through_shared(store, load, out="r3"):
         ("st.shared.v2.b16 [%r1], {%rs1, %rs2};", "ld.shared.b32 %r3, [%r1];", "r3", 0x56788234),
         ("st.shared.v2.b32 [%r1], {%r5, %r6};", "ld.shared.b64 %rd3, [%r1];", "rd3", 0x1122334487654321),
         ("st.shared.v4.b32 [%r1], {%r5, %r6, 7, 8};", "ld.shared.v2.b32 {%r3, %r4}, [%r1+8];", "r4", 8),
-        ("st.shared.v4.b32 [%r1], {%r5, %r6, 7, 8};", "ld.shared.v4.b32 {%r9, %r8, %r3, %r4}, [%r1];", "r8", 0x11223344),
+        (
+            "st.shared.v4.b32 [%r1], {%r5, %r6, 7, 8};",
+            "ld.shared.v4.b32 {%r9, %r8, %r3, %r4}, [%r1];",
+            "r8",
+            0x11223344,
+        ),
         ("st.shared.f32 [%r1], 0fBF800000;", "ld.shared.f32 %r3, [%r1];", "r3", 0xBF800000),
     ],
 )

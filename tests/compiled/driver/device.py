@@ -50,6 +50,7 @@ class Launch(NamedTuple):
         device: the index of the device that was current; None is the index of the device of CPU tensors.
         values: one per ``.param`` of the PTX entry, read by its type; PTX does not say of integers whether they have a
             sign, and all are read as if they had.
+        tensors: those among the arguments, by the names of the kernel's parameters.
     """
 
     kernel: Any
@@ -60,6 +61,7 @@ class Launch(NamedTuple):
     attributes: int
     device: int | None
     values: tuple[int | float, ...]
+    tensors: dict[str, torch.Tensor]
 
 
 @contextmanager
@@ -103,6 +105,7 @@ class _Driver(CudaDriver):
         self.capability, self.on_launch = capability, on_launch
         self.index: int | None = None
         self.refused: BaseException | None = None
+        self.arguments: tuple[Any, ...] = ()  # of the launch, those of the kernel at the end
 
     def get_current_device(self) -> int:
         """The number of the device: see stub.c. Triton keeps builds by it, so each architecture has others."""
@@ -141,6 +144,7 @@ class _Launcher(CudaLauncher):
         driver = triton.runtime.driver.active
         again = driver.refused is not None
         if not again:
+            driver.arguments = arguments
             super().__call__(*arguments)
         error = driver.refused
         if error is not None:
@@ -187,16 +191,19 @@ def _init_handles(kernel: CompiledKernel) -> None:
 def _listener(config: Any, function: int, arguments: Any) -> None:
     driver = triton.runtime.driver.active
     try:
-        driver.on_launch(_told(config.contents, _kernels[function], driver.index, arguments))
+        driver.on_launch(_told(config.contents, _kernels[function], driver, arguments))
     except BaseException as error:
         driver.refused = error
 
 
-def _told(config: _Config, kernel: CompiledKernel, device: int | None, arguments: Any) -> Launch:
+def _told(config: _Config, kernel: CompiledKernel, driver: _Driver, arguments: Any) -> Launch:
     types = parameters(kernel.asm["ptx"])
     values = tuple([ctypes.cast(arguments[place], pointer).contents.value for place, pointer in enumerate(types)])
     grid, block, stream = tuple(config.grid), tuple(config.block), config.stream or 0
-    return Launch(kernel, grid, block, config.shared, stream, config.attribute_count, device, values)
+    names = kernel.src.fn.arg_names
+    given = zip(names, driver.arguments[-len(names) :])
+    tensors = {name: value for name, value in given if isinstance(value, torch.Tensor)}
+    return Launch(kernel, grid, block, config.shared, stream, config.attribute_count, driver.index, values, tensors)
 
 
 @cache

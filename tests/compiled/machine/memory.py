@@ -20,6 +20,7 @@ from .numbers import UNSIGNED, Array
 
 _APART = 40  # two to the power of this lies between tensors
 _KEPT = 256  # alignment is kept up to here
+_WIDEST = 8  # bytes of the widest element
 
 
 class Region:
@@ -35,12 +36,13 @@ class Region:
         self.writer = np.zeros(units, np.int32)  # the program, counted from 1
         self.read = np.zeros(units, np.bool_)
         self.legal = _legal(tensors.values(), self.real, self.unit, units)
-        self._bytes = (ctypes.c_uint8 * self.size).from_address(self.real)
+        self.before = self.real % _WIDEST  # bytes that views have in front, so that they begin at a multiple
+        self._bytes = (ctypes.c_uint8 * (self.before + self.size)).from_address(self.real - self.before)
         self._views: dict[int, Array] = {}
 
     def view(self, width: int) -> Array:
         if width not in self._views:
-            self._views[width] = np.frombuffer(self._bytes, UNSIGNED[8 * width], self.size // width)
+            self._views[width] = np.frombuffer(self._bytes, UNSIGNED[8 * width], (self.before + self.size) // width)
         return self._views[width]
 
 
@@ -84,7 +86,7 @@ class Memory:
         """``count`` values of ``width`` bytes that lie one behind the other, for each address."""
         found = [np.empty(addresses.size, UNSIGNED[8 * width]) for _ in range(count)]
         for region, lanes, offsets in self._where(addresses, width * count, what):
-            values, places = region.view(width), offsets // width
+            values, places = region.view(width), (offsets + region.before) // width
             for number, part in enumerate(found):
                 part[lanes] = values[places + number]
             units = _units(offsets, width * count, region.unit)
@@ -96,7 +98,7 @@ class Memory:
     def store(self, addresses: Array, values: Sequence[Array], width: int, programs: Array, what: str) -> None:
         """One array of values for each of the elements that lie one behind the other."""
         for region, lanes, offsets in self._where(addresses, width * len(values), what):
-            target, places = region.view(width), offsets // width
+            target, places = region.view(width), (offsets + region.before) // width
             for number, part in enumerate(values):
                 target[places + number] = part[lanes]
             units, writers = _units(offsets, width * len(values), region.unit), programs[lanes]

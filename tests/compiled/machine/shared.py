@@ -158,13 +158,13 @@ class Shared:
             merged = np.where(self._warp_of(before) == warp, merged, self.many)
             reader = np.where(known, merged, who)
         self.reader[places] = reader
-        for code in (self.threads + warp, self.many):  # where several lanes read one place
-            other = self.reader[places] != reader
-            if not other.any():
-                break
-            apart = self._warp_of(self.reader[places]) != warp
-            self.reader[places[other]] = np.where(apart, self.many, code)[other]
-            reader = np.where(other, self.reader[places], reader)
+        other = self.reader[places] != reader
+        if other.any():
+            self.reader[places[other]] = _NOBODY
+            several = self.reader[places] == _NOBODY  # lanes that read this place
+            by_warp = np.where(reader == self.many, self.many, self.threads + warp)
+            self.reader[places[several]] = by_warp[several]
+            self.reader[places[several & (self.reader[places] != by_warp)]] = self.many
         self.read[places] = epoch
         self.read_warp[places] = now
 

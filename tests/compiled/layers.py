@@ -1,0 +1,80 @@
+"""Layer calls whose kernels are executed as compiled, through Triton's own launcher."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+
+from glora_kernels import glora_linear, glora_merge, use_backend
+from tests.helpers import assert_contract, generator_for, oracle, results
+
+from .driver.device import Launch, absent_gpu
+from .machine.faults import Hazards
+from .running import decoded, execute
+
+
+class Executed(NamedTuple):
+    """A launch that was executed."""
+
+    kernel: str
+    hash: str  # of the build
+    hazards: Hazards
+
+
+@contextmanager
+def executing(architecture: str, strategy: str | None = None) -> Iterator[list[Executed]]:
+    """Inside, layers on CPU tensors run their compiled kernels, instruction by instruction; the list grows.
+
+    What torch allocates is NaN, or the largest integer, until it is written.
+    """
+    done: list[Executed] = []
+
+    def run(launch: Launch) -> None:
+        code = decoded(launch.kernel.asm["ptx"])
+        hazards = execute(code, launch.grid[0], launch.values, launch.shared, launch.tensors)
+        done.append(Executed(launch.kernel.src.fn.fn.__name__.removesuffix("_kernel"), launch.kernel.hash, hazards))
+
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)  # with torch.utils.deterministic.fill_uninitialized_memory, on by default
+    try:
+        with absent_gpu(architecture, run, strategy), use_backend("triton", strategy=strategy):
+            yield done
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+def upstream(call) -> torch.Tensor:
+    """dy of a call."""
+    x, weight, *_ = call
+    dy = torch.randn(*x.shape[:-1], weight.shape[0], generator=generator_for("dy"), dtype=torch.float64)
+    return dy.to(x.dtype)
+
+
+def check(call, architecture: str, strategy: str) -> list[Executed]:
+    """Forward and every gradient against the oracle, under the numerical contract, without a hazard."""
+    dy = upstream(call)
+    with executing(architecture, strategy) as done:
+        got = results(glora_linear, *call, dy)
+    assert_contract(got, *oracle(*call, dy), call[0].dtype)
+    require_order(done)
+    return done
+
+
+def check_merging(call, architecture: str) -> list[Executed]:
+    """The merged weight and bias are the bits that the assembled layer multiplies by."""
+    x, weight, bias, terms = call
+    with executing(architecture, "assemble") as done, torch.no_grad():
+        merged = glora_merge(weight, bias, terms)
+        y = glora_linear(x, weight, bias, terms)
+    assert torch.equal(torch.nn.functional.linear(x, *merged), y)
+    require_order(done)
+    return done
+
+
+def require_order(done: list[Executed]) -> None:
+    assert done, "expected launches, got none"
+    seen = [f"{one.kernel}: {hazard}" for one in done for hazard in one.hazards]
+    assert not seen, "\n".join(seen)
