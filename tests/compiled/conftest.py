@@ -1,4 +1,4 @@
-"""Compiled kernels, executed on the CPU. Where kernels are interpreted nothing is compiled, and nothing is collected."""
+"""Compiled kernels, executed on the CPU. Where they are interpreted, nothing is collected."""
 
 import os
 

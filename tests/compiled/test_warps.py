@@ -50,7 +50,7 @@ def test_warps_are_shuffled_on_their_own():
         ("max.u32", [0x80000000, *range(31)], 0x80000000),
         ("and.b32", [0xFF0F] * 31 + [0xF0FF], 0xF00F),
         ("or.b32", [1 << lane for lane in LANES], 0xFFFFFFFF),
-        ("xor.b32", LANES[:-1] + [0xF0], 0xF0 ^ 31),
+        ("xor.b32", [*LANES[:-1], 0xF0], 0xF0 ^ 31),
     ],
 )
 def test_values_of_a_warp_are_reduced(form, values, expected):
