@@ -175,9 +175,10 @@ def transpose_dropped(function: Function, node: ast.AST) -> Iterator[Edit]:
 @operator
 def axis_changed(function: Function, node: ast.AST) -> Iterator[Edit]:
     """A sum over the other axis."""
-    if called(node) in ("tl.sum", "tl.max") and len(node.args) == 2:
-        axis = node.args[1]
-        yield function.replaced(axis, {"0": "1", "1": "0"}[function.text(axis)])
+    if called(node) in ("tl.sum", "tl.max", "sum_of_products") and len(node.args) > 1:
+        axis = node.args[-1]
+        if isinstance(axis, ast.Constant):
+            yield function.replaced(axis, {"0": "1", "1": "0"}[function.text(axis)])
 
 
 @operator
