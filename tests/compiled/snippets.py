@@ -27,6 +27,7 @@ _ENTRY = """
 	.reg .b32 %r<999>;
 	.reg .b64 %rd<99>;
 	.reg .b32 %thread<1>;
+	.reg .b32 %program<1>;
 	.reg .b32 %own<1>;
 	.reg .b32 %next<1>;
 	.reg .b32 %across<1>;
@@ -34,10 +35,11 @@ _ENTRY = """
 	ret;
 }}
 """
-# %thread0: the thread. In shared memory, %own0: its word; %next0: that of the next thread of its warp; %across0: that
-# of the thread with its place in the next warp.
+# %thread0: the thread; %program0: its program. In shared memory, %own0: the thread's word; %next0: that of the next
+# thread of its warp; %across0: that of the thread with its place in the next warp.
 _PROLOGUE = """
 	mov.u32 %thread0, %tid.x;
+	mov.u32 %program0, %ctaid.x;
 	shl.b32 %own0, %thread0, 2;
 	and.b32 %next0, %own0, -128;
 	add.s32 %across0, %own0, 128;
@@ -91,6 +93,11 @@ def noted(body: str, threads: int = 32, shared: int = 1024, grid: int = 1, **ten
 
 def ints(*values: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
     return torch.tensor(values, dtype=dtype)
+
+
+def at_a_multiple_of_16(count: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
+    storage = zeros(count + 16, dtype)
+    return storage[-storage.data_ptr() % 16 // storage.element_size() :][:count]
 
 
 def zeros(count: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:

@@ -98,7 +98,7 @@ def test_a_barrier_that_some_threads_do_not_reach_is_a_fault():
 
 
 def test_a_barrier_that_a_whole_program_skips_is_none():
-    body = "setp.eq.s32 %p1, %ctaid.x, 1; @%p1 bar.sync 0; mov.b32 %r1, 0; @!%p1 barrier.sync.aligned 0;"
+    body = "setp.eq.s32 %p1, %program0, 1; @%p1 bar.sync 0; mov.b32 %r1, 0; @!%p1 barrier.sync.aligned 0;"
     assert not run(body, threads=64, grid=2)
 
 
@@ -113,8 +113,6 @@ def test_more_programs_than_are_executed_at_once(monkeypatch):
     """Each adds its number to a place of its own."""
     monkeypatch.setattr(running, "LANES", 96)
     out = ints(*[10] * 7)
-    body = (
-        "setp.ne.s32 %p1, %thread0, 0; @%p1 ret; mad.wide.s32 %rd2, %ctaid.x, 4, %rd1; st.global.b32 [%rd2], %ctaid.x;"
-    )
+    body = "setp.ne.s32 %p1, %thread0, 0; @%p1 ret; mad.wide.s32 %rd2, %program0, 4, %rd1; st.global.b32 [%rd2], %program0;"
     assert not run(body, grid=7, out=out)
     assert out.tolist() == list(range(7))

@@ -111,7 +111,7 @@ def test_a_part_of_a_warp_is_a_fault():
 
 def test_addresses_of_lanes_without_a_row_do_not_count():
     body = "setp.ge.s32 %p1, %thread0, 8; @%p1 mov.b32 %r20, 0xffffffff;"
-    assert noted(ROWS + f"stmatrix.sync.aligned.m8n8.x1.shared.b16 [%r20], {{1}}; {WARP}" + body) == []
+    assert noted(ROWS + f"stmatrix.sync.aligned.m8n8.x1.shared.b16 [%r20], {{%thread0}}; {WARP}" + body) == []
     store = "stmatrix.sync.aligned.m8n8.x1.shared.b16 [%r20], {%thread0};"
     load = "ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%r1}, [%r20];"
     assert noted(ROWS + body + store + WARP + load) == []

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from . import running
-from .machine.faults import Fault
-from .snippets import ints, noted, run, zeros
+from .machine.faults import Fault, Hazards
+from .machine.memory import Memory
+from .snippets import at_a_multiple_of_16, ints, noted, run, zeros
 
 ONE = "setp.ne.s32 %p1, %thread0, 0; @%p1 ret;"  # one thread of each program goes on
 EACH = "mad.wide.s32 %rd9, %thread0, 4, %rd1;"  # in %rd9: the thread's own number of the first tensor
@@ -55,6 +56,27 @@ def test_an_address_and_a_negative_offset_of_32_bits_give_one_of_64():
     body = "add.s64 %rd2, %rd1, 8; mov.b32 %r1, -1; mad.wide.s32 %rd3, %r1, 4, %rd2; st.global.b32 [%rd3], 7;"
     assert not run(ONE + body, out=out)
     assert out.tolist() == [0, 7, 0]
+
+
+def test_lanes_may_access_different_tensors():
+    """The lower 16 access a, the others b."""
+    a, b, out = ints(*range(16)), ints(*range(100, 116)), zeros(32)
+    body = """
+        setp.lt.s32 %p1, %thread0, 16; selp.b64 %rd4, %rd1, %rd2, %p1; and.b32 %r1, %thread0, 15;
+        mad.wide.s32 %rd4, %r1, 4, %rd4; ld.global.b32 %r2, [%rd4];
+        mad.wide.s32 %rd5, %thread0, 4, %rd3; st.global.b32 [%rd5], %r2;
+    """
+    assert not run(body, a=a, b=b, out=out)
+    assert out.tolist() == [*range(16), *range(100, 116)]
+    store = body.replace("ld.global.b32 %r2, [%rd4];", "mov.b32 %r2, 7; st.global.b32 [%rd4], %r2;")
+    assert noted(store, grid=2, a=a, b=b, out=out) == [
+        f"two programs write one address ({name})" for name in ("a", "b", "out")
+    ]
+    assert a.tolist() == b.tolist() == [7] * 16
+
+
+def test_an_address_of_no_tensor_is_0():
+    assert Memory({"a": zeros(4)}, Hazards()).address(5) == 0
 
 
 def test_an_empty_tensor_cannot_be_accessed():
@@ -109,11 +131,6 @@ def test_a_misaligned_access_is_a_fault(access, width):
         run("mov.b32 %r1, 0;" + ONE + access, shared=64, a=zeros(64, torch.int64))
 
 
-def at_a_multiple_of_16(count, dtype):
-    storage = zeros(count + 16, dtype)
-    return storage[(-storage.data_ptr() // storage.element_size()) % (16 // storage.element_size()) :][:count]
-
-
 def test_a_view_that_begins_anywhere_keeps_its_alignment():
     """Elements of 16 bits, accessed as 32: from the second one on a multiple of 4 bytes is in the middle of two."""
     storage = at_a_multiple_of_16(16, torch.int16)
@@ -148,7 +165,7 @@ def test_tensors_that_overlap_are_one_memory(width, lanes):
 
 def test_two_programs_may_not_write_one_address():
     assert noted(ONE + "st.global.b32 [%rd1], 1;", grid=2, a=zeros(1)) == WRITTEN_TWICE
-    assert noted(ONE + "mad.wide.s32 %rd2, %ctaid.x, 4, %rd1; st.global.b32 [%rd2], 1;", grid=2, a=zeros(2)) == []
+    assert noted(ONE + "mad.wide.s32 %rd2, %program0, 4, %rd1; st.global.b32 [%rd2], 1;", grid=2, a=zeros(2)) == []
 
 
 def test_one_program_may_write_an_address_twice():
@@ -164,10 +181,10 @@ def test_programs_that_are_executed_one_after_the_other_may_not_either(monkeypat
 
 
 def test_ranges_that_overlap_in_a_part():
-    body = ONE + "mad.wide.s32 %rd2, %ctaid.x, {}, %rd1; st.global.v2.b32 [%rd2], {{1, 1}};"
+    body = ONE + "mad.wide.s32 %rd2, %program0, {}, %rd1; st.global.v2.b32 [%rd2], {{1, 1}};"
     assert noted(body.format(8), grid=2, a=zeros(4, torch.int64).view(torch.int32)) == []
     body = """
-        setp.eq.s32 %p2, %ctaid.x, 0; @%p2 bra $first;
+        setp.eq.s32 %p2, %program0, 0; @%p2 bra $first;
         st.global.b32 [%rd1+4], 1; ret;
     $first:
         st.global.v2.b32 [%rd1], {1, 1};
@@ -178,7 +195,7 @@ def test_ranges_that_overlap_in_a_part():
 @pytest.mark.parametrize("grid", [1, 2])
 def test_what_a_launch_writes_it_may_not_read(grid):
     """Not even in the same program: another thread may have written."""
-    own = ONE + "mad.wide.s32 %rd2, %ctaid.x, 4, %rd1;"
+    own = ONE + "mad.wide.s32 %rd2, %program0, 4, %rd1;"
     assert noted(own + "st.global.b32 [%rd2], 1; ld.global.b32 %r1, [%rd2];", grid=grid, a=zeros(2)) == READ_AND_WRITTEN
     assert noted(own + "ld.global.b32 %r1, [%rd2]; st.global.b32 [%rd2], 1;", grid=grid, a=zeros(2)) == WRITTEN_AND_READ
     assert noted(own + "ld.global.b32 %r1, [%rd2]; st.global.b32 [%rd2+8], 1;", grid=grid, a=zeros(4)) == []

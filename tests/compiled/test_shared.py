@@ -62,13 +62,13 @@ def test_a_barrier_of_one_warp_orders_that_warp():
 
 
 def test_a_barrier_of_one_program_orders_that_program():
-    body = f"{STORE} setp.eq.s32 %p1, %ctaid.x, 0; @%p1 bar.sync 0; {{}} ld.shared.b32 %r1, [%across0];"
+    body = f"{STORE} setp.eq.s32 %p1, %program0, 0; @%p1 bar.sync 0; {{}} ld.shared.b32 %r1, [%across0];"
     assert noted(body.format(""), threads=64, grid=2) == [READ_OF_WRITTEN]
     assert noted(body.format("@%p1"), threads=64, grid=2) == []
 
 
 def test_programs_do_not_disturb_one_another():
-    body = f"setp.eq.s32 %p1, %ctaid.x, 0; @%p1 {STORE} @%p1 bar.sync 0; @!%p1 {STORE}"
+    body = f"setp.eq.s32 %p1, %program0, 0; @%p1 {STORE} @%p1 bar.sync 0; @!%p1 {STORE}"
     assert noted(body, threads=64, grid=3) == []
 
 
@@ -107,6 +107,8 @@ def write(thread):
         # at once
         (["ld.shared.b32 %r1, [%r9];", write(1)], [WRITE_OF_READ]),
         (["ld.shared.b32 %r1, [%r9];", WARP, write(1)], [WRITE_OF_READ]),
+        (["ld.shared.b32 %r1, [%r9];", WARP, write(33)], [WRITE_OF_READ]),
+        (["ld.shared.b32 %r1, [%r9];", BLOCK, write(33)], []),
         (["setp.lt.s32 %p3, %thread0, 32; @%p3 ld.shared.b32 %r1, [%r9];", write(1)], [WRITE_OF_READ]),
         (["setp.lt.s32 %p3, %thread0, 32; @%p3 ld.shared.b32 %r1, [%r9];", WARP, write(1)], []),
         (["setp.lt.s32 %p3, %thread0, 32; @%p3 ld.shared.b32 %r1, [%r9];", WARP, write(32)], [WRITE_OF_READ]),
@@ -159,7 +161,7 @@ def test_lanes_that_do_not_write():
 
 
 def test_what_another_program_wrote_does_not_count():
-    assert noted(f"setp.eq.s32 %p1, %ctaid.x, 0; @%p1 {STORE} ld.shared.b32 %r1, [%own0];", grid=2) == [NEVER]
+    assert noted(f"setp.eq.s32 %p1, %program0, 0; @%p1 {STORE} ld.shared.b32 %r1, [%own0];", grid=2) == [NEVER]
 
 
 def test_memory_is_nan_until_it_is_written():

@@ -24,7 +24,7 @@ LANES = list(range(32))
     ],
 )
 def test_values_are_shuffled(form, by, clamp, expected):
-    body = f"add.s32 %r1, %tid.x, 100; shfl.sync.{form}.b32 %r2, %r1, {by}, {clamp}, -1;"
+    body = f"mov.u32 %r1, %tid.x; add.s32 %r1, %r1, 100; shfl.sync.{form}.b32 %r2, %r1, {by}, {clamp}, -1;"
     assert lanes(body, "r2") == [100 + lane for lane in expected]
 
 

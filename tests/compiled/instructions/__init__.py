@@ -7,7 +7,7 @@ from ..machine.machine import Action, Code, Step
 from ..machine.program import Instruction, Program
 from . import arithmetic, conversions, fragments, moves, warps  # noqa: F401  (they name rules)
 from .copies import Copies
-from .decoding import RULES, Decoder
+from .decoding import RULES, Decoder, unknown
 from .warpgroups import Products
 
 _JUMPS = {"bra", "bra.uni", "ret"}
@@ -32,5 +32,8 @@ def _action(decoder: Decoder, instruction: Instruction) -> Action | None:
         return None
     for pattern, rule in RULES.get(instruction.opcode[0], ()):
         if found := pattern.fullmatch(opcode):
-            return rule(decoder, found, instruction)
+            try:
+                return rule(decoder, found, instruction)
+            except (UnknownInstructionError, KeyError, ValueError, IndexError) as error:  # operands of another form
+                raise unknown(instruction, error) from error
     raise UnknownInstructionError(f"expected an instruction that there is a rule for, got {instruction.shown}")

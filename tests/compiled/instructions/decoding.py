@@ -156,5 +156,6 @@ def _fragments(program: Program) -> set[str]:
     return found
 
 
-def unknown(instruction: Instruction) -> UnknownInstructionError:
-    return UnknownInstructionError(f"expected a form that there is a rule for, got {instruction.shown}")
+def unknown(instruction: Instruction, why: object = None) -> UnknownInstructionError:
+    reason = f": {why}" if why else ""
+    return UnknownInstructionError(f"expected a form that there is a rule for, got {instruction.shown}{reason}")

@@ -19,6 +19,7 @@ from .faults import Fault, Hazards
 from .numbers import UNSIGNED, Array
 
 _APART = 40  # two to the power of this lies between tensors
+_MIDDLE = 1 << _APART - 1  # so that what lies in front of a tensor is told from what lies behind another
 _KEPT = 256  # alignment is kept up to here
 _WIDEST = 8  # bytes of the widest element
 
@@ -30,7 +31,7 @@ class Region:
         self.names = "/".join(tensors)
         self.real = min(tensor.data_ptr() for tensor in tensors.values())
         self.size = max(tensor.data_ptr() + _span(tensor) for tensor in tensors.values()) - self.real
-        self.address = ((number + 1) << _APART) + self.real % _KEPT
+        self.address = ((number + 1) << _APART) + _MIDDLE + self.real % _KEPT
         self.unit = min(tensor.element_size() for tensor in tensors.values())
         units = self.size // self.unit
         self.writer = np.zeros(units, np.int32)  # the program, counted from 1

@@ -114,7 +114,7 @@ def _statements(body: str) -> Iterator[tuple[str, str]]:
             statement = part.strip()
             while statement.startswith("{") and not re.match(r"\{\s*%", statement):  # a scope of inline assembly
                 statement = statement[1:].strip()
-            if statement and statement != "}" and not statement.startswith(_IGNORED):
+            if statement.strip("} ") and statement.split()[0] not in _IGNORED:
                 yield statement, place
 
 
