@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import os
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -83,6 +85,25 @@ def make_call(
     slots = {slot: make_term(choice, slot, *sides[slot], 4, randn) for slot, choice in zip("ABCDE", path)}
     terms = Terms(**slots, product=product).map(lambda t: t.to(terms_dtype).requires_grad_())
     return x, weight, b0, terms
+
+
+def upstream(call, seed: int = 0) -> Tensor:
+    """A gradient of the output, of its shape and dtype."""
+    x, weight, *_ = call
+    shape = (*x.shape[:-1], weight.shape[0])
+    return torch.randn(shape, generator=generator_for("dy", seed), dtype=torch.float64).to(x.dtype)
+
+
+@contextmanager
+def unwritten_is_nan() -> Iterator[None]:
+    """Inside, what torch allocates is NaN, or the largest integer: an output left unwritten shows, in C++ too."""
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
 
 
 def results(function, x, weight, bias, terms, dy) -> dict[str, Tensor | None]:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 
 from glora_kernels import glora_linear, glora_merge, use_backend
-from tests.helpers import assert_contract, generator_for, oracle, results
+from tests.helpers import assert_contract, oracle, results, unwritten_is_nan, upstream
 
 from .driver.device import Launch, absent_gpu
 from .machine.faults import Hazards
@@ -20,37 +20,21 @@ class Executed(NamedTuple):
     """A launch that was executed."""
 
     kernel: str
-    hash: str  # of the build
     hazards: Hazards
 
 
 @contextmanager
 def executing(architecture: str, strategy: str | None = None) -> Iterator[list[Executed]]:
-    """Inside, layers on CPU tensors run their compiled kernels, instruction by instruction; the list grows.
-
-    What torch allocates is NaN, or the largest integer, until it is written.
-    """
+    """Inside, layers on CPU tensors run their compiled kernels, instruction by instruction; the list grows."""
     done: list[Executed] = []
 
     def run(launch: Launch) -> None:
         code = decoded(launch.kernel.asm["ptx"])
         hazards = execute(code, launch.grid[0], launch.values, launch.shared, launch.tensors)
-        done.append(Executed(launch.kernel.src.fn.fn.__name__.removesuffix("_kernel"), launch.kernel.hash, hazards))
+        done.append(Executed(launch.kernel.src.fn.fn.__name__.removesuffix("_kernel"), hazards))
 
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)  # with torch.utils.deterministic.fill_uninitialized_memory, on by default
-    try:
-        with absent_gpu(architecture, run, strategy), use_backend("triton", strategy=strategy):
-            yield done
-    finally:
-        torch.use_deterministic_algorithms(before)
-
-
-def upstream(call) -> torch.Tensor:
-    """dy of a call."""
-    x, weight, *_ = call
-    dy = torch.randn(*x.shape[:-1], weight.shape[0], generator=generator_for("dy"), dtype=torch.float64)
-    return dy.to(x.dtype)
+    with unwritten_is_nan(), absent_gpu(architecture, run, strategy), use_backend("triton", strategy=strategy):
+        yield done
 
 
 def check(call, architecture: str, strategy: str) -> list[Executed]:

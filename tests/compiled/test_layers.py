@@ -7,8 +7,8 @@ import torch
 
 from glora_kernels import glora_linear
 from glora_kernels._triton.kernels import KERNELS
-from tests.compiled.layers import check, check_merging, executing, require_order, upstream
-from tests.helpers import assert_contract, generator_for, make_call, oracle, results
+from tests.compiled.layers import check, check_merging, executing, require_order
+from tests.helpers import assert_contract, generator_for, make_call, oracle, results, upstream
 
 ARCHITECTURES = ("sm_80", "sm_90")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -87,8 +87,8 @@ def test_offsets_beyond_two_to_the_31(architecture):
     row = -(-(2**31) // (16 * (tokens - 16))) * 16
     x = torch.empty(tokens * row, dtype=torch.bfloat16).as_strided((tokens, inputs), (row, 1))
     x.copy_(torch.randn(tokens, inputs, generator=generator_for("far")))
-    path = ("lora_3", "lora_3", "none", "none", "none")
-    _, weight, bias, terms = make_call(path, (1, outputs, inputs), dtype=torch.bfloat16)
+    kinds = ("lora_3", "lora_3", "none", "none", "none")
+    _, weight, bias, terms = make_call(kinds, (1, outputs, inputs), dtype=torch.bfloat16)
     with executing(architecture, "fused") as done, torch.no_grad():
         y = glora_linear(x, weight, bias, terms)
     want, scale = oracle(x.clone().requires_grad_(), weight, bias, terms, upstream((x, weight)))

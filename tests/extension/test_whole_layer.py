@@ -9,19 +9,23 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import glora
 from glora_kernels import LowRank, Terms, configured_linear, encode, explain, glora_linear, glora_merge, use_backend
-from tests.helpers import ALL_PATHS, WEIGHT_CHOICES, assert_contract, generator_for, make_call, oracle, results
+from tests.helpers import (
+    ALL_PATHS,
+    WEIGHT_CHOICES,
+    assert_contract,
+    generator_for,
+    make_call,
+    oracle,
+    results,
+    unwritten_is_nan,
+    upstream,
+)
 
 pytestmark = pytest.mark.usefixtures("backend")
 PRODUCTS = ("hadamard", "matmul")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 PAIRS = list(itertools.product(WEIGHT_CHOICES, WEIGHT_CHOICES))
 PATH = ("lora_3", "vector", "lora_3", "vector", "constant")
-
-
-def upstream(call):
-    x, weight, *_ = call
-    shape = (*x.shape[:-1], weight.shape[0])
-    return torch.randn(shape, generator=generator_for("dy"), dtype=torch.float64).to(x.dtype)
 
 
 def check(call, dy=None):
@@ -80,17 +84,14 @@ def test_any_leading_shape(leading, product):
 
 
 @pytest.fixture
-def unwritten_is_nan():
-    """PyTorch fills what it allocates in this mode, in C++ too."""
-    assert torch.utils.deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
+def poisoned_memory():
+    with unwritten_is_nan():
+        yield
 
 
 @pytest.mark.parametrize("shape", [(3, 0, 5), (3, 5, 0), (3, 0, 0)], ids=str)
 @pytest.mark.parametrize("product", PRODUCTS)
-def test_empty_weights(shape, product, unwritten_is_nan):
+def test_empty_weights(shape, product, poisoned_memory):
     """Gradients of what meets nothing are zero, in memory that was written."""
     for a, b in itertools.product(("lora_3", "vector", "none"), repeat=2):
         call = make_call((a, b, "lora_3", "vector", "vector"), shape, product=product)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from glora_kernels import available_backends, glora_linear, glora_merge, use_backend
-from tests.helpers import assert_contract, generator_for, make_call, oracle, results
+from tests.helpers import assert_contract, make_call, oracle, results, upstream
 
 if not torch.cuda.is_available():
     pytest.skip("no GPU here: the extension was compiled, and run on a CPU, only", allow_module_level=True)
@@ -23,12 +23,6 @@ def to_gpu(call):
     x, weight, bias, terms = call
     leaf = lambda t: t.detach().cuda().requires_grad_()  # noqa: E731
     return leaf(x), weight.cuda(), None if bias is None else bias.cuda(), terms.map(leaf)
-
-
-def upstream(call):
-    x, weight, *_ = call
-    dy = torch.randn(*x.shape[:-1], weight.shape[0], generator=generator_for("dy"), dtype=torch.float64)
-    return dy.to(x.dtype)
 
 
 @pytest.fixture(autouse=True)

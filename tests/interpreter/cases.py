@@ -18,7 +18,7 @@ from glora_kernels import Terms, glora_linear, use_backend
 from glora_kernels._triton.launch import launch
 from glora_kernels.planning.operands import ADDED, COLUMN, NONE
 from glora_kernels.planning.settings import KERNELS, Tile, forced_tiles
-from tests.helpers import assert_contract, generator_for, make_call, make_term, oracle, results
+from tests.helpers import assert_contract, generator_for, make_call, make_term, oracle, results, upstream
 
 STRATEGIES = ("assemble", "fused")
 PRODUCTS = ("hadamard", "matmul")
@@ -72,13 +72,6 @@ def lost_rows(launches: list[Call]) -> Tensor:
     arguments = next(one.arguments for one in launches if one.kernel == "weight_pass_kernel")
     at = arguments["at_lost"]
     return arguments["partials_ptr"][at : at + arguments["N"]].bool()
-
-
-def upstream(call, seed: int = 0) -> Tensor:
-    """A gradient of the output, of its shape and dtype."""
-    x, weight, *_ = call
-    shape = (*x.shape[:-1], weight.shape[0])
-    return torch.randn(shape, generator=generator_for("dy", seed), dtype=torch.float64).to(x.dtype)
 
 
 def leaves_of(call) -> list[Tensor]:

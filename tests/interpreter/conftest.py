@@ -6,7 +6,8 @@ Triton decides as its modules are imported whether kernels are interpreted, so n
 import os
 
 import pytest
-import torch
+
+from tests.helpers import unwritten_is_nan
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -24,8 +25,5 @@ def pytest_report_collectionfinish():
 
 @pytest.fixture(autouse=True)
 def poisoned_memory():
-    """torch fills what it allocates with NaN or the largest integer: an output left unwritten shows."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)  # with torch.utils.deterministic.fill_uninitialized_memory, on by default
-    yield
-    torch.use_deterministic_algorithms(before)
+    with unwritten_is_nan():
+        yield

@@ -15,7 +15,8 @@ from glora_kernels import glora_linear
 from glora_kernels._triton import TritonBackend, device, plan
 from glora_kernels._triton import run as running
 from glora_kernels._triton.launch import recorded
-from tests.interpreter.cases import KINDS, PRODUCTS, RAGGED, REUSED, STRATEGIES, kernels, leaves_of, make, upstream
+from tests.helpers import upstream
+from tests.interpreter.cases import KINDS, PRODUCTS, RAGGED, REUSED, STRATEGIES, kernels, leaves_of, make
 
 FREE = {"view", "_unsafe_view", "t", "transpose", "detach", "alias", "slice", "select", "expand", "as_strided"}
 FREE |= {"empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided"}

@@ -14,7 +14,6 @@ inside is of no use elsewhere, and the other way round.
 from __future__ import annotations
 
 import ctypes
-import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import cache
@@ -33,6 +32,8 @@ from glora_kernels._triton import launch as launching
 from glora_kernels._triton import plan
 from glora_kernels.ops import prepared
 
+from ..machine.numbers import bits_of
+from ..machine.program import parameters_of
 from . import library
 
 STREAM = 0x1000  # of the current device; that of the device with index i is STREAM + i
@@ -209,6 +210,5 @@ def _told(config: _Config, kernel: CompiledKernel, driver: _Driver, arguments: A
 @cache
 def parameters(ptx: str) -> tuple[Any, ...]:
     """The types of the parameters of the PTX entry, as pointers of ctypes."""
-    (head,) = re.findall(r"\.entry\s+\w+\((.*?)\)", ptx, re.DOTALL)
-    found = re.findall(r"\.param\s+\.([a-z])(\d+)\s", head)
-    return tuple([ctypes.POINTER((_FLOATS if kind == "f" else _INTEGERS)[int(bits)]) for kind, bits in found])
+    kinds = [parameter.kind for parameter in parameters_of(ptx)]
+    return tuple([ctypes.POINTER((_FLOATS if kind[0] == "f" else _INTEGERS)[bits_of(kind)]) for kind in kinds])

@@ -10,7 +10,7 @@ import numpy as np
 
 from ..machine.faults import Fault
 from ..machine.machine import Action, Active, Machine
-from ..machine.numbers import FROM, TO, TYPES, Array, bits_of, fused
+from ..machine.numbers import FROM, TO, TYPES, Array, bits_of, fused, loss, to_odd
 from ..machine.program import Instruction
 from .decoding import Decoder, Read, rule
 
@@ -232,17 +232,11 @@ def _half(at: Decoder, found: re.Match, instruction: Instruction) -> Action:
 
 
 def _sum_to_odd(x: Array, y: Array) -> Array:
-    """``x + y`` in fp32, odd in its last bit where it is not exact, so that a second rounding is the only one."""
-    wide = x.astype(np.float64) + y
-    part = wide - x
-    lost_first = (x - (wide - part)) + (y - part)
+    """``x + y`` in fp32, odd in its last bit where it is not exact."""
+    x, y = x.astype(np.float64), y.astype(np.float64)
+    wide = x + y
     total = wide.astype(np.float32)
-    lost = (wide - total) + lost_first
-    bits = total.view(np.uint32)
-    away = (lost < 0) == np.signbit(total)
-    moved = np.where(away, bits + np.uint32(1), bits - np.uint32(1)).view(np.float32)
-    inexact = (lost != 0) & np.isfinite(total) & (bits & np.uint32(1) == 0)
-    return np.where(inexact, moved, total)
+    return to_odd(total, (wide - total) + loss(wide, x, y))
 
 
 # -- comparisons -------------------------------------------------------------------------------------------------------

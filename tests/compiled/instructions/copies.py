@@ -78,8 +78,7 @@ def _copy(at: Decoder, found: re.Match, instruction: Instruction) -> Action:
         words = [np.zeros(lanes.size, np.uint32) for _ in range(size // 4)]
         reading = np.flatnonzero(read)
         if reading.size:
-            if machine.watch is not None:
-                machine.watch.global_access(lanes[reading], addresses[reading], size, instruction)
+            machine.global_access(lanes[reading], addresses[reading], size, instruction)
             values = machine.memory.load(addresses[reading], 4, size // 4, instruction.shown)
             for word, value in zip(words, values):
                 word[reading] = value

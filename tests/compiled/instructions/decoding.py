@@ -21,7 +21,6 @@ Rule = Callable[["Decoder", re.Match, Instruction], Action]
 RULES: dict[str, list[tuple[re.Pattern, Rule]]] = defaultdict(list)
 _ADDRESS = re.compile(r"\[\s*(%?[\w.]+)\s*(?:\+\s*(-?\w+))?\s*\]")
 _SPECIAL = ("%tid.x", "%ctaid.x")
-_FRAGMENTS = re.compile(r"wgmma\.mma_async\b.*", re.S)
 SHARED_SYMBOL = "global_smem"  # where Triton's dynamic shared memory begins
 
 
@@ -54,13 +53,12 @@ class Decoder:
         if not operand.startswith("%"):
             value = self._constant(operand, kind)
             return lambda machine: value
-        if operand not in _SPECIAL:
-            self.program.bits(operand)
+        bits = self._bits(operand)
         if operand in self.fragments and not product:
             return self._guarded(operand, dtype)
-        if np.dtype(dtype).itemsize * 8 == self._bits(operand) or kind == "pred":
+        if bits == bits_of(kind):
             return lambda machine: machine.register(operand).view(dtype)
-        unsigned = UNSIGNED[np.dtype(dtype).itemsize * 8]
+        unsigned = UNSIGNED[bits_of(kind)]
         return lambda machine: machine.register(operand).astype(unsigned).view(dtype)
 
     def _guarded(self, operand: str, dtype: type) -> Read:

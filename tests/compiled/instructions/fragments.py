@@ -70,8 +70,7 @@ def _rows(machine: Machine, address, number: int, active: Active, instruction: I
     warps = machine.warps(active, instruction.shown)
     lanes = _lanes(warps, number)
     addresses = machine.whole(address(machine))[lanes]
-    if machine.watch is not None:
-        machine.watch.shared_access(lanes, addresses, _ROW, instruction)
+    machine.shared_access(lanes, addresses, _ROW, instruction)
     return machine.shared.start(lanes, addresses, _ROW, instruction.shown).reshape(-1, 8), warps
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 
 import numpy as np
 
 from ..machine.machine import Action, Active, Machine
 from ..machine.numbers import TYPES, UNSIGNED, Array, bits_of
 from ..machine.program import Instruction
-from .decoding import Decoder, listed, rule, unknown
+from .decoding import Decoder, Read, listed, rule, unknown
 
 ELEMENT = r"[bus](8|16|32|64)|f32"
 _VECTOR = r"(?:\.v(2|4))?"
@@ -77,13 +78,11 @@ def _load_parameter(at: Decoder, found: re.Match, instruction: Instruction) -> A
 @rule(rf"ld\.global{_VECTOR}\.(?:{ELEMENT})")
 def _load_global(at: Decoder, found: re.Match, instruction: Instruction) -> Action:
     width, count, names = _shape(found, instruction, instruction.operands[0])
-    writes, address = [at.target(name) for name in names], at.address(instruction.operands[1], "u64")
-    dtype = TYPES[instruction.opcode[-1]]
+    writes, dtype = [at.target(name) for name in names], TYPES[instruction.opcode[-1]]
+    where = _where(at.address(instruction.operands[1], "u64"), Machine.global_access, width * count, instruction)
 
     def load(machine: Machine, active: Active) -> None:
-        addresses = machine.of(address(machine), active)
-        if machine.watch is not None:
-            machine.watch.global_access(machine.lanes(active), addresses, width * count, instruction)
+        _, addresses = where(machine, active)
         values = machine.memory.load(addresses, width, count, instruction.shown)
         _into(machine, writes, [value.view(dtype) for value in values], active)
 
@@ -93,15 +92,13 @@ def _load_global(at: Decoder, found: re.Match, instruction: Instruction) -> Acti
 @rule(rf"st\.global{_VECTOR}\.(?:{ELEMENT})")
 def _store_global(at: Decoder, found: re.Match, instruction: Instruction) -> Action:
     width, count, names = _shape(found, instruction, instruction.operands[1])
-    reads, address = [at.source(name, f"u{8 * width}") for name in names], at.address(instruction.operands[0], "u64")
+    reads = [at.source(name, f"u{8 * width}") for name in names]
+    where = _where(at.address(instruction.operands[0], "u64"), Machine.global_access, width * count, instruction)
 
     def store(machine: Machine, active: Active) -> None:
-        addresses = machine.of(address(machine), active)
-        if machine.watch is not None:
-            machine.watch.global_access(machine.lanes(active), addresses, width * count, instruction)
+        lanes, addresses = where(machine, active)
         values = [machine.of(read(machine), active) for read in reads]
-        programs = machine.of(machine.program_of, active)
-        machine.memory.store(addresses, values, width, programs, instruction.shown)
+        machine.memory.store(addresses, values, width, machine.program_of[lanes], instruction.shown)
 
     return store
 
@@ -109,14 +106,12 @@ def _store_global(at: Decoder, found: re.Match, instruction: Instruction) -> Act
 @rule(rf"ld\.{_SHARED}{_VECTOR}\.(?:{ELEMENT})")
 def _load_shared(at: Decoder, found: re.Match, instruction: Instruction) -> Action:
     width, count, names = _shape(found, instruction, instruction.operands[0])
-    writes, address = [at.target(name) for name in names], at.address(instruction.operands[1], "u32")
+    writes, dtype = [at.target(name) for name in names], TYPES[instruction.opcode[-1]]
+    where = _where(at.address(instruction.operands[1], "u32"), Machine.shared_access, width * count, instruction)
     at.accesses_shared(width * count)
-    dtype = TYPES[instruction.opcode[-1]]
 
     def load(machine: Machine, active: Active) -> None:
-        addresses, lanes = machine.of(address(machine), active), machine.lanes(active)
-        if machine.watch is not None:
-            machine.watch.shared_access(lanes, addresses, width * count, instruction)
+        lanes, addresses = where(machine, active)
         values = machine.shared.load(lanes, addresses, width, count, instruction.shown)
         _into(machine, writes, [value.view(dtype) for value in values], active)
 
@@ -126,13 +121,12 @@ def _load_shared(at: Decoder, found: re.Match, instruction: Instruction) -> Acti
 @rule(rf"st\.{_SHARED}{_VECTOR}\.(?:{ELEMENT})")
 def _store_shared(at: Decoder, found: re.Match, instruction: Instruction) -> Action:
     width, count, names = _shape(found, instruction, instruction.operands[1])
-    reads, address = [at.source(name, f"u{8 * width}") for name in names], at.address(instruction.operands[0], "u32")
+    reads = [at.source(name, f"u{8 * width}") for name in names]
+    where = _where(at.address(instruction.operands[0], "u32"), Machine.shared_access, width * count, instruction)
     at.accesses_shared(width * count)
 
     def store(machine: Machine, active: Active) -> None:
-        addresses, lanes = machine.of(address(machine), active), machine.lanes(active)
-        if machine.watch is not None:
-            machine.watch.shared_access(lanes, addresses, width * count, instruction)
+        lanes, addresses = where(machine, active)
         values = [machine.of(read(machine), active) for read in reads]
         machine.shared.store(lanes, addresses, values, width, instruction.shown)
 
@@ -145,6 +139,19 @@ def _shape(found: re.Match, instruction: Instruction, operand: str) -> tuple[int
     if len(names) != count:
         raise unknown(instruction)
     return int(found[2] or 32) // 8, count, names
+
+
+def _where(
+    address: Read, tell: Callable[..., None], width: int, instruction: Instruction
+) -> Callable[[Machine, Active], tuple[Array, Array]]:
+    """The lanes that take part and their addresses, of which whoever watches is told."""
+
+    def where(machine: Machine, active: Active) -> tuple[Array, Array]:
+        lanes, addresses = machine.lanes(active), machine.of(address(machine), active)
+        tell(machine, lanes, addresses, width, instruction)
+        return lanes, addresses
+
+    return where
 
 
 def _into(machine: Machine, writes: list, values: list[Array], active: Active) -> None:

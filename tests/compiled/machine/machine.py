@@ -130,6 +130,16 @@ class Machine:
             raise Fault(f"not all threads of a warp take part: {what}")
         return np.flatnonzero(lanes[:, 0])
 
+    def global_access(self, lanes: Array, addresses: Array, width: int, instruction: Instruction) -> None:
+        """Tell whoever watches."""
+        if self.watch is not None:
+            self.watch.global_access(lanes, addresses, width, instruction)
+
+    def shared_access(self, lanes: Array, addresses: Array, width: int, instruction: Instruction) -> None:
+        """Tell whoever watches."""
+        if self.watch is not None:
+            self.watch.shared_access(lanes, addresses, width, instruction)
+
     # -- control flow --------------------------------------------------------------------------------------------------
 
     def run(self) -> None:
@@ -163,12 +173,10 @@ class Machine:
                 if step.action is not None:
                     self.active = active
                     step.action(self, active)
-                elif step.instruction.opcode[0] == "bra":
-                    where[slice(None) if active is None else active] = self.code.program.labels[
-                        step.instruction.operands[0]
-                    ]
                 else:
-                    where[slice(None) if active is None else active] = end
+                    jumps = step.instruction.opcode[0] == "bra"
+                    to = self.code.program.labels[step.instruction.operands[0]] if jumps else end
+                    where[slice(None) if active is None else active] = to
         raise Fault(f"{self.code.program.name}: expected an end, got none after {LIMIT} blocks")
 
     def _predicated(self, instruction: Instruction, mask: Active) -> Active:

@@ -67,19 +67,24 @@ def fused(x: Array, y: Array, z: Array) -> Array:
     total = product + addend
     tie = (total.view(np.uint64) & _BELOW) == _HALF
     tie |= (np.abs(total) < _SMALLEST) & (total != 0)
-    if not tie.any():
-        return total.astype(np.float32)
-    part = total - product
-    lost = (product - (total - part)) + (addend - part)
-    return to_odd(total, lost).astype(np.float32)
+    return (to_odd(total, loss(total, product, addend)) if tie.any() else total).astype(np.float32)
+
+
+def loss(total: Array, x: Array, y: Array) -> Array:
+    """What the rounding took off ``total = x + y``, all of them doubles."""
+    part = total - x
+    return (x - (total - part)) + (y - part)
 
 
 def to_odd(total: Array, lost: Array) -> Array:
-    """The double with an odd last bit next to ``total + lost``, if that is no double: rounds on as if exact."""
-    away = (lost > 0) == (total > 0)
-    even = (total.view(np.uint64) & np.uint64(1)) == 0
-    moved = np.where(away, total.view(np.uint64) + np.uint64(1), total.view(np.uint64) - np.uint64(1)).view(np.float64)
-    return np.where((lost != 0) & np.isfinite(total) & even, moved, total)
+    """The number with an odd last bit next to ``total + lost``, if that is no number of the type of ``total``.
+
+    A second rounding, to a type with fewer bits, is then as if the first was none.
+    """
+    bits, one = total.view(UNSIGNED[8 * total.itemsize]), UNSIGNED[8 * total.itemsize](1)
+    away = (lost < 0) == np.signbit(total)
+    moved = np.where(away, bits + one, bits - one).view(total.dtype)
+    return np.where((lost != 0) & np.isfinite(total) & (bits & one == 0), moved, total)
 
 
 FROM = {"bf16": from_bf16, "f16": from_f16, "tf32": lambda bits: (bits & TF32).view(np.float32)}

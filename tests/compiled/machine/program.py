@@ -58,7 +58,7 @@ class Program:
     def __init__(self, ptx: str):
         head, body = _entry(ptx)
         self.name = head[: head.index("(")].split()[-1]
-        self.parameters = [Parameter(*found) for found in _PARAMETER.findall(head)]
+        self.parameters = _parameters(head)
         threads = re.search(r"\.reqntid (\d+)(?:, 1)*\s*$", head, re.M)
         if threads is None:
             raise Fault(f"{self.name}: expected .reqntid with one number, got none")
@@ -76,6 +76,15 @@ class Program:
         return self.registers[register.rstrip("0123456789")]
 
 
+def parameters_of(ptx: str) -> list[Parameter]:
+    """The parameters of the entry; the rest of the text is not read."""
+    return _parameters(_entry(ptx)[0])
+
+
+def _parameters(head: str) -> list[Parameter]:
+    return [Parameter(*found) for found in _PARAMETER.findall(head)]
+
+
 def _entry(ptx: str) -> tuple[str, str]:
     text = ptx[ptx.index(".entry") :]
     text = text[: text.index("\n}")]
@@ -87,7 +96,6 @@ def _blocks(body: str) -> tuple[list[list[Instruction]], dict[str, int]]:
     targets = set(re.findall(r"\bbra[\w.]*\s+(\$\w+)", body))
     blocks: list[list[Instruction]] = [[]]
     labels: dict[str, int] = {}
-    place = ""
     for statement, place in _statements(body):
         if label := _LABEL.fullmatch(statement):
             if label[1] in targets:
@@ -101,7 +109,7 @@ def _blocks(body: str) -> tuple[list[list[Instruction]], dict[str, int]]:
             blocks.append([])
     if missing := targets - set(labels):
         raise Fault(f"expected a place for each label that is jumped to, got none for {sorted(missing)}")
-    return [block for block in blocks if block] if not blocks[-1] and not labels else blocks, labels
+    return blocks, labels
 
 
 def _statements(body: str) -> Iterator[tuple[str, str]]:

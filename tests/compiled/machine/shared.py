@@ -178,15 +178,14 @@ class Shared:
 
     def fence(self, lanes: Array | None) -> None:
         """``fence.proxy.async`` of the lanes; None: of all."""
+        if lanes is None:
+            self.unfenced[:] = False
+            self.unfenced_writes = []
+            return
+        fenced, there = np.zeros(self.cta.size, np.bool_), np.zeros(self.epoch.size, np.bool_)
+        fenced[lanes], there[self.cta[lanes]] = True, True
         left = []
         for places, writers in self.unfenced_writes:
-            if lanes is None:
-                self.unfenced[places] = False
-                continue
-            fenced = np.zeros(self.cta.size, np.bool_)
-            fenced[lanes] = True
-            there = np.zeros(self.epoch.size, np.bool_)
-            there[self.cta[lanes]] = True
             cta = self.cta[writers]
             done = fenced[writers][:, None] | (there[cta][:, None] & (self.written[places] < self.epoch[cta][:, None]))
             self.unfenced[places[done]] = False

@@ -19,19 +19,13 @@ from tests.helpers import (
     make_call,
     oracle,
     results,
+    upstream,
 )
 from tests.tiers import at
 
 PRODUCTS = ("hadamard", "matmul")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 WEIGHT_PAIRS = [(a, b) for a in WEIGHT_CHOICES for b in WEIGHT_CHOICES]
-
-
-def upstream(call, seed=0):
-    """A gradient of the output, of its shape and dtype."""
-    x, weight, *_ = call
-    shape = (*x.shape[:-1], weight.shape[0])
-    return torch.randn(shape, generator=generator_for("dy", seed), dtype=torch.float64).to(x.dtype)
 
 
 def check(call, dy=None, function=glora_linear):
