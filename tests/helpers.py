@@ -61,6 +61,7 @@ def make_call(
     product: str = "hadamard",
     dtype: torch.dtype = torch.float64,
     terms_dtype: torch.dtype | None = None,
+    storage_rank: int = 4,
     seed: int = 0,
     leading: tuple[int, ...] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Terms]:
@@ -82,7 +83,7 @@ def make_call(
         "D": (rows, 1),
         "E": (rows, 1),
     }
-    slots = {slot: make_term(choice, slot, *sides[slot], 4, randn) for slot, choice in zip("ABCDE", path)}
+    slots = {slot: make_term(choice, slot, *sides[slot], storage_rank, randn) for slot, choice in zip("ABCDE", path)}
     terms = Terms(**slots, product=product).map(lambda t: t.to(terms_dtype).requires_grad_())
     return x, weight, b0, terms
 

@@ -67,7 +67,8 @@ def parts_of(tier: str, workers: int) -> list[Part]:
     parts = [
         Part("check", [["ruff", "format", "--check", "."], ["ruff", "check", "."], ["mypy"]]),
         # Whole files, since their set-up takes long; the slow ones come first by name.
-        Part("tests", [[*pytest, "loadfile", "--no-loadscope-reorder"]], tests),
+        Part("tests", [[*pytest, "loadfile", "--no-loadscope-reorder", "--ignore", "tests/compiled"]], tests),
+        Part("compiled", [[*pytest, "worksteal", "tests/compiled"]], tests),
         Part("interpreter", [[*pytest, "worksteal", "tests/interpreter"]], interpreted),
     ]
     if tier == "short":

@@ -43,8 +43,8 @@ def test_what_passes_is_zero(capfd):
 @pytest.mark.parametrize("tier", ["short", "exhaustive"])
 def test_both_tiers_run_the_same_suite_with_a_setting(tier):
     parts = {part.name: part for part in run.parts_of(tier, 2)}
-    assert {"check", "tests", "interpreter", "gate"} <= set(parts)
-    for name in ("tests", "interpreter"):
+    assert {"check", "tests", "compiled", "interpreter", "gate"} <= set(parts)
+    for name in ("tests", "compiled", "interpreter"):
         assert parts[name].environment["GLORA_TESTS"] == tier
         assert parts[name].commands[0][:3] == ["pytest", "-n", "2"]
     assert parts["interpreter"].environment["TRITON_INTERPRET"] == "1"
@@ -59,7 +59,7 @@ def test_one_worker_is_no_worker_of_xdist():
     [
         (["long"], "invalid choice: 'long'"),
         (["--workers", "0"], "--workers: expected at least 1, got 0"),
-        (["--only", "gates"], "--only: expected some of check, tests, interpreter, gate, got gates"),
+        (["--only", "gates"], "--only: expected some of check, tests, compiled, interpreter, gate, got gates"),
     ],
 )
 def test_bad_arguments_are_refused(arguments, message, capsys):

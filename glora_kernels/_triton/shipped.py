@@ -25,10 +25,10 @@ MANY, FEW = 12608, 64  # tokens: 64 images of a ViT-B, and a small batch of a la
 
 def shipped(architecture: str) -> list[Build]:
     """The builds for ``sm_90``, ``gfx942`` and the like."""
-    return builds_of(_cases(architecture))
+    return builds_of(cases_for(architecture))
 
 
-def _cases(architecture: str) -> Iterator[Case]:
+def cases_for(architecture: str) -> Iterator[Case]:
     """Every path of a ViT-B in bf16; with few tokens, other types, models and ranks the kinds that differ there."""
     for product in PRODUCTS:
         yield from _calls(architecture, VIT_B, paths(RANKS), (MANY,), ("assemble",), product, wants_x=(True, False))

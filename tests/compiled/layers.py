@@ -17,9 +17,15 @@ from .running import decoded, execute
 
 
 class Executed(NamedTuple):
-    """A launch that was executed."""
+    """A launch that was executed.
+
+    Attributes:
+        kernel: its name, such as ``"fused"``.
+        key: of its build in Triton's cache.
+    """
 
     kernel: str
+    key: str
     hazards: Hazards
 
 
@@ -31,7 +37,8 @@ def executing(architecture: str, strategy: str | None = None) -> Iterator[list[E
     def run(launch: Launch) -> None:
         code = decoded(launch.kernel.asm["ptx"])
         hazards = execute(code, launch.grid[0], launch.values, launch.shared, launch.tensors)
-        done.append(Executed(launch.kernel.src.fn.fn.__name__.removesuffix("_kernel"), hazards))
+        name = launch.kernel.src.fn.fn.__name__.removesuffix("_kernel")
+        done.append(Executed(name, launch.kernel.hash, hazards))
 
     with unwritten_is_nan(), absent_gpu(architecture, run, strategy), use_backend("triton", strategy=strategy):
         yield done
