@@ -223,9 +223,10 @@ def test_the_report_counts_and_goes_into_the_document(tmp_path):
     assert "1 of 2 mutants killed: 50.0%" in text
     assert "| `tile.py` | 2 | 1 | 0 | 0 | 0 | 1 |" in text
     document = tmp_path / "doc.md"
-    document.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    begin, end = (mark.format("rendered") for mark in report.MARKS)
+    document.write_text(f"before\n{begin}\nold\n{end}\nafter\n")
     report.put_into(document, text)
-    assert document.read_text() == f"before\n{report.BEGIN}\n{text}\n{report.END}\nafter\n"
+    assert document.read_text() == f"before\n{begin}\n{text}\n{end}\nafter\n"
 
 
 def test_the_document_says_what_the_last_run_found():
@@ -233,4 +234,4 @@ def test_the_document_says_what_the_last_run_found():
     document = (ROOT / "docs" / "mutation.md").read_text()
     if results.exists():
         assert report.rendered(json.loads(results.read_text())) in document
-    assert report.BEGIN in document and report.END in document
+    assert all(mark.format("rendered") in document for mark in report.MARKS)

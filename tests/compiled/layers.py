@@ -16,6 +16,10 @@ from .machine.faults import Hazards
 from .running import decoded, execute
 
 
+class HazardError(AssertionError):
+    """Launches have noted hazards."""
+
+
 class Executed(NamedTuple):
     """A launch that was executed.
 
@@ -68,4 +72,5 @@ def check_merging(call, architecture: str) -> list[Executed]:
 def require_order(done: list[Executed]) -> None:
     assert done, "expected launches, got none"
     seen = [f"{one.kernel}: {hazard}" for one in done for hazard in one.hazards]
-    assert not seen, "\n".join(seen)
+    if seen:
+        raise HazardError("\n".join(seen))

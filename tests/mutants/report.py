@@ -9,7 +9,7 @@ from tests.mutants.operators import OPERATORS, describe
 from tests.mutants.sites import KERNEL_FILES
 
 WAYS = ("wrong", "detector", "crash", "timeout")
-BEGIN, END = "<!-- rendered: begin -->", "<!-- rendered: end -->"
+MARKS = "<!-- {}: begin -->", "<!-- {}: end -->"
 
 
 def score(records: list[dict]) -> float:
@@ -70,13 +70,14 @@ def _fenced(text: str) -> str:
     return "\n".join(f"  {line}" for line in ("```diff", *text.splitlines(), "```", ""))
 
 
-def put_into(document: Path, text: str) -> None:
-    """Replace the part between the marks of a document."""
-    before, _, rest = document.read_text().partition(BEGIN)
-    _, found, after = rest.partition(END)
+def put_into(document: Path, text: str, name: str = "rendered") -> None:
+    """Replace the part of a document between the marks of that name."""
+    begin, end = (mark.format(name) for mark in MARKS)
+    before, _, rest = document.read_text().partition(begin)
+    _, found, after = rest.partition(end)
     if not found:
-        raise SystemExit(f"{document}: expected {BEGIN} and {END}")
-    document.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}")
+        raise SystemExit(f"{document}: expected {begin} and {end}")
+    document.write_text(f"{before}{begin}\n{text}\n{end}{after}")
 
 
 def show(results: dict, write: Callable[[str], None] = print) -> None:

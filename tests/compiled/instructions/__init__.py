@@ -14,12 +14,16 @@ _JUMPS = {"bra", "bra.uni", "ret"}
 
 
 def decode(ptx: str) -> Code:
-    """The program of a PTX text.
+    """The program of a PTX text. See :func:`code_of`."""
+    return code_of(Program(ptx))
+
+
+def code_of(program: Program) -> Code:
+    """What the instructions of a program do.
 
     Raises:
         UnknownInstructionError: a form of an instruction that has no rule.
     """
-    program = Program(ptx)
     decoder = Decoder(program)
     blocks = [[Step(found, _action(decoder, found)) for found in block] for block in program.blocks]
     in_flight = {"copies": Copies} | ({"products": Products} if decoder.fragments else {})

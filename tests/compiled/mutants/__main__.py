@@ -1,0 +1,111 @@
+"""``python -m tests.compiled.mutants``: break compiled kernels, and say what the tests of layers do not notice."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import multiprocessing
+import random
+import sys
+from collections import Counter, defaultdict
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from tests.mutants.report import put_into
+
+from . import report
+from .operators import OPERATORS, sites
+from .suite import Mutant, Outcome, Suite
+
+GOAL = 0.95
+_suite: list[Suite] = []  # the one that forked processes inherit
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.compiled.mutants", description=__doc__)
+    parser.add_argument("--count", type=int, default=200, help="mutants to run, equivalent ones not counted")
+    parser.add_argument("--seed", type=int, default=0, help="of the draw")
+    parser.add_argument("--jobs", type=int, default=1, help="processes")
+    parser.add_argument("--only", choices=sorted(OPERATORS), metavar="OPERATOR", help=", ".join(sorted(OPERATORS)))
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the report there, for --render")
+    parser.add_argument("--render", type=Path, metavar="JSON", help="print the report of an earlier run as Markdown")
+    parser.add_argument("--into", type=Path, metavar="DOC", help="with --render: put it between the marks of DOC")
+    options = parser.parse_args()
+    if options.render:
+        text = report.rendered(json.loads(options.render.read_text()))
+        put_into(options.into, text, "compiled") if options.into else print(text)
+        return 0
+    torch.set_num_threads(1)
+    results = run(options)
+    for record in results["mutants"]:
+        if not record["how"]:
+            print("survived:", *(record[name] for name in ("operator", "kernel", "architecture", "block", "statement")))
+    print(f"{report.killed(results['mutants'])} of {len(results['mutants'])} mutants killed")
+    if options.json:
+        options.json.write_text(json.dumps(results, indent=1) + "\n")
+    return 0 if report.killed(results["mutants"]) >= GOAL * len(results["mutants"]) else 1
+
+
+def run(options: argparse.Namespace) -> dict:
+    suite = Suite()
+    _suite.append(suite)
+    names = [options.only] if options.only else sorted(OPERATORS)
+    found = [Mutant(n, site) for n, build in enumerate(suite.builds) for site in sites(build.program)]
+    order = drawn(suite, [mutant for mutant in found if mutant.site.operator in names], options.seed)
+    taken = order[: options.count]
+    with multiprocessing.get_context("fork").Pool(options.jobs) as pool:
+        outcomes = list(tqdm(pool.imap(_outcome, taken), total=len(taken), unit="mutant"))
+    return {
+        "date": datetime.date.today().isoformat(),
+        "versions": {name: version(name) for name in ("torch", "triton", "numpy")},
+        "seed": options.seed,
+        "sites": len(found),
+        "builds": len(suite.builds),
+        "tests": suite.tests,
+        "mutants": [entry(suite, mutant, outcome) for mutant, outcome in zip(taken, outcomes)],
+    }
+
+
+def _outcome(mutant: Mutant) -> Outcome:
+    return _suite[0].outcome(mutant)
+
+
+def drawn(suite: Suite, mutants: list[Mutant], seed: int) -> list[Mutant]:
+    """All mutants in a drawn order: operators take turns, each with the kernel and architecture that had the fewest."""
+    random.Random(seed).shuffle(mutants)
+    waiting: dict[str, list[Mutant]] = defaultdict(list)
+    for mutant in mutants:
+        waiting[mutant.site.operator].append(mutant)
+    taken: Counter[tuple[str, str]] = Counter()
+    order = []
+    kinds = {number: (build.kernel, build.architecture) for number, build in enumerate(suite.builds)}
+    while waiting:
+        for name in sorted(waiting):
+            chosen = min(waiting[name], key=lambda mutant: taken[kinds[mutant.build]])
+            waiting[name].remove(chosen)
+            taken[kinds[chosen.build]] += 1
+            order.append(chosen)
+        waiting = {name: left for name, left in waiting.items() if left}
+    return order
+
+
+def entry(suite: Suite, mutant: Mutant, outcome: Outcome) -> dict:
+    build, (operator, block, place) = suite.builds[mutant.build], mutant.site
+    instruction = build.program.blocks[block][place]
+    return {
+        "operator": operator,
+        "kernel": build.kernel,
+        "architecture": build.architecture,
+        "build": mutant.build,
+        "block": block,
+        "statement": instruction.shown,
+        **outcome._asdict(),
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())
