@@ -18,6 +18,12 @@ ARCHITECTURES = ("sm_80", "sm_90")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 KINDS = ("lora_3", "vector", "constant", "none")
 RESTS = (("lora_3", "vector", "constant"), ("vector", "constant", "vector"), ("none", "none", "vector"))
+KINDS_OF_MANY = (
+    ("lora_13", "lora_13", "lora_13", "vector", "constant"),
+    ("vector", "lora_13", "vector", "constant", "vector"),
+    ("lora_13", "vector", "none", "none", "vector"),
+    ("constant", "constant", "lora_13", "vector", "none"),
+)
 SHAPES = ((40, 72, 96), (37, 71, 93))  # M, N, K: rows that are aligned, and such that are not
 
 
@@ -57,12 +63,24 @@ def test_rows_of_the_gradient_that_cannot_be_solved(architecture, strategy, dtyp
     check(call, architecture, strategy)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("strategy", ["assemble", "fused"])
+@pytest.mark.parametrize("product", ["hadamard", "matmul"])
+@pytest.mark.parametrize("kinds", KINDS_OF_MANY, ids="-".join)
+@pytest.mark.parametrize("shape", [(150, 136, 200), (150, 139, 203)], ids=str)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_many_blocks(architecture, strategy):
-    """Several blocks of tokens, rows and columns, the last ones in part."""
-    call = make_call(("lora_3", "lora_3", "vector", "vector", "constant"), (150, 136, 200), dtype=torch.bfloat16)
+def test_many_blocks(architecture, shape, kinds, product, strategy, dtype):
+    """Blocks of tokens, rows, columns and ranks of which the last are there in part; NaN lies where no element is."""
+    x, weight, bias, terms = make_call(kinds, shape, product=product, dtype=dtype, storage_rank=16)
+    call = among_nans(x.detach()).requires_grad_(), among_nans(weight), bias, terms
     check(call, architecture, strategy)
+
+
+def among_nans(matrix):
+    """A view of the matrix with gaps between its rows, which are NaN."""
+    rows, columns = matrix.shape
+    view = torch.full((rows, columns + 16), torch.nan, dtype=matrix.dtype)[:, :columns]
+    return view.copy_(matrix)
 
 
 @pytest.mark.parametrize("offset", [1, 4, 8])

@@ -19,6 +19,7 @@ from tests.mutants.report import put_into
 
 from . import report
 from .operators import OPERATORS, sites
+from .redundant import reason
 from .suite import Mutant, Outcome, Suite
 
 GOAL = 0.95
@@ -55,15 +56,23 @@ def run(options: argparse.Namespace) -> dict:
     _suite.append(suite)
     names = [options.only] if options.only else sorted(OPERATORS)
     found = [Mutant(n, site) for n, build in enumerate(suite.builds) for site in sites(build.program)]
-    order = drawn(suite, [mutant for mutant in found if mutant.site.operator in names], options.seed)
-    taken = order[: options.count]
+    effective = [mutant for mutant in found if mutant.site in suite.builds[mutant.build].effective]
+    order = drawn(suite, [mutant for mutant in effective if mutant.site.operator in names], options.seed)
+    taken, redundant = [], []
+    for mutant in order:
+        if len(taken) == options.count:
+            break
+        why = reason(suite.builds[mutant.build].program, mutant.site)
+        taken.append(mutant) if why is None else redundant.append((mutant, why))
     with multiprocessing.get_context("fork").Pool(options.jobs) as pool:
         outcomes = list(tqdm(pool.imap(_outcome, taken), total=len(taken), unit="mutant"))
     return {
         "date": datetime.date.today().isoformat(),
         "versions": {name: version(name) for name in ("torch", "triton", "numpy")},
         "seed": options.seed,
-        "sites": len(found),
+        "sites": Counter(mutant.site.operator for mutant in found),
+        "effective": Counter(mutant.site.operator for mutant in effective),
+        "redundant": Counter((mutant.site.operator, why) for mutant, why in redundant).most_common(),
         "builds": len(suite.builds),
         "tests": suite.tests,
         "mutants": [entry(suite, mutant, outcome) for mutant, outcome in zip(taken, outcomes)],

@@ -18,8 +18,10 @@ from .. import layers
 from ..instructions import code_of
 from ..machine import machine
 from ..machine.faults import Fault
+from ..machine.machine import Code
 from ..machine.program import Program
 from ..running import decoded
+from .effects import probed
 from .operators import Site, broken
 
 FILE = Path(__file__).parents[1] / "test_layers.py"
@@ -31,11 +33,14 @@ class Build:
 
     Attributes:
         tests: those that execute it, the quickest first.
+        probed: the program with probes; ``effective`` are the sites whose change can matter in some test.
     """
 
     def __init__(self, ptx: str):
         self.ptx = ptx
         self.tests: list[Test] = []
+        self.effective: set[Site] = set()
+        self.probed = probed(decoded(ptx), self.effective)
 
     @cached_property
     def program(self) -> Program:
@@ -75,14 +80,17 @@ class Suite:
         builds: dict[str, Build] = {}
         taken = []
         for test in tqdm(_collected(), unit="test", desc="unbroken"):
-            executed: set[str] = set()
+            executed: dict[str, Build] = {}
+
+            def observed(ptx: str, executed: dict[str, Build] = executed) -> Code:
+                build = executed[ptx] = builds.setdefault(ptx, builds.get(ptx) or Build(ptx))
+                return build.probed
+
             began = time.perf_counter()
-            with _instead(lambda ptx, executed=executed: executed.add(ptx) or decoded(ptx)):
+            with _instead(observed):
                 test.run()
             taken.append((time.perf_counter() - began, test))
-            for ptx in sorted(executed):
-                builds.setdefault(ptx, Build(ptx))
-            for build in (builds[ptx] for ptx in executed):
+            for build in executed.values():
                 build.tests.append(test)
         seconds = {test.name: spent for spent, test in taken}
         for build in builds.values():
@@ -102,6 +110,10 @@ class Suite:
                 except layers.HazardError as error:
                     return Outcome("hazard", str(error), test.name)
                 except AssertionError as error:
+                    return Outcome("wrong result", str(error), test.name)
+                except ValueError as error:  # merging refuses weights that are not finite
+                    if "finite" not in str(error):
+                        raise
                     return Outcome("wrong result", str(error), test.name)
         return Outcome("", "", "")
 

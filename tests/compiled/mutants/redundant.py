@@ -1,0 +1,99 @@
+"""Instructions that the compiler need not have written: why leaving one out changes nothing, by reading the program.
+
+These are reasons of their own: they do not ask the machine that executes the mutants.
+"""
+
+from __future__ import annotations
+
+from itertools import chain
+from math import gcd
+
+from ..instructions.decoding import listed
+from ..machine.program import Instruction, Program
+from .operators import Site
+
+
+def reason(program: Program, site: Site) -> str | None:
+    """Why the change at the site has no effect; None for a change that may have one."""
+    block, place = program.blocks[site.block], site.place
+    before, after = block[:place], block[place + 1 :]
+    following = [*after, *chain.from_iterable(program.blocks[site.block + 1 :])]  # in the order of the text
+    if site.operator == "proxy_fence_dropped" and _first(following, "fence.proxy", "wgmma.mma_async") == "fence.proxy":
+        return "another proxy fence comes before the next product"
+    if site.operator == "product_fence_dropped" and _fenced_before(before, after):
+        return "a fence before it in the block, and since then the product's registers are only moved"
+    if site.operator == "product_commit_dropped":
+        waits = [at for at, found in enumerate(after) if _opcode(found).startswith("wgmma.wait")]
+        if waits and _waits_again([*before, *after[: waits[0]]], after[waits[0] + 1 :]):
+            return "the products are in the next group, for which the block waits before it uses them"
+    is_wait = block[place].opcode[:2] == ("wgmma", "wait_group")
+    if is_wait and site.operator in ("product_wait_dropped", "wait_for_one_less") and _waits_again(before, after):
+        return "a later wait in the block; up to there nothing touches what the products read and write"
+    if site.operator == "copy_commit_dropped" and _together_with_the_next(program, site):
+        return "the next group is waited for together with this one"
+    return None
+
+
+def _opcode(instruction: Instruction) -> str:
+    return ".".join(instruction.opcode)
+
+
+def _first(instructions: list[Instruction], *starts: str) -> str | None:
+    """Which of the starts of an opcode comes first."""
+    return next((start for found in instructions for start in starts if _opcode(found).startswith(start)), None)
+
+
+def _registers(product: Instruction) -> set[str]:
+    return {name for operand in product.operands[:2] if operand.startswith("{") for name in listed(operand)}
+
+
+def _touches(instruction: Instruction, registers: set[str]) -> bool:
+    return any(name in registers for operand in instruction.operands for name in listed(operand))
+
+
+def _fenced_before(before: list[Instruction], after: list[Instruction]) -> bool:
+    fences = [place for place, found in enumerate(before) if _opcode(found).startswith("wgmma.fence")]
+    if not fences:
+        return False
+    products = []
+    for found in after:
+        if _opcode(found).startswith("wgmma.fence"):
+            break
+        if _opcode(found).startswith("wgmma.mma_async"):
+            products.append(found)
+    registers = set().union(*map(_registers, products))
+    first = after.index(products[0]) if products else 0
+    between = [*before[fences[-1] + 1 :], *after[:first]]
+    return not any(_touches(found, registers) for found in between if found.opcode[0] not in ("wgmma", "mov"))
+
+
+def _waits_again(before: list[Instruction], after: list[Instruction]) -> bool:
+    """The next wait is for no group more, and neither registers nor shared memory are touched before it."""
+    products = [found for found in before if _opcode(found).startswith("wgmma.mma_async")]
+    registers = set().union(*map(_registers, products))
+    for found in after:
+        if _opcode(found).startswith("wgmma.wait_group"):
+            return found.operands == ("0",)
+        if found.opcode[0] != "wgmma" and _touches(found, registers):
+            return False
+        if found.opcode[0] in ("st", "stmatrix", "cp") or found.opcode[0].startswith(("bar", "bra", "ret")):
+            return False
+    return False
+
+
+def _together_with_the_next(program: Program, site: Site) -> bool:
+    """Groups of copies are waited for by several at a time, and this is not the last one of those several."""
+    commits, waits, place = [], [], None
+    for number, block in enumerate(program.blocks):
+        for at, found in enumerate(block):
+            if _opcode(found) == "cp.async.commit_group":
+                if (number, at) == (site.block, site.place):
+                    place = len(commits)
+                commits.append((number, at))
+            elif _opcode(found) == "cp.async.wait_group":
+                waits.append(int(found.operands[0], 0))
+    several = gcd(*waits)
+    assert place is not None
+    if several == 0:  # all waits are for every group
+        return place + 1 < len(commits)
+    return place % several != several - 1
