@@ -12,6 +12,7 @@ from ..machine.program import Instruction, Program
 Block = list[Instruction]
 Operator = Callable[[Block, int], "Block | None"]  # the block with the instruction at that place changed, if it can be
 OPERATORS: dict[str, Operator] = {}
+ORDERS: set[str] = set()  # those that take away an order, which need not change a result in every execution
 
 
 class Site(NamedTuple):
@@ -50,7 +51,7 @@ def described(name: str) -> str:
     return (OPERATORS[name].__doc__ or "").strip()
 
 
-def _dropped(name: str, form: str, what: str) -> None:
+def _dropped(name: str, form: str, what: str, order: bool = True) -> None:
     pattern = re.compile(form)
 
     def drop(block: Block, place: int) -> Block | None:
@@ -58,6 +59,8 @@ def _dropped(name: str, form: str, what: str) -> None:
 
     drop.__doc__ = f"{what} is left out"
     operator(name)(drop)
+    if order:
+        ORDERS.add(name)
 
 
 def _without_predicate(name: str, form: str, what: str) -> None:
@@ -80,7 +83,7 @@ _dropped("product_wait_dropped", r"wgmma\.wait_group.*", "a wait for products of
 _dropped("product_commit_dropped", r"wgmma\.commit_group.*", "the end of a group of products")
 _dropped("product_fence_dropped", r"wgmma\.fence.*", "a fence between registers and products")
 _dropped("proxy_fence_dropped", r"fence\.proxy.*", "a fence between shared memory and products")
-_dropped("store_dropped", r"st\.(shared|global).*|stmatrix.*", "a store")
+_dropped("store_dropped", r"st\.(shared|global).*|stmatrix.*", "a store", order=False)
 _without_predicate("load_unmasked", r"ld\.global.*", "a masked load")
 _without_predicate("store_unmasked", r"st\.global.*", "a masked store to global memory")
 _without_predicate("branch_unconditional", r"bra.*", "a branch")
@@ -102,6 +105,9 @@ def _wait_for_one_less(block: Block, place: int) -> Block | None:
     if "wait_group" not in found.opcode:
         return None
     return _with(block, place, [replace(found, operands=(str(int(found.operands[0], 0) + 1),))])
+
+
+ORDERS.add("wait_for_one_less")
 
 
 @operator("stores_exchanged")

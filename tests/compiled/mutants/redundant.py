@@ -20,8 +20,14 @@ def reason(program: Program, site: Site) -> str | None:
     following = [*after, *chain.from_iterable(program.blocks[site.block + 1 :])]  # in the order of the text
     if site.operator == "proxy_fence_dropped" and _first(following, "fence.proxy", "wgmma.mma_async") == "fence.proxy":
         return "another proxy fence comes before the next product"
-    if site.operator == "product_fence_dropped" and _fenced_before(before, after):
-        return "a fence before it in the block, and since then the product's registers are only moved"
+    if site.operator == "product_fence_dropped":
+        if _fenced_before(before, after):
+            return "a fence before it in the block, and since then the product's registers are only moved"
+        earlier = list(chain.from_iterable(program.blocks[: site.block]))
+        if not _in_a_loop(program, site.block) and _fenced_before([*earlier, *before], after):
+            return (
+                "a fence in an earlier block, and since then the product's registers are only moved; no loop is around"
+            )
     if site.operator == "product_commit_dropped":
         waits = [at for at, found in enumerate(after) if _opcode(found).startswith("wgmma.wait")]
         if waits and _waits_again([*before, *after[: waits[0]]], after[waits[0] + 1 :]):
@@ -65,6 +71,13 @@ def _fenced_before(before: list[Instruction], after: list[Instruction]) -> bool:
     first = after.index(products[0]) if products else 0
     between = [*before[fences[-1] + 1 :], *after[:first]]
     return not any(_touches(found, registers) for found in between if found.opcode[0] not in ("wgmma", "mov"))
+
+
+def _in_a_loop(program: Program, number: int) -> bool:
+    jumps = (
+        (place, found) for place, block in enumerate(program.blocks) for found in block if found.opcode[0] == "bra"
+    )
+    return any(program.labels[jump.operands[0]] <= number <= place for place, jump in jumps)
 
 
 def _waits_again(before: list[Instruction], after: list[Instruction]) -> bool:

@@ -7,10 +7,16 @@ from collections.abc import Iterator
 from .operators import OPERATORS, described
 
 WAYS = ("wrong result", "hazard", "fault")
+SAME = "same bits"
 
 
 def killed(records: list[dict]) -> int:
-    return sum(bool(record["how"]) for record in records)
+    return sum(record["how"] in WAYS for record in records)
+
+
+def counted(records: list[dict]) -> list[dict]:
+    """Without the changes that have changed no bit."""
+    return [record for record in records if record["how"] != SAME]
 
 
 def rendered(results: dict) -> str:
@@ -19,24 +25,29 @@ def rendered(results: dict) -> str:
 
 
 def _paragraphs(results: dict) -> Iterator[str]:
-    records = results["mutants"]
-    share = killed(records) / len(records)
+    drawn = results["mutants"]
+    records = counted(drawn)
     versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
-    yield f"**{killed(records)} of {len(records)} mutants killed: {share:.1%}.** {results['date']}, {versions};"
-    yield f"seed {results['seed']}, of {results['sites']} sites in {results['builds']} builds that {results['tests']}"
-    yield "tests execute.\n"
+    share = f"{killed(records) / len(records):.1%}"
+    yield f"**{killed(records)} of {len(records)} mutants killed: {share}.** {results['date']}, {versions};"
+    yield f"seed {results['seed']}; {results['tests']} tests of the short tier execute {results['builds']} builds.\n"
     yield from _table(records, "operator", sorted(OPERATORS))
     yield ""
     yield from _table(records, "kernel", sorted({record["kernel"] for record in records}))
     yield ""
     yield from _table(records, "architecture", sorted({record["architecture"] for record in records}))
-    yield "\nOperators:\n"
-    yield from (f"- `{name}`: {described(name)}" for name in sorted(OPERATORS))
+    yield "\nOperators, with the places where they apply, and those of them where a change can matter in some test:\n"
+    for name in sorted(OPERATORS):
+        sites, effective = (results[key].get(name, 0) for key in ("sites", "effective"))
+        yield f"- `{name}`: {described(name)} ({sites:,}; {effective:,})"
+    yield f"\nDrawn and not counted: {len(drawn) - len(records)} that change no bit of what any launch writes, and those"
+    yield "that the program shows to be redundant:\n"
+    yield from (f"- {count} `{name}`: {why}" for (name, why), count in results["redundant"])
     yield "\nSurvivors:\n"
     for record in records:
         if not record["how"]:
             where = f"`{record['kernel']}`, {record['architecture']}, block {record['block']}"
-            yield f"- {record['operator']} in {where}: `{record['statement']}`"
+            yield f"- `{record['operator']}` in {where}: `{record['statement']}`"
 
 
 def _table(records: list[dict], key: str, names: list[str]) -> Iterator[str]:
@@ -50,4 +61,5 @@ def _table(records: list[dict], key: str, names: list[str]) -> Iterator[str]:
 
 def _row(title: str, records: list[dict]) -> str:
     ways = [sum(record["how"] == way for record in records) for way in WAYS]
-    return "| " + " | ".join(map(str, (title, len(records), *ways, len(records) - killed(records)))) + " |"
+    survived = len(records) - sum(ways)
+    return "| " + " | ".join(map(str, (title, len(records), *ways, survived))) + " |"

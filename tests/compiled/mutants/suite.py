@@ -7,11 +7,13 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from functools import cached_property, partial
+from hashlib import blake2b
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import pytest
+import torch
 from tqdm import tqdm
 
 from .. import layers
@@ -20,9 +22,9 @@ from ..machine import machine
 from ..machine.faults import Fault
 from ..machine.machine import Code
 from ..machine.program import Program
-from ..running import decoded
+from ..running import decoded, execute
 from .effects import probed
-from .operators import Site, broken
+from .operators import ORDERS, Site, broken
 
 FILE = Path(__file__).parents[1] / "test_layers.py"
 BLOCKS = 5_000  # that one execution may take: a broken branch may never end
@@ -66,7 +68,13 @@ class Mutant(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """``how``: wrong result, hazard, fault; empty for a mutant that no test has noticed. ``what`` was said."""
+    """What the tests say of a mutant.
+
+    Attributes:
+        how: ``wrong result``, ``hazard`` or ``fault``; ``same bits`` if no launch writes other bits than the unbroken
+            one, and the change is none of order; else empty.
+        what: was said by the test.
+    """
 
     how: str
     what: str
@@ -101,8 +109,12 @@ class Suite:
         """What the tests say that execute the build, up to the first that fails."""
         build = self.builds[mutant.build]
         code = code_of(broken(build.ptx, mutant.site))
+
+        def instead(ptx: str) -> Code:
+            return code if ptx == build.ptx else decoded(ptx)
+
         for test in build.tests:
-            with _instead(lambda ptx: code if ptx == build.ptx else decoded(ptx)):
+            with _instead(instead):
                 try:
                     test.run()
                 except Fault as error:
@@ -115,7 +127,26 @@ class Suite:
                     if "finite" not in str(error):
                         raise
                     return Outcome("wrong result", str(error), test.name)
-        return Outcome("", "", "")
+        if mutant.site.operator in ORDERS:
+            return Outcome("", "", "")
+        same = all(_written(test, instead) == _written(test, decoded) for test in build.tests)
+        return Outcome("same bits" if same else "", "", "")
+
+
+def _written(test: Test, code: Callable[[str], Code]) -> list[bytes]:
+    """Digests of the tensors after each launch of a test."""
+    found: list[bytes] = []
+
+    def executed(*arguments: Any, **options: Any) -> Any:
+        hazards = execute(*arguments, **options)
+        tensors = arguments[4]
+        content = [tensor.contiguous().view(torch.uint8).numpy().tobytes() for tensor in tensors.values()]
+        found.append(blake2b(b"".join(content)).digest())
+        return hazards
+
+    with _instead(code), patch.object(layers, "execute", executed):
+        test.run()
+    return found
 
 
 @contextmanager
