@@ -48,9 +48,9 @@ def executing(architecture: str, strategy: str | None = None) -> Iterator[list[E
         yield done
 
 
-def check(call, architecture: str, strategy: str) -> list[Executed]:
+def check(call, architecture: str, strategy: str, dy: torch.Tensor | None = None) -> list[Executed]:
     """Forward and every gradient against the oracle, under the numerical contract, without a hazard."""
-    dy = upstream(call)
+    dy = upstream(call) if dy is None else dy
     with executing(architecture, strategy) as done:
         got = results(glora_linear, *call, dy)
     assert_contract(got, *oracle(*call, dy), call[0].dtype)
@@ -59,12 +59,14 @@ def check(call, architecture: str, strategy: str) -> list[Executed]:
 
 
 def check_merging(call, architecture: str) -> list[Executed]:
-    """The merged weight and bias are the bits that the assembled layer multiplies by."""
+    """The merged weight and bias are the bits that the assembled layer multiplies by, and y is that of the oracle."""
     x, weight, bias, terms = call
     with executing(architecture, "assemble") as done, torch.no_grad():
         merged = glora_merge(weight, bias, terms)
         y = glora_linear(x, weight, bias, terms)
     assert torch.equal(torch.nn.functional.linear(x, *merged), y)
+    want, scale = oracle(*call, upstream(call))
+    assert_contract({"y": y}, {"y": want["y"]}, scale, x.dtype)
     require_order(done)
     return done
 

@@ -40,8 +40,8 @@ def _paragraphs(results: dict) -> Iterator[str]:
     for name in sorted(OPERATORS):
         sites, effective = (results[key].get(name, 0) for key in ("sites", "effective"))
         yield f"- `{name}`: {described(name)} ({sites:,}; {effective:,})"
-    yield f"\nDrawn and not counted: {len(drawn) - len(records)} that change no bit of what any launch writes, and those"
-    yield "that the program shows to be redundant:\n"
+    yield f"\nDrawn and not counted: {len(drawn) - len(records)} that change no bit of what any launch writes,"
+    yield "and those that the program shows to be redundant:\n"
     yield from (f"- {count} `{name}`: {why}" for (name, why), count in results["redundant"])
     yield "\nSurvivors:\n"
     for record in records:
