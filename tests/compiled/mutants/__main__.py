@@ -113,7 +113,7 @@ def entry(suite: Suite, mutant: Mutant, outcome: Outcome) -> dict:
         "build": mutant.build,
         "block": block,
         "statement": instruction.shown,
-        **outcome._asdict(),
+        **outcome._replace(what=outcome.what[:200])._asdict(),
     }
 
 

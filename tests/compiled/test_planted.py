@@ -1,0 +1,109 @@
+"""Errors planted in a layer's launches: tests of layers see each of them."""
+
+from contextlib import contextmanager
+from unittest.mock import patch
+
+import pytest
+import torch
+
+from glora_kernels import glora_linear
+from glora_kernels._triton import launch as launching
+from glora_kernels._triton import run as running
+from tests.compiled import layers
+from tests.compiled.driver import library
+from tests.compiled.driver.device import absent_gpu
+from tests.compiled.instructions import code_of
+from tests.compiled.machine.faults import Fault
+from tests.compiled.machine.program import Program
+from tests.helpers import make_call
+
+if library.fault() is not None:
+    pytest.skip(f"no launches here: {library.fault()}", allow_module_level=True)
+
+KINDS = ("lora_3", "lora_3", "vector", "vector", "constant")
+
+
+def call():
+    return make_call(KINDS, (150, 136, 208), dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "strategy", "form"),
+    [
+        ("sm_80", "assemble", "bar.sync"),
+        ("sm_80", "fused", "bar.sync"),
+        ("sm_80", "fused", "cp.async.wait_group"),
+        ("sm_90", "assemble", "bar.sync"),
+        ("sm_90", "assemble", "wgmma.wait_group"),
+        ("sm_90", "assemble", "fence.proxy"),
+        ("sm_90", "fused", "cp.async.wait_group"),
+    ],
+)
+def test_instructions_left_out(architecture, strategy, form):
+    left_out = []
+
+    def without(ptx):
+        program = Program(ptx)
+        for place, block in enumerate(program.blocks):
+            program.blocks[place] = [one for one in block if not ".".join(one.opcode).startswith(form)]
+            left_out.append(len(block) - len(program.blocks[place]))
+        return code_of(program)
+
+    with patch.object(layers, "decoded", without):
+        noticed(architecture, strategy)
+    assert sum(left_out), f"expected some {form}, got none"
+
+
+@pytest.mark.parametrize(
+    ("kernel", "name", "by"),
+    [
+        ("assemble", "N", 1),
+        ("assemble", "stride_wn", 8),
+        ("token_pass", "at_db", 16),
+        ("finish", "slices", 1),
+        ("finish", "jobs", 1),
+    ],
+)
+def test_arguments_that_are_wrong(kernel, name, by):
+    with arguments_changed(kernel, name, by) as changed:
+        noticed("sm_90", "assemble")
+    assert changed, f"expected launches of {kernel}, got none"
+
+
+@contextmanager
+def arguments_changed(kernel, name, by):
+    changed = []
+
+    def change(launch):
+        source = launch.kernel.src
+        if source.fn.fn.__name__ != f"{kernel}_kernel":
+            return launch
+        passed = [other for place, other in enumerate(source.fn.arg_names) if (place,) not in source.constants]
+        values = [value + by * (passed[place : place + 1] == [name]) for place, value in enumerate(launch.values)]
+        changed.append(name)
+        return launch._replace(values=tuple(values))
+
+    def absent(architecture, on_launch, strategy):
+        return absent_gpu(architecture, lambda launch: on_launch(change(launch)), strategy)
+
+    with patch.object(layers, "absent_gpu", absent):
+        yield changed
+
+
+def test_a_launch_that_does_not_ask_for_alignment():
+    x, weight, bias, terms = call()
+    moved = torch.zeros(x.numel() + 4, dtype=x.dtype)[4:].view(x.shape)
+    with (
+        patch.object(launching, "ALIGNMENT", 1),
+        patch.object(running, "ALIGNMENT", 1),
+        layers.executing("sm_90", "fused"),
+        torch.no_grad(),
+    ):
+        glora_linear(x, weight, bias, terms)
+        with pytest.raises(Fault, match="misaligned access of 16 bytes"):
+            glora_linear(moved, weight, bias, terms)
+
+
+def noticed(architecture, strategy):
+    with pytest.raises((Fault, AssertionError)):
+        layers.check(call(), architecture, strategy)
