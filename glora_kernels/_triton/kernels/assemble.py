@@ -100,12 +100,12 @@ def assemble_kernel(
     else:
         left = row_part(a_ptr, rows, stride_a, 1, rank_a, row_mask, A, RANK_A, FACTOR_A)
     b_rows = row_part(b_ptr, rows, stride_b, 1, rank_b, row_mask, B, RANK_B, FACTOR_B)
-    # The second walk forms W0 c, and W_eff tile by tile. Columns from `last` on belong to the next program.
+    # The second walk forms W0 c, and W_eff tile by tile. A share that ends before K is a multiple of BLOCK_K.
     prompt = tl.zeros([BLOCK_N], dtype=WIDE)
     if WRITE_WEIGHT or C != NONE:
         for k in range(first, last, BLOCK_K):
             columns = span(k, BLOCK_K, INDEX)
-            mask = columns < last
+            mask = columns < K  # `last` would hide from the compiler that 16 columns at a time are inside
             weight = load_tile(w_ptr, rows, columns, stride_wn, stride_wk, row_mask, mask).to(WIDE)
             if C != NONE:
                 c = prompt_tile(c_ptr, cu_ptr, columns, stride_c, rank_c, mask, C, RANK_C, WIDE)

@@ -127,7 +127,7 @@ def weight_pass_kernel(
         reach = tl.zeros([PROBES, BLOCK_N], dtype=WIDE)  # |x| |W0|^T
     for k in range(first, last, BLOCK_K):
         columns = span(k, BLOCK_K, INDEX)
-        mask = columns < last
+        mask = columns < K  # a share that ends before K is a multiple of BLOCK_K; see assemble.py
         weight = load_tile(w_ptr, rows, columns, stride_wn, stride_wk, row_mask, mask).to(WIDE)
         if WRITE_WEIGHT:
             a = term_tile(

@@ -74,6 +74,7 @@ def _copy(at: Decoder, found: re.Match, instruction: Instruction) -> Action:
         read = machine.of(there(machine), active)
         if ((read != 0) & (read != size)).any():
             raise unknown(instruction)  # a part of the bytes
+        machine.shared_access(lanes, targets, size, instruction)
         start = shared.start(lanes, targets, size, instruction.shown)
         words = [np.zeros(lanes.size, np.uint32) for _ in range(size // 4)]
         reading = np.flatnonzero(read)

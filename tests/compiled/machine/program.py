@@ -16,7 +16,8 @@ _PARAMETER = re.compile(r"\.param \.(\w+)[^,)]*?(\w+)\s*(?:[,)]|$)")
 _REGISTERS = re.compile(r"\.reg \.(\w+)\s+(%[a-zA-Z_]+)<\d+>")
 _INSTRUCTION = re.compile(r"(?:@(!?)(%\w+)\s+)?([a-z][\w.:]*)\s*(.*)", re.S)
 _LABEL = re.compile(r"(\$\w+):")
-_PLACE = re.compile(r"\.loc\s.*//\s*(\S+)")
+_PLACE = re.compile(r"\.loc\s+[^/]*?(?:inlined_at (\d+) (\d+) \d+\s*)?//\s*(\S+)")
+_FILE = re.compile(r"^\s*\.file\s+(\d+)\s+\"(?:.*/)?(.*?)\"", re.M)
 _IGNORED = (".loc", ".reg", ".file", ".pragma")
 _JUMPS = ("bra", "ret", "exit")
 
@@ -64,7 +65,7 @@ class Program:
             raise Fault(f"{self.name}: expected .reqntid with one number, got none")
         self.threads = int(threads[1])
         self.registers = {prefix: 1 if kind == "pred" else int(kind[1:]) for kind, prefix in _REGISTERS.findall(body)}
-        self.blocks, self.labels = _blocks(body)
+        self.blocks, self.labels = _blocks(body, dict(_FILE.findall(ptx)))
 
     @property
     def instructions(self) -> Iterator[Instruction]:
@@ -92,11 +93,11 @@ def _entry(ptx: str) -> tuple[str, str]:
     return text[:opening], text[opening + 2 :]
 
 
-def _blocks(body: str) -> tuple[list[list[Instruction]], dict[str, int]]:
+def _blocks(body: str, files: dict[str, str]) -> tuple[list[list[Instruction]], dict[str, int]]:
     targets = set(re.findall(r"\bbra[\w.]*\s+(\$\w+)", body))
     blocks: list[list[Instruction]] = [[]]
     labels: dict[str, int] = {}
-    for statement, place in _statements(body):
+    for statement, place in _statements(body, files):
         if label := _LABEL.fullmatch(statement):
             if label[1] in targets:
                 if blocks[-1]:
@@ -112,12 +113,13 @@ def _blocks(body: str) -> tuple[list[list[Instruction]], dict[str, int]]:
     return blocks, labels
 
 
-def _statements(body: str) -> Iterator[tuple[str, str]]:
-    """Instructions and labels, each with the line of the source it comes from."""
+def _statements(body: str, files: dict[str, str]) -> Iterator[tuple[str, str]]:
+    """Instructions and labels, each with the line of the source it comes from, and the line that calls this code."""
     place = ""
     for line in body.splitlines():
         if found := _PLACE.search(line):
-            place = found[1]
+            file, caller, place = found.groups()
+            place += f" from {files.get(file, file)}:{caller}" if file else ""
         for part in line.split("//")[0].split(";"):
             statement = part.strip()
             while statement.startswith("{") and not re.match(r"\{\s*%", statement):  # a scope of inline assembly
