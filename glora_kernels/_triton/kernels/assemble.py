@@ -84,7 +84,8 @@ def assemble_kernel(
     row_block, part = tl.program_id(0) // shares, tl.program_id(0) % shares
     rows = span(row_block * BLOCK_N, BLOCK_N, INDEX)
     row_mask = rows < N
-    first, last = part * share, min(K, (part + 1) * share)
+    # A share that ends before K is a multiple of BLOCK_K. Where this is not said, every load of a tile is of one element.
+    first, last = tl.multiple_of(part * share, BLOCK_K), min(K, (part + 1) * share)
     tl.assume(last > first)
     # V = W0 Ad needs every column: here a share is the whole row. V is stored, since backward reads it too.
     if A == ADDED:
@@ -100,12 +101,12 @@ def assemble_kernel(
     else:
         left = row_part(a_ptr, rows, stride_a, 1, rank_a, row_mask, A, RANK_A, FACTOR_A)
     b_rows = row_part(b_ptr, rows, stride_b, 1, rank_b, row_mask, B, RANK_B, FACTOR_B)
-    # The second walk forms W0 c, and W_eff tile by tile. A share that ends before K is a multiple of BLOCK_K.
+    # The second walk forms W0 c, and W_eff tile by tile.
     prompt = tl.zeros([BLOCK_N], dtype=WIDE)
     if WRITE_WEIGHT or C != NONE:
         for k in range(first, last, BLOCK_K):
             columns = span(k, BLOCK_K, INDEX)
-            mask = columns < K  # `last` would hide from the compiler that 16 columns at a time are inside
+            mask = columns < K  # not `last`, of which the compiler knows no multiple
             weight = load_tile(w_ptr, rows, columns, stride_wn, stride_wk, row_mask, mask).to(WIDE)
             if C != NONE:
                 c = prompt_tile(c_ptr, cu_ptr, columns, stride_c, rank_c, mask, C, RANK_C, WIDE)

@@ -101,7 +101,8 @@ def weight_pass_kernel(
     row_block = row_block.to(tl.int64)  # a slice may begin beyond 2^31 in the buffer
     rows = span(row_block * BLOCK_N, BLOCK_N, INDEX)
     row_mask = rows < N
-    first, last = part * share, min(K, (part + 1) * share)
+    # A share that ends before K is a multiple of BLOCK_K. Where this is not said, every load of a tile is of one element.
+    first, last = tl.multiple_of(part * share, BLOCK_K), min(K, (part + 1) * share)
     tl.assume(last > first)
     a_rows = row_part(a_ptr, rows, stride_a, 1, rank_a, row_mask, A, RANK_A, FACTOR_A)
     b_rows = row_part(b_ptr, rows, stride_b, 1, rank_b, row_mask, B, RANK_B, FACTOR_B)
@@ -127,7 +128,7 @@ def weight_pass_kernel(
         reach = tl.zeros([PROBES, BLOCK_N], dtype=WIDE)  # |x| |W0|^T
     for k in range(first, last, BLOCK_K):
         columns = span(k, BLOCK_K, INDEX)
-        mask = columns < K  # a share that ends before K is a multiple of BLOCK_K; see assemble.py
+        mask = columns < K  # not `last`, of which the compiler knows no multiple
         weight = load_tile(w_ptr, rows, columns, stride_wn, stride_wk, row_mask, mask).to(WIDE)
         if WRITE_WEIGHT:
             a = term_tile(
