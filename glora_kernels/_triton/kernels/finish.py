@@ -4,7 +4,7 @@ One launch serves all gradients of a layer. A small table on the device says wha
 new path needs no new kernel. A row says which slices to add up, and how an element of the gradient, which has the shape
 of its storage, is found in them:
 
-    element o = (c, j) of a storage of ``inner`` columns (or of the transposed right factor, ``up``)
+    element (c, j) of a storage of ``inner`` columns (or of the transposed right factor, ``up``)
     value     = sum_s partials[source + s * stride + c * width + min(j, width - 1)]    for c < count and j < rank
 
 A table serves every number of tokens: a row has the number of slices, or -1 for one per block of tokens, and how far
@@ -112,11 +112,13 @@ def finish_kernel(
     # What depends on the number of tokens: where slices begin, and how many there are (-1: one per block of tokens).
     source += slices * tl.load(row + 12)
     job_slices = tl.where(job_slices < 0, slices, job_slices)
-    # Element o is row c and column j of the storage; of a right factor (R, columns), c is the column, j the rank.
-    o = (block - first_block) * BLOCK + tl.arange(0, BLOCK)
-    c = tl.where(up != 0, o % inner, o // inner)
-    j = tl.where(up != 0, o // inner, o % inner)
-    mask = (o < size) & (c < count) & (j < rank)
+    # Row c and column j of the storage; of a right factor (R, columns), c is the column, j the rank. Its sums lie column
+    # by column, and there are many slices: programs walk in their order, and scatter what they store.
+    number = (block - first_block) * BLOCK + tl.arange(0, BLOCK)
+    across = tl.where(up != 0, size // inner, inner)
+    c, j = number // across, number % across
+    o = tl.where(up != 0, j * inner + c, number)
+    mask = (number < size) & (c < count) & (j < rank)
     # With width 1 every j reads the same sum: dCd[c, j] = dc[c] Cu[j].
     element = c * width + tl.minimum(j, width - 1)
     value = sum_slices(partials_ptr + source, job_slices, stride, element, mask, BLOCK, WIDE)
@@ -148,4 +150,4 @@ def finish_kernel(
             WIDE,
         )
     value = tl.where(mask, value, 0.0)  # what is not read becomes zero, even if it is NaN by now
-    tl.store(grads_ptr + target + o, value.to(grads_ptr.dtype.element_ty), mask=o < size)
+    tl.store(grads_ptr + target + o, value.to(grads_ptr.dtype.element_ty), mask=number < size)
