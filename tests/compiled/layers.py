@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
+import triton
 
 from glora_kernels import glora_linear, glora_merge, use_backend
 from tests.helpers import assert_contract, oracle, results, unwritten_is_nan, upstream
@@ -14,6 +15,8 @@ from tests.helpers import assert_contract, oracle, results, unwritten_is_nan, up
 from .driver.device import Launch, absent_gpu
 from .machine.faults import Hazards
 from .running import decoded, execute
+
+TRITON = tuple(int(part) for part in triton.__version__.split(".")[:2])
 
 
 class HazardError(AssertionError):
@@ -73,6 +76,11 @@ def check_merging(call, architecture: str) -> list[Executed]:
 
 def require_order(done: list[Executed]) -> None:
     assert done, "expected launches, got none"
-    seen = [f"{one.kernel}: {hazard}" for one in done for hazard in one.hazards]
+    seen = [f"{one.kernel}: {hazard}" for one in done for hazard in one.hazards if not _of_the_compiler(hazard)]
     if seen:
         raise HazardError("\n".join(seen))
+
+
+def _of_the_compiler(hazard: str) -> bool:
+    """Whether Triton is known to leave out this order: before 3.8, a proxy fence behind copies (triton#9610)."""
+    return TRITON < (3, 8) and hazard.startswith("a matrix unit reads what was written, without fence.proxy.async")

@@ -243,6 +243,23 @@ def test_a_field_of_bits(form, x, position, length, expected):
 
 
 @pytest.mark.parametrize(
+    "x, position, length, expected",
+    [
+        (0x123456789ABCDEF0, 8, 16, 0xBCDE),
+        (0x123456789ABCDEF0, 1, 31, 0x4D5E6F78),
+        (0xFFFFFFFFFFFFFFFF, 0, 64, 0xFFFFFFFFFFFFFFFF),
+        (0xFFFFFFFFFFFFFFFF, 60, 8, 0xF),
+        (0xFFFFFFFFFFFFFFFF, 4, 0, 0),
+        (0xFFFFFFFFFFFFFFFF, 64, 4, 0),
+        (0xFFFFFFFFFFFFFFFF, 255, 255, 0),
+        (0x123456789ABCDEF0, 0, 255, 0x123456789ABCDEF0),
+    ],
+)
+def test_a_field_of_64_bits(x, position, length, expected):
+    assert lanes(f"bfe.u64 %rd4, %rd1, {position}, {length};", "rd4", rd1=[x]) == [expected]
+
+
+@pytest.mark.parametrize(
     "selector, expected",
     [
         (0x3210, 0x8F112233),

@@ -20,6 +20,7 @@ from tests.helpers import make_call
 if library.fault() is not None:
     pytest.skip(f"no launches here: {library.fault()}", allow_module_level=True)
 
+NEEDS_FENCES = pytest.mark.skipif(layers.TRITON < (3, 8), reason="this Triton leaves some out itself (layers.py)")
 KINDS = ("lora_3", "lora_3", "vector", "vector", "constant")
 
 
@@ -35,7 +36,7 @@ def call():
         ("sm_80", "fused", "cp.async.wait_group"),
         ("sm_90", "assemble", "bar.sync"),
         ("sm_90", "assemble", "wgmma.wait_group"),
-        ("sm_90", "assemble", "fence.proxy"),
+        pytest.param("sm_90", "assemble", "fence.proxy", marks=NEEDS_FENCES),
         ("sm_90", "fused", "cp.async.wait_group"),
     ],
 )

@@ -160,7 +160,7 @@ FORMS = """
     fma.rn.relu.bf16 %rs1, %rs2, %rs3, %rs4
     fma.rn.f64 %rd1, %rd2, %rd3, %rd4
     div.approx.f32 %r1, %r2, %r3
-    bfe.u64 %rd1, %rd2, %r3, %r4
+    bfe.s64 %rd1, %rd2, %r3, %r4
     bfi.b32 %r1, %r2, %r3, %r4, %r5
     prmt.b32.f4e %r1, %r2, %r3, %r4
     shf.l.wrap.b32 %r1, %r2, %r3, %r4
@@ -341,6 +341,7 @@ def test_those_who_watch_see_blocks_and_accesses():
         ("shared", [0, 1], -16, 4),
         ("global", [0, 1], 2, 4),
         ("global", list(range(64)), 64, 8),
+        ("shared", [0, 1], -16, 4),
         ("global", [0, 1], 2, 4),
         ("visited", 1, 1),
         ("shared", list(range(32, 40)), -112, 16),

@@ -145,6 +145,22 @@ def _field(at: Decoder, found: re.Match, instruction: Instruction) -> Action:
     return extract
 
 
+@rule(r"bfe\.u64")
+def _wide_field(at: Decoder, found: re.Match, instruction: Instruction) -> Action:
+    """``bfe.u64 d, a, position, length``: see ``bfe.u32``."""
+    write, value = at.target(instruction.operands[0]), at.source(instruction.operands[1], "u64")
+    position, length = (at.source(one, "u32") for one in instruction.operands[2:])
+
+    def extract(machine: Machine, active: Active) -> None:
+        start, size = ((read(machine) & np.uint32(0xFF)).astype(np.uint64) for read in (position, length))
+        most = np.uint64(63)
+        moved = np.where(start > most, np.uint64(0), value(machine) >> np.minimum(start, most))
+        kept = (np.uint64(1) << np.minimum(size, most)) - np.uint64(1)
+        write(machine, np.where(size > most, moved, moved & kept), active)
+
+    return extract
+
+
 @rule(r"prmt\.b32")
 def _permute(at: Decoder, found: re.Match, instruction: Instruction) -> Action:
     """Each nibble of the selector picks one of the eight bytes of b and a, or copies of its sign."""
