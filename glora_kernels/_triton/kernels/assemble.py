@@ -84,7 +84,7 @@ def assemble_kernel(
     row_block, part = tl.program_id(0) // shares, tl.program_id(0) % shares
     rows = span(row_block * BLOCK_N, BLOCK_N, INDEX)
     row_mask = rows < N
-    # A share that ends before K is a multiple of BLOCK_K. Where this is not said, every load of a tile is of one element.
+    # A share that ends before K is a multiple of BLOCK_K. If this is not said, every load of a tile is of one element.
     first, last = tl.multiple_of(part * share, BLOCK_K), min(K, (part + 1) * share)
     tl.assume(last > first)
     # V = W0 Ad needs every column: here a share is the whole row. V is stored, since backward reads it too.

@@ -112,8 +112,8 @@ def finish_kernel(
     # What depends on the number of tokens: where slices begin, and how many there are (-1: one per block of tokens).
     source += slices * tl.load(row + 12)
     job_slices = tl.where(job_slices < 0, slices, job_slices)
-    # Row c and column j of the storage; of a right factor (R, columns), c is the column, j the rank. Its sums lie column
-    # by column, and there are many slices: programs walk in their order, and scatter what they store.
+    # Row c and column j of the storage; of a right factor (R, columns), c is the column, j the rank. Its sums lie
+    # column by column, in many slices: programs walk in their order, and scatter what they store.
     number = (block - first_block) * BLOCK + tl.arange(0, BLOCK)
     across = tl.where(up != 0, size // inner, inner)
     c, j = number // across, number % across

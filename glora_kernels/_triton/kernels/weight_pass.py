@@ -101,7 +101,7 @@ def weight_pass_kernel(
     row_block = row_block.to(tl.int64)  # a slice may begin beyond 2^31 in the buffer
     rows = span(row_block * BLOCK_N, BLOCK_N, INDEX)
     row_mask = rows < N
-    # A share that ends before K is a multiple of BLOCK_K. Where this is not said, every load of a tile is of one element.
+    # A share that ends before K is a multiple of BLOCK_K. If this is not said, every load of a tile is of one element.
     first, last = tl.multiple_of(part * share, BLOCK_K), min(K, (part + 1) * share)
     tl.assume(last > first)
     a_rows = row_part(a_ptr, rows, stride_a, 1, rank_a, row_mask, A, RANK_A, FACTOR_A)
