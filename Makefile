@@ -25,8 +25,8 @@ exhaustive: $(VENV)/ready-test
 
 # The lines that each tier runs, and what the short one loses.
 coverage: $(VENV)/ready-test
-	$(RUN) -m tests.run short --only tests interpreter --coverage build/coverage-short.json
-	$(RUN) -m tests.run exhaustive --only tests interpreter --coverage build/coverage-exhaustive.json
+	$(RUN) -m tests.run short --only tests compiled interpreter --coverage build/coverage-short.json
+	$(RUN) -m tests.run exhaustive --only tests compiled interpreter --coverage build/coverage-exhaustive.json
 	$(RUN) -m tests.coverage_loss build/coverage-short.json build/coverage-exhaustive.json
 
 # Parts of them alone.
