@@ -91,8 +91,10 @@ class Suite:
             executed: dict[str, Build] = {}
 
             def observed(ptx: str, executed: dict[str, Build] = executed) -> Code:
-                build = executed[ptx] = builds.setdefault(ptx, builds.get(ptx) or Build(ptx))
-                return build.probed
+                if ptx not in builds:
+                    builds[ptx] = Build(ptx)
+                executed[ptx] = builds[ptx]
+                return builds[ptx].probed
 
             began = time.perf_counter()
             with _instead(observed):
