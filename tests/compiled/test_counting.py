@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+import torch
 
 from tests.compiled import counting, profile
 from tests.compiled.counting import Counters, Requests, class_of
@@ -125,6 +126,21 @@ def test_the_profile_of_a_layer(tmp_path, capsys):
     assert all(row["all"] == sum(row[name] for name in counting.CLASSES) > 0 for row in rows)
     assert all(row["of fewest sectors"] >= 1 and row["kilobytes"] > 0 for row in rows)
     assert capsys.readouterr().out.count("\n| sm_90 assemble hadamard |") == 4
+
+
+@pytest.mark.skipif(library.fault() is not None, reason="no launches here")
+@pytest.mark.parametrize("product", ["hadamard", "matmul"])
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
+def test_tiles_are_not_loaded_one_by_one(architecture, product):
+    """Where the compiler knows no multiple of a program's first column, a thread asks for 2.3 bytes at a time here."""
+    kinds, types = ("lora_8", "vector", "none", "none", "none"), {"dtype": torch.bfloat16, "terms_dtype": torch.float32}
+    launches = profile.profiled(
+        architecture, "assemble", kinds, (64, 64, 256), 2, product=product, storage_rank=8, **types
+    )
+    for one in launches:
+        asked = profile.total(one.counters.to_global)
+        assert one.kernel == "finish" or asked.bytes / asked.count / 32 > 4, one.kernel
+    assert "assemble" in [one.kernel for one in launches]
 
 
 def test_bad_options_of_the_profile(capsys):
