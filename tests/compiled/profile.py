@@ -6,6 +6,7 @@ Some programs of each launch are executed, evenly spread over the grid. The rest
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -18,6 +19,7 @@ from glora_kernels import glora_linear, use_backend
 from tests.helpers import make_call, upstream
 
 from .counting import CLASSES, Counters, Requests
+from .driver import library
 from .driver.device import Launch, absent_gpu
 from .machine.program import Instruction, Program
 from .running import decoded, execute
@@ -106,10 +108,8 @@ def bad(call: str, profile: Profile) -> Iterator[dict[str, Any]]:
         for instruction, one in requests.items():
             if instruction in inside and one.ratio > BAD:
                 share = one.passes / total(requests).passes
-                yield {
-                    "call": call, "kernel": profile.kernel, "what": where, "ratio": one.ratio,
-                    "share": share, "statement": instruction.shown,
-                }  # fmt: skip
+                place = {"call": call, "kernel": profile.kernel, "statement": instruction.shown}
+                yield {**place, "what": where, "ratio": one.ratio, "share": share}
 
 
 def markdown(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
@@ -135,24 +135,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if options.programs < 1 or min(options.shape) < 1:
         parser.error("--programs and --shape: expected at least 1")
-    rank = max([1, *(int(kind[5:]) for kind in options.kinds if kind.startswith("lora_"))])
+    if (reason := library.fault()) is not None:
+        parser.exit(1, f"no launches here: {reason}\n")
+    ranks = [int(kind[5:]) for kind in options.kinds if kind.startswith("lora_")]
+    types = {"dtype": DTYPES[options.dtype], "terms_dtype": torch.float32, "storage_rank": max(ranks, default=1)}
     rows, out = [], []
-    for architecture in options.architecture:
-        for strategy in options.strategy:
-            for product in options.product:
-                call = f"{architecture} {strategy} {product}"
-                dtypes = {"dtype": DTYPES[options.dtype], "terms_dtype": torch.float32, "storage_rank": rank}
-                shape = tuple(options.shape)
-                for one in profiled(
-                    architecture, strategy, options.kinds, shape, options.programs, product=product, **dtypes
-                ):
-                    rows.append(row(call, one))
-                    out.extend(bad(call, one))
+    for architecture, strategy, product in itertools.product(options.architecture, options.strategy, options.product):
+        call, shape = f"{architecture} {strategy} {product}", tuple(options.shape)
+        launches = profiled(architecture, strategy, options.kinds, shape, options.programs, product=product, **types)
+        for one in launches:
+            rows.append(row(call, one))
+            out.extend(bad(call, one))
     print("\n".join(markdown(rows)))
     for one in out:
-        print(
-            f"{one['what']} {one['ratio']:.2f} ({one['share']:.0%}) {one['call']} {one['kernel']}: {one['statement']}"
-        )
+        found = f"{one['what']} {one['ratio']:.2f}, {one['share']:.0%} of those of the launch"
+        print(f"{found}: {one['call']} {one['kernel']}: {one['statement']}")
     if options.json:
         options.json.write_text(json.dumps({"rows": rows, "bad": out}, indent=1) + "\n")
 
