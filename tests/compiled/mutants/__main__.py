@@ -59,21 +59,19 @@ def run(options: argparse.Namespace) -> dict:
     found = [Mutant(n, site) for n, build in enumerate(suite.builds) for site in sites(build.program)]
     effective = [mutant for mutant in found if mutant.site in suite.builds[mutant.build].effective]
     order = drawn(suite, [mutant for mutant in effective if mutant.site.operator in names], options.seed)
-    taken, redundant = [], []
-    for mutant in order:
-        if len(taken) == options.count:
-            break
-        why = reason(suite.builds[mutant.build].program, mutant.site)
-        taken.append(mutant) if why is None else redundant.append((mutant, why))
+    taken = order[: options.count]
     with multiprocessing.get_context("fork").Pool(options.jobs) as pool:
         outcomes = list(tqdm(pool.imap(_outcome, taken), total=len(taken), unit="mutant"))
+    for place, (mutant, outcome) in enumerate(zip(taken, outcomes)):
+        why = None if outcome.how else reason(suite.builds[mutant.build].program, mutant.site)
+        if why is not None:
+            outcomes[place] = Outcome(report.REDUNDANT, why, "")
     return {
         "date": datetime.date.today().isoformat(),
         "versions": {name: version(name) for name in ("torch", "triton", "numpy")},
         "seed": options.seed,
         "sites": Counter(mutant.site.operator for mutant in found),
         "effective": Counter(mutant.site.operator for mutant in effective),
-        "redundant": Counter((mutant.site.operator, why) for mutant, why in redundant).most_common(),
         "builds": len(suite.builds),
         "tests": suite.tests,
         "mutants": [entry(suite, mutant, outcome) for mutant, outcome in zip(taken, outcomes)],

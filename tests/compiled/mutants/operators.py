@@ -12,7 +12,7 @@ from ..machine.program import Instruction, Program
 Block = list[Instruction]
 Operator = Callable[[Block, int], "Block | None"]  # the block with the instruction at that place changed, if it can be
 OPERATORS: dict[str, Operator] = {}
-ORDERS: set[str] = set()  # those that take away an order, which need not change a result in every execution
+ORDERS = {"wait_for_one_less"}  # those that take away an order, which need not change a result in every execution
 
 
 class Site(NamedTuple):
@@ -105,9 +105,6 @@ def _wait_for_one_less(block: Block, place: int) -> Block | None:
     if "wait_group" not in found.opcode:
         return None
     return _with(block, place, [replace(found, operands=(str(int(found.operands[0], 0) + 1),))])
-
-
-ORDERS.add("wait_for_one_less")
 
 
 @operator("stores_exchanged")

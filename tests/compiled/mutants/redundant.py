@@ -1,6 +1,7 @@
-"""Instructions that the compiler need not have written: why leaving one out changes nothing, by reading the program.
+"""Why a mutant that no test has noticed takes away nothing: another instruction gives the same order.
 
-These are reasons of their own: they do not ask the machine that executes the mutants.
+The reasons come from the text of the program, in its order, and not from the machine that executes it. They are asked
+for survivors alone.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ def reason(program: Program, site: Site) -> str | None:
     """Why the change at the site has no effect; None for a change that may have one."""
     block, place = program.blocks[site.block], site.place
     before, after = block[:place], block[place + 1 :]
-    following = [*after, *chain.from_iterable(program.blocks[site.block + 1 :])]  # in the order of the text
+    following = _following(program, site)
     if site.operator == "proxy_fence_dropped" and _first(following, "fence.proxy", "wgmma.mma_async") == "fence.proxy":
         return "another proxy fence comes before the next product"
     if site.operator == "product_fence_dropped":
@@ -30,7 +31,7 @@ def reason(program: Program, site: Site) -> str | None:
             )
     if site.operator == "product_commit_dropped":
         waits = [at for at, found in enumerate(after) if _opcode(found).startswith("wgmma.wait")]
-        if waits and _waits_again([*before, *after[: waits[0]]], after[waits[0] + 1 :]):
+        if waits and _waits_again([*before, *after[: waits[0]]], after[waits[0] + 1 :], commits=True):
             return "the products are in the next group, for which the block waits before it uses them"
     is_wait = block[place].opcode[:2] == ("wgmma", "wait_group")
     if is_wait and site.operator in ("product_wait_dropped", "wait_for_one_less") and _waits_again(before, after):
@@ -38,6 +39,16 @@ def reason(program: Program, site: Site) -> str | None:
     if site.operator == "copy_commit_dropped" and _together_with_the_next(program, site):
         return "the next group is waited for together with this one"
     return None
+
+
+def _following(program: Program, site: Site) -> list[Instruction]:
+    """What comes after the site in the text, up to a jump back to its block or before."""
+    found: list[Instruction] = []
+    for instruction in chain(program.blocks[site.block][site.place + 1 :], *program.blocks[site.block + 1 :]):
+        found.append(instruction)
+        if instruction.opcode[0] == "bra" and program.labels[instruction.operands[0]] <= site.block:
+            break
+    return found
 
 
 def _opcode(instruction: Instruction) -> str:
@@ -67,8 +78,10 @@ def _fenced_before(before: list[Instruction], after: list[Instruction]) -> bool:
             break
         if _opcode(found).startswith("wgmma.mma_async"):
             products.append(found)
+    if not products:
+        return False
     registers = set().union(*map(_registers, products))
-    first = after.index(products[0]) if products else 0
+    first = after.index(products[0])
     between = [*before[fences[-1] + 1 :], *after[:first]]
     return not any(_touches(found, registers) for found in between if found.opcode[0] not in ("wgmma", "mov"))
 
@@ -80,13 +93,20 @@ def _in_a_loop(program: Program, number: int) -> bool:
     return any(program.labels[jump.operands[0]] <= number <= place for place, jump in jumps)
 
 
-def _waits_again(before: list[Instruction], after: list[Instruction]) -> bool:
-    """The next wait is for no group more, and neither registers nor shared memory are touched before it."""
+def _waits_again(before: list[Instruction], after: list[Instruction], commits: bool = False) -> bool:
+    """The next wait is for every group, and neither registers nor shared memory are touched before it.
+
+    Args:
+        commits: whether a group has to end before that wait, too.
+    """
     products = [found for found in before if _opcode(found).startswith("wgmma.mma_async")]
+    if not products:
+        return False
     registers = set().union(*map(_registers, products))
     for found in after:
+        commits = commits and not _opcode(found).startswith("wgmma.commit_group")
         if _opcode(found).startswith("wgmma.wait_group"):
-            return found.operands == ("0",)
+            return found.operands == ("0",) and not commits
         if found.opcode[0] != "wgmma" and _touches(found, registers):
             return False
         if found.opcode[0] in ("st", "stmatrix", "cp") or found.opcode[0].startswith(("bar", "bra", "ret")):
@@ -108,5 +128,5 @@ def _together_with_the_next(program: Program, site: Site) -> bool:
     several = gcd(*waits)
     assert place is not None
     if several == 0:  # all waits are for every group
-        return place + 1 < len(commits)
+        return _first(_following(program, site), "cp.async.commit", "cp.async.wait") == "cp.async.commit"
     return place % several != several - 1

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 
 from .operators import OPERATORS, described
 
 WAYS = ("wrong result", "hazard", "fault")
-SAME = "same bits"
+SAME, REDUNDANT = "same bits", "redundant"
 
 
 def killed(records: list[dict]) -> int:
@@ -15,8 +16,8 @@ def killed(records: list[dict]) -> int:
 
 
 def counted(records: list[dict]) -> list[dict]:
-    """Without the changes that have changed no bit."""
-    return [record for record in records if record["how"] != SAME]
+    """Without the survivors that have changed no bit, or took away nothing."""
+    return [record for record in records if record["how"] not in (SAME, REDUNDANT)]
 
 
 def rendered(results: dict) -> str:
@@ -29,7 +30,8 @@ def _paragraphs(results: dict) -> Iterator[str]:
     records = counted(drawn)
     versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
     share = f"{killed(records) / len(records):.1%}"
-    yield f"**{killed(records)} of {len(records)} mutants killed: {share}.** {results['date']}, {versions};"
+    yield f"**{killed(records)} of {len(records)} mutants killed: {share}** of those that change a bit or an order in"
+    yield f"these tests, {killed(drawn) / len(drawn):.1%} of all {len(drawn)} that were drawn. {results['date']}, {versions};"
     yield f"seed {results['seed']}; {results['tests']} tests of the short tier execute {results['builds']} builds.\n"
     yield from _table(records, "operator", sorted(OPERATORS))
     yield ""
@@ -40,9 +42,11 @@ def _paragraphs(results: dict) -> Iterator[str]:
     for name in sorted(OPERATORS):
         sites, effective = (results[key].get(name, 0) for key in ("sites", "effective"))
         yield f"- `{name}`: {described(name)} ({sites:,}; {effective:,})"
-    yield f"\nDrawn and not counted: {len(drawn) - len(records)} that change no bit of what any launch writes,"
-    yield "and those that the program shows to be redundant:\n"
-    yield from (f"- {count} `{name}`: {why}" for (name, why), count in results["redundant"])
+    same = sum(record["how"] == SAME for record in drawn)
+    yield f"\nSurvived and not counted: {same} that change no bit of what any launch writes, and those that take away"
+    yield "nothing, by the text of the program:\n"
+    reasons = Counter((record["operator"], record["what"]) for record in drawn if record["how"] == REDUNDANT)
+    yield from (f"- {count} `{name}`: {why}" for (name, why), count in sorted(reasons.items()))
     yield "\nSurvivors:\n"
     for record in records:
         if not record["how"]:
