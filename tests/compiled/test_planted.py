@@ -29,18 +29,18 @@ def call():
 
 
 @pytest.mark.parametrize(
-    ("architecture", "strategy", "form"),
+    ("architecture", "strategy", "form", "seen"),
     [
-        ("sm_80", "assemble", "bar.sync"),
-        ("sm_80", "fused", "bar.sync"),
-        ("sm_80", "fused", "cp.async.wait_group"),
-        ("sm_90", "assemble", "bar.sync"),
-        ("sm_90", "assemble", "wgmma.wait_group"),
-        pytest.param("sm_90", "assemble", "fence.proxy", marks=NEEDS_FENCES),
-        ("sm_90", "fused", "cp.async.wait_group"),
+        ("sm_80", "assemble", "bar.sync", "without a barrier"),
+        ("sm_80", "fused", "bar.sync", "without a barrier"),
+        ("sm_80", "fused", "cp.async.wait_group", "nan"),
+        ("sm_90", "assemble", "bar.sync", "without a barrier"),
+        ("sm_90", "assemble", "wgmma.wait_group", "a product in flight"),
+        pytest.param("sm_90", "assemble", "fence.proxy", "without fence.proxy.async", marks=NEEDS_FENCES),
+        ("sm_90", "fused", "cp.async.wait_group", "nan"),
     ],
 )
-def test_instructions_left_out(architecture, strategy, form):
+def test_instructions_left_out(architecture, strategy, form, seen):
     left_out = []
 
     def without(ptx):
@@ -51,23 +51,23 @@ def test_instructions_left_out(architecture, strategy, form):
         return code_of(program)
 
     with patch.object(layers, "decoded", without):
-        noticed(architecture, strategy)
+        noticed(architecture, strategy, seen)
     assert sum(left_out), f"expected some {form}, got none"
 
 
 @pytest.mark.parametrize(
-    ("kernel", "name", "by"),
+    ("kernel", "name", "by", "seen"),
     [
-        ("assemble", "N", 1),
-        ("assemble", "stride_wn", 8),
-        ("token_pass", "at_db", 16),
-        ("finish", "slices", 1),
-        ("finish", "jobs", 1),
+        ("assemble", "N", 1, "out of bounds.*of a_ptr"),
+        ("assemble", "stride_wn", 8, "out of bounds.*of w_ptr"),
+        ("token_pass", "at_db", 16, "error over"),
+        ("finish", "slices", 1, "out of bounds.*of partials_ptr"),
+        ("finish", "jobs", 1, "out of bounds.*of table_ptr"),
     ],
 )
-def test_arguments_that_are_wrong(kernel, name, by):
+def test_arguments_that_are_wrong(kernel, name, by, seen):
     with arguments_changed(kernel, name, by) as changed:
-        noticed("sm_90", "assemble")
+        noticed("sm_90", "assemble", seen)
     assert changed, f"expected launches of {kernel}, got none"
 
 
@@ -105,6 +105,6 @@ def test_a_launch_that_does_not_ask_for_alignment():
             glora_linear(moved, weight, bias, terms)
 
 
-def noticed(architecture, strategy):
-    with pytest.raises((Fault, AssertionError)):
+def noticed(architecture, strategy, seen):
+    with pytest.raises((Fault, AssertionError), match=seen):
         layers.check(call(), architecture, strategy)

@@ -31,8 +31,9 @@ def _paragraphs(results: dict) -> Iterator[str]:
     versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
     share = f"{killed(records) / len(records):.1%}"
     yield f"**{killed(records)} of {len(records)} mutants killed: {share}** of those that change a bit or an order in"
-    yield f"these tests, {killed(drawn) / len(drawn):.1%} of all {len(drawn)} that were drawn. {results['date']}, {versions};"
-    yield f"seed {results['seed']}; {results['tests']} tests of the short tier execute {results['builds']} builds.\n"
+    yield f"these tests, {killed(drawn) / len(drawn):.1%} of all {len(drawn)} that were drawn. {results['date']},"
+    yield f"{versions}; seed {results['seed']}; {results['tests']} tests of the short tier execute {results['builds']}"
+    yield "builds.\n"
     yield from _table(records, "operator", sorted(OPERATORS))
     yield ""
     yield from _table(records, "kernel", sorted({record["kernel"] for record in records}))
