@@ -103,6 +103,29 @@ def test_effects(operator, body, can_matter):
         ("copy_commit_dropped", "cp.async.commit_group; cp.async.commit_group; cp.async.wait_group 0;", [True, False]),
         ("copy_commit_dropped", "cp.async.commit_group; cp.async.commit_group; cp.async.wait_group 1;", [False, False]),
         (
+            "copy_commit_dropped",
+            "cp.async.commit_group; cp.async.wait_group 0; cp.async.commit_group; cp.async.wait_group 0;",
+            [False, False],
+        ),
+        (  # the jump leads back to a product
+            "proxy_fence_dropped",
+            f"$L:\nbar.sync 0; {PRODUCT} fence.proxy.async; @%p1 bra $L; fence.proxy.async; {PRODUCT}",
+            [False, False],
+        ),
+        ("product_wait_dropped", "wgmma.wait_group.sync.aligned 0; wgmma.wait_group.sync.aligned 0;", [False, False]),
+        (
+            "product_commit_dropped",
+            f"{PRODUCT} wgmma.commit_group.sync.aligned; wgmma.wait_group.sync.aligned 0; "
+            "wgmma.wait_group.sync.aligned 0;",
+            [False],
+        ),
+        (
+            "product_commit_dropped",
+            f"{PRODUCT} wgmma.commit_group.sync.aligned; wgmma.wait_group.sync.aligned 0; "
+            "wgmma.commit_group.sync.aligned; wgmma.wait_group.sync.aligned 0;",
+            [True, False],
+        ),
+        (
             "product_wait_dropped",
             f"{PRODUCT} wgmma.wait_group.sync.aligned 0; wgmma.wait_group.sync.aligned 0;",
             [True, False],
