@@ -44,8 +44,7 @@ def executing(architecture: str, strategy: str | None = None) -> Iterator[list[E
     def run(launch: Launch) -> None:
         code = decoded(launch.kernel.asm["ptx"])
         hazards = execute(code, launch.grid[0], launch.values, launch.shared, launch.tensors)
-        name = launch.kernel.src.fn.fn.__name__.removesuffix("_kernel")
-        done.append(Executed(name, launch.kernel.hash, hazards))
+        done.append(Executed(launch.name, launch.kernel.hash, hazards))
 
     with unwritten_is_nan(), absent_gpu(architecture, run, strategy), use_backend("triton", strategy=strategy):
         yield done

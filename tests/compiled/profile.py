@@ -55,8 +55,7 @@ def profiled(
         taken = sorted({grid * number // programs for number in range(programs)})
         counters = Counters(code.program)
         execute(code, grid, launch.values, launch.shared, launch.tensors, ctas=taken, watch=counters)
-        name = launch.kernel.src.fn.fn.__name__.removesuffix("_kernel")
-        found.append(Profile(name, code.program, grid, len(taken), counters))
+        found.append(Profile(launch.name, code.program, grid, len(taken), counters))
 
     x, weight, bias, terms = make_call(tuple(kinds), shape, **options)
     dy = upstream((x, weight))
@@ -75,13 +74,7 @@ def total(requests: dict[Instruction, Requests]) -> Requests:
 
 def looped(program: Program) -> set[Instruction]:
     """The instructions that stand in loops."""
-    found: set[Instruction] = set()
-    for place, block in enumerate(program.blocks):
-        for jump in block:
-            if jump.opcode[0] == "bra" and program.labels[jump.operands[0]] <= place:
-                for inner in program.blocks[program.labels[jump.operands[0]] : place + 1]:
-                    found.update(inner)
-    return found
+    return {found for loop in program.loops for number in loop for found in program.blocks[number]}
 
 
 def row(call: str, profile: Profile) -> dict[str, Any]:

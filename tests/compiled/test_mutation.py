@@ -27,7 +27,7 @@ def changed(body, operator):
 
 def instruction_text(one):
     sign = f"@{'!' if one.negated else ''}{one.predicate} " if one.predicate else ""
-    return f"{sign}{'.'.join(one.opcode)} {', '.join(one.operands)}".strip()
+    return f"{sign}{one.form} {', '.join(one.operands)}".strip()
 
 
 @pytest.mark.parametrize(

@@ -46,7 +46,7 @@ def test_instructions_left_out(architecture, strategy, form, seen):
     def without(ptx):
         program = Program(ptx)
         for place, block in enumerate(program.blocks):
-            program.blocks[place] = [one for one in block if not ".".join(one.opcode).startswith(form)]
+            program.blocks[place] = [one for one in block if not one.form.startswith(form)]
             left_out.append(len(block) - len(program.blocks[place]))
         return code_of(program)
 
@@ -77,7 +77,7 @@ def arguments_changed(kernel, name, by):
 
     def change(launch):
         source = launch.kernel.src
-        if source.fn.fn.__name__ != f"{kernel}_kernel":
+        if launch.name != kernel:
             return launch
         passed = [other for place, other in enumerate(source.fn.arg_names) if (place,) not in source.constants]
         values = [value + by * (passed[place : place + 1] == [name]) for place, value in enumerate(launch.values)]

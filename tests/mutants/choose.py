@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Hashable, Iterable
+from typing import TypeVar
 
 from tests.mutants.equivalent import EQUIVALENT, Equivalent
 from tests.mutants.sites import Mutant
+
+M = TypeVar("M")
 
 
 def drawn(mutants: Iterable[Mutant], seed: int) -> list[Mutant]:
@@ -16,18 +19,24 @@ def drawn(mutants: Iterable[Mutant], seed: int) -> list[Mutant]:
     The order within an operator and a file depends only on the seed and the mutant, so that an edit of a kernel moves
     only its own mutants.
     """
-    waiting: dict[str, list[Mutant]] = defaultdict(list)
-    for mutant in sorted(mutants, key=lambda m: hashlib.sha1(f"{seed} {m.id}".encode()).digest()):
-        waiting[mutant.operator].append(mutant)
-    taken: Counter[str] = Counter()
-    order: list[Mutant] = []
+    shuffled = sorted(mutants, key=lambda m: hashlib.sha1(f"{seed} {m.id}".encode()).digest())
+    return in_turns(shuffled, lambda m: m.operator, lambda m: m.file)
+
+
+def in_turns(mutants: Iterable[M], operator: Callable[[M], str], group: Callable[[M], Hashable]) -> list[M]:
+    """Operators take turns, each with its first mutant of the group that has had the fewest."""
+    waiting: dict[str, list[M]] = defaultdict(list)
+    for mutant in mutants:
+        waiting[operator(mutant)].append(mutant)
+    taken: Counter[Hashable] = Counter()
+    order: list[M] = []
     while waiting:
-        for operator in sorted(waiting):
-            chosen = min(waiting[operator], key=lambda m: taken[m.file])  # the first of those: min is stable
-            waiting[operator].remove(chosen)
-            taken[chosen.file] += 1
+        for name in sorted(waiting):
+            chosen = min(waiting[name], key=lambda mutant: taken[group(mutant)])  # the first of those: min is stable
+            waiting[name].remove(chosen)
+            taken[group(chosen)] += 1
             order.append(chosen)
-        waiting = {operator: left for operator, left in waiting.items() if left}
+        waiting = {name: left for name, left in waiting.items() if left}
     return order
 
 

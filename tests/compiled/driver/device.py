@@ -64,6 +64,11 @@ class Launch(NamedTuple):
     values: tuple[int | float, ...]
     tensors: dict[str, torch.Tensor]
 
+    @property
+    def name(self) -> str:
+        """Of the kernel, such as ``"fused"``."""
+        return self.kernel.src.fn.fn.__name__.removesuffix("_kernel")
+
 
 @contextmanager
 def absent_gpu(architecture: str, on_launch: Callable[[Launch], None], strategy: str | None = None) -> Iterator[None]:

@@ -31,7 +31,7 @@ def code_of(program: Program) -> Code:
 
 
 def _action(decoder: Decoder, instruction: Instruction) -> Action | None:
-    opcode = ".".join(instruction.opcode)
+    opcode = instruction.form
     if opcode in _JUMPS:
         return None
     for pattern, rule in RULES.get(instruction.opcode[0], ()):

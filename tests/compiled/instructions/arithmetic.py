@@ -10,7 +10,7 @@ import numpy as np
 
 from ..machine.faults import Fault
 from ..machine.machine import Action, Active, Machine
-from ..machine.numbers import FROM, TO, TYPES, Array, bits_of, fused, loss, to_odd
+from ..machine.numbers import FROM, TO, TYPES, UNSIGNED, Array, bits_of, fused, loss, to_odd
 from ..machine.program import Instruction
 from .decoding import Decoder, Read, rule
 
@@ -121,22 +121,32 @@ def _shift(at: Decoder, found: re.Match, instruction: Instruction) -> Action:
     return shift
 
 
-@rule(r"bfe\.([us])32")
+@rule(r"bfe\.u(32|64)")
 def _field(at: Decoder, found: re.Match, instruction: Instruction) -> Action:
-    """``bfe d, a, position, length``: bits of a, to the right, with copies of the field's sign in front if signed."""
-    write, value = at.target(instruction.operands[0]), at.source(instruction.operands[1], "u32")
-    position, length = (at.source(one, "u32") for one in instruction.operands[2:])
+    """``bfe d, a, position, length``: bits of a, to the right."""
+    write, value = at.target(instruction.operands[0]), at.source(instruction.operands[1], f"u{found[1]}")
+    place = _place(at, instruction)
+
+    def extract(machine: Machine, active: Active) -> None:
+        start, size = (number.astype(np.uint64) for number in place(machine))
+        most = np.uint64(63)
+        moved = np.where(start > most, np.uint64(0), value(machine).astype(np.uint64) >> np.minimum(start, most))
+        kept = (np.uint64(1) << np.minimum(size, most)) - np.uint64(1)
+        write(machine, np.where(size > most, moved, moved & kept).astype(UNSIGNED[int(found[1])]), active)
+
+    return extract
+
+
+@rule(r"bfe\.s32")
+def _signed_field(at: Decoder, found: re.Match, instruction: Instruction) -> Action:
+    """As ``bfe.u32``, with copies of the field's sign in front."""
+    write, value = at.target(instruction.operands[0]), at.source(instruction.operands[1], "s32")
+    place = _place(at, instruction)
 
     def extract(machine: Machine, active: Active) -> None:
         x = value(machine).astype(np.int64)
-        start, size = ((read(machine) & np.uint32(0xFF)).astype(np.int64) for read in (position, length))
-        signed = found[1] == "s"
-        if signed:
-            x = np.where(x >= 1 << 31, x - (1 << 32), x)
+        start, size = (number.astype(np.int64) for number in place(machine))
         field = (x >> np.minimum(start, 63)) & ((1 << np.minimum(size, 32)) - 1)
-        if not signed:
-            write(machine, field.astype(np.uint32), active)
-            return
         top = np.minimum(start + size - 1, 31)
         negative = ((x >> np.maximum(top, 0)) & 1 == 1) & (size > 0)
         filled = np.where(negative & (size < 32), field | (-1 << np.minimum(size, 32)), field)
@@ -145,20 +155,10 @@ def _field(at: Decoder, found: re.Match, instruction: Instruction) -> Action:
     return extract
 
 
-@rule(r"bfe\.u64")
-def _wide_field(at: Decoder, found: re.Match, instruction: Instruction) -> Action:
-    """``bfe.u64 d, a, position, length``: see ``bfe.u32``."""
-    write, value = at.target(instruction.operands[0]), at.source(instruction.operands[1], "u64")
-    position, length = (at.source(one, "u32") for one in instruction.operands[2:])
-
-    def extract(machine: Machine, active: Active) -> None:
-        start, size = ((read(machine) & np.uint32(0xFF)).astype(np.uint64) for read in (position, length))
-        most = np.uint64(63)
-        moved = np.where(start > most, np.uint64(0), value(machine) >> np.minimum(start, most))
-        kept = (np.uint64(1) << np.minimum(size, most)) - np.uint64(1)
-        write(machine, np.where(size > most, moved, moved & kept), active)
-
-    return extract
+def _place(at: Decoder, instruction: Instruction) -> Callable[[Machine], list[Array]]:
+    """Reads the position and the length of a field, of which 8 bits count."""
+    reads = [at.source(operand, "u32") for operand in instruction.operands[2:]]
+    return lambda machine: [read(machine) & np.uint32(0xFF) for read in reads]
 
 
 @rule(r"prmt\.b32")

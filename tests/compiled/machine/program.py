@@ -39,6 +39,11 @@ class Instruction:
     place: str  # in the source, as far as the compiler says
 
     @property
+    def form(self) -> str:
+        """The whole opcode."""
+        return ".".join(self.opcode)
+
+    @property
     def shown(self) -> str:
         """For messages: the instruction, and the line it comes from."""
         return f"{self.text} ({self.place})" if self.place else self.text
@@ -71,6 +76,14 @@ class Program:
     def instructions(self) -> Iterator[Instruction]:
         for block in self.blocks:
             yield from block
+
+    @property
+    def loops(self) -> Iterator[range]:
+        """The blocks from a label to a jump back to it, for each such jump."""
+        for place, block in enumerate(self.blocks):
+            for found in block:
+                if found.opcode[0] == "bra" and self.labels[found.operands[0]] <= place:
+                    yield range(self.labels[found.operands[0]], place + 1)
 
     def bits(self, register: str) -> int:
         """How wide a register is; 1 for a predicate."""

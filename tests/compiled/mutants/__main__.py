@@ -8,13 +8,14 @@ import json
 import multiprocessing
 import random
 import sys
-from collections import Counter, defaultdict
+from collections import Counter
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
+from tests.mutants.choose import in_turns
 from tests.mutants.report import put_into
 
 from . import report
@@ -85,20 +86,8 @@ def _outcome(mutant: Mutant) -> Outcome:
 def drawn(suite: Suite, mutants: list[Mutant], seed: int) -> list[Mutant]:
     """All mutants in a drawn order: operators take turns, each with the kernel and architecture that had the fewest."""
     random.Random(seed).shuffle(mutants)
-    waiting: dict[str, list[Mutant]] = defaultdict(list)
-    for mutant in mutants:
-        waiting[mutant.site.operator].append(mutant)
-    taken: Counter[tuple[str, str]] = Counter()
-    order = []
-    kinds = {number: (build.kernel, build.architecture) for number, build in enumerate(suite.builds)}
-    while waiting:
-        for name in sorted(waiting):
-            chosen = min(waiting[name], key=lambda mutant: taken[kinds[mutant.build]])
-            waiting[name].remove(chosen)
-            taken[kinds[chosen.build]] += 1
-            order.append(chosen)
-        waiting = {name: left for name, left in waiting.items() if left}
-    return order
+    kinds = [(build.kernel, build.architecture) for build in suite.builds]
+    return in_turns(mutants, lambda mutant: mutant.site.operator, lambda mutant: kinds[mutant.build])
 
 
 def entry(suite: Suite, mutant: Mutant, outcome: Outcome) -> dict:

@@ -55,7 +55,7 @@ def _dropped(name: str, form: str, what: str, order: bool = True) -> None:
     pattern = re.compile(form)
 
     def drop(block: Block, place: int) -> Block | None:
-        return _with(block, place, []) if pattern.fullmatch(_opcode(block[place])) else None
+        return _with(block, place, []) if pattern.fullmatch(block[place].form) else None
 
     drop.__doc__ = f"{what} is left out"
     operator(name)(drop)
@@ -68,7 +68,7 @@ def _without_predicate(name: str, form: str, what: str) -> None:
 
     def drop(block: Block, place: int) -> Block | None:
         found = block[place]
-        if found.predicate is None or not pattern.fullmatch(_opcode(found)):
+        if found.predicate is None or not pattern.fullmatch(found.form):
             return None
         return _with(block, place, [replace(found, predicate=None)])
 
@@ -139,10 +139,6 @@ def _bytes(access: Instruction) -> int:
         return 16
     count = next((int(part[1]) for part in access.opcode if re.fullmatch(r"v\d", part)), 1)
     return count * int(re.search(r"\d+$", access.opcode[-1])[0]) // 8
-
-
-def _opcode(instruction: Instruction) -> str:
-    return ".".join(instruction.opcode)
 
 
 def _with(block: Block, place: int, instead: Sequence[Instruction]) -> Block:

@@ -25,12 +25,12 @@ def reason(program: Program, site: Site) -> str | None:
         if _fenced_before(before, after):
             return "a fence before it in the block, and since then the product's registers are only moved"
         earlier = list(chain.from_iterable(program.blocks[: site.block]))
-        if not _in_a_loop(program, site.block) and _fenced_before([*earlier, *before], after):
+        if not any(site.block in loop for loop in program.loops) and _fenced_before([*earlier, *before], after):
             return (
                 "a fence in an earlier block, and since then the product's registers are only moved; no loop is around"
             )
     if site.operator == "product_commit_dropped":
-        waits = [at for at, found in enumerate(after) if _opcode(found).startswith("wgmma.wait")]
+        waits = [at for at, found in enumerate(after) if found.form.startswith("wgmma.wait")]
         if waits and _waits_again([*before, *after[: waits[0]]], after[waits[0] + 1 :], commits=True):
             return "the products are in the next group, for which the block waits before it uses them"
     is_wait = block[place].opcode[:2] == ("wgmma", "wait_group")
@@ -51,13 +51,9 @@ def _following(program: Program, site: Site) -> list[Instruction]:
     return found
 
 
-def _opcode(instruction: Instruction) -> str:
-    return ".".join(instruction.opcode)
-
-
 def _first(instructions: list[Instruction], *starts: str) -> str | None:
     """Which of the starts of an opcode comes first."""
-    return next((start for found in instructions for start in starts if _opcode(found).startswith(start)), None)
+    return next((start for found in instructions for start in starts if found.form.startswith(start)), None)
 
 
 def _registers(product: Instruction) -> set[str]:
@@ -69,14 +65,14 @@ def _touches(instruction: Instruction, registers: set[str]) -> bool:
 
 
 def _fenced_before(before: list[Instruction], after: list[Instruction]) -> bool:
-    fences = [place for place, found in enumerate(before) if _opcode(found).startswith("wgmma.fence")]
+    fences = [place for place, found in enumerate(before) if found.form.startswith("wgmma.fence")]
     if not fences:
         return False
     products = []
     for found in after:
-        if _opcode(found).startswith("wgmma.fence"):
+        if found.form.startswith("wgmma.fence"):
             break
-        if _opcode(found).startswith("wgmma.mma_async"):
+        if found.form.startswith("wgmma.mma_async"):
             products.append(found)
     if not products:
         return False
@@ -86,26 +82,19 @@ def _fenced_before(before: list[Instruction], after: list[Instruction]) -> bool:
     return not any(_touches(found, registers) for found in between if found.opcode[0] not in ("wgmma", "mov"))
 
 
-def _in_a_loop(program: Program, number: int) -> bool:
-    jumps = (
-        (place, found) for place, block in enumerate(program.blocks) for found in block if found.opcode[0] == "bra"
-    )
-    return any(program.labels[jump.operands[0]] <= number <= place for place, jump in jumps)
-
-
 def _waits_again(before: list[Instruction], after: list[Instruction], commits: bool = False) -> bool:
     """The next wait is for every group, and neither registers nor shared memory are touched before it.
 
     Args:
         commits: whether a group has to end before that wait, too.
     """
-    products = [found for found in before if _opcode(found).startswith("wgmma.mma_async")]
+    products = [found for found in before if found.form.startswith("wgmma.mma_async")]
     if not products:
         return False
     registers = set().union(*map(_registers, products))
     for found in after:
-        commits = commits and not _opcode(found).startswith("wgmma.commit_group")
-        if _opcode(found).startswith("wgmma.wait_group"):
+        commits = commits and not found.form.startswith("wgmma.commit_group")
+        if found.form.startswith("wgmma.wait_group"):
             return found.operands == ("0",) and not commits
         if found.opcode[0] != "wgmma" and _touches(found, registers):
             return False
@@ -119,11 +108,11 @@ def _together_with_the_next(program: Program, site: Site) -> bool:
     commits, waits, place = [], [], None
     for number, block in enumerate(program.blocks):
         for at, found in enumerate(block):
-            if _opcode(found) == "cp.async.commit_group":
+            if found.form == "cp.async.commit_group":
                 if (number, at) == (site.block, site.place):
                     place = len(commits)
                 commits.append((number, at))
-            elif _opcode(found) == "cp.async.wait_group":
+            elif found.form == "cp.async.wait_group":
                 waits.append(int(found.operands[0], 0))
     several = gcd(*waits)
     assert place is not None
