@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from tests.mutants.operators import OPERATORS, describe
 from tests.mutants.sites import KERNEL_FILES
 
-WAYS = ("wrong", "detector", "crash", "timeout")
+WAYS = {"wrong": "wrong result", "detector": "detector", "crash": "crash", "timeout": "timeout"}
 MARKS = "<!-- {}: begin -->", "<!-- {}: end -->"
 
 
@@ -17,20 +17,23 @@ def score(records: list[dict]) -> float:
     return sum(record["status"] == "killed" for record in records) / max(len(records), 1)
 
 
-def table(records: list[dict], key: str, names: list[str]) -> Iterator[str]:
-    """A table in Markdown, with one row for each name that has mutants."""
-    yield f"| {key} | mutants | wrong result | detector | crash | timeout | survived |"
-    yield "|---|---|---|---|---|---|---|"
+def table(records: list[dict], key: str, names: list[str], ways: Mapping[str, str] = WAYS) -> Iterator[str]:
+    """A table in Markdown, with one row for each name that has mutants.
+
+    Args:
+        ways: how a mutant may have been killed, with titles; one that was not has none of these.
+    """
+    yield f"| {key} | mutants | {' | '.join(ways.values())} | survived |"
+    yield "|---" * (len(ways) + 3) + "|"
     for name in names:
         if chosen := [record for record in records if record[key] == name]:
-            yield _row(f"`{name}`", chosen)
-    yield _row("all", records)
+            yield _row(f"`{name}`", chosen, ways)
+    yield _row("all", records, ways)
 
 
-def _row(title: str, records: list[dict]) -> str:
-    ways = [sum(record["status"] == "killed" and record["how"] == way for record in records) for way in WAYS]
-    survived = sum(record["status"] == "survived" for record in records)
-    return "| " + " | ".join(map(str, (title, len(records), *ways, survived))) + " |"
+def _row(title: str, records: list[dict], ways: Mapping[str, str]) -> str:
+    counts = [sum(record["how"] == way for record in records) for way in ways]
+    return "| " + " | ".join(map(str, (title, len(records), *counts, len(records) - sum(counts)))) + " |"
 
 
 def rendered(results: dict) -> str:

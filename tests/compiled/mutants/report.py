@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 
+from tests.mutants.report import table
+
 from .operators import OPERATORS, described
 
-WAYS = ("wrong result", "hazard", "fault")
+WAYS = {way: way for way in ("wrong result", "hazard", "fault")}
 SAME, REDUNDANT = "same bits", "redundant"
 
 
@@ -34,11 +36,11 @@ def _paragraphs(results: dict) -> Iterator[str]:
     yield f"these tests, {killed(drawn) / len(drawn):.1%} of all {len(drawn)} that were drawn. {results['date']},"
     yield f"{versions}; seed {results['seed']}; {results['tests']} tests of the short tier execute {results['builds']}"
     yield "builds.\n"
-    yield from _table(records, "operator", sorted(OPERATORS))
+    yield from table(records, "operator", sorted(OPERATORS), WAYS)
     yield ""
-    yield from _table(records, "kernel", sorted({record["kernel"] for record in records}))
+    yield from table(records, "kernel", sorted({record["kernel"] for record in records}), WAYS)
     yield ""
-    yield from _table(records, "architecture", sorted({record["architecture"] for record in records}))
+    yield from table(records, "architecture", sorted({record["architecture"] for record in records}), WAYS)
     yield "\nOperators, with the places where they apply, and those of them where a change can matter in some test:\n"
     for name in sorted(OPERATORS):
         sites, effective = (results[key].get(name, 0) for key in ("sites", "effective"))
@@ -53,18 +55,3 @@ def _paragraphs(results: dict) -> Iterator[str]:
         if not record["how"]:
             where = f"`{record['kernel']}`, {record['architecture']}, block {record['block']}"
             yield f"- `{record['operator']}` in {where}: `{record['statement']}`"
-
-
-def _table(records: list[dict], key: str, names: list[str]) -> Iterator[str]:
-    yield f"| {key} | mutants | {' | '.join(WAYS)} | survived |"
-    yield "|---" * (len(WAYS) + 3) + "|"
-    for name in names:
-        if chosen := [record for record in records if record[key] == name]:
-            yield _row(f"`{name}`", chosen)
-    yield _row("all", records)
-
-
-def _row(title: str, records: list[dict]) -> str:
-    ways = [sum(record["how"] == way for record in records) for way in WAYS]
-    survived = len(records) - sum(ways)
-    return "| " + " | ".join(map(str, (title, len(records), *ways, survived))) + " |"
