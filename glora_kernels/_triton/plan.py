@@ -89,8 +89,6 @@ class TritonPlan:
         projected: Tensor | None,
         token_sums: Tensor | None,
     ) -> tuple[Tensor | None, Sequence[Tensor | None]]:
-        if projected is None and self._projects and dy.shape[0]:
-            (projected,) = self._without_tokens(projection, weight, bias, storages)
         found = self._backward[output is not None]
         if (
             found is None
@@ -109,6 +107,8 @@ class TritonPlan:
             dy, x = dy.resolve_neg(), None if x is None else x.resolve_neg()
             projected = None if projected is None else projected.contiguous()
             found = self._backward_of(dy, x, weight, bias, storages, output is not None)
+        if projected is None and self._projects:
+            (projected,) = self._without_tokens(projection, weight, bias, storages)
         slots = [dy, x, weight, bias, *storages, output, b_eff, projected, *found.blank]
         found.run(slots)
         (dx,) = found.results_in(slots)

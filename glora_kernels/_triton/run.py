@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cache, lru_cache
 from hashlib import blake2b
 from itertools import chain
 from operator import itemgetter
@@ -26,10 +26,8 @@ from .kernels import KERNELS
 from .launch import ALIGNMENT, STREAM, BoundLaunch, SizedLaunch, launch
 
 ALLOCATE, COPY, PRODUCT, LAUNCH = range(4)
-TABLES = 1 << 16  # how many are kept; each takes less than a kilobyte
 Slots = list[Any]  # of tensors, None where there is none
-_captured: list[tuple[Tensor, Tensor]] = []
-_tables: dict[tuple[bytes, torch.device], Tensor] = {}  # the oldest first
+_tables: dict[tuple[bytes, torch.device], Tensor] = {}
 
 
 class View(NamedTuple):
@@ -214,27 +212,34 @@ _PRODUCTS: dict[str, Callable[..., Tensor]] = {
 
 
 def table(rows: bytes, device: torch.device) -> Tensor:
-    """The table of ``finish``, rows of int64, on the device. Tables outlive plans: captured graphs read them."""
+    """The table of ``finish``, rows of int64, on the device: written when this returns, for launches on any stream.
+
+    Tables are kept for good, since captured graphs and other streams read them; each takes less than a kilobyte.
+
+    Raises:
+        RuntimeError: the table is not there yet, and a CUDA graph is being captured.
+    """
     key = blake2b(rows, digest_size=16).digest(), device
     found = _tables.get(key)
-    if found is None:
-        if len(_tables) >= TABLES:
-            del _tables[next(iter(_tables))]
-        found = _tables[key] = _on_device(rows, device)
-    return found
+    return _tables.setdefault(key, _on_device(rows, device)) if found is None else found
 
 
 def _on_device(rows: bytes, device: torch.device) -> Tensor:
-    """A new table.
-
-    It is copied from pinned memory: the host then need not wait, and a capture does not fail. A table that a
-    captured graph reads is kept for good.
-    """
+    """A new table. The host waits for the copy alone, which has a stream of its own."""
     numbers = memoryview(rows).cast("q").tolist()
     if device.type != "cuda":
         return torch.tensor(numbers, dtype=torch.int64, device=device)
-    host = torch.tensor(numbers, dtype=torch.int64).pin_memory()
-    copy = host.to(device, non_blocking=True)
-    if torch.cuda.is_current_stream_capturing():
-        _captured.append((host, copy))
-    return copy
+    with torch.cuda.device(device):
+        if torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "glora_kernels: expected that a layer call has run before a CUDA graph captures it, got a new one, whose "
+                "table is not on the device; run the same step once before the capture, forward and backward, as "
+                "torch.cuda.graph asks for"
+            )
+    with torch.cuda.stream(_copying(device)):
+        return torch.tensor(numbers, dtype=torch.int64, device=device)
+
+
+@cache
+def _copying(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
