@@ -232,9 +232,9 @@ def _on_device(rows: bytes, device: torch.device) -> Tensor:
     with torch.cuda.device(device):
         if torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
-                "glora_kernels: expected that a layer call has run before a CUDA graph captures it, got a new one, whose "
-                "table is not on the device; run the same step once before the capture, forward and backward, as "
-                "torch.cuda.graph asks for"
+                "glora_kernels: expected that a layer call has run before a CUDA graph captures it, got a new one, "
+                "whose table is not on the device; run the same step once before the capture, forward and backward, "
+                "as torch.cuda.graph asks for"
             )
     with torch.cuda.stream(_copying(device)):
         return torch.tensor(numbers, dtype=torch.int64, device=device)
