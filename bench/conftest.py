@@ -18,8 +18,8 @@ import torch
 from . import report
 from .environment import environment
 from .section import Section
-from .settings import CLOCKS, Settings
-from .shapes import SHAPE_SETS
+from .settings import CLOCKS, MODES, Settings
+from .shapes import NOT_IN_ALL, SHAPE_SETS
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 COLUMNS = ["median", "min", "max", "rounds"]
@@ -35,6 +35,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--rounds", type=int, default=7, help="timed rounds of every interleaved run")
     group.addoption("--threads", type=int, default=1, help="of torch on a CPU; 1 spreads least")
     group.addoption("--clock", default="wall", choices=CLOCKS, help="on a CPU: time that passed, or that was given")
+    group.addoption("--modes", default=",".join(MODES), help="of a whole training step, by commas; all by default")
     group.addoption("--results", type=Path, help="folder for results.json, table.md and pictures")
 
 
@@ -51,10 +52,13 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def settings_of(config: pytest.Config) -> Settings:
     asked = config.getoption("shapes").split(",")
-    shapes = tuple(name for name in SHAPE_SETS if name != "tiny") if asked == ["all"] else tuple(asked)
+    shapes = tuple(name for name in SHAPE_SETS if name not in NOT_IN_ALL) if asked == ["all"] else tuple(asked)
     unknown = [name for name in shapes if name not in SHAPE_SETS]
     if unknown:
         raise pytest.UsageError(f"--shapes: expected some of {', '.join(SHAPE_SETS)}, or all; got {unknown}")
+    modes = tuple(config.getoption("modes").split(","))
+    if not set(modes) <= set(MODES):
+        raise pytest.UsageError(f"--modes: expected some of {', '.join(MODES)}; got {list(modes)}")
     for option in ("rounds", "threads"):
         if config.getoption(option) < 1:
             raise pytest.UsageError(f"--{option}: expected at least 1, got {config.getoption(option)}")
@@ -67,7 +71,7 @@ def settings_of(config: pytest.Config) -> Settings:
     if results is not None and results.exists() and not results.is_dir():
         raise pytest.UsageError(f"--results: expected a folder, got the file {results}")
     dtype, rounds = DTYPES[config.getoption("dtype")], config.getoption("rounds")
-    return Settings(shapes, device, dtype, rounds, config.getoption("clock"), config.getoption("threads"))
+    return Settings(shapes, device, dtype, rounds, config.getoption("clock"), config.getoption("threads"), modes)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

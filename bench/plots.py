@@ -19,7 +19,7 @@ from .measurements.roofline import COPY, PRODUCT
 from .timing import WHOLE
 
 OURS_COLOUR, PEER_COLOUR, EVEN = "#1b6ca8", "#b0b7bf", "#444444"
-RATIO_GROUPS = ("layer", "compiled layer", "replayed layer", "model", "inference", "latency", "search")
+RATIO_GROUPS = ("layer", "compiled layer", "replayed layer", "model", "step modes", "inference", "latency", "search")
 
 
 def save_plots(content: dict[str, Any], folder: Path) -> list[Path]:

@@ -14,6 +14,7 @@ from .timing import ClockWatch, EventWatch, Watch
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 SEED = 0
+EAGER, COMPILED, GRAPHS = MODES = ("eager", "compiled", "graphs")
 # The largest relative error in the 2-norm of a whole model, of a training step and of inference. In half types deep
 # models are far off, whoever computes them: check in fp32 first, then again with a looser tolerance.
 STEP_TOLERANCES = {torch.float32: 2e-4, torch.float16: 1e-1, torch.bfloat16: 6e-1}
@@ -31,6 +32,7 @@ class Settings:
         rounds: timed rounds of every interleaved run.
         clock: on a CPU, ``"wall"`` (the time that a user waits) or ``"cpu"`` (CPU time of the process).
         threads: torch's threads on a CPU.
+        modes: in which a whole training step is timed.
     """
 
     shapes: tuple[str, ...] = ("small",)
@@ -39,6 +41,7 @@ class Settings:
     rounds: int = 7
     clock: str = "wall"
     threads: int = 1
+    modes: tuple[str, ...] = MODES
 
     @property
     def sets(self) -> dict[str, ShapeSet]:

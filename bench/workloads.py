@@ -66,7 +66,7 @@ class ClassifierWorkload:
         return model(self.images)
 
     def backward(self, model: nn.Module, logits: Tensor) -> None:
-        F.cross_entropy(logits.float() if logits.element_size() < 4 else logits, self.labels).backward()
+        cross_entropy(logits, self.labels).backward()
 
     def input_gradients(self) -> dict[str, Tensor]:
         return {}
@@ -76,6 +76,11 @@ class ClassifierWorkload:
 
     def magnitudes(self) -> None:
         return None
+
+
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """In fp32 at least."""
+    return F.cross_entropy(logits.float() if logits.element_size() < 4 else logits, labels)
 
 
 @dataclass(frozen=True, eq=False)

@@ -54,6 +54,7 @@ ENTRANTS = {
     who.LYCORIS: Entrant(lycoris_models.lycoris_model, who.lycoris, lycoris_models.NAMES, "matmul", "lycoris"),
 }
 ANY_PATH = (who.OURS, who.ASSEMBLED, who.OFFICIAL)
+OURS_OF = {"hadamard": who.OURS, "matmul": who.OURS_MATMUL}  # by product
 
 
 @dataclass
@@ -120,7 +121,7 @@ class Field:
             self.models.pop(name, None)
 
     def _ours(self, product: str) -> nn.Module:
-        return self.models[who.OURS if product == "hadamard" else who.OURS_MATMUL]
+        return self.models[OURS_OF[product]]
 
     def _hold(self, name: str, workload: Workload, want: Truth, tolerance: float) -> None:
         if name not in self.models or name in self.refused:
@@ -143,11 +144,12 @@ class Field:
 
 
 def make_field(backbone: nn.Module, names: Iterable[str], rank: int, entrants: Iterable[str] = ENTRANTS) -> Field:
-    """The models of ours and of ``entrants``, adapted at exactly ``names`` and frozen everywhere else."""
-    names = tuple(names)
-    ours = {product: _our_model(backbone, names, rank, product) for product in ("hadamard", "matmul")}
+    """The models of ``entrants`` and of ours with their products, adapted at exactly ``names``, frozen elsewhere."""
+    names, entrants = tuple(names), (who.OURS, *entrants)
+    products = {ENTRANTS[name].product for name in entrants}
+    ours = {product: _our_model(backbone, names, rank, product) for product in OURS_OF if product in products}
     made = Field({}, backbone, names, rank)
-    for name in dict.fromkeys((who.OURS, who.OURS_MATMUL, *entrants)):
+    for name in dict.fromkeys((*(OURS_OF[product] for product in ours), *entrants)):
         entrant = ENTRANTS[name]
         if find_spec(entrant.package) is None:
             made.missing[name] = f"the package {entrant.package} is not installed"

@@ -7,6 +7,7 @@ where the others compile again for each.
 from __future__ import annotations
 
 import types
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -46,11 +47,7 @@ COMPARISONS = (
 
 
 class CompiledLayerWorkload(LayerWorkload):
-    """As :class:`LayerWorkload`, with every model compiled.
-
-    torch keeps what it compiled with the code object. Each model gets a copy of that: otherwise all would share one
-    cache, check each other's guards and reach its limit.
-    """
+    """As :class:`LayerWorkload`, with every model compiled."""
 
     def __init__(self, x: Tensor, dy: Tensor):
         super().__init__(x, dy)
@@ -58,13 +55,22 @@ class CompiledLayerWorkload(LayerWorkload):
 
     def forward(self, model: nn.Module) -> Tensor:
         if model not in self.compiled:
-            self.compiled[model] = torch.compile(types.FunctionType(_call.__code__.replace(), globals()))
+            self.compiled[model] = compiled_call()
         return self.compiled[model](model, self.x)
 
     def backward(self, model: nn.Module, y: Tensor) -> None:
         super().backward(model, y)
         if glora.glora_layers(model):
             glora.drop_unread_gradients(model)
+
+
+def compiled_call(backend: str = "inductor") -> Callable[[nn.Module, Tensor], Tensor]:
+    """``model(x)`` under ``torch.compile``, for one model.
+
+    torch keeps what it compiled with the code object. Each model gets a copy of that: otherwise all would share one
+    cache, check each other's guards and reach its limit.
+    """
+    return torch.compile(types.FunctionType(_call.__code__.replace(), globals()), backend=backend)
 
 
 def _call(model: nn.Module, x: Tensor) -> Tensor:

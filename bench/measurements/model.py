@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import nn
 
 import glora
 from glora import SearchSpace
+from glora.paths import Paths
 from glora.sampling import PathSampler
 
 from .. import counting
-from ..entrants import Field, make_field
+from ..entrants import ENTRANTS, Field, make_field
 from ..entrants import names as who
 from ..section import RELATIVE, Comparison, Section, against
 from ..settings import SEED, Settings
@@ -44,18 +47,8 @@ COMPARISONS = (
 
 def measure(shape_set: str, model: Model, settings: Settings) -> Section:
     """Check and time every entrant; in each round, those that take any path get the same new path for every layer."""
-    field, workload = make_model(model, settings)
-    shapes = {name: layer.shape for name, layer in glora.glora_layers(field.models[who.OURS]).items()}
-    # Left out: constants as B, D, E. Under a layer norm their gradient is a sum that cancels: the layers check them.
-    checkable = SearchSpace((model.rank,), B=("lora", "vector", "none"), D=("vector", "none"), E=("vector", "none"))
-    paths = PathSampler(shapes, checkable).sample(torch.Generator().manual_seed(SEED))
-    field.check(workload, [paths], settings.step_tolerance)
-    if settings.dtype != torch.float32:
-        wide, wide_workload = make_model(model, settings.in_fp32())
-        wide.check(wide_workload, [paths], settings.in_fp32().step_tolerance)
-        field.refuse(wide.refused)
-
-    sampler, generator = PathSampler(shapes, SearchSpace((model.rank,))), torch.Generator().manual_seed(SEED)
+    field, workload, sampler, _ = make_checked(model, settings)
+    generator = torch.Generator().manual_seed(SEED)
     functions = {name: _training_step(workload, field.models[name]) for name in ENTRIES if name in field.models}
     phases = interleave(
         functions,
@@ -82,12 +75,33 @@ def measure(shape_set: str, model: Model, settings: Settings) -> Section:
     )
 
 
-def make_model(model: Model, settings: Settings) -> tuple[Field, ClassifierWorkload]:
-    """Every entrant in the same linear layers of a randomly initialised model, and random images for it."""
+def make_checked(
+    model: Model, settings: Settings, entrants: Iterable[str] = ENTRANTS, count: int = 1
+) -> tuple[Field, ClassifierWorkload, PathSampler, list[Paths]]:
+    """As :func:`make_model`, those that are wrong refused; what draws paths; the ``count`` paths of the check."""
+    field, workload = make_model(model, settings, entrants)
+    shapes = {name: layer.shape for name, layer in glora.glora_layers(field.models[who.OURS]).items()}
+    # Left out: constants as B, D, E. Under a layer norm their gradient is a sum that cancels: the layers check them.
+    checkable = SearchSpace((model.rank,), B=("lora", "vector", "none"), D=("vector", "none"), E=("vector", "none"))
+    checked, generator = PathSampler(shapes, checkable), torch.Generator().manual_seed(SEED)
+    paths = [checked.sample(generator) for _ in range(count)]
+    field.check(workload, paths, settings.step_tolerance)
+    if settings.dtype != torch.float32:
+        wide, wide_workload = make_model(model, settings.in_fp32(), entrants)
+        wide.check(wide_workload, paths, settings.in_fp32().step_tolerance)
+        field.refuse(wide.refused)
+    return field, workload, PathSampler(shapes, SearchSpace((model.rank,))), paths
+
+
+def make_model(
+    model: Model, settings: Settings, entrants: Iterable[str] = ENTRANTS
+) -> tuple[Field, ClassifierWorkload]:
+    """The ``entrants`` in the same linear layers of a randomly initialised model, and random images for it."""
     backbone = make_backbone(model, settings)
     batch, size = model.batch_on(settings.device), backbone.default_cfg["input_size"]
     images, labels = settings.randn(batch, *size), torch.randint(1000, (batch,), device=settings.device)
-    return make_field(backbone, linear_names(backbone, model.linears), model.rank), ClassifierWorkload(images, labels)
+    names = linear_names(backbone, model.linears)
+    return make_field(backbone, names, model.rank, entrants), ClassifierWorkload(images, labels)
 
 
 def make_backbone(model: Model, settings: Settings) -> nn.Module:

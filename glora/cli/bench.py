@@ -26,7 +26,7 @@ def add_bench(commands) -> None:
         "--only", nargs="+", choices=GROUPS, default=list(GROUPS), metavar="GROUP", help=", ".join(GROUPS)
     )
     command.add_argument(
-        "--shapes", default="small", help="by commas: small, square, vit_b, swin_b, llama7b, llama3b; all"
+        "--shapes", default="small", help="by commas: small, square, vit_b, vit_b_small, swin_b, llama7b, llama3b; all"
     )
     command.add_argument(
         "--dtype", default="float32", choices=("float32", "float16", "bfloat16"), help="of the weights"

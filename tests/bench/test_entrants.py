@@ -53,7 +53,7 @@ def test_every_entrant_agrees_with_the_oracle(field, workload):
 @pytest.mark.parametrize("product", [names.OURS, names.OURS_MATMUL])
 def test_the_oracle_agrees_with_the_reference_formula(workload, bias, product):
     """Two independent writings of the formula, in fp64."""
-    model = make_field(bias, ()).models[product].double()
+    model = make_field(bias, [product]).models[product].double()
     wide = workload.double()
     for paths in some_paths():
         model.linear.path = paths["linear"]

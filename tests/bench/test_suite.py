@@ -13,6 +13,8 @@ import torch
 
 from bench.conftest import settings_of
 from bench.measurements.layer import ENTRIES, KIND_PAIRS
+from bench.measurements.step_modes import WAYS
+from bench.settings import EAGER
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -28,8 +30,8 @@ def run_bench(*arguments, results=None, **environment):
 @pytest.fixture(scope="module")
 def whole_run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bench") / "results"
-    done = run_bench("bench", "--shapes", "tiny", "--benchmark-json", str(folder.parent / "b.json"), results=folder)
-    return done, folder
+    options = ("--shapes", "tiny", "--modes", "eager", "--benchmark-json", str(folder.parent / "b.json"))
+    return run_bench("bench", *options, results=folder), folder
 
 
 def test_everything_runs(whole_run):
@@ -38,8 +40,11 @@ def test_everything_runs(whole_run):
     content = json.loads((folder / "results.json").read_text())
     assert content["failures"] == 0 and not content["interrupted"]
     groups = [section["group"] for section in content["sections"]]
-    assert set(groups) == {"layer", "compiled layer", "model", "inference", "latency", "merge", "search", "roofline"}
-    assert not [section for section in content["sections"] if section["refused"] or section["missing"]]
+    layers, models = {"layer", "compiled layer", "roofline"}, {"model", "step modes", "inference", "latency", "search"}
+    assert set(groups) == layers | models | {"merge"}
+    assert not [section for section in content["sections"] if section["refused"]]
+    missing = {name for section in content["sections"] for name in section["missing"]}
+    assert missing == {name for name, way in WAYS.items() if way.mode != EAGER}
 
 
 def test_every_kind_is_timed_in_both_passes(whole_run):
@@ -121,6 +126,7 @@ def test_what_is_broken_fails_and_is_not_reported(tmp_path, part, dtype, chosen)
 
 BAD_OPTIONS = [
     ({"shapes": "vit_z"}, "--shapes: expected some of .*got \\['vit_z'\\]"),
+    ({"modes": "eager,lazy"}, "--modes: expected some of .*got \\['eager', 'lazy'\\]"),
     ({"rounds": 0}, "--rounds: expected at least 1, got 0"),
     ({"clock": "cpu", "threads": 2}, "--clock: expected wall with more than one thread"),
     ({"device": "cuda"}, "--device: expected a GPU for cuda, found none"),
@@ -133,7 +139,7 @@ def test_bad_options_are_refused(options, message, monkeypatch):
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     chosen = {"shapes": "tiny", "dtype": "float32", "device": "cpu", "rounds": 2, "clock": "wall", "threads": 1}
-    config = SimpleNamespace(getoption={"results": None, **chosen, **options}.get)
+    config = SimpleNamespace(getoption={"results": None, "modes": "eager", **chosen, **options}.get)
     with pytest.raises(pytest.UsageError, match=message):
         settings_of(config)
 
@@ -142,9 +148,9 @@ def test_bad_options_are_refused(options, message, monkeypatch):
     ("arguments", "message"),
     [
         (["--shapes", "vit_z"], BAD_OPTIONS[0][1]),
-        pytest.param(["--rounds", "0"], BAD_OPTIONS[1][1], marks=pytest.mark.exhaustive),
-        pytest.param(["--clock=cpu", "--threads=2"], BAD_OPTIONS[2][1], marks=pytest.mark.exhaustive),
-        pytest.param(["--results", "README.md"], BAD_OPTIONS[4][1], marks=pytest.mark.exhaustive),
+        pytest.param(["--rounds", "0"], BAD_OPTIONS[2][1], marks=pytest.mark.exhaustive),
+        pytest.param(["--clock=cpu", "--threads=2"], BAD_OPTIONS[3][1], marks=pytest.mark.exhaustive),
+        pytest.param(["--results", "README.md"], BAD_OPTIONS[5][1], marks=pytest.mark.exhaustive),
     ],
 )
 def test_bad_options_end_the_command_before_any_work(arguments, message):
