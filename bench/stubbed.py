@@ -73,11 +73,14 @@ def routed(architecture: str, strategy: str | None = None) -> Iterator[None]:
     from glora_kernels import dispatch
     from glora_kernels._triton import backend, device  # noqa: F401  (backend loads what names architecture)
 
-    to_triton = dispatch.Decision("triton", "stubbed", strategy)
-    rank_unfit = dispatch.rank_unfit
+    to_triton, to_torch = dispatch.Decision("triton", "stubbed", strategy), dispatch.Decision("torch", "stubbed")
+
+    def unfit(weight: torch.Tensor, terms: Any) -> str | None:
+        return "fp64" if weight.dtype == torch.float64 else dispatch.rank_unfit(terms)
+
     with (
-        _everywhere(dispatch.automatic, lambda *_: to_triton),
-        _everywhere(dispatch.triton_unfit, lambda _, terms: rank_unfit(terms)),
+        _everywhere(dispatch.automatic, lambda *operands: to_torch if unfit(*operands) else to_triton),
+        _everywhere(dispatch.triton_unfit, unfit),
         patch.object(dispatch, "_triton_reason", lambda: None),
         _everywhere(device.architecture, lambda *_: architecture),
         patch.object(torch.cuda, "current_device", lambda: None),  # the index of the device of a CPU tensor

@@ -1,0 +1,304 @@
+"""Times on a GPU: every strategy of a layer against the frozen layer, and every kernel against its own floor.
+
+    python -m bench.gpu.ops --out kernels.json
+
+The floor of a layer is the frozen linear layer, whose forward is one dense product and whose step is two; ratios are of
+paired rounds (``timing.py``), with the seconds that the cost model has predicted beside them. The floor of a kernel is
+the longer of two times: its bytes at the speed of a large copy, and its operations at the speed of a large product,
+both measured at the start. y and every gradient are compared with the fp64 formula before anything is timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from glora.graphs.capture import CudaGraphs
+from glora_kernels import Constant, LowRank, Terms, Vector, glora_linear, reference, use_backend
+from glora_kernels._triton.device import architecture
+from glora_kernels._triton.launch import launch
+from glora_kernels._triton.recording import launches_of
+from glora_kernels.error_bound import PROMISED, largest_constant
+from glora_kernels.planning.cases import Case, Layer
+from glora_kernels.planning.prediction import STRATEGIES, predict
+from glora_kernels.planning.problem import CONSTANT, LOW_RANK, NONE, VECTOR
+
+from ..timing import WHOLE, EventWatch, Timed, Watch, interleave, plain, ratio, total
+from ..workloads import BACKWARD, FORWARD
+from .running import TOLD
+
+SHAPES = {  # M, N, K
+    "ViT-B bs 64 qkv": (12608, 2304, 768),
+    "ViT-B bs 64 proj": (12608, 768, 768),
+    "ViT-B bs 64 fc1": (12608, 3072, 768),
+    "ViT-B bs 64 fc2": (12608, 768, 3072),
+    "LLaMA-7B 2048": (2048, 4096, 4096),
+    "LLaMA-7B 8192": (8192, 4096, 4096),
+    "LLaMA-7B 8192 up": (8192, 11008, 4096),
+    "few tokens 64": (64, 4096, 4096),
+    "few tokens 256": (256, 4096, 4096),
+}
+TINY = {"tiny": (32, 48, 64)}  # for rehearsals
+PATHS = {"A lora, B lora": ("lora", "lora"), "A vector, B lora": ("vector", "lora"), "B lora": ("none", "lora")}
+Shapes = Mapping[str, tuple[int, int, int]]
+Entrant = tuple[str, str | None]  # a backend and a strategy
+ENTRANTS: dict[str, Entrant] = {
+    "assemble": ("triton", "assemble"),
+    "fused": ("triton", "fused"),
+    "as dispatched": ("triton", None),
+    "torch backend": ("torch", None),
+}
+Call = tuple[Tensor, Tensor, Tensor, Terms]
+RANK = 8
+FROZEN = "frozen"
+
+
+def milliseconds(functions: Mapping[str, Callable[[], object]], rounds: int = 7, repeats: int = 1) -> dict[str, float]:
+    """The median time of each function.
+
+    A kernel shorter than its own launch needs ``repeats`` calls, back to back, between two events.
+    """
+
+    def repeated(function: Callable[[], object]) -> Callable[[], None]:
+        def run() -> None:
+            for _ in range(repeats):
+                function()
+
+        return run
+
+    timed = {name: plain(repeated(function)) for name, function in functions.items()}
+    times = interleave(timed, rounds, warmup=2, watch=EventWatch())[WHOLE]
+    return {name: 1e3 * statistics.median(found) / repeats for name, found in times.items()}
+
+
+class Ceilings(NamedTuple):
+    """What this machine reaches: see :class:`glora_kernels.planning.machines.Machine`."""
+
+    half: float
+    single: float
+    bandwidth: float
+    cache_bandwidth: float
+    overhead: float
+
+    @classmethod
+    def measured(cls, size: int = 8192) -> Ceilings:
+        """Of large and of small copies (bytes read and written), large products, and of launches in a CUDA graph."""
+
+        def matrix(rows: int, columns: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+            return torch.randn(rows, columns, device="cuda").to(dtype)
+
+        a, b, c, d = matrix(size, size), matrix(size, size), *(matrix(size, size, torch.float32) for _ in range(2))
+        large, small = matrix(4 * size, size), matrix(size // 4, size // 2)  # 512 MiB; 16 MiB, and as much again
+        targets = torch.empty_like(large), torch.empty_like(small)
+        found = milliseconds(
+            {
+                "half": lambda: a @ b,
+                "single": lambda: c @ d,
+                "large": lambda: targets[0].copy_(large),
+                "small": lambda: targets[1].copy_(small),
+            },
+            repeats=3,
+        )
+        return cls(
+            2 * size**3 / found["half"] * 1e3,
+            2 * size**3 / found["single"] * 1e3,
+            2 * large.nbytes / found["large"] * 1e3,
+            2 * small.nbytes / found["small"] * 1e3,
+            _overhead(),
+        )
+
+
+def _overhead(launches: int = 500) -> float:
+    """Seconds per launch of a kernel that does next to nothing, in a graph of many."""
+    tiny = torch.zeros(1, device="cuda")
+
+    def run() -> Tensor:
+        for _ in range(launches):
+            tiny.add_(1)
+        return tiny
+
+    graphs = CudaGraphs(torch.device("cuda"))
+    graphs.warm_up(run)
+    replay, _ = graphs.capture(run)
+    return milliseconds({"graph": replay})["graph"] / launches / 1e3
+
+
+def make(shape: tuple[int, int, int], kinds: tuple[str, str]) -> Call:
+    tokens, outputs, inputs = shape
+    generator = torch.Generator("cuda").manual_seed(0)
+
+    def random(*size: int, scale: float = 1.0, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        return (torch.randn(size, device="cuda", generator=generator) * scale).to(dtype)
+
+    def term(kind: str) -> LowRank | Vector | None:
+        down = random(outputs, RANK, scale=0.05, dtype=torch.float32).requires_grad_()
+        up = random(RANK, inputs, scale=0.05, dtype=torch.float32).requires_grad_()
+        return {"lora": LowRank(down, up), "vector": Vector(down), "none": None}[kind]
+
+    bias_terms = [random(outputs, scale=0.05, dtype=torch.float32).requires_grad_() for _ in range(2)]
+    prompt = random(inputs, scale=0.05, dtype=torch.float32).requires_grad_()
+    terms = Terms(term(kinds[0]), term(kinds[1]), Vector(prompt), Vector(bias_terms[0]), Constant(bias_terms[1]))
+    x = random(tokens, inputs).requires_grad_()
+    return x, random(outputs, inputs, scale=inputs**-0.5), random(outputs, scale=0.1), terms
+
+
+def results_of(function: Callable[..., Tensor], call: Call, dy: Tensor) -> list[Tensor]:
+    """y and every gradient."""
+    y = function(*call)
+    return [y.detach(), *torch.autograd.grad(y, [call[0], *call[3].flatten()[0]], dy)]
+
+
+def in_dtype(call: Call, change: Callable[[Tensor], Tensor]) -> Call:
+    """The same call on changed leaves."""
+    x, weight, bias, terms = call
+
+    def leaf(tensor: Tensor) -> Tensor:
+        return change(tensor.detach()).requires_grad_()
+
+    return leaf(x), change(weight), change(bias), terms.map(leaf)
+
+
+def require_right(call: Call, dy: Tensor) -> None:
+    """Compare y and every gradient of every entrant with the fp64 formula, element by element; nothing wrong is timed.
+
+    Raises:
+        ValueError: an element is too far off.
+    """
+    want = results_of(reference.glora_linear, in_dtype(call, Tensor.double), dy.double())
+    scale = results_of(reference.glora_linear, in_dtype(call, lambda t: t.float().abs()), dy.float().abs())
+    for label, entrant in ENTRANTS.items():
+        with use_backend(*entrant):
+            got = results_of(glora_linear, call, dy)
+        errors = [largest_constant(*three, torch.bfloat16) for three in zip(got, want, scale)]
+        if not all(error <= PROMISED[torch.bfloat16] for error in errors):
+            raise ValueError(f"{label}: not timed, errors of y and the gradients over u S: {errors}")
+
+
+def step_of(function: Callable[[], Tensor], leaves: list[Tensor], dy: Tensor, entrant: Entrant) -> Timed:
+    def step(watch: Watch) -> None:
+        with use_backend(*entrant):
+            with watch(FORWARD):
+                y = function()
+            with watch(BACKWARD):
+                torch.autograd.grad(y, leaves, dy)
+
+    return step
+
+
+def layers(shapes: Shapes) -> Iterator[dict[str, Any]]:
+    """The times of every entrant over the frozen layer's, by shape and path; of strategies, what was predicted too."""
+    for name, shape in shapes.items():
+        for path, kinds in PATHS.items():
+            call = make(shape, kinds)
+            x, weight, bias, _ = call
+            dy = torch.randn(shape[0], shape[1], device="cuda").bfloat16()
+            require_right(call, dy)
+            leaves = [x, *call[3].flatten()[0]]
+            functions = {who: step_of(partial(glora_linear, *call), leaves, dy, one) for who, one in ENTRANTS.items()}
+            frozen = x.detach().requires_grad_()
+            functions[FROZEN] = step_of(partial(F.linear, frozen, weight, bias), [frozen], dy, ("auto", None))
+            phases = interleave(functions, 11, warmup=3, watch=EventWatch())
+            phases[WHOLE] = total(phases)
+            predicted = {one: _predicted(shape, kinds, one) for one in STRATEGIES}
+            ratios = {
+                phase: {label: asdict(ratio(times, label, FROZEN)) for label in ENTRANTS}
+                for phase, times in phases.items()
+            }
+            yield {"shape": name, "path": path, "over_frozen": ratios, "predicted_seconds": predicted}
+
+
+def _case(shape: tuple[int, int, int], kinds: tuple[str, str], strategy: str) -> Case:
+    """The call that :func:`make` makes."""
+    tokens, outputs, inputs = shape
+    places = {"lora": (LOW_RANK, RANK), "vector": (VECTOR, 0), "none": (NONE, 0)}
+    path = places[kinds[0]], places[kinds[1]], (VECTOR, 0), (VECTOR, 0), (CONSTANT, 0)
+    here = architecture(torch.device("cuda"))
+    types = torch.bfloat16, torch.float32
+    return Case(Layer(outputs, inputs), path, RANK, "hadamard", *types, tokens, strategy, True, True, here)
+
+
+def _predicted(shape: tuple[int, int, int], kinds: tuple[str, str], strategy: str) -> dict[str, float]:
+    case = _case(shape, kinds, strategy)
+    found = predict(case.problem, case.tokens, strategy)
+    return {FORWARD: found.forward_seconds, BACKWARD: found.backward_seconds, WHOLE: found.seconds}
+
+
+def kernels(shapes: Shapes, ceilings: Ceilings) -> Iterator[dict[str, Any]]:
+    """The time of every kernel of a layer over its own floor, by shape and strategy."""
+    for name, shape in shapes.items():
+        for strategy in STRATEGIES:
+            case = _case(shape, ("lora", "lora"), strategy)
+            floors = _floors(case, ceilings)
+            runs = {
+                f"{direction} {one.kernel.fn.__name__}": partial(
+                    launch, one.kernel, one.grid, one.tile, **one.arguments
+                )
+                for direction, part in zip((FORWARD, BACKWARD), launches_of(case, "cuda"))
+                for one in part
+            }
+            for label, found in milliseconds(runs, repeats=10).items():
+                row = {"shape": name, "strategy": strategy, "kernel": label, "milliseconds": found}
+                yield row | {"floor_milliseconds": floors.get(label)}
+
+
+def _floors(case: Case, ceilings: Ceilings) -> dict[str, float]:
+    """Milliseconds of each kernel: the cost model's bytes and operations at the measured ceilings."""
+    way = predict(case.problem, case.tokens, case.strategy)
+    kernel_of = {"y": "fused_kernel", "dx": "fused_kernel"}
+    return {
+        f"{direction} {kernel_of.get(one.name, one.name + '_kernel')}": 1e3
+        * max(one.bytes / ceilings.bandwidth, one.flops / ceilings.half)
+        for direction, part in zip((FORWARD, BACKWARD), (way.forward, way.backward))
+        for one in part
+    }
+
+
+def table(content: dict[str, Any]) -> str:
+    """The short table: ratios to the frozen layer, and of kernels to their floors."""
+    lines = ["forward, step over the frozen layer's " + " ".join(f"{label:>14}" for label in ENTRANTS)]
+    for row in content["layers"]:
+        ratios = " ".join(
+            f"{row['over_frozen'][FORWARD][label]['median']:7.2f}{row['over_frozen'][WHOLE][label]['median']:7.2f}"
+            for label in ENTRANTS
+        )
+        lines.append(f"{row['shape']:<18}{row['path']:<19} {ratios}")
+    lines.append("kernel over its floor")
+    for row in content["kernels"]:
+        floor = row["floor_milliseconds"]
+        over = "" if floor is None else f"{row['milliseconds'] / floor:6.2f}"
+        lines.append(f"{row['shape']:<18}{row['strategy']:<9}{row['kernel']:<30}{row['milliseconds']:9.4f} ms {over}")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu.ops", description="Times on a GPU.")
+    parser.add_argument("--out", type=Path, required=True, help="the JSON to write")
+    parser.add_argument("--shapes", choices=("all", "tiny"), default="all")
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("expected a GPU, found none")
+    shapes, ceilings = (SHAPES, Ceilings.measured()) if options.shapes == "all" else (TINY, Ceilings.measured(64))
+    content: dict[str, Any] = {"ceilings": ceilings._asdict(), "layers": [], "kernels": []}
+    for key, rows in (("layers", layers(shapes)), ("kernels", kernels(shapes, ceilings))):
+        for row in rows:
+            content[key].append(row)
+            options.out.write_text(json.dumps(content, indent=1))  # after each: the time may run out
+    rate, bandwidth = ceilings.half / 1e12, ceilings.bandwidth / 1e12
+    print(f"{TOLD}product {rate:.0f} TFLOP/s, copy {bandwidth:.2f} TB/s, a launch {ceilings.overhead * 1e6:.2f} us")
+    print(table(content))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""The program of ``bench/gpu.sh`` on a machine without a GPU: each part runs over a stub of libcuda."""

@@ -1,0 +1,5 @@
+"""A plugin of pytest: its processes have the absent GPU too."""
+
+from . import absent
+
+absent.enter()
