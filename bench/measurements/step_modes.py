@@ -97,11 +97,13 @@ class Way(NamedTuple):
         mode: one of ``--modes``.
         entrant: whose step.
         make: makes it, with the backend of ``torch.compile``.
+        capturable: whether the optimiser's step is captured with it.
     """
 
     mode: str
     entrant: str
     make: Callable[[Trained, str], Step]
+    capturable: bool = False
 
 
 WITH_COMPILE, ONE_GRAPH, PIECES = ", compiled", ", one graph", ", graphs in pieces"
@@ -113,11 +115,11 @@ WAYS = {
     who.LORA + WITH_COMPILE: Way(COMPILED, who.LORA, compiled),
     who.OURS + WITH_COMPILE: Way(COMPILED, who.OURS, compiled),
     who.GLORA + WITH_COMPILE: Way(COMPILED, who.GLORA, compiled),
-    who.FROZEN + ONE_GRAPH: Way(GRAPHS, who.FROZEN, one_graph),
+    who.FROZEN + ONE_GRAPH: Way(GRAPHS, who.FROZEN, one_graph, capturable=True),
     who.OURS + PIECES: Way(GRAPHS, who.OURS, partial(graphed, "piecewise")),
-    who.LORA + ONE_GRAPH: Way(GRAPHS, who.LORA, one_graph),
-    who.OURS + ONE_GRAPH: Way(GRAPHS, who.OURS, partial(graphed, "whole")),
-    who.GLORA + ONE_GRAPH: Way(GRAPHS, who.GLORA, one_graph),
+    who.LORA + ONE_GRAPH: Way(GRAPHS, who.LORA, one_graph, capturable=True),
+    who.OURS + ONE_GRAPH: Way(GRAPHS, who.OURS, partial(graphed, "whole"), capturable=True),
+    who.GLORA + ONE_GRAPH: Way(GRAPHS, who.GLORA, one_graph, capturable=True),
 }
 ENTRIES = tuple(WAYS)
 BEST = {"": "", WITH_COMPILE: WITH_COMPILE, PIECES: ONE_GRAPH, ONE_GRAPH: ONE_GRAPH}  # a peer's, beside each of ours
@@ -145,7 +147,7 @@ def measure(shape_set: str, model: Model, settings: Settings, backend: str = "in
             try:
                 if way.entrant not in truths:
                     truths[way.entrant] = [_reference(one, batch, way.entrant, each) for each in paths]
-                optimizer = _adamw(glora.trainable_parameters(one), capturable=way.mode == GRAPHS)
+                optimizer = _adamw(glora.trainable_parameters(one), way.capturable)
                 trained = Trained(one, optimizer, batch, way.entrant == who.OURS)
                 steps[name], facts[name] = _checked(way, trained, truths[way.entrant], settings, backend)
             except Exception as error:  # it does not compile, cannot be captured, or is wrong
@@ -184,7 +186,7 @@ def _left_out(mode: str, settings: Settings) -> str | None:
     return None
 
 
-def _adamw(parameters: list[nn.Parameter], capturable: bool = False) -> Optimizer | None:
+def _adamw(parameters: list[nn.Parameter], capturable: bool) -> Optimizer | None:
     return torch.optim.AdamW(parameters, lr=1e-4, weight_decay=1e-4, capturable=capturable) if parameters else None
 
 
@@ -263,7 +265,7 @@ def _require_same(trained: Trained, step: Step, reference: Reference, tolerance:
         if name in reference.gradients:
             updated[name].grad = gradient.clone()
         errors[f"gradient of {name}"] = _error(gradient, reference.gradients.get(name, torch.zeros_like(gradient)))
-    optimizer = _adamw(list(updated.values()))
+    optimizer = _adamw(list(updated.values()), capturable=False)
     if optimizer is not None:
         optimizer.step()
     wrong = {name: error for name, error in errors.items() if not error <= tolerance}

@@ -103,7 +103,6 @@ def no_such_kernel(trained, backend, right):
     ("fault", "name", "message"),
     [
         (scaled_gradient, LORA_GRAPH, "expected the eager step to 0.0002.*'gradient of "),
-        (scaled_gradient, OURS_GRAPH, "'gradient of "),
         (scaled_gradient, OURS_PIECES, "'gradient of "),
         (other_loss, "frozen" + ONE_GRAPH, "'loss'"),
         (without_update, OURS_PIECES, "'update of "),
