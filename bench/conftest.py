@@ -102,6 +102,7 @@ def measured(request: pytest.FixtureRequest) -> Callable:
                 found[key] = function(*arguments)
             except Exception as error:
                 found[key] = error.with_traceback(None)  # a traceback would keep models and tensors alive
+            _save(request.session, interrupted=True)  # which it is unless it ends as it should
         if isinstance(found[key], Exception):
             raise found[key]
         return found[key]
@@ -172,11 +173,15 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    _save(session, exitstatus == pytest.ExitCode.INTERRUPTED, pictures=True)
+
+
+def _save(session: pytest.Session, interrupted: bool, pictures: bool = False) -> None:
+    """Write what was measured up to now, if a folder for it was given."""
     folder, sections = session.config.getoption("results"), _sections(session.config)
     if folder is not None and sections:
-        interrupted = exitstatus == pytest.ExitCode.INTERRUPTED
         content = report.results(sections, session.config.stash[SETTINGS], session.testsfailed, interrupted)
-        report.write(content, folder)
+        report.write(content, folder, pictures)
 
 
 def _sections(config: pytest.Config) -> list[Section]:

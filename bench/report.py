@@ -41,12 +41,14 @@ def results(sections: list[Section], settings: Settings, failures: int, interrup
     }
 
 
-def write(content: dict[str, Any], folder: Path) -> list[Path]:
+def write(content: dict[str, Any], folder: Path, pictures: bool = True) -> list[Path]:
     """``results.json``, ``table.md`` and, where matplotlib is installed, the pictures; returns the files."""
     folder.mkdir(parents=True, exist_ok=True)
     files = {folder / JSON: json.dumps(content, indent=1) + "\n", folder / TABLE: table(content)}
     for file, text in files.items():
         write_atomically(file, lambda stream, text=text: stream.write(text.encode()))
+    if not pictures:
+        return list(files)
     try:
         from .plots import save_plots
     except ModuleNotFoundError:  # benchmarks do not need matplotlib

@@ -16,8 +16,6 @@ from .parts import CALL, CALLS, Part
 from .rehearsal import HANG, NO_FAULT, VARIABLE, WRONG
 from .running import NOT_RUN, Outcome, Program, failed
 
-ROOT = Path(__file__).resolve().parents[2]
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command: 0 if every part passed, 1 if one did not, 2 if nothing could be tried."""
@@ -59,9 +57,9 @@ def _program(options: argparse.Namespace, scratch: Path) -> Program:
     environment = {"TORCHINDUCTOR_CACHE_DIR": str(scratch / "inductor")}
     if "TRITON_CACHE_DIR" not in os.environ:
         environment["TRITON_CACHE_DIR"] = str(scratch / "triton")
-        print(cache.unpacked(ROOT / cache.FILE, scratch / "triton"), flush=True)
+        print(cache.unpacked(cache.FILE, scratch / "triton"), flush=True)
     if options.rehearse:
-        environment["PATH"] = f"{ROOT / 'tests/rehearsal/programs'}{os.pathsep}{os.environ['PATH']}"
+        environment["PATH"] = f"{cache.ROOT / 'tests/rehearsal/programs'}{os.pathsep}{os.environ['PATH']}"
     first = "tests.rehearsal" if options.rehearse else "bench.gpu.child"
     return Program(options.out, scratch, first, options.seconds - (time.monotonic() - began), environment=environment)
 

@@ -218,18 +218,21 @@ def layers(shapes: Shapes) -> Iterator[dict[str, Any]]:
             yield {"shape": name, "path": path, "over_frozen": ratios, "predicted_seconds": predicted}
 
 
-def _case(shape: tuple[int, int, int], kinds: tuple[str, str], strategy: str) -> Case:
+def case_of(shape: tuple[int, int, int], kinds: tuple[str, str], strategy: str, architecture: str) -> Case:
     """The call that :func:`make` makes."""
     tokens, outputs, inputs = shape
     places = {"lora": (LOW_RANK, RANK), "vector": (VECTOR, 0), "none": (NONE, 0)}
     path = places[kinds[0]], places[kinds[1]], (VECTOR, 0), (VECTOR, 0), (CONSTANT, 0)
-    here = architecture(torch.device("cuda"))
     types = torch.bfloat16, torch.float32
-    return Case(Layer(outputs, inputs), path, RANK, "hadamard", *types, tokens, strategy, True, True, here)
+    return Case(Layer(outputs, inputs), path, RANK, "hadamard", *types, tokens, strategy, True, True, architecture)
+
+
+def _here() -> str:
+    return architecture(torch.device("cuda"))
 
 
 def _predicted(shape: tuple[int, int, int], kinds: tuple[str, str], strategy: str) -> dict[str, float]:
-    case = _case(shape, kinds, strategy)
+    case = case_of(shape, kinds, strategy, _here())
     found = predict(case.problem, case.tokens, strategy)
     return {FORWARD: found.forward_seconds, BACKWARD: found.backward_seconds, WHOLE: found.seconds}
 
@@ -238,7 +241,7 @@ def kernels(shapes: Shapes, ceilings: Ceilings) -> Iterator[dict[str, Any]]:
     """The time of every kernel of a layer over its own floor, by shape and strategy."""
     for name, shape in shapes.items():
         for strategy in STRATEGIES:
-            case = _case(shape, ("lora", "lora"), strategy)
+            case = case_of(shape, ("lora", "lora"), strategy, _here())
             floors = _floors(case, ceilings)
             runs = {
                 f"{direction} {one.kernel.fn.__name__}": partial(

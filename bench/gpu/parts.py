@@ -39,7 +39,7 @@ PYTEST = ("-q", "-p", "bench.gpu.plugin", "-p", "no:cacheprovider", "-o", "addop
 
 
 def _tests(name: str, limit: float, processes: int, *selected: str) -> Part:
-    spread = ("-n", str(processes), "--dist", "worksteal", "--tests-log", "{out}/tests.jsonl")
+    spread = ("-n", str(processes), "--dist", "worksteal", "--tests-log", "{out}/tests.jsonl", "--test-seconds", "40")
     rehearsed = ("-n", "2", "--test-seconds", "600")
     environment = {"GLORA_TESTS": "exhaustive", "OMP_NUM_THREADS": "1"}
     return Part(name, "pytest", (*PYTEST, *spread, *selected), limit, rehearsed, environment=environment)
@@ -70,7 +70,8 @@ def _compiling(shapes: str, limit: float) -> Part:
 
 MACHINE = Part("machine", "bench.gpu.machine", ("--out", "{out}/machine.json"), 20)
 EXTENSION = "tests/gpu/test_extension.py"
-TUNED = ("--kernels", "fused", "token_pass", "contract", "--seconds", "50")
+LAYERS, MODELS = ("vit_b", "llama7b"), ("vit_b", "vit_b_small")  # shape sets
+TUNED = ("fused", "token_pass", "contract")
 
 FIRST: tuple[Stage, ...] = (
     (MACHINE,),
@@ -80,18 +81,18 @@ FIRST: tuple[Stage, ...] = (
     ),
     (_tests("extension tests", 40, 6, EXTENSION), _sanitizer("memcheck", 40), _sanitizer("racecheck", 40)),
     (Part("kernels", "bench.gpu.ops", ("--out", "{out}/kernels.json"), 35, ("--shapes", "tiny")),),
-    (_bench("layers", 55, "test_layer.py", "--shapes", "vit_b,llama7b", "-k", "not compiled"),),
+    (_bench("layers", 55, "test_layer.py", "--shapes", ",".join(LAYERS), "-k", "not compiled"),),
 )
 SECOND: tuple[Stage, ...] = (
     (MACHINE,),
-    (_compiling("vit_b", 50), _compiling("vit_b_small", 50)),
-    (_steps("steps", 70, "--shapes", "vit_b,vit_b_small", "--rounds", "15"),),
+    tuple(_compiling(name, 50) for name in MODELS),
+    (_steps("steps", 70, "--shapes", ",".join(MODELS), "--rounds", "15"),),
     (_bench("inference", 30, "test_inference.py", "--shapes", "vit_b", "--rounds", "15"),),
     (
         Part(
             "tiles",
             "glora_kernels.tune",
-            (*TUNED, "--out", "{out}/settings.json", "--log", "{out}/tiles.jsonl"),
+            ("--kernels", *TUNED, "--seconds", "50", "--out", "{out}/settings.json", "--log", "{out}/tiles.jsonl"),
             60,
             ("--seconds", "10"),
         ),

@@ -11,7 +11,6 @@ from __future__ import annotations
 import faulthandler
 import json
 import os
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,17 +21,18 @@ import torch
 from .child import count_builds
 from .running import TOLD
 
-SECONDS = 40.0
 SELECTED = "selected"
+STDERR = pytest.StashKey[int]()  # where pytest does not capture
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("gpu", "tests on a GPU that is lent")
     group.addoption("--tests-log", type=Path, help="where results are written as they come")
-    group.addoption("--test-seconds", type=float, default=SECONDS, help="the longest that a test may take")
+    group.addoption("--test-seconds", type=float, help="the longest that a test may take (default: no limit)")
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    config.stash[STDERR] = os.dup(2)
     if hasattr(config, "workerinput"):  # the process that pytest was started in counts already
         config.add_cleanup(count_builds())
     log = config.getoption("tests_log")
@@ -42,9 +42,12 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
-    faulthandler.dump_traceback_later(item.config.getoption("test_seconds"), exit=True, file=sys.__stderr__)
+    seconds = item.config.getoption("test_seconds")
+    if seconds is not None:
+        faulthandler.dump_traceback_later(seconds, exit=True, file=item.config.stash[STDERR])
     yield
-    faulthandler.cancel_dump_traceback_later()
+    if seconds is not None:
+        faulthandler.cancel_dump_traceback_later()
 
 
 @pytest.hookimpl(trylast=True)
@@ -55,7 +58,7 @@ def pytest_runtest_teardown(item: pytest.Item) -> None:
     try:
         torch.cuda.synchronize()
     except Exception as error:
-        print(f"{item.nodeid}: {error}", file=sys.__stderr__, flush=True)
+        os.write(item.config.stash[STDERR], f"{item.nodeid}: {error}\n".encode())
         os._exit(3)
 
 
