@@ -5,8 +5,9 @@ from __future__ import annotations
 import io
 import multiprocessing
 import os
+import signal
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import redirect_stdout
 from functools import partial
@@ -31,9 +32,13 @@ class Job(NamedTuple):
     gpu: GPUTarget
 
 
-def measured(jobs: Sequence[Job], workers: int) -> Iterator[Reading | str]:
-    """For every job, in order: what its kernel shows, or one line that says why there is no kernel."""
-    return _done(measure, jobs, workers)
+def measured(jobs: Sequence[Job], workers: int, seconds: float | None = None) -> Iterator[Reading | str]:
+    """For every job, in order: what its kernel shows, or one line that says why there is no kernel.
+
+    Args:
+        seconds: for one job; a process that takes longer is ended. None waits for ever.
+    """
+    return _done(measure, jobs, workers, seconds)
 
 
 def stored(jobs: Sequence[Job], workers: int) -> Iterator[bool | str]:
@@ -65,8 +70,10 @@ def workers(asked: int | None) -> int:
     return asked or os.cpu_count() or 1
 
 
-def _done(work: Callable[[Job], T], jobs: Sequence[Job], workers: int) -> Iterator[T | str]:
-    processes = _Processes(workers)
+def _done(
+    work: Callable[[Job], T], jobs: Sequence[Job], workers: int, seconds: float | None = None
+) -> Iterator[T | str]:
+    processes = _Processes(workers, seconds)
     try:
         with ThreadPoolExecutor(workers) as threads:
             yield from threads.map(partial(processes.run, work), jobs)
@@ -80,26 +87,37 @@ def attempt(work: Callable[[Job], T], job: Job) -> T | str:
         with redirect_stdout(io.StringIO()):  # Triton prints there what the assembler refuses
             return work(job)
     except Exception as error:  # the compiler's own, of any type
-        text = " ".join(f"{type(error).__name__}: {error}".split())
-        return text if len(text) <= _LONGEST_ERROR else text[:_LONGEST_ERROR] + " ..."
+        return line_of(error)
+
+
+def line_of(error: Exception) -> str:
+    """An error in one line that is not too long."""
+    text = " ".join(f"{type(error).__name__}: {error}".split())
+    return text if len(text) <= _LONGEST_ERROR else text[:_LONGEST_ERROR] + " ..."
 
 
 class _Processes:
     """Pools of one process each: if a process ends, the one job in it is the cause."""
 
-    def __init__(self, count: int) -> None:
+    def __init__(self, count: int, seconds: float | None) -> None:
+        self._seconds = seconds
         self._idle: SimpleQueue[ProcessPoolExecutor] = SimpleQueue()
         for _ in range(count):
             self._idle.put(_process())
 
     def run(self, work: Callable[[Job], T], job: Job) -> T | str:
-        process = self._idle.get()
+        process, reason = self._idle.get(), "the compiler ended its process"
         try:
-            return process.submit(attempt, work, job).result()
+            number = process.submit(_number).result()  # it has started, which takes seconds
+            result = process.submit(attempt, work, job)
+            if not wait([result], self._seconds).done:
+                reason = f"the compiler took more than {self._seconds:g} s"
+                os.kill(number, signal.SIGKILL)
+            return result.result()
         except BrokenProcessPool:
             process.shutdown()
             process = _process()
-            return "the compiler ended its process"
+            return reason
         finally:
             self._idle.put(process)
 
@@ -110,3 +128,7 @@ class _Processes:
 
 def _process() -> ProcessPoolExecutor:
     return ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
+
+
+def _number() -> int:
+    return os.getpid()  # by a function of this module: the process has loaded it then

@@ -113,11 +113,10 @@ def _key(step: Launch, schedule: Schedule, tokens: int) -> tuple:
 def _build(step: Launch, key: tuple, label: str, dtype: torch.dtype) -> Build:
     names = [name for name, _ in _parameters(step.kernel)]
     arguments, tile = list(zip(names, key[3:])), step.tile
-    size = f"[{tile.tokens}x{tile.rows}x{tile.columns} w{tile.warps} s{tile.stages}{' swap' if tile.swap else ''}]"
     half, plain = dtype.itemsize == 2, step.kernel == "contract" and step.arguments["dy_ptr"] is not None
     return Build(
         step.kernel,
-        f"{label} {size}",
+        f"{label} [{tile}]",
         {name: found for name, (constant, found, _) in arguments if not constant},
         frozenset(name for name, (_, _, divisible) in arguments if divisible),
         {name: found for name, (constant, found, _) in arguments if constant},

@@ -40,6 +40,10 @@ class Tile:
     stages: int
     swap: bool = False
 
+    def __str__(self) -> str:
+        blocks = f"{self.tokens}x{self.rows}x{self.columns}"
+        return f"{blocks} w{self.warps} s{self.stages}{' swap' if self.swap else ''}"
+
 
 @dataclass(frozen=True)
 class Rule:
@@ -145,10 +149,11 @@ def load(path: Path = FILE) -> dict[str, Table]:
 def _table(path: Path, name: str, entry: dict[str, Any]) -> Table:
     if set(entry) != set(KERNELS):
         raise ValueError(f"{path}: {name}: expected rules for {KERNELS}, got {tuple(entry)}")
-    return {kernel: tuple(_rule(rule) for rule in entry[kernel]) for kernel in KERNELS}
+    return {kernel: tuple(rule_of(rule) for rule in entry[kernel]) for kernel in KERNELS}
 
 
-def _rule(entry: dict[str, Any]) -> Rule:
+def rule_of(entry: dict[str, Any]) -> Rule:
+    """A rule from its entry in the file."""
     tokens, rows, columns = entry["block"]
     tile = Tile(tokens, rows, columns, entry["warps"], entry["stages"], entry.get("swap", False))
     return Rule(tile, tuple(entry["elements"]), entry.get("max_tokens"), entry.get("max_rank"))
