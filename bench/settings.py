@@ -17,7 +17,7 @@ SEED = 0
 EAGER, COMPILED, GRAPHS = MODES = ("eager", "compiled", "graphs")
 # The largest relative error in the 2-norm of a whole model, of a training step and of inference. In half types deep
 # models are far off, whoever computes them: check in fp32 first, then again with a looser tolerance.
-STEP_TOLERANCES = {torch.float32: 2e-4, torch.float16: 1e-1, torch.bfloat16: 6e-1}
+STEP_TOLERANCES = {torch.float32: 2e-4, torch.float16: 1e-1, torch.bfloat16: 3e-1}
 INFERENCE_TOLERANCES = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 6e-2}
 
 

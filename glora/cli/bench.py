@@ -18,7 +18,7 @@ def add_bench(commands) -> None:
         help="speed, memory and exactness against the frozen layer and the peers, on this machine",
         description=(
             "Check, then time ours and its peers in interleaved rounds; write results.json, table.md and pictures into "
-            "--out. Exits with 1 if anything was wrong. The default takes about four minutes on two CPU cores."
+            "--out. Exits with 1 if anything was wrong. The default takes about eight minutes on two CPU cores."
         ),
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
