@@ -76,7 +76,11 @@ def routed(architecture: str, strategy: str | None = None) -> Iterator[None]:
     to_triton, to_torch = dispatch.Decision("triton", "stubbed", strategy), dispatch.Decision("torch", "stubbed")
 
     def unfit(weight: torch.Tensor, terms: Any) -> str | None:
-        return "fp64" if weight.dtype == torch.float64 else dispatch.rank_unfit(terms)
+        return (
+            "fp64 on a GPU is served by the torch backend"
+            if weight.dtype == torch.float64
+            else dispatch.rank_unfit(terms)
+        )
 
     with (
         _everywhere(dispatch.automatic, lambda *operands: to_torch if unfit(*operands) else to_triton),

@@ -53,6 +53,7 @@ STEP = 0.02  # what a tile has to gain over another
 WARM_UP, REPEATS = 5, 25  # milliseconds for one launch of one tile
 COMPILING = 120.0  # seconds for one build, where compiling is all that is done
 
+Shapes = Sequence[tuple[int, int]]
 Measure = Callable[[Launch], float]  # milliseconds
 Times = dict[str, list[float]]  # milliseconds of each launch, by problem
 
@@ -72,11 +73,11 @@ def candidates(kernel: str, tile: Tile) -> Iterator[Tile]:
         yield replace(tile, swap=not tile.swap)
 
 
-def problems(kernel: str, rule: Rule, name: str) -> Iterator[Case]:
+def problems(kernel: str, rule: Rule, name: str, shapes: Shapes) -> Iterator[Case]:
     """For each shape, a call that the rule of architecture ``name`` is meant for; all terms are low rank."""
     rank = rule.max_rank or RANK
     return cases(
-        [(Layer(*size), rule.max_tokens or TOKENS) for size in SHAPES],
+        [(Layer(*size), rule.max_tokens or TOKENS) for size in shapes],
         [(*[(LOW_RANK, rank)] * 3, (VECTOR, 0), (CONSTANT, 0))],
         ["fused" if kernel in ("fused", "gemm_contract") else "assemble"],
         rank=rank,
@@ -119,12 +120,12 @@ def better_tiles(kernel: str, tile: Tile, cost: Callable[[Tile], float], deadlin
         center = best
 
 
-def times_of(kernel: str, rule: Rule, tile: Tile, name: str, measure: Measure) -> Times | str:
+def times_of(kernel: str, rule: Rule, tile: Tile, name: str, shapes: Shapes, measure: Measure) -> Times | str:
     """What the launches of every problem take with this tile, or why it is left out."""
     found: Times = {}
     try:
         with forced_tiles({kernel: tile}):
-            for case in problems(kernel, rule, name):
+            for case in problems(kernel, rule, name, shapes):
                 own = [one for direction in launches_of(case, "cuda") for one in direction if _launched_by(kernel, one)]
                 if not own:
                     raise LookupError(f"expected a launch of {kernel}, got none by {case}")
@@ -198,10 +199,12 @@ class Tuning:
         outcomes: one for each rule that is to be tuned, by kernel and place; those not reached among them.
     """
 
-    def __init__(self, name: str, measure: Measure, log: Log, known: Mapping[tuple[str, Rule], str]):
+    def __init__(
+        self, name: str, measure: Measure, log: Log, known: Mapping[tuple[str, Rule], str], shapes: Shapes = SHAPES
+    ):
         self.name, self.table = name, {kernel: list(found) for kernel, found in rules(name).items()}
         self.outcomes: dict[tuple[str, int], Outcome] = {}
-        self._measure, self._log, self._known = measure, log, known
+        self._measure, self._log, self._known, self._shapes = measure, log, known, shapes
 
     def run(self, kernels: Sequence[str], out: Path, seconds: float, per_rule: float) -> None:
         """Tune rule by rule; each has an equal share of what is left of ``seconds``, ``per_rule`` at most.
@@ -227,7 +230,7 @@ class Tuning:
 
         def cost(tile: Tile) -> float:
             reason = self._known.get((kernel, replace(rule, tile=tile)))
-            found = reason or times_of(kernel, rule, tile, self.name, self._measure)
+            found = reason or times_of(kernel, rule, tile, self.name, self._shapes, self._measure)
             if isinstance(found, str):
                 costs[tile] = math.inf
                 self._log.write(self.name, kernel, rule, tile, reason=found)
@@ -250,7 +253,9 @@ class Tuning:
 # -- without a GPU -----------------------------------------------------------------------------------------------------
 
 
-def compile_candidates(target: Target, kernels: Sequence[str], jobs: int, log: Log) -> tuple[int, int, int]:
+def compile_candidates(
+    target: Target, kernels: Sequence[str], jobs: int, log: Log, shapes: Shapes = SHAPES
+) -> tuple[int, int, int]:
     """Compile the first candidates of every rule into Triton's cache; how many, left out of them, and their builds."""
     name = architecture_of(target.gpu)
     todo = [
@@ -259,7 +264,7 @@ def compile_candidates(target: Target, kernels: Sequence[str], jobs: int, log: L
         for rule in rules(name)[kernel]
         for tile in candidates(kernel, rule.tile)
     ]
-    builds = [builds_with(*candidate, name) for candidate in todo]
+    builds = [builds_with(*candidate, name, shapes) for candidate in todo]
     work = [Job(build, target.gpu) for own in builds for build in own]
     results = iter(tqdm(measured(work, jobs, COMPILING), total=len(work), desc="tune", unit="build", disable=None))
     left_out = 0
@@ -272,10 +277,10 @@ def compile_candidates(target: Target, kernels: Sequence[str], jobs: int, log: L
     return len(todo), left_out, len(work)
 
 
-def builds_with(kernel: str, rule: Rule, tile: Tile, name: str) -> list[Build]:
+def builds_with(kernel: str, rule: Rule, tile: Tile, name: str, shapes: Shapes = SHAPES) -> list[Build]:
     """What the run on the GPU compiles for a tile."""
     with forced_tiles({kernel: tile}):
-        found = builds_of(problems(kernel, rule, name))
+        found = builds_of(problems(kernel, rule, name, shapes))
     return [build for build in found if _serves(kernel, build.kernel, build.constexprs)]
 
 
@@ -305,7 +310,10 @@ def reasons(file: Path, name: str) -> dict[tuple[str, Rule], str]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command: 0 if it came to its end, 130 if it was interrupted, 2 if there is nothing to measure on."""
+    """The command: 0 if it came to its end, 1 if no tile of some rule could be measured, 130 if it was interrupted.
+
+    2 if there is nothing to measure on.
+    """
     parser = _parser()
     arguments = parser.parse_args(argv)
     try:
@@ -320,31 +328,39 @@ def main(argv: Sequence[str] | None = None) -> int:
     with nullcontext() if arguments.log is None else arguments.log.open("w") as file:
         try:
             if target is None:
-                _measure(Tuning(name, time_launch, Log(file), known), arguments)
-            else:
-                _compile(target, arguments.kernels, jobs, Log(file))
+                return _measure(Tuning(name, time_launch, Log(file), known, arguments.shapes), arguments)
+            _compile(target, arguments, jobs, Log(file))
         except KeyboardInterrupt:
             return 130
     return 0
 
 
-def _measure(tuning: Tuning, arguments: argparse.Namespace) -> None:
+def _measure(tuning: Tuning, arguments: argparse.Namespace) -> int:
     try:
         tuning.run(arguments.kernels, arguments.out, arguments.seconds, arguments.seconds_per_rule)
     finally:
         print(*tuning.outcomes.values(), f"{arguments.out}: wrote the rules of {tuning.name}", sep="\n")
+    return int(any(0 < outcome.tried == outcome.left_out for outcome in tuning.outcomes.values()))
 
 
-def _compile(target: Target, kernels: Sequence[str], jobs: int, log: Log) -> None:
+def _compile(target: Target, arguments: argparse.Namespace, jobs: int, log: Log) -> None:
     began = time.monotonic()
-    tiles, left_out, builds = compile_candidates(target, kernels, jobs, log)
+    tiles, left_out, builds = compile_candidates(target, arguments.kernels, jobs, log, arguments.shapes)
     told = f"{builds} builds in {time.monotonic() - began:.0f} s; {knobs.cache.dir}"
     print(f"{tiles} candidates for {target.name}, {left_out} left out: {told}")
+
+
+def _shape(text: str) -> tuple[int, int]:
+    outputs, _, inputs = text.partition("x")
+    if not (outputs.isdecimal() and inputs.isdecimal() and int(outputs) and int(inputs)):
+        raise argparse.ArgumentTypeError(f"expected OUTxIN, got {text!r}")
+    return int(outputs), int(inputs)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m glora_kernels.tune", description="Measure tile settings.")
     parser.add_argument("--kernels", nargs="+", default=list(KERNELS), choices=KERNELS, metavar="KERNEL")
+    parser.add_argument("--shapes", nargs="+", type=_shape, default=SHAPES, metavar="OUTxIN", help="layers to tune for")
     parser.add_argument("--out", type=Path, default=FILE, help="the file to write (default: the one that is shipped)")
     parser.add_argument("--seconds", type=float, default=math.inf, help="try no further tile after so long")
     parser.add_argument("--seconds-per-rule", type=float, default=math.inf, help="nor of one rule after so long")

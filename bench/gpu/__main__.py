@@ -66,6 +66,8 @@ def _program(options: argparse.Namespace, scratch: Path) -> Program:
 
 def _prepared(part: Part, options: argparse.Namespace) -> Part:
     """The part as this call runs it."""
+    if part.module == "glora_kernels.tune" and cache.CANDIDATES.exists():
+        part = part._replace(arguments=(*part.arguments, "--candidates", str(cache.CANDIDATES)))
     if not options.rehearse:
         return part
     fault = WRONG if part.name in options.wrong else HANG if part.name in options.hang else NO_FAULT

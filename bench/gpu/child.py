@@ -1,7 +1,7 @@
 """The first module of every part: ``python -m bench.gpu.child MODULE ...`` runs another as ``python -m MODULE ...``.
 
-It counts the builds that Triton is asked for, and how many of them it had to compile, and leaves both in the file that
-``GLORA_BUILD_LOG`` names. After SIGUSR1 the process writes where all its threads are.
+It counts the builds that Triton is asked for, and how many of them it has to compile. That and their names it leaves in
+the file that ``GLORA_BUILD_LOG`` names. After SIGUSR1 the process writes where all its threads are.
 """
 
 from __future__ import annotations
@@ -13,7 +13,10 @@ import os
 import runpy
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from .builds import name_of_source
 
 
 def main() -> None:
@@ -28,17 +31,19 @@ def count_builds() -> Callable[[], None]:
     from triton import knobs
 
     file = os.environ.get("GLORA_BUILD_LOG")
-    counts = {"asked": 0, "compiled": 0}
+    seen: list[tuple[str | None, bool]] = []  # names, and whether it was compiled
 
-    def listen(*, cache_hit: bool, **_: object) -> None:
-        counts["asked"] += 1
-        counts["compiled"] += not cache_hit
+    def listen(*, src: Any, metadata: Mapping[str, Any], cache_hit: bool, **_: object) -> None:
+        seen.append((name_of_source(src, metadata), not cache_hit))
 
     def write() -> None:
-        if file is not None and counts["asked"]:
+        if file is not None and seen:
+            names = sorted({name for name, _ in seen if name is not None})
             with open(file, "a") as log:
-                log.write(json.dumps(counts) + "\n")
-            counts.update(asked=0, compiled=0)
+                log.write(
+                    json.dumps({"asked": len(seen), "compiled": sum(new for _, new in seen), "names": names}) + "\n"
+                )
+            seen.clear()
 
     knobs.compilation.listener = listen
     atexit.register(write)

@@ -94,7 +94,7 @@ SECOND: tuple[Stage, ...] = (
             "glora_kernels.tune",
             ("--kernels", *TUNED, "--seconds", "50", "--out", "{out}/settings.json", "--log", "{out}/tiles.jsonl"),
             60,
-            ("--seconds", "10"),
+            ("--seconds", "20", "--shapes", "64x48"),
         ),
     ),
 )

@@ -21,6 +21,7 @@ PASSED, FAILED, TIME_UP, NOT_RUN = "passed", "failed", "time was up", "not run"
 TOLD = "verdict: "  # a part's lines that begin so are shown at the end
 LINES = 40  # of a failed part's output that are shown
 POLL = 0.05
+BUILDS = "builds.jsonl"  # in a part's scratch folder
 
 
 class Outcome(NamedTuple):
@@ -30,7 +31,8 @@ class Outcome(NamedTuple):
         status: PASSED, FAILED, TIME_UP or NOT_RUN.
         exit: the exit status of its process; negative for a signal; None if it did not start.
         told: its verdicts.
-        builds: how many builds of kernels its processes asked Triton for, and how many of them were compiled.
+        asked, compiled: how many builds of kernels its processes asked Triton for, and how many of them it compiled.
+        builds: their names: see ``builds.py``.
     """
 
     part: str
@@ -38,7 +40,9 @@ class Outcome(NamedTuple):
     seconds: float
     exit: int | None
     told: tuple[str, ...] = ()
-    builds: tuple[int, int] = (0, 0)
+    asked: int = 0
+    compiled: int = 0
+    builds: tuple[str, ...] = ()
 
 
 class Program:
@@ -97,7 +101,7 @@ class Program:
         command = [*part.under, sys.executable, "-m", self._first, part.module, *filled]
         log.write(f"$ {' '.join(command)}\n".encode())
         log.flush()
-        own = {"GLORA_BUILD_LOG": str(folder / "builds.jsonl"), **part.environment}
+        own = {"GLORA_BUILD_LOG": str(folder / BUILDS), **part.environment}
         environment = {**os.environ, **self._environment, **own}
         try:
             return subprocess.Popen(
@@ -116,7 +120,7 @@ class Program:
             shutil.copyfile(self.folder(part) / part.kept[0], self._out / part.kept[1])
         text = log.read_text(errors="replace")
         told = tuple(line.removeprefix(TOLD) for line in text.splitlines() if line.startswith(TOLD))
-        outcome = outcome._replace(told=told, builds=_builds(self.folder(part)))
+        outcome = outcome._replace(told=told, **_builds(self.folder(part)))
         self.outcomes.append(outcome)
         with (self._out / "parts.jsonl").open("a") as file:
             file.write(json.dumps(outcome._asdict()) + "\n")
@@ -169,16 +173,16 @@ def _signal(process: subprocess.Popen, number: signal.Signals) -> None:
         os.killpg(process.pid, number)
 
 
-def _builds(folder: Path) -> tuple[int, int]:
-    file = folder / "builds.jsonl"
+def _builds(folder: Path) -> dict[str, Any]:
+    file = folder / BUILDS
     found = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-    return sum(one["asked"] for one in found), sum(one["compiled"] for one in found)
+    names = sorted({name for one in found for name in one["names"]})
+    return {key: sum(one[key] for one in found) for key in ("asked", "compiled")} | {"builds": tuple(names)}
 
 
 def line_of(outcome: Outcome) -> str:
     status = outcome.status + (f" (exit {outcome.exit})" if outcome.exit else "")
-    asked, compiled = outcome.builds
-    builds = f"; builds: {asked} asked for, {compiled} compiled" if asked else ""
+    builds = f"; builds: {outcome.asked} asked for, {outcome.compiled} compiled" if outcome.asked else ""
     return f"{outcome.part:16} {outcome.seconds:6.1f} s  {status}{builds}"
 
 

@@ -61,7 +61,7 @@ def summary(outcomes: Sequence[Outcome], out: Path) -> str:
         lines += [line_of(outcome), *(f"    {told}" for told in outcome.told)]
     if verdicts := judged(out):
         lines += ["thresholds:", *map(str, verdicts)]
-    asked, compiled = (sum(outcome.builds[place] for outcome in outcomes) for place in (0, 1))
+    asked, compiled = (sum(getattr(outcome, key) for outcome in outcomes) for key in ("asked", "compiled"))
     bad = [outcome.part for outcome in outcomes if outcome.status != PASSED]
     lines.append(f"builds: {asked} asked for, {compiled} compiled here")
     lines.append(

@@ -6,6 +6,7 @@ import torch
 from glora_kernels import glora_linear, glora_merge, reference, use_backend
 from tests.gpu.calls import DTYPES, KINDS, PAIRS, RESTS, call_of, check, check_bits, to_gpu
 from tests.helpers import make_call, upstream
+from tests.shipped_calls import calls, check_case
 
 if not torch.cuda.is_available():
     pytest.skip("no GPU here: kernels were interpreted, compiled and executed only", allow_module_level=True)
@@ -13,12 +14,13 @@ if not torch.cuda.is_available():
 from glora_kernels._triton.device import architecture
 from glora_kernels.planning.settings import forced_tiles, rules
 
+HERE = architecture(torch.device("cuda"))
 STRATEGIES = ("assemble", "fused")
 PRODUCTS = ("hadamard", "matmul")
 SHAPES = ((300, 257, 129), (64, 768, 768))  # M, N, K
 TILES = [
     pytest.param(kernel, rule.tile, dtype, id=f"{kernel}-{index}-{str(dtype).removeprefix('torch.')}")
-    for kernel, found in rules(architecture(torch.device("cuda"))).items()
+    for kernel, found in rules(HERE).items()
     for index, rule in enumerate(found)
     for dtype in DTYPES
     if dtype.itemsize in rule.elements
@@ -43,6 +45,11 @@ def test_every_shipped_tile(a, product, kernel, tile, dtype):
     strategy = "fused" if kernel in ("fused", "gemm_contract") else "assemble"
     with forced_tiles({kernel: tile}), use_backend("triton", strategy=strategy):
         check(call)
+
+
+@pytest.mark.parametrize("number", range(len(calls(HERE))))
+def test_every_shipped_build(number):
+    check_case(calls(HERE)[number], "cuda")
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)

@@ -7,6 +7,7 @@ kernels: results are those of the torch backend. So everything is rehearsed but 
 from __future__ import annotations
 
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -15,12 +16,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from torch.optim import optimizer
 from torch.overrides import TorchFunctionMode
 
 from bench.gpu.rehearsal import HANG, WRONG, fault
 from glora.graphs import capture
-from glora_kernels import dispatch
+from glora_kernels import Terms, _cuda, _torch, dispatch
 from glora_kernels._triton.plan import TritonPlan
+from glora_kernels.backend import ForwardResult, Plan
 from tests.compiled.driver.device import Launch, absent_gpu
 from tests.graph_emulation import EmulatedGraphs, Recorder
 
@@ -49,8 +52,8 @@ def enter() -> None:
     torch.compile = lambda function=None, **_: function if function is not None else torch.compile
     _emulate_graphs()
     _give_results()
-    dispatch._extension_fault = lambda: None
-    dispatch._extension_unfit = lambda _: None
+    _give_extension()
+    optimizer._get_capturable_supported_devices = lambda supports_xla=True: ["cpu"]
 
 
 def hang() -> None:
@@ -62,6 +65,8 @@ def hang() -> None:
 
 def _launched(_: Launch) -> None:
     _state.launches += 1
+    if fault() == WRONG and "glora_kernels.tune" in sys.argv[0]:
+        raise RuntimeError("a launch that fails")  # the tuner does not look at results
     if fault() == HANG and _state.launches >= HANGS_AT:
         hang()
 
@@ -92,36 +97,66 @@ class _Generator(torch.Generator):
 # Results ------------------------------------------------------------------------------------------------------------
 
 
-def _give_results() -> None:
-    """Let plans launch, and then return what the torch backend finds; a planted fault is in y and in W_eff."""
-    launched = {name: getattr(TritonPlan, name) for name in ("forward", "backward", "assemble")}
+class _Results:
+    """A plan without a GPU: what the torch backend finds, spoilt in y and W_eff if that is the fault to be shown."""
+
+    reads_token_sums = False
+
+    def __init__(self, plan: Plan, assembles: bool):
+        self._plan, self._assembles = plan, assembles
 
     def forward(self, x, weight, bias, storages):
-        found = launched["forward"](self, x, weight, bias, storages)
-        if self.strategy == "assemble":  # a merged layer has the same bits
-            y = torch.nn.functional.linear(x, *assembled(self, weight, bias, storages))
+        if self._assembles:  # a merged layer has the same bits
+            y = torch.nn.functional.linear(x, *self._plan.assemble(weight, bias, storages))
         else:
-            y = self._of_torch(weight, bias, storages).forward(x, weight, bias, storages).y
-        return found._replace(y=spoilt(y))
+            y = self._plan.forward(x, weight, bias, storages).y
+        return ForwardResult(_spoilt(y), None, None)
 
     def backward(self, dy, x, weight, bias, storages, *at_hand):
-        launched["backward"](self, dy, x, weight, bias, storages, *at_hand)
-        plan = self._of_torch(weight, bias, storages)
         # Without what is at hand: it is what launches left, and with it the host would look at values.
-        return plan.backward(dy, x, weight, bias, storages, None, None, None, None)
-
-    def assembled(self, weight, bias, storages):
-        return self._of_torch(weight, bias, storages).assemble(weight, bias, storages)
+        return self._plan.backward(dy, x, weight, bias, storages, None, None, None, None)
 
     def assemble(self, weight, bias, storages):
-        launched["assemble"](self, weight, bias, storages)
-        w_eff, b_eff = assembled(self, weight, bias, storages)
-        return spoilt(w_eff), b_eff
+        w_eff, b_eff = self._plan.assemble(weight, bias, storages)
+        return _spoilt(w_eff), b_eff
 
-    def spoilt(tensor):
-        return tensor * 1.5 if fault() == WRONG else tensor
 
-    TritonPlan.forward, TritonPlan.backward, TritonPlan.assemble = forward, backward, assemble
+def _spoilt(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor * 1.5 if fault() == WRONG else tensor
+
+
+def _give_results() -> None:
+    """Let plans launch, and then return results."""
+
+    def launching(name: str) -> Any:
+        launched = getattr(TritonPlan, name)
+        first_operand = {"forward": 1, "backward": 2, "assemble": 0}[name]
+
+        def run(self, *operands):
+            found = launched(self, *operands)
+            plan = self._of_torch(*operands[first_operand : first_operand + 3])
+            results = getattr(_Results(plan, self.strategy == "assemble"), name)(*operands)
+            return found._replace(y=results.y) if name == "forward" else results
+
+        return run
+
+    for name in ("forward", "backward", "assemble"):
+        setattr(TritonPlan, name, launching(name))
+
+
+class _Extension:
+    whole_layer = None
+    reads_values = False
+
+    def plan(self, weight, bias, terms, wanted, wants_x):
+        return _Results(_torch.plan(weight, bias, terms, wanted, wants_x), assembles=True)
+
+
+def _give_extension() -> None:
+    """Let the extension seem to be built."""
+    dispatch._extension_fault = lambda: None
+    dispatch._extension_unfit = lambda weight: dispatch.triton_unfit(weight, Terms())
+    _cuda.ExtensionBackend = _Extension  # type: ignore[misc]
 
 
 # torch.cuda ---------------------------------------------------------------------------------------------------------
