@@ -7,7 +7,7 @@ RUN := $(VENV)/bin/python
 # Both ends of the range of Triton that is supported; `make aot-matrix` compiles the kernels with each.
 TRITONS := 3.6.0 3.9.0
 
-.PHONY: quickstart miniature test exhaustive coverage check interpreter aot aot-matrix cuda mutants bench clean
+.PHONY: quickstart miniature test exhaustive coverage check interpreter aot aot-matrix cuda gpu-cache gpu-rehearsal mutants bench clean
 
 quickstart: $(VENV)/ready-demo
 	$(RUN) -m glora quickstart
@@ -50,6 +50,25 @@ $(VENV)/triton-%: $(VENV)/ready-test
 cuda: $(VENV)/ready-test
 	$(RUN) -m pip install --quiet setuptools ninja
 	GLORA_BUILD_CUDA=1 $(RUN) -m pip install --no-build-isolation --no-deps --editable .
+
+# A day with a GPU (docs/gpu-day.md): its kernels compiled here, by the PyTorch and Triton that are there; and a rehearsal.
+GPU_PYTHON ?= python3.12
+GPU_TORCH ?= 2.11.0
+GPU_TRITON ?= 3.6.0
+
+gpu-cache: $(VENV)/gpu/ready
+	$(VENV)/gpu/bin/python -m bench.gpu.cache
+
+gpu-rehearsal: $(VENV)/gpu/ready
+	rm -rf build/gpu-rehearsal
+	for call in 1 2; do PYTHON=$(VENV)/gpu/bin/python bench/gpu.sh --rehearse $$call build/gpu-rehearsal/$$call \
+	--limits 10 --seconds 1800 || exit 1; done
+
+$(VENV)/gpu/ready: $(VENV)/bin/python pyproject.toml
+	$(GPU_PYTHON) -m venv $(VENV)/gpu
+	$(VENV)/gpu/bin/python -m pip install --quiet torch==$(GPU_TORCH) triton==$(GPU_TRITON) '.[bench]' hypothesis psutil pytest-xdist
+	$(VENV)/gpu/bin/python -m pip uninstall --quiet --yes glora
+	touch $@
 
 mutants: $(VENV)/ready-test
 	$(RUN) -m tests.mutants

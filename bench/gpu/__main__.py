@@ -45,9 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     outcomes = [*program.outcomes]
     done = {outcome.part for outcome in outcomes}
     outcomes += [Outcome(part.name, NOT_RUN, 0, None) for stage in stages for part in stage if part.name not in done]
-    text = verdicts.summary(outcomes, options.out)
-    (options.out / "verdicts.txt").write_text(text + "\n")
-    print(text, flush=True)
+    print(verdicts.summary(outcomes, options.out), flush=True)
     return int(failed(outcomes))
 
 

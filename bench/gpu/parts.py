@@ -54,23 +54,24 @@ def _sanitizer(tool: str, limit: float) -> Part:
 def _bench(name: str, limit: float, file: str, *options: str, kept: bool = True) -> Part:
     """Measurements of ``pytest bench/``."""
     measured = (*PYTEST, f"bench/{file}", "--device", "cuda", "--dtype", "bfloat16", "--results", "{scratch}", *options)
-    results = ("results.json", f"{name}.json") if kept else None
+    results = ("results.json", f"{name.replace(' ', '_')}.json") if kept else None
     return Part(name, "pytest", measured, limit, ("--shapes", "tiny", "--rounds", "2"), kept=results)
 
 
-def _steps(name: str, limit: float, *options: str, kept: bool = True) -> Part:
-    return _bench(name, limit, "test_model.py", "-k", "test_training_step_mode", *options, kept=kept)
+def _steps(name: str, limit: float, shapes: str, *options: str, kept: bool = True) -> Part:
+    asked = ("-k", "test_training_step_mode", "--shapes", shapes)
+    return _bench(name, limit, "test_model.py", *asked, *options, kept=kept)
 
 
 def _compiling(shapes: str, limit: float) -> Part:
     """Fills Inductor's cache before anything is timed."""
-    options = ("--shapes", shapes, "--modes", "compiled", "--rounds", "1")
-    return _steps(f"compile {shapes}", limit, *options, kept=False)
+    return _steps(f"compile {shapes}", limit, shapes, *COMPILED, "--rounds", "1", kept=False)
 
 
 MACHINE = Part("machine", "bench.gpu.machine", ("--out", "{out}/machine.json"), 20)
 EXTENSION = "tests/gpu/test_extension.py"
 LAYERS, MODELS = ("vit_b", "llama7b"), ("vit_b", "vit_b_small")  # shape sets
+COMPILED = ("--modes", "compiled")
 TUNED = ("fused", "token_pass", "contract")
 
 FIRST: tuple[Stage, ...] = (
@@ -85,15 +86,17 @@ FIRST: tuple[Stage, ...] = (
 )
 SECOND: tuple[Stage, ...] = (
     (MACHINE,),
-    tuple(_compiling(name, 50) for name in MODELS),
-    (_steps("steps", 70, "--shapes", ",".join(MODELS), "--rounds", "15"),),
-    (_bench("inference", 30, "test_inference.py", "--shapes", "vit_b", "--rounds", "15"),),
+    tuple(_compiling(name, 45) for name in MODELS),
+    (_steps("steps", 40, ",".join(MODELS), "--modes", "eager,graphs", "--rounds", "15"),),
+    (_bench("inference", 25, "test_inference.py", "--shapes", "vit_b", "--rounds", "15"),),
+    # Last of the steps, since tracing takes long: the figures above are there by then.
+    (_steps("compiled steps", 40, ",".join(MODELS), *COMPILED, "--rounds", "15"),),
     (
         Part(
             "tiles",
             "glora_kernels.tune",
-            ("--kernels", *TUNED, "--seconds", "50", "--out", "{out}/settings.json", "--log", "{out}/tiles.jsonl"),
-            60,
+            ("--kernels", *TUNED, "--seconds", "42", "--out", "{out}/settings.json", "--log", "{out}/tiles.jsonl"),
+            50,
             ("--seconds", "20", "--shapes", "64x48"),
         ),
     ),

@@ -11,6 +11,7 @@ from __future__ import annotations
 import faulthandler
 import json
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,7 @@ def pytest_runtest_teardown(item: pytest.Item) -> None:
         torch.cuda.synchronize()
     except Exception as error:
         os.write(item.config.stash[STDERR], f"{item.nodeid}: {error}\n".encode())
-        os._exit(3)
+        signal.raise_signal(signal.SIGKILL)
 
 
 class _Log:

@@ -44,6 +44,7 @@ def judged(out: Path) -> list[Verdict]:
         "kernels": _of_kernels,
         "layers": _of_layers,
         "steps": _of_steps,
+        "compiled_steps": _of_steps,
         "inference": _of_inference,
     }
     found: list[Verdict] = []

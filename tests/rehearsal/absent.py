@@ -16,7 +16,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch.optim import optimizer
+from torch.optim import adam
 from torch.overrides import TorchFunctionMode
 
 from bench.gpu.rehearsal import HANG, WRONG, fault
@@ -52,8 +52,9 @@ def enter() -> None:
     torch.compile = lambda function=None, **_: function if function is not None else torch.compile
     _emulate_graphs()
     _give_results()
+    adam._get_capturable_supported_devices = lambda supports_xla=True: ["cpu"]
     _give_extension()
-    optimizer._get_capturable_supported_devices = lambda supports_xla=True: ["cpu"]
+    adam._get_capturable_supported_devices = lambda supports_xla=True: ["cpu"]
 
 
 def hang() -> None:
