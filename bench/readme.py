@@ -1,16 +1,20 @@
-"""The README's table of speeds, generated from the committed results.
+"""The tables of figures in README.md and docs/, generated from the committed results.
 
-python -m bench.readme            # write it
-python -m bench.readme --check    # exit with 1 if it is out of date
+python -m bench.readme            # write them
+python -m bench.readme --check    # exit with 1 if one is out of date
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from glora.files import write_atomically
+
 from .entrants.names import ASSEMBLED, FROZEN, GLORA, HIRA, LORA, LYCORIS_BYPASS, OFFICIAL, OURS, OURS_MATMUL
+from .gpu import tables
 from .measurements.inference import MERGED, ORIGINAL
 from .measurements.layer import ALL_LOW_RANK, RANDOM
 from .report import describe, load
@@ -19,7 +23,6 @@ from .timing import WHOLE
 
 ROOT = Path(__file__).resolve().parent.parent
 README, RESULTS = ROOT / "README.md", ROOT / "bench" / "results"
-BEGIN, END = "<!-- bench: begin, written by python -m bench.readme -->", "<!-- bench: end -->"
 Pair = tuple[str, str]
 
 
@@ -104,21 +107,39 @@ def _sentences(sections: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
-def with_table(text: str, table: str) -> str:
-    """``text`` with the part between the markers replaced."""
-    before, rest = text.split(BEGIN)
-    _, after = rest.split(END)
-    return f"{before}{BEGIN}\n{table}\n{END}{after}"
+PLACES: dict[tuple[Path, str], Callable[[Path], str]] = {  # files, and the names in their markers
+    (README, "bench"): generate,
+    (README, "gpu"): tables.speeds,
+    (ROOT / "docs/kernels.md", "gpu builds"): tables.builds,
+    (ROOT / "docs/strategies.md", "gpu predictions"): tables.predictions,
+}
+
+
+def with_table(text: str, name: str, table: str) -> str:
+    """``text`` with the part between the markers of this name replaced."""
+    begin, end = f"<!-- {name}: begin, written by python -m bench.readme -->", f"<!-- {name}: end -->"
+    before, rest = text.split(begin)
+    _, after = rest.split(end)
+    return f"{before}{begin}\n{table}\n{end}{after}"
+
+
+def write(check: bool = False) -> bool:
+    """Write all tables, or only see; whether any was out of date."""
+    texts = {file: file.read_text() for file, _ in PLACES}
+    wanted = dict(texts)
+    for (file, name), table in PLACES.items():
+        wanted[file] = with_table(wanted[file], name, table(RESULTS))
+    for file, text in wanted.items():
+        if text != texts[file] and not check:
+            write_atomically(file, lambda stream, text=text: stream.write(text.encode()))
+    return wanted != texts
 
 
 def main() -> int:
     if sys.argv[1:] not in ([], ["--check"]):
         raise SystemExit("usage: python -m bench.readme [--check]")
-    now, wanted = README.read_text(), with_table(README.read_text(), generate())
-    if sys.argv[1:]:
-        return int(now != wanted)
-    README.write_text(wanted)
-    return 0
+    check = bool(sys.argv[1:])
+    return int(write(check) and check)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .builds import name_of
+
 if TYPE_CHECKING:
     from glora_kernels._triton.builds import Build
 
@@ -93,7 +95,8 @@ def _measured(jobs: int) -> int:
     from glora_kernels._aot.targets import gpu_named
     from glora_kernels._aot.work import Job, stored
 
-    todo = [Job(build, gpu_named(GPU)) for build in builds_measured()]
+    builds = {name_of(build): build for build in builds_measured()}
+    todo = [Job(build, gpu_named(GPU)) for build in builds.values()]
     results = list(tqdm(stored(todo, jobs), total=len(todo), desc="measured layers", unit="build", disable=None))
     failed = [f"FAILED {job.build.label}: {found}" for job, found in zip(todo, results) if isinstance(found, str)]
     print("\n".join([*failed, f"{len(todo)} builds of measured layers, {len(failed)} failed"]))

@@ -12,6 +12,7 @@ import faulthandler
 import json
 import os
 import signal
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -68,7 +69,7 @@ class _Log:
 
     def __init__(self, file: Path):
         self._file, self._seen = file, 0
-        self._counts: dict[str, int] = {}
+        self._outcomes: dict[str, str] = {}  # the last of each test: one that passes may lose the GPU when it ends
 
     def _write(self, **what: Any) -> None:
         with self._file.open("a") as file:
@@ -86,20 +87,19 @@ class _Log:
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.when != "call" and report.passed:
             return
-        self._counts[report.outcome] = self._counts.get(report.outcome, 0) + 1
+        self._outcomes[report.nodeid] = report.outcome
         told = {} if report.passed else {"why": _short(report.longreprtext or str(report.longrepr))}
         self._write(test=report.nodeid, outcome=report.outcome, seconds=round(report.duration, 3), **told)
 
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:
-        done = sum(self._counts.values())
-        counts = ", ".join(f"{count} {outcome}" for outcome, count in sorted(self._counts.items()))
-        terminalreporter.write_line(
-            f"{TOLD}{self._seen} selected: {counts or 'none ended'}; {self._seen - done} not run"
-        )
+        counts = Counter(self._outcomes.values())
+        told = ", ".join(f"{count} {outcome}" for outcome, count in sorted(counts.items()))
+        line = f"{self._seen} selected: {told or 'none ended'}; {self._seen - len(self._outcomes)} not run"
+        terminalreporter.write_line(TOLD + line)
 
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
         """A part none of whose tests passed has shown nothing."""
-        if session.exitstatus == pytest.ExitCode.OK and not self._counts.get("passed"):
+        if session.exitstatus == pytest.ExitCode.OK and "passed" not in self._outcomes.values():
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
