@@ -16,6 +16,8 @@ from .parts import CALL, CALLS, Part
 from .rehearsal import HANG, NO_FAULT, VARIABLE, WRONG
 from .running import NOT_RUN, Outcome, Program, failed
 
+ALL = "all"  # parts
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command: 0 if every part passed, 1 if one did not, 2 if nothing could be tried."""
@@ -24,8 +26,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     stages = CALLS[options.call]
     names = [part.name for stage in stages for part in stage]
     for option in ("only", "wrong", "hang"):
-        if unknown := set(getattr(options, option)) - set(names):
-            parser.error(f"--{option}: expected some of {', '.join(names)}, got {', '.join(sorted(unknown))}")
+        if unknown := set(getattr(options, option)) - {*names, ALL}:
+            parser.error(f"--{option}: expected {ALL} or some of {', '.join(names)}, got {', '.join(sorted(unknown))}")
     if (options.wrong or options.hang) and not options.rehearse:
         parser.error("--wrong, --hang: expected --rehearse with them: faults are planted in rehearsals alone")
     if options.out.exists() and (not options.out.is_dir() or any(options.out.iterdir())):
@@ -33,8 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     stages = tuple(
-        tuple(_prepared(part, options) for part in stage if not options.only or part.name in options.only)
-        for stage in stages
+        tuple(_prepared(part, options) for part in stage if {part.name, ALL} & {*options.only}) for stage in stages
     )
     with tempfile.TemporaryDirectory(prefix="glora-gpu-") as scratch:
         program = _program(options, Path(scratch))
@@ -68,7 +69,7 @@ def _prepared(part: Part, options: argparse.Namespace) -> Part:
         part = part._replace(arguments=(*part.arguments, "--candidates", str(cache.CANDIDATES)))
     if not options.rehearse:
         return part
-    fault = WRONG if part.name in options.wrong else HANG if part.name in options.hang else NO_FAULT
+    fault = WRONG if {part.name, ALL} & {*options.wrong} else HANG if {part.name, ALL} & {*options.hang} else NO_FAULT
     environment = {**part.environment, VARIABLE: fault}
     limit = part.limit * options.limits
     return part._replace(arguments=(*part.arguments, *part.rehearsed), environment=environment, limit=limit)
@@ -78,7 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="bench/gpu.sh", description="Test and measure on a GPU that is lent.")
     parser.add_argument("call", choices=CALLS, help="1: tests, kernels, layers; 2: steps, inference, tiles")
     parser.add_argument("out", type=Path, metavar="OUTDIR", help="an empty folder, or one to be made")
-    parser.add_argument("--only", nargs="+", default=(), metavar="PART", help="run these parts alone")
+    parser.add_argument("--only", nargs="+", default=(ALL,), metavar="PART", help="run these parts alone")
     parser.add_argument("--seconds", type=float, default=CALL, help=f"of the whole call (default: {CALL:g})")
     rehearse = parser.add_argument_group("rehearsal", "on a machine without a GPU")
     rehearse.add_argument(

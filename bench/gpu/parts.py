@@ -79,8 +79,10 @@ FIRST: tuple[Stage, ...] = (
     (
         _tests("tests", 75, PROCESSES, "tests/gpu", f"--ignore={EXTENSION}"),
         Part("extension", "bench.gpu.extension", (), 75),
+        _sanitizer("memcheck", 75),
+        _sanitizer("racecheck", 75),
     ),
-    (_tests("extension tests", 40, 6, EXTENSION), _sanitizer("memcheck", 40), _sanitizer("racecheck", 40)),
+    (_tests("extension tests", 40, PROCESSES, EXTENSION),),
     (Part("kernels", "bench.gpu.ops", ("--out", "{out}/kernels.json"), 35, ("--shapes", "tiny")),),
     (_bench("layers", 55, "test_layer.py", "--shapes", ",".join(LAYERS), "-k", "not compiled"),),
 )

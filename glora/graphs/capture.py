@@ -27,9 +27,12 @@ class CudaGraphs:
             torch.cuda.current_stream().wait_stream(stream)
 
     def capture(self, function: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-        """A function that replays ``function``, and its output, which each replay overwrites. Computes nothing yet."""
+        """A function that replays ``function``, and its output, which each replay overwrites. Computes nothing yet.
+
+        Meanwhile other threads may do what a capture forbids, as one does that pins a data loader's memory.
+        """
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.device(self._device), torch.cuda.graph(graph):
+        with torch.cuda.device(self._device), torch.cuda.graph(graph, capture_error_mode="thread_local"):
             output = function()
         return graph.replay, output
 

@@ -362,7 +362,7 @@ def test_without_a_run_the_tables_say_so(tmp_path):
     ("arguments", "message"),
     [
         (["3", "out"], "invalid choice: '3'"),
-        (["1", "out", "--only", "nothing"], "--only: expected some of machine, tests, .*, got nothing"),
+        (["1", "out", "--only", "nothing"], "--only: expected all or some of machine, tests, .*, got nothing"),
         (["1", "out", "--hang", "tests"], "expected --rehearse with them"),
         (["1", "."], "OUTDIR: expected an empty folder or none"),
     ],
@@ -390,7 +390,7 @@ def test_without_a_gpu_nothing_passes(tmp_path):
 
 
 def test_a_rehearsal_sees_what_is_planted(tmp_path):
-    """Of the parts that take no time; ``python -m tests.rehearsal.faults`` plants in all."""
+    """Of the parts that take no time; ``bench/gpu.sh --rehearse 1 OUTDIR --wrong all`` plants in all."""
     asked = ("--only", "memcheck", "racecheck", "--wrong", "racecheck", "--limits", "4")
     found, done = rehearse("1", tmp_path / "wrong", *asked)
     assert {name: one["status"] for name, one in found.items()} == {"memcheck": PASSED, "racecheck": FAILED}

@@ -490,7 +490,7 @@ def test_what_is_asked_of_torch_cuda(monkeypatch):
     side, main = Mock(), Mock()
     side.wait_stream.side_effect = lambda other: calls.append(("side waits", other is main))
     main.wait_stream.side_effect = lambda other: calls.append(("main waits", other is side))
-    note = lambda name: lambda *_, **__: _noting(calls, name)  # noqa: E731
+    note = lambda name: lambda *_, **options: _noting(calls, (name, options) if options else name)  # noqa: E731
     for name, value in {
         "Stream": lambda: side,
         "current_stream": lambda: main,
@@ -505,7 +505,8 @@ def test_what_is_asked_of_torch_cuda(monkeypatch):
     doubled = Captured(lambda x: calls.append("run") or 2 * x, (torch.ones(2),), graphs)
     warm_up = ["device", "stream", *["run"] * 3, "end of stream", "end of device"]
     warm_up[1:1], warm_up[-1:-1] = [("side waits", True)], [("main waits", True)]
-    assert calls == [*warm_up, "device", "graph", "run", "end of graph", "end of device"]
+    captured = "graph", {"capture_error_mode": "thread_local"}
+    assert calls == [*warm_up, "device", captured, "run", f"end of {captured}", "end of device"]
     doubled(torch.ones(2))
     graph.replay.assert_called_once_with()
     assert calls[-1] == "end of device"  # nothing runs in Python

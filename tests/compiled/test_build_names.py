@@ -1,0 +1,33 @@
+"""Short names of builds (``bench/gpu/builds.py``): the same for what is listed and for what is compiled for a launch."""
+
+import pytest
+
+from bench.gpu.builds import name_of, name_of_source
+from glora_kernels._triton.builds import builds_of
+from glora_kernels._triton.shipped import shipped
+from tests.compiled.driver import library
+from tests.compiled.driver.device import absent_gpu
+from tests.shipped_calls import calls, check_case
+
+if library.fault() is not None:
+    pytest.skip(f"no launches here: {library.fault()}", allow_module_level=True)
+
+ARCHITECTURE = "sm_90"
+
+
+@pytest.mark.parametrize("number", range(0, 114, 28))
+def test_names_of_launches_are_those_of_the_list(number):
+    case, launched = calls(ARCHITECTURE)[number], []
+    with absent_gpu(ARCHITECTURE, lambda launch: launched.append(launch.kernel)), pytest.raises(AssertionError):
+        check_case(case)  # nothing is computed
+    names = {name_of_source(kernel.src, kernel.metadata._asdict()) for kernel in launched}
+    assert names == set(map(name_of, builds_of([case])))
+
+
+def test_no_two_builds_have_one_name():
+    listed = shipped(ARCHITECTURE)
+    assert len(set(map(name_of, listed))) == len(listed)
+
+
+def test_what_is_not_a_kernels_source_has_no_name():
+    assert name_of_source(object(), {}) is None
