@@ -131,11 +131,13 @@ def _give_results() -> None:
 
     def launching(name: str) -> Any:
         launched = getattr(TritonPlan, name)
-        first_operand = {"forward": 1, "backward": 2, "assemble": 0}[name]
+        first = {"forward": 1, "backward": 2, "assemble": 0}[name]
 
         def run(self, *operands):
             found = launched(self, *operands)
-            plan = self._of_torch(*operands[first_operand : first_operand + 3])
+            (weight, bias, storages), problem = operands[first : first + 3], self.problem
+            wanted = problem.wanted - {"D"} if bias is None else problem.wanted
+            plan = _torch.plan(weight, bias, Terms.unflatten(storages, problem.structure), wanted, problem.wants_x)
             results = getattr(_Results(plan, self.strategy == "assemble"), name)(*operands)
             return found._replace(y=results.y) if name == "forward" else results
 

@@ -50,7 +50,7 @@ class Launch(NamedTuple):
         attributes: how many launch attributes there are.
         device: the index of the device that was current; None is the index of the device of CPU tensors.
         values: one per ``.param`` of the PTX entry, read by its type; PTX does not say of integers whether they have a
-            sign, and all are read as if they had.
+            sign, and all are read as if they had. None, where the cache holds the kernel without its PTX.
         tensors: those among the arguments, by the names of the kernel's parameters.
     """
 
@@ -203,7 +203,7 @@ def _listener(config: Any, function: int, arguments: Any) -> None:
 
 
 def _told(config: _Config, kernel: CompiledKernel, driver: _Driver, arguments: Any) -> Launch:
-    types = parameters(kernel.asm["ptx"])
+    types = parameters(kernel.asm["ptx"]) if "ptx" in kernel.asm else ()
     values = tuple([ctypes.cast(arguments[place], pointer).contents.value for place, pointer in enumerate(types)])
     grid, block, stream = tuple(config.grid), tuple(config.block), config.stream or 0
     names = kernel.src.fn.arg_names
