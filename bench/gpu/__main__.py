@@ -14,7 +14,7 @@ from pathlib import Path
 from . import cache, verdicts
 from .parts import CALL, CALLS, Part
 from .rehearsal import HANG, NO_FAULT, VARIABLE, WRONG
-from .running import NOT_RUN, Outcome, Program, failed
+from .running import NOT_RUN, ROOT, Outcome, Program, failed
 
 ALL = "all"  # parts
 
@@ -30,6 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             parser.error(f"--{option}: expected {ALL} or some of {', '.join(names)}, got {', '.join(sorted(unknown))}")
     if (options.wrong or options.hang) and not options.rehearse:
         parser.error("--wrong, --hang: expected --rehearse with them: faults are planted in rehearsals alone")
+    options.out = options.out.resolve()
     if options.out.exists() and (not options.out.is_dir() or any(options.out.iterdir())):
         parser.error(f"OUTDIR: expected an empty folder or none, got {options.out}")
     options.out.mkdir(parents=True, exist_ok=True)
@@ -53,12 +54,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _program(options: argparse.Namespace, scratch: Path) -> Program:
     """The program of a call, with the caches of compilers in a scratch folder; Triton's has what was carried here."""
     began = time.monotonic()
-    environment = {"TORCHINDUCTOR_CACHE_DIR": str(scratch / "inductor")}
-    if "TRITON_CACHE_DIR" not in os.environ:
-        environment["TRITON_CACHE_DIR"] = str(scratch / "triton")
-        print(cache.unpacked(cache.FILE, scratch / "triton"), flush=True)
+    triton = scratch / "triton" if options.triton_cache is None else options.triton_cache.resolve()
+    environment = {"TORCHINDUCTOR_CACHE_DIR": str(scratch / "inductor"), "TRITON_CACHE_DIR": str(triton)}
+    if options.triton_cache is None:
+        print(cache.unpacked(cache.FILE, triton), flush=True)
     if options.rehearse:
-        environment["PATH"] = f"{cache.ROOT / 'tests/rehearsal/programs'}{os.pathsep}{os.environ['PATH']}"
+        environment["PATH"] = f"{ROOT / 'tests/rehearsal/programs'}{os.pathsep}{os.environ['PATH']}"
     first = "tests.rehearsal" if options.rehearse else "bench.gpu.child"
     return Program(options.out, scratch, first, options.seconds - (time.monotonic() - began), environment=environment)
 
@@ -81,6 +82,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("out", type=Path, metavar="OUTDIR", help="an empty folder, or one to be made")
     parser.add_argument("--only", nargs="+", default=(ALL,), metavar="PART", help="run these parts alone")
     parser.add_argument("--seconds", type=float, default=CALL, help=f"of the whole call (default: {CALL:g})")
+    parser.add_argument("--triton-cache", type=Path, metavar="DIR", help="use this one, not the one that was packed")
     rehearse = parser.add_argument_group("rehearsal", "on a machine without a GPU")
     rehearse.add_argument(
         "--rehearse", action="store_true", help="run every part on small shapes over a stub of libcuda"

@@ -20,11 +20,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .builds import name_of
+from .running import ROOT
 
 if TYPE_CHECKING:
     from glora_kernels._triton.builds import Build
 
-ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "build/gpu-cache"  # ignored by git, and carried
 FILE = FOLDER / "triton.tar.xz"
 CANDIDATES = FOLDER / "candidates.jsonl"  # tiles that were compiled for the tuner
@@ -71,19 +71,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, metavar="N", help="processes")
     jobs = parser.parse_args(argv).jobs
     cache = FOLDER / "triton"
-    environment = {**os.environ, "TRITON_CACHE_DIR": str(cache), "PYTHONPATH": str(ROOT)}
-    os.environ["TRITON_CACHE_DIR"] = str(cache)
+    os.environ |= {"TRITON_CACHE_DIR": str(cache), "PYTHONPATH": str(ROOT)}
     from .parts import TUNED
 
     statuses = [_measured(jobs)]
     tuner = ["--compile", GPU, "--kernels", *TUNED, "--jobs", str(jobs), "--log", str(CANDIDATES)]
     with tempfile.TemporaryDirectory() as out:
-        patient = ["--limits", "100", "--seconds", "7200"]
+        patient = ["--limits", "100", "--seconds", "7200", "--triton-cache", str(cache)]
         for command in (
             ["glora_kernels.tune", *tuner],
             ["bench.gpu", "--rehearse", "1", out, *patient, "--only", "tests", "memcheck"],
         ):
-            statuses.append(subprocess.run([sys.executable, "-m", *command], env=environment, check=False).returncode)
+            statuses.append(subprocess.run([sys.executable, "-m", *command], check=False).returncode)
     print(packed(cache, FILE))
     return int(any(statuses))
 

@@ -39,10 +39,11 @@ PYTEST = ("-q", "-p", "bench.gpu.plugin", "-p", "no:cacheprovider", "-o", "addop
 
 
 def _tests(name: str, limit: float, processes: int, *selected: str) -> Part:
+    """Tests, whose failures are told of in the log of tests."""
     spread = ("-n", str(processes), "--dist", "worksteal", "--tests-log", "{out}/tests.jsonl", "--test-seconds", "40")
     rehearsed = ("-n", "2", "--test-seconds", "600")
     environment = {"GLORA_TESTS": "exhaustive", "OMP_NUM_THREADS": "1"}
-    return Part(name, "pytest", (*PYTEST, *spread, *selected), limit, rehearsed, environment=environment)
+    return Part(name, "pytest", (*PYTEST, "--tb=line", *spread, *selected), limit, rehearsed, environment=environment)
 
 
 def _sanitizer(tool: str, limit: float) -> Part:

@@ -19,8 +19,9 @@ from .parts import GRACE, Part, Stage
 
 PASSED, FAILED, TIME_UP, NOT_RUN = "passed", "failed", "time was up", "not run"
 TOLD = "verdict: "  # a part's lines that begin so are shown at the end
-LINES = 40  # of a failed part's output that are shown
+LONGEST = 1 << 20  # characters of a part's output that are kept, its last ones
 POLL = 0.05
+ROOT = Path(__file__).resolve().parents[2]  # where parts run
 BUILDS = "builds.jsonl"  # in a part's scratch folder
 
 
@@ -105,7 +106,13 @@ class Program:
         environment = {**os.environ, **self._environment, **own}
         try:
             return subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, env=environment
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+                cwd=ROOT,
+                env=environment,
             )
         except OSError as error:
             log.write(f"{error}\n".encode())
@@ -125,7 +132,7 @@ class Program:
         with (self._out / "parts.jsonl").open("a") as file:
             file.write(json.dumps(outcome._asdict()) + "\n")
         with (self._out / "logs.txt").open("a") as file:
-            file.write(f"\n==== {outcome.part}: {outcome.status}, {outcome.seconds:.1f} s\n{text}")
+            file.write(f"\n==== {outcome.part}: {outcome.status}, {outcome.seconds:.1f} s\n{text[-LONGEST:]}")
         self._tell(line_of(outcome))
 
 

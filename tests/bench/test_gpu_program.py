@@ -376,6 +376,7 @@ def test_bad_arguments(arguments, message, capsys):
 
 def rehearse(call, out, *arguments):
     run = [str(ROOT / "bench/gpu.sh"), "--rehearse", call, str(out), *arguments]
+    run += ["--triton-cache", os.environ.get("TRITON_CACHE_DIR", str(Path.home() / ".triton/cache"))]
     environment = {**os.environ, "PYTHON": sys.executable}
     done = subprocess.run(run, env=environment, capture_output=True, text=True, check=False)
     found = [json.loads(line) for line in (out / "parts.jsonl").read_text().splitlines()]
