@@ -36,6 +36,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--threads", type=int, default=1, help="of torch on a CPU; 1 spreads least")
     group.addoption("--clock", default="wall", choices=CLOCKS, help="on a CPU: time that passed, or that was given")
     group.addoption("--modes", default=",".join(MODES), help="of a whole training step, by commas; all by default")
+    group.addoption("--preparing", type=float, help="begin to prepare no further step mode after so many seconds")
+    group.addoption("--no-pictures", action="store_true", help="leave these out, which take a second each")
     group.addoption("--results", type=Path, help="folder for results.json, table.md and pictures")
 
 
@@ -71,7 +73,8 @@ def settings_of(config: pytest.Config) -> Settings:
     if results is not None and results.exists() and not results.is_dir():
         raise pytest.UsageError(f"--results: expected a folder, got the file {results}")
     dtype, rounds = DTYPES[config.getoption("dtype")], config.getoption("rounds")
-    return Settings(shapes, device, dtype, rounds, config.getoption("clock"), config.getoption("threads"), modes)
+    clock, threads, preparing = (config.getoption(name) for name in ("clock", "threads", "preparing"))
+    return Settings(shapes, device, dtype, rounds, clock, threads, modes, preparing)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -173,7 +176,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
-    _save(session, exitstatus == pytest.ExitCode.INTERRUPTED, pictures=True)
+    pictures = not session.config.getoption("no_pictures")
+    _save(session, exitstatus == pytest.ExitCode.INTERRUPTED, pictures)
 
 
 def _save(session: pytest.Session, interrupted: bool, pictures: bool = False) -> None:

@@ -33,6 +33,7 @@ class Settings:
         clock: on a CPU, ``"wall"`` (the time that a user waits) or ``"cpu"`` (CPU time of the process).
         threads: torch's threads on a CPU.
         modes: in which a whole training step is timed.
+        preparing: after so many seconds no further mode of it is prepared; None: all are.
     """
 
     shapes: tuple[str, ...] = ("small",)
@@ -42,6 +43,7 @@ class Settings:
     clock: str = "wall"
     threads: int = 1
     modes: tuple[str, ...] = MODES
+    preparing: float | None = None
 
     @property
     def sets(self) -> dict[str, ShapeSet]:

@@ -38,16 +38,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     stages = tuple(
         tuple(_prepared(part, options) for part in stage if {part.name, ALL} & {*options.only}) for stage in stages
     )
-    with tempfile.TemporaryDirectory(prefix="glora-gpu-") as scratch:
+    with tempfile.TemporaryDirectory(prefix="glora-gpu-", ignore_cleanup_errors=True) as scratch:
         program = _program(options, Path(scratch))
         try:
             program.run([stage for stage in stages if stage])
         except KeyboardInterrupt:
             program.stop()
-    outcomes = [*program.outcomes]
-    done = {outcome.part for outcome in outcomes}
-    outcomes += [Outcome(part.name, NOT_RUN, 0, None) for stage in stages for part in stage if part.name not in done]
-    print(verdicts.summary(outcomes, options.out), flush=True)
+        done = {outcome.part for outcome in program.outcomes}
+        left = [Outcome(part.name, NOT_RUN, 0, None) for stage in stages for part in stage if part.name not in done]
+        outcomes = [*program.outcomes, *left]
+        print(verdicts.summary(outcomes, options.out), flush=True)
     return int(failed(outcomes))
 
 

@@ -17,10 +17,13 @@ def name_of(build: Build) -> str:
     return _name(build.kernel, build.signature, build.divisible, constants, build.num_warps, build.num_stages)
 
 
-def name_of_source(source: Any, metadata: Mapping[str, Any]) -> str | None:
-    """The name of what Triton tells its listener of; None for code that is not a kernel's source."""
-    if not hasattr(source, "constants"):
-        return None
+def is_ours(source: Any) -> bool:
+    """Whether what Triton tells its listener of is one of our kernels; Inductor compiles others."""
+    return getattr(getattr(source, "fn", None), "__module__", "").startswith("glora_kernels.")
+
+
+def name_of_source(source: Any, metadata: Mapping[str, Any]) -> str:
+    """The name of one of our kernels, of which Triton tells its listener."""
     names = source.fn.arg_names
     constants = {names[place]: value for (place,), value in source.constants.items()}
     signature = {name: kind for name, kind in source.signature.items() if name not in constants}

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import lzma
 import os
 import subprocess
 import sys
@@ -44,11 +45,12 @@ def packed(cache: Path, file: Path) -> str:
 
 
 def unpacked(file: Path, cache: Path) -> str:
-    """Unpack into a folder of another name; says how much that is."""
-    if not file.exists():
-        return f"{file}: not there, so that every build is compiled here"
-    with tarfile.open(file) as archive:
-        archive.extractall(cache, filter="data")
+    """Unpack into a folder of another name; says how much that is, or what is wrong with the file."""
+    try:
+        with tarfile.open(file) as archive:
+            archive.extractall(cache, filter="data")
+    except (OSError, EOFError, tarfile.TarError, lzma.LZMAError) as error:
+        return f"{file}: builds are compiled here, since it cannot be unpacked: {error}"
     for group in cache.glob(f"*/{_GROUP}*"):
         names = [Path(path).name for path in json.loads(group.read_text())["child_paths"].values()]
         there = {name: str(group.with_name(name)) for name in names if group.with_name(name).exists()}

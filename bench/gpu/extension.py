@@ -14,7 +14,7 @@ from .running import TOLD
 
 def main() -> int:
     architecture = ".".join(map(str, torch.cuda.get_device_capability()))
-    environment = {**os.environ, "GLORA_BUILD_CUDA": "1", "TORCH_CUDA_ARCH_LIST": architecture, "MAX_JOBS": "4"}
+    environment = {**os.environ, "GLORA_BUILD_CUDA": "1", "TORCH_CUDA_ARCH_LIST": architecture, "MAX_JOBS": "7"}
     command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
     if is_rehearsal():  # where there need be no nvcc
         command = [sys.executable, "-c", f"raise SystemExit({fault() == WRONG:d})"]

@@ -49,7 +49,7 @@ def landed(outs: Sequence[Path], results: Path) -> Path:
     Raises:
         ValueError: results of a rehearsal, of several GPUs, or none at all.
     """
-    machines = [_machine(out) for out in outs]
+    machines = [machine for out in outs for machine in _machine(out)]
     if len({(one["device"], one["architecture"]) for one in machines}) != 1:
         raise ValueError(f"OUTDIR: expected results of one kind of GPU, got {[one['device'] for one in machines]}")
     machine = {**machines[0], "commit": machines[0]["commit"] or environment("cpu")["commit"]}
@@ -70,13 +70,16 @@ def landed(outs: Sequence[Path], results: Path) -> Path:
     return folder
 
 
-def _machine(out: Path) -> dict[str, Any]:
-    if not (out / "machine.json").exists() or not (out / "parts.jsonl").exists():
+def _machine(out: Path) -> list[dict[str, Any]]:
+    """What a call says of its machine; nothing if it did not run that part, where another call's words have to do."""
+    if not (out / "parts.jsonl").exists():
         raise ValueError(f"OUTDIR: expected results of bench/gpu.sh, got {out}")
-    found = json.loads((out / "machine.json").read_text())
+    if not (out / MACHINE).exists():
+        return []
+    found = json.loads((out / MACHINE).read_text())
     if found["rehearsal"]:
         raise ValueError(f"OUTDIR: expected results of a GPU, got those of a rehearsal: {out}")
-    return found
+    return [found]
 
 
 def _tests(log: Path) -> dict[str, Any]:

@@ -10,8 +10,11 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
+
+from glora.files import write_atomically
 
 from ..environment import environment
 from .rehearsal import is_rehearsal
@@ -39,12 +42,18 @@ def main() -> int:
         "system": platform.platform(),
         "cores": os.cpu_count(),
         "tools": {tool: shutil.which(tool) for tool in TOOLS},
-        "nvidia_smi": _asked(),
+        "nvidia_smi": {},
     }
-    out.write_text(json.dumps(found, indent=1) + "\n")
+    _write(found, out)
+    found["nvidia_smi"] = _asked()  # which may take long
+    _write(found, out)
     versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items() if version)
     print(f"{TOLD}{found['device']}, driver {found['nvidia_smi'].get('driver_version')}; {versions}")
     return 0
+
+
+def _write(found: dict[str, Any], out: Path) -> None:
+    write_atomically(out, lambda stream: stream.write(json.dumps(found, indent=1).encode() + b"\n"))
 
 
 def _asked() -> dict[str, str]:

@@ -2,10 +2,11 @@
 
     python -m bench.gpu.ops --out kernels.json
 
-The floor of a layer is the frozen linear layer, whose forward is one dense product and whose step is two; ratios are of
-paired rounds (``timing.py``), with the seconds that the cost model has predicted beside them. The floor of a kernel is
-the longer of two times: its bytes at the speed of a large copy, and its operations at the speed of a large product,
-both measured at the start. y and every gradient are compared with the fp64 formula before anything is timed.
+All are replayed from CUDA graphs, many runs in each: on a fast GPU Python takes longer to launch most of them than they
+take. The floor of a layer is the frozen linear layer, whose forward is one dense product and whose step is two; ratios
+are of paired rounds (``timing.py``), with the seconds that the cost model has predicted beside them. The floor of a
+kernel is the longer of two times: its bytes at the speed of a large copy, and its operations at the speed of a large
+product, both measured at the start. y and every gradient are compared with the fp64 formula before anything is timed.
 """
 
 from __future__ import annotations
@@ -24,17 +25,19 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from glora.files import write_atomically
 from glora.graphs.capture import CudaGraphs
 from glora_kernels import Constant, LowRank, Terms, Vector, glora_linear, reference, use_backend
 from glora_kernels._triton.device import architecture
-from glora_kernels._triton.launch import launch
+from glora_kernels._triton.launch import Launch, launch
 from glora_kernels._triton.recording import launches_of
 from glora_kernels.error_bound import PROMISED, largest_constant
 from glora_kernels.planning.cases import Case, Layer
 from glora_kernels.planning.prediction import STRATEGIES, predict
 from glora_kernels.planning.problem import CONSTANT, LOW_RANK, NONE, VECTOR
 
-from ..timing import WHOLE, EventWatch, Timed, Watch, interleave, plain, ratio, total
+from ..section import per_run
+from ..timing import WHOLE, EventWatch, Times, interleave, plain, ratio
 from ..workloads import BACKWARD, FORWARD
 from .running import TOLD
 
@@ -47,39 +50,45 @@ SHAPES = {  # M, N, K
     "LLaMA-7B 8192": (8192, 4096, 4096),
     "LLaMA-7B 8192 up": (8192, 11008, 4096),
     "few tokens 64": (64, 4096, 4096),
-    "few tokens 256": (256, 4096, 4096),
 }
 TINY = {"tiny": (32, 48, 64)}  # for rehearsals
 PATHS = {"A lora, B lora": ("lora", "lora"), "A vector, B lora": ("vector", "lora"), "B lora": ("none", "lora")}
 Shapes = Mapping[str, tuple[int, int, int]]
 Entrant = tuple[str, str | None]  # a backend and a strategy
+Calls = dict[str, Callable[[], Tensor]]  # by phase
 ENTRANTS: dict[str, Entrant] = {
     "assemble": ("triton", "assemble"),
     "fused": ("triton", "fused"),
     "as dispatched": ("triton", None),
-    "torch backend": ("torch", None),
 }
 Call = tuple[Tensor, Tensor, Tensor, Terms]
 RANK = 8
 FROZEN = "frozen"
 
 
-def milliseconds(functions: Mapping[str, Callable[[], object]], rounds: int = 7, repeats: int = 1) -> dict[str, float]:
-    """The median time of each function.
+def replays(function: Callable[[], Tensor], repeats: int) -> Callable[[], None]:
+    """So many runs of ``function`` from one CUDA graph: the GPU's time alone, whatever Python takes to launch."""
 
-    A kernel shorter than its own launch needs ``repeats`` calls, back to back, between two events.
-    """
+    def run() -> Tensor:
+        for _ in range(repeats):
+            found = function()
+        return found
 
-    def repeated(function: Callable[[], object]) -> Callable[[], None]:
-        def run() -> None:
-            for _ in range(repeats):
-                function()
+    graphs = CudaGraphs(torch.device("cuda"))
+    graphs.warm_up(function)
+    replay, _ = graphs.capture(run)
+    return replay
 
-        return run
 
-    timed = {name: plain(repeated(function)) for name, function in functions.items()}
+def seconds(functions: Mapping[str, Callable[[], Tensor]], repeats: int = 10, rounds: int = 7) -> Times:
+    """Seconds of each function in each round."""
+    timed = {name: plain(replays(function, repeats)) for name, function in functions.items()}
     times = interleave(timed, rounds, warmup=2, watch=EventWatch())[WHOLE]
-    return {name: 1e3 * statistics.median(found) / repeats for name, found in times.items()}
+    return per_run(times, dict.fromkeys(times, repeats))
+
+
+def medians(functions: Mapping[str, Callable[[], Tensor]], repeats: int = 10) -> dict[str, float]:
+    return {name: statistics.median(found) for name, found in seconds(functions, repeats).items()}
 
 
 class Ceilings(NamedTuple):
@@ -101,37 +110,23 @@ class Ceilings(NamedTuple):
         a, b, c, d = matrix(size, size), matrix(size, size), *(matrix(size, size, torch.float32) for _ in range(2))
         large, small = matrix(4 * size, size), matrix(size // 4, size // 2)  # 512 MiB; 16 MiB, and as much again
         targets = torch.empty_like(large), torch.empty_like(small)
-        found = milliseconds(
+        tiny = torch.zeros(1, device="cuda")
+        found = medians(
             {
                 "half": lambda: a @ b,
                 "single": lambda: c @ d,
                 "large": lambda: targets[0].copy_(large),
                 "small": lambda: targets[1].copy_(small),
-            },
-            repeats=3,
+            }
         )
+        launch_seconds = medians({"launch": lambda: tiny.add_(1)}, repeats=500)["launch"]
         return cls(
-            2 * size**3 / found["half"] * 1e3,
-            2 * size**3 / found["single"] * 1e3,
-            2 * large.nbytes / found["large"] * 1e3,
-            2 * small.nbytes / found["small"] * 1e3,
-            _overhead(),
+            2 * size**3 / found["half"],
+            2 * size**3 / found["single"],
+            2 * large.nbytes / found["large"],
+            2 * small.nbytes / found["small"],
+            launch_seconds,
         )
-
-
-def _overhead(launches: int = 500) -> float:
-    """Seconds per launch of a kernel that does next to nothing, in a graph of many."""
-    tiny = torch.zeros(1, device="cuda")
-
-    def run() -> Tensor:
-        for _ in range(launches):
-            tiny.add_(1)
-        return tiny
-
-    graphs = CudaGraphs(torch.device("cuda"))
-    graphs.warm_up(run)
-    replay, _ = graphs.capture(run)
-    return milliseconds({"graph": replay})["graph"] / launches / 1e3
 
 
 def make(shape: tuple[int, int, int], kinds: tuple[str, str]) -> Call:
@@ -176,7 +171,7 @@ def require_right(call: Call, dy: Tensor) -> None:
         ValueError: an element is too far off.
     """
     want = results_of(reference.glora_linear, in_dtype(call, Tensor.double), dy.double())
-    scale = results_of(reference.glora_linear, in_dtype(call, lambda t: t.float().abs()), dy.float().abs())
+    scale = results_of(reference.glora_linear, in_dtype(call, lambda t: t.double().abs()), dy.double().abs())
     for label, entrant in ENTRANTS.items():
         with use_backend(*entrant):
             got = results_of(glora_linear, call, dy)
@@ -185,15 +180,14 @@ def require_right(call: Call, dy: Tensor) -> None:
             raise ValueError(f"{label}: not timed, errors of y and the gradients over u S: {errors}")
 
 
-def step_of(function: Callable[[], Tensor], leaves: list[Tensor], dy: Tensor, entrant: Entrant) -> Timed:
-    def step(watch: Watch) -> None:
-        with use_backend(*entrant):
-            with watch(FORWARD):
-                y = function()
-            with watch(BACKWARD):
-                torch.autograd.grad(y, leaves, dy)
+def calls_of(function: Callable[[], Tensor], leaves: list[Tensor], dy: Tensor, entrant: Entrant) -> Calls:
+    """The forward pass, and the whole step, which returns the gradient of x."""
 
-    return step
+    def forward() -> Tensor:
+        with use_backend(*entrant):
+            return function()
+
+    return {FORWARD: forward, WHOLE: lambda: torch.autograd.grad(forward(), leaves, dy)[0]}
 
 
 def layers(shapes: Shapes) -> Iterator[dict[str, Any]]:
@@ -205,16 +199,14 @@ def layers(shapes: Shapes) -> Iterator[dict[str, Any]]:
             dy = torch.randn(shape[0], shape[1], device="cuda").bfloat16()
             require_right(call, dy)
             leaves = [x, *call[3].flatten()[0]]
-            functions = {who: step_of(partial(glora_linear, *call), leaves, dy, one) for who, one in ENTRANTS.items()}
+            calls = {who: calls_of(partial(glora_linear, *call), leaves, dy, one) for who, one in ENTRANTS.items()}
             frozen = x.detach().requires_grad_()
-            functions[FROZEN] = step_of(partial(F.linear, frozen, weight, bias), [frozen], dy, ("auto", None))
-            phases = interleave(functions, 11, warmup=3, watch=EventWatch())
-            phases[WHOLE] = total(phases)
+            calls[FROZEN] = calls_of(partial(F.linear, frozen, weight, bias), [frozen], dy, ("auto", None))
+            ratios = {}
+            for phase in (FORWARD, WHOLE):
+                times = seconds({who: own[phase] for who, own in calls.items()})
+                ratios[phase] = {label: asdict(ratio(times, label, FROZEN)) for label in ENTRANTS}
             predicted = {one: _predicted(shape, kinds, one) for one in STRATEGIES}
-            ratios = {
-                phase: {label: asdict(ratio(times, label, FROZEN)) for label in ENTRANTS}
-                for phase, times in phases.items()
-            }
             yield {"shape": name, "path": path, "over_frozen": ratios, "predicted_seconds": predicted}
 
 
@@ -234,7 +226,7 @@ def _here() -> str:
 def _predicted(shape: tuple[int, int, int], kinds: tuple[str, str], strategy: str) -> dict[str, float]:
     case = case_of(shape, kinds, strategy, _here())
     found = predict(case.problem, case.tokens, strategy)
-    return {FORWARD: found.forward_seconds, BACKWARD: found.backward_seconds, WHOLE: found.seconds}
+    return {FORWARD: found.forward_seconds, WHOLE: found.seconds}
 
 
 def kernels(shapes: Shapes, ceilings: Ceilings) -> Iterator[dict[str, Any]]:
@@ -244,15 +236,19 @@ def kernels(shapes: Shapes, ceilings: Ceilings) -> Iterator[dict[str, Any]]:
             case = case_of(shape, ("lora", "lora"), strategy, _here())
             floors = _floors(case, ceilings)
             runs = {
-                f"{direction} {one.kernel.fn.__name__}": partial(
-                    launch, one.kernel, one.grid, one.tile, **one.arguments
-                )
+                f"{direction} {one.kernel.fn.__name__}": partial(_launched, one)
                 for direction, part in zip((FORWARD, BACKWARD), launches_of(case, "cuda"))
                 for one in part
             }
-            for label, found in milliseconds(runs, repeats=10).items():
-                row = {"shape": name, "strategy": strategy, "kernel": label, "milliseconds": found}
+            for label, found in medians(runs).items():
+                row = {"shape": name, "strategy": strategy, "kernel": label, "milliseconds": 1e3 * found}
                 yield row | {"floor_milliseconds": floors.get(label)}
+
+
+def _launched(one: Launch) -> Tensor:
+    """A tensor of the launch, once it is launched."""
+    launch(one.kernel, one.grid, one.tile, **one.arguments)
+    return next(value for value in one.arguments.values() if isinstance(value, Tensor))
 
 
 def _floors(case: Case, ceilings: Ceilings) -> dict[str, float]:
@@ -296,7 +292,8 @@ def main() -> int:
     for key, rows in (("layers", layers(shapes)), ("kernels", kernels(shapes, ceilings))):
         for row in rows:
             content[key].append(row)
-            options.out.write_text(json.dumps(content, indent=1))  # after each: the time may run out
+            text = json.dumps(content, indent=1).encode()
+            write_atomically(options.out, lambda stream, text=text: stream.write(text))  # the time may run out
     rate, bandwidth = ceilings.half / 1e12, ceilings.bandwidth / 1e12
     print(f"{TOLD}product {rate:.0f} TFLOP/s, copy {bandwidth:.2f} TB/s, a launch {ceilings.overhead * 1e6:.2f} us")
     print(table(content))

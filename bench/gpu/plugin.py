@@ -11,8 +11,8 @@ from __future__ import annotations
 import faulthandler
 import json
 import os
+import random
 import signal
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,8 @@ import pytest
 import torch
 
 from .child import count_builds
-from .running import TOLD
+from .verdicts import SELECTED
 
-SELECTED = "selected"
 STDERR = pytest.StashKey[int]()  # where pytest does not capture
 
 
@@ -40,6 +39,12 @@ def pytest_configure(config: pytest.Config) -> None:
     log = config.getoption("tests_log")
     if log is not None and not hasattr(config, "workerinput"):
         config.pluginmanager.register(_Log(log), "tests-log")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Spread long tests, which stand together, over several processes; in each of them the order is the same."""
+    if hasattr(config, "workerinput"):
+        random.Random(0).shuffle(items)
 
 
 @pytest.hookimpl(hookwrapper=True)
@@ -68,8 +73,8 @@ class _Log:
     """Writes the results of all processes, in the one that gathers them."""
 
     def __init__(self, file: Path):
-        self._file, self._seen = file, 0
-        self._outcomes: dict[str, str] = {}  # the last of each test: one that passes may lose the GPU when it ends
+        self._file, self._seen = file, False
+        self._passed = False
 
     def _write(self, **what: Any) -> None:
         with self._file.open("a") as file:
@@ -77,7 +82,7 @@ class _Log:
 
     def pytest_xdist_node_collection_finished(self, ids: list[str]) -> None:
         if not self._seen:
-            self._seen = len(ids)
+            self._seen = True
             self._write(**{SELECTED: len(ids)})
 
     def pytest_collection_finish(self, session: pytest.Session) -> None:
@@ -87,19 +92,13 @@ class _Log:
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.when != "call" and report.passed:
             return
-        self._outcomes[report.nodeid] = report.outcome
+        self._passed |= report.passed
         told = {} if report.passed else {"why": _short(report.longreprtext or str(report.longrepr))}
         self._write(test=report.nodeid, outcome=report.outcome, seconds=round(report.duration, 3), **told)
 
-    def pytest_terminal_summary(self, terminalreporter: Any) -> None:
-        counts = Counter(self._outcomes.values())
-        told = ", ".join(f"{count} {outcome}" for outcome, count in sorted(counts.items()))
-        line = f"{self._seen} selected: {told or 'none ended'}; {self._seen - len(self._outcomes)} not run"
-        terminalreporter.write_line(TOLD + line)
-
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
         """A part none of whose tests passed has shown nothing."""
-        if session.exitstatus == pytest.ExitCode.OK and "passed" not in self._outcomes.values():
+        if session.exitstatus == pytest.ExitCode.OK and not self._passed:
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 

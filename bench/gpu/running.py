@@ -30,7 +30,8 @@ class Outcome(NamedTuple):
 
     Attributes:
         status: PASSED, FAILED, TIME_UP or NOT_RUN.
-        exit: the exit status of its process; negative for a signal; None if it did not start.
+        exit: the exit status of its process; negative for a signal; None if it did not start, or could not be ended.
+        limit: seconds that it had.
         told: its verdicts.
         asked, compiled: how many builds of kernels its processes asked Triton for, and how many of them it compiled.
         builds: their names: see ``builds.py``.
@@ -40,6 +41,7 @@ class Outcome(NamedTuple):
     status: str
     seconds: float
     exit: int | None
+    limit: float = 0.0
     told: tuple[str, ...] = ()
     asked: int = 0
     compiled: int = 0
@@ -162,16 +164,23 @@ class _Running:
             self._end(TIME_UP if self._interrupted else FAILED if status else PASSED, status)
         elif self._interrupted is None and now - self._began > self._limit:
             self.interrupt()
+        elif self._interrupted is not None and now - self._interrupted > 2 * GRACE:
+            self._end(TIME_UP, None)  # it waits for the driver, and cannot be killed
         elif self._interrupted is not None and now - self._interrupted > GRACE:
             _signal(self._process, signal.SIGKILL)
 
     def interrupt(self) -> None:
+        """Let the part say where it is, and end."""
         if self.outcome is None and self._process is not None:
             self._interrupted = time.monotonic()
+            if not self._part.under:
+                with suppress(ProcessLookupError):
+                    self._process.send_signal(signal.SIGUSR1)
+                time.sleep(POLL)
             _signal(self._process, signal.SIGINT)
 
     def _end(self, status: str, code: int | None) -> None:
-        self.outcome = Outcome(self._part.name, status, time.monotonic() - self._began, code)
+        self.outcome = Outcome(self._part.name, status, time.monotonic() - self._began, code, self._limit)
         self._program.ended(self._part, self.outcome, self._log)
 
 
@@ -181,8 +190,10 @@ def _signal(process: subprocess.Popen, number: signal.Signals) -> None:
 
 
 def _builds(folder: Path) -> dict[str, Any]:
-    file = folder / BUILDS
-    found = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    file, found = folder / BUILDS, []
+    for line in file.read_text().splitlines() if file.exists() else []:
+        with suppress(ValueError):  # a process was killed while it wrote
+            found.append(json.loads(line))
     names = sorted({name for one in found for name in one["names"]})
     return {key: sum(one[key] for one in found) for key in ("asked", "compiled")} | {"builds": tuple(names)}
 
@@ -190,7 +201,7 @@ def _builds(folder: Path) -> dict[str, Any]:
 def line_of(outcome: Outcome) -> str:
     status = outcome.status + (f" (exit {outcome.exit})" if outcome.exit else "")
     builds = f"; builds: {outcome.asked} asked for, {outcome.compiled} compiled" if outcome.asked else ""
-    return f"{outcome.part:16} {outcome.seconds:6.1f} s  {status}{builds}"
+    return f"{outcome.part:16} {outcome.seconds:6.1f} of {outcome.limit:3.0f} s  {status}{builds}"
 
 
 def failed(outcomes: Sequence[Outcome]) -> bool:

@@ -47,12 +47,11 @@ def _largest_error(a: str, b: str, product: str, strategy: str) -> float:
 
     a_term = term(a, OUTPUTS if product == "hadamard" else INPUTS)
     terms = Terms(a_term, term(b, OUTPUTS), Vector(random(INPUTS)), Vector(random(OUTPUTS)), None, product=product)
-    terms = terms.map(torch.Tensor.cuda)
-    x, weight, bias, dy = (
-        random(*size).bfloat16().cuda() for size in ((TOKENS, INPUTS), (OUTPUTS, INPUTS), (OUTPUTS,), (TOKENS, OUTPUTS))
-    )
+    sizes = (TOKENS, INPUTS), (OUTPUTS, INPUTS), (OUTPUTS,), (TOKENS, OUTPUTS)
+    x, weight, bias, dy = (random(*size).bfloat16() for size in sizes)
     with use_backend("triton", strategy=strategy):
-        got = _results(glora_linear, x, weight, bias, terms, dy)
+        on_gpu = [one.cuda() for one in (x, weight, bias)]
+        got = [one.cpu() for one in _results(glora_linear, *on_gpu, terms.map(torch.Tensor.cuda), dy.cuda())]
     want, scale = (
         _results(reference.glora_linear, *map(in_fp64, (x, weight, bias)), terms.map(in_fp64), in_fp64(dy))
         for in_fp64 in (torch.Tensor.double, lambda tensor: tensor.double().abs())

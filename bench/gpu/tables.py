@@ -13,11 +13,10 @@ from ..timing import WHOLE
 from ..workloads import FORWARD
 from .builds import name_of
 from .running import PASSED
-from .verdicts import judged
+from .verdicts import STEPS, judged
 
 MACHINE, PARTS = "machine.json", "parts.json"  # written by landing.py
 NOT_YET = "*No run on a GPU yet.*"
-STEPS = ("steps", "compiled_steps")
 PEAK = "peak_bytes"
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +21,8 @@ VIT, LLAMA = "vit_b ", "llama7b "
 FORWARD_AT_MOST = 1.06  # forward as dispatched over the frozen layer's, one dense product
 LAYER_OVER_FROZEN = {VIT: 1.40, LLAMA: 1.25}
 LAYER_OVER_LORA = 0.75
+STEPS = ("steps", "compiled_steps")
+SELECTED, SHOWN = "selected", 12  # of the log of tests; how many failures are named
 STEP_OVER = {LORA: 0.90, GLORA: 0.45}
 
 
@@ -40,19 +43,17 @@ class Verdict(NamedTuple):
 
 def judged(out: Path) -> list[Verdict]:
     """The thresholds for which the folder has figures; of several shapes the worst is named."""
-    makers: dict[str, Callable[[dict[str, Any]], Iterator[Verdict]]] = {
-        "kernels": _of_kernels,
-        "layers": _of_layers,
-        "steps": _of_steps,
-        "compiled_steps": _of_steps,
-        "inference": _of_inference,
-    }
-    found: list[Verdict] = []
-    for name, make in makers.items():
-        file = out / f"{name}.json"
-        if file.exists():
-            found += make(json.loads(file.read_text()))
-    return found
+    kernels, layers, inference = (_read(out / f"{name}.json") for name in ("kernels", "layers", "inference"))
+    steps = [section for name in STEPS for section in _read(out / f"{name}.json").get("sections", ())]
+    return [*_of_kernels(kernels), *_of_layers(layers), *_of_steps(steps), *_of_inference(inference)]
+
+
+def _read(file: Path) -> dict[str, Any]:
+    """Nothing if the file is not there, or if its writer was cut off."""
+    try:
+        return json.loads(file.read_text())
+    except (OSError, ValueError):
+        return {}
 
 
 def summary(outcomes: Sequence[Outcome], out: Path) -> str:
@@ -62,6 +63,7 @@ def summary(outcomes: Sequence[Outcome], out: Path) -> str:
         lines += [line_of(outcome), *(f"    {told}" for told in outcome.told)]
     if verdicts := judged(out):
         lines += ["thresholds:", *map(str, verdicts)]
+    lines += _tests(out / "tests.jsonl")
     asked, compiled = (sum(getattr(outcome, key) for outcome in outcomes) for key in ("asked", "compiled"))
     bad = [outcome.part for outcome in outcomes if outcome.status != PASSED]
     lines.append(f"builds: {asked} asked for, {compiled} compiled here")
@@ -71,11 +73,27 @@ def summary(outcomes: Sequence[Outcome], out: Path) -> str:
     return "\n".join(lines)
 
 
+def _tests(log: Path) -> list[str]:
+    """How many tests were selected and how they ended, and the first that failed."""
+    if not log.exists():
+        return []
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    selected = sum(line[SELECTED] for line in lines if SELECTED in line)
+    outcomes = {line["test"]: line["outcome"] for line in lines if "test" in line}
+    counts = Counter(outcomes.values())
+    told = ", ".join(f"{count} {outcome}" for outcome, count in sorted(counts.items()))
+    failures = [test for test, outcome in outcomes.items() if outcome == "failed"]
+    return [
+        *(f"FAILED {test}" for test in failures[:SHOWN]),
+        f"tests: {selected} selected: {told or 'none ended'}; {selected - len(outcomes)} not run",
+    ]
+
+
 def _of_kernels(content: dict[str, Any]) -> Iterator[Verdict]:
     for start in ("ViT-B", "LLaMA-7B 8192"):
         rows = [
             (row["over_frozen"][FORWARD]["as dispatched"]["median"], f"{row['shape']}, {row['path']}")
-            for row in content["layers"]
+            for row in content.get("layers", ())
             if row["shape"].startswith(start)
         ]
         yield from _worst("forward over one dense product", rows, FORWARD_AT_MOST)
@@ -88,10 +106,11 @@ def _of_layers(content: dict[str, Any]) -> Iterator[Verdict]:
     yield from _worst("layer step over PEFT LoRA's", rows, LAYER_OVER_LORA)
 
 
-def _of_steps(content: dict[str, Any]) -> Iterator[Verdict]:
-    """Each at its fastest way of taking a step."""
-    for section in content["sections"]:
-        times = {name: statistics.median(found) for name, found in section["phases"].get(WHOLE, {}).items()}
+def _of_steps(sections: list[dict[str, Any]]) -> Iterator[Verdict]:
+    """Each at its fastest way of taking a step: medians of its own runs."""
+    for title in dict.fromkeys(section["name"] for section in sections):
+        runs = [section["phases"].get(WHOLE, {}) for section in sections if section["name"] == title]
+        times = {name: statistics.median(found) for run in runs for name, found in run.items()}
 
         def fastest(who: str, times: dict[str, float] = times) -> tuple[float, str]:
             return min(((found, name) for name, found in times.items() if name.startswith(who)), default=(0.0, ""))
@@ -100,11 +119,11 @@ def _of_steps(content: dict[str, Any]) -> Iterator[Verdict]:
         for peer, at_most in STEP_OVER.items():
             theirs, way = fastest(peer)
             if own_way and way:
-                yield Verdict(f"step over {peer}'s, {section['name']}: {own_way} over {way}", ours / theirs, at_most)
+                yield Verdict(f"step over {peer}'s, {title}: {own_way} over {way}", ours / theirs, at_most)
 
 
 def _of_inference(content: dict[str, Any]) -> Iterator[Verdict]:
-    for section in content["sections"]:
+    for section in content.get("sections", ()):
         if section["group"] == "latency":
             (row,) = (row for row in section["ratios"] if (row["candidate"], row["baseline"]) == (MERGED, ORIGINAL))
             noise = "" if merged_as_fast(section) else ", more than noise"
@@ -115,7 +134,7 @@ def _of_inference(content: dict[str, Any]) -> Iterator[Verdict]:
 def _ratios(content: dict[str, Any], group: str, start: str, candidate: str, baseline: str) -> list[tuple[float, str]]:
     return [
         (row["median"], section["name"])
-        for section in content["sections"]
+        for section in content.get("sections", ())
         if section["group"] == group and section["name"].startswith(start)
         for row in section["ratios"]
         if (row["phase"], row["candidate"], row["baseline"]) == (WHOLE, candidate, baseline)

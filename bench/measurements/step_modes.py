@@ -6,6 +6,7 @@ graph. In every mode ours sets new random paths within the step, so that this is
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
@@ -131,6 +132,7 @@ COMPARISONS = (
 
 def measure(shape_set: str, model: Model, settings: Settings, backend: str = "inductor") -> Section:
     """Check and time every way that ``settings`` ask for; in a round, ours takes the same new paths in all modes."""
+    began = time.monotonic()
     entrants = dict.fromkeys(way.entrant for way in WAYS.values())
     field, workload, sampler, paths = make_checked(model, settings, entrants, count=2)
     torch.compiler.reset()
@@ -139,7 +141,7 @@ def measure(shape_set: str, model: Model, settings: Settings, backend: str = "in
     steps: dict[str, Step] = {}
     facts: dict[str, dict[str, float]] = {}
     for name, way in WAYS.items():
-        reason = field.missing.get(way.entrant) or _left_out(way.mode, settings)
+        reason = field.missing.get(way.entrant) or _left_out(way.mode, settings, began)
         if reason is not None:
             missing[name] = reason
         elif way.entrant in field.models:
@@ -178,7 +180,9 @@ def measure(shape_set: str, model: Model, settings: Settings, backend: str = "in
     )
 
 
-def _left_out(mode: str, settings: Settings) -> str | None:
+def _left_out(mode: str, settings: Settings, began: float) -> str | None:
+    if settings.preparing is not None and time.monotonic() - began > settings.preparing:
+        return f"not prepared within --preparing {settings.preparing:g}"
     if mode not in settings.modes:
         return f"left out by --modes {','.join(settings.modes)}"
     if mode == GRAPHS and graphs_for(torch.device(settings.device)) is None:

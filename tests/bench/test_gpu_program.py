@@ -62,9 +62,11 @@ def _is_in(file, taken):
 
 
 @pytest.mark.parametrize(("call", "part"), ALL)
-def test_modules_exist(call, part):
-    name = "bench/test_model.py" if part.module == "pytest" else f"{part.module.replace('.', '/')}.py"
-    assert (ROOT / name).exists()
+def test_modules_and_files_exist(call, part):
+    module = [] if part.module == "pytest" else [f"{part.module.replace('.', '/')}.py"]
+    files = [argument.removeprefix("--ignore=") for argument in part.arguments if argument.endswith(".py")]
+    assert module or files or "tests/gpu" in part.arguments
+    assert all((ROOT / name).exists() for name in (*module, *files))
 
 
 # Running --------------------------------------------------------------------------------------------------------------
@@ -87,7 +89,8 @@ def run(tmp_path, monkeypatch):
     for name, text in MODULES.items():
         (tmp_path / "modules" / f"{name}.py").write_text(text)
     (tmp_path / "modules" / "runs.py").write_text(
-        "import runpy, sys; sys.argv = sys.argv[1:]; runpy.run_module(sys.argv[0], run_name='__main__', alter_sys=True)"
+        "import faulthandler, runpy, signal, sys; faulthandler.register(signal.SIGUSR1); sys.argv = sys.argv[1:]\n"
+        "runpy.run_module(sys.argv[0], run_name='__main__', alter_sys=True)"
     )
     out = tmp_path / "out"
     out.mkdir()
@@ -127,6 +130,7 @@ def test_time_is_up_for_one_that_hears_and_for_one_that_does_not(run):
     assert time.monotonic() - began < 10
     assert [found[name].status for name in ("hears", "is_deaf", "passes")] == [TIME_UP, TIME_UP, PASSED]
     assert found["hears"].told == ("cut short",)
+    assert (out / "logs.txt").read_text().count("Current thread") == 2  # where they were
     assert found["is_deaf"].exit == -9
     assert "\non\n" in (out / "logs.txt").read_text()
     assert running.failed(list(found.values()))
@@ -197,7 +201,8 @@ def test_results_are_written_as_they_come_and_hide_no_others(tmp_path):
         "test_loses_the_gpu": "failed",
     }
     assert list(outcomes.values()) == ["passed"] * 8
-    assert "verdict: 13 selected: 3 failed, 9 passed, 1 skipped; 0 not run" in done.stdout
+    (tmp_path / "log").rename(tmp_path / "tests.jsonl")
+    assert "tests: 13 selected: 3 failed, 9 passed, 1 skipped; 0 not run" in verdicts.summary([], tmp_path)
     assert "illegal memory access" in done.stderr + done.stdout
     assert done.returncode == 1
 
@@ -226,8 +231,11 @@ def test_a_cache_is_carried_to_another_folder(tmp_path):
     assert all(Path(path).read_text() == name for name, path in group.items())
 
 
-def test_without_a_carried_cache_it_says_so(tmp_path):
-    assert "every build is compiled here" in cache.unpacked(tmp_path / "triton.tar.xz", tmp_path / "there")
+@pytest.mark.parametrize("content", [None, b"", b"\xfd7zXZ\x00 cut off"], ids=["none", "empty", "cut"])
+def test_without_a_carried_cache_it_says_so(tmp_path, content):
+    if content is not None:
+        (tmp_path / "triton.tar.xz").write_bytes(content)
+    assert "builds are compiled here" in cache.unpacked(tmp_path / "triton.tar.xz", tmp_path / "there")
 
 
 # Verdicts, and what is committed --------------------------------------------------------------------------------------
@@ -265,7 +273,7 @@ def out(tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     (out / "machine.json").write_text(json.dumps(machine()))
-    outcome = Outcome("tests", PASSED, 60.0, 0, ("9 selected",), 3, 1, ("no such build",))
+    outcome = Outcome("tests", PASSED, 60.0, 0, 75.0, ("all is well",), 3, 1, ("no such build",))
     (out / "parts.jsonl").write_text(json.dumps(outcome._asdict()) + "\n")
     tests = [{"selected": 2}, {"test": "a.py::t[1]", "outcome": "passed"}, {"test": "a.py::t[2]", "outcome": "failed"}]
     (out / "tests.jsonl").write_text("".join(json.dumps(line) + "\n" for line in tests))
@@ -288,12 +296,24 @@ def test_verdicts_name_the_worst_shape_and_the_fastest_way(out):
     }
 
 
+def test_a_file_that_was_cut_off_has_no_verdicts(out):
+    (out / "kernels.json").write_text((out / "kernels.json").read_text()[:100])
+    assert [one.what.partition(",")[0] for one in verdicts.judged(out)] == [
+        "step over PEFT LoRA's",
+        "step over PEFT GLoRA's",
+    ]
+
+
 def test_the_summary_ends_with_what_failed(out):
-    outcomes = [Outcome("tests", FAILED, 3.0, 1, ("2 selected",), 5, 2), Outcome("kernels", PASSED, 1.0, 0)]
+    outcomes = [Outcome("tests", FAILED, 3.0, 1, 75.0, ("as told",), 5, 2), Outcome("kernels", PASSED, 1.0, 0, 40.0)]
     lines = verdicts.summary(outcomes, out).splitlines()
-    assert lines[-1] == "parts: 1 passed, 1 failed: tests"
-    assert lines[-2] == "builds: 5 asked for, 2 compiled here"
-    assert "    2 selected" in lines and any(line.startswith("MISSED  1.250 (at most 1.06)") for line in lines)
+    assert lines[-4:] == [
+        "FAILED a.py::t[2]",
+        "tests: 2 selected: 1 failed, 1 passed; 0 not run",
+        "builds: 5 asked for, 2 compiled here",
+        "parts: 1 passed, 1 failed: tests",
+    ]
+    assert "    as told" in lines and any(line.startswith("MISSED  1.250 (at most 1.06)") for line in lines)
 
 
 def test_landing(out, tmp_path, monkeypatch):

@@ -1,8 +1,11 @@
 """Short names of builds (``bench/gpu/builds.py``): the same for what is listed and for what is compiled for a launch."""
 
-import pytest
+from types import SimpleNamespace
 
-from bench.gpu.builds import name_of, name_of_source
+import pytest
+from triton.runtime.jit import JITFunction
+
+from bench.gpu.builds import is_ours, name_of, name_of_source
 from glora_kernels._triton.builds import builds_of
 from glora_kernels._triton.shipped import shipped
 from tests.compiled.driver import library
@@ -20,6 +23,7 @@ def test_names_of_launches_are_those_of_the_list(number):
     case, launched = calls(ARCHITECTURE)[number], []
     with absent_gpu(ARCHITECTURE, lambda launch: launched.append(launch.kernel)), pytest.raises(AssertionError):
         check_case(case)  # nothing is computed
+    assert all(is_ours(kernel.src) for kernel in launched)
     names = {name_of_source(kernel.src, kernel.metadata._asdict()) for kernel in launched}
     assert names == set(map(name_of, builds_of([case])))
 
@@ -29,5 +33,5 @@ def test_no_two_builds_have_one_name():
     assert len(set(map(name_of, listed))) == len(listed)
 
 
-def test_what_is_not_a_kernels_source_has_no_name():
-    assert name_of_source(object(), {}) is None
+def test_others_kernels_are_not_ours():
+    assert not is_ours(SimpleNamespace(fn=JITFunction(test_others_kernels_are_not_ours))) and not is_ours(object())

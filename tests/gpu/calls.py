@@ -39,6 +39,9 @@ def check_bits(path):
     call = to_gpu(make_call((*path, "lora_3", "vector", "vector"), (1023, 513, 769), dtype=torch.bfloat16))
     dy = upstream(call).cuda()
     first = results(glora_linear, *call, dy)
+    differ = torch.zeros((), dtype=torch.bool, device="cuda")
     for _ in range(2 if is_rehearsal() else 1000):
         again = results(glora_linear, *call, dy)
-        assert all(torch.equal(first[name], again[name]) for name in first)
+        for name, value in first.items():
+            differ |= (value.view(torch.int8) != again[name].view(torch.int8)).any()  # read once, at the end
+    assert not differ
