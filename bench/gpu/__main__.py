@@ -66,14 +66,14 @@ def _program(options: argparse.Namespace, scratch: Path) -> Program:
 
 def _prepared(part: Part, options: argparse.Namespace) -> Part:
     """The part as this call runs it."""
+    part = part._replace(limit=part.limit * options.limits)
     if part.module == "glora_kernels.tune" and cache.CANDIDATES.exists():
         part = part._replace(arguments=(*part.arguments, "--candidates", str(cache.CANDIDATES)))
     if not options.rehearse:
         return part
     fault = WRONG if {part.name, ALL} & {*options.wrong} else HANG if {part.name, ALL} & {*options.hang} else NO_FAULT
     environment = {**part.environment, VARIABLE: fault}
-    limit = part.limit * options.limits
-    return part._replace(arguments=(*part.arguments, *part.rehearsed), environment=environment, limit=limit)
+    return part._replace(arguments=(*part.arguments, *part.rehearsed), environment=environment)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -82,6 +82,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("out", type=Path, metavar="OUTDIR", help="an empty folder, or one to be made")
     parser.add_argument("--only", nargs="+", default=(ALL,), metavar="PART", help="run these parts alone")
     parser.add_argument("--seconds", type=float, default=CALL, help=f"of the whole call (default: {CALL:g})")
+    parser.add_argument("--limits", type=float, default=1.0, metavar="FACTOR", help="of the limits of all parts")
     parser.add_argument("--triton-cache", type=Path, metavar="DIR", help="use this one, not the one that was packed")
     rehearse = parser.add_argument_group("rehearsal", "on a machine without a GPU")
     rehearse.add_argument(
@@ -89,7 +90,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     rehearse.add_argument("--wrong", nargs="+", default=(), metavar="PART", help="let results of these parts be wrong")
     rehearse.add_argument("--hang", nargs="+", default=(), metavar="PART", help="let these parts never end")
-    rehearse.add_argument("--limits", type=float, default=1.0, metavar="FACTOR", help="of the limits of all parts")
     return parser
 
 
