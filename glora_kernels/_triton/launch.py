@@ -25,6 +25,7 @@ from triton.runtime.interpreter import InterpretedFunction
 from ..planning.settings import Tile
 from ..planning.steps import Amount
 from ..planning.steps import Launch as Step
+from .kernels import KERNELS
 from .tile import span
 
 ALIGNMENT = 16  # bytes: Triton loads wide vectors from a pointer that is a multiple of this
@@ -236,7 +237,19 @@ class SizedLaunch:
 
 def compile_for(kernel: Any, values: tuple, tile: Tile) -> Any:
     """The kernel compiled for such arguments, or taken from Triton's cache; nothing is launched."""
+    _name_kernels()
     return kernel.warmup(*values, grid=(1,), **_options(tile))
+
+
+@cache
+def _name_kernels() -> None:
+    """Let Triton find the names that its cache has for the kernels, always in the same order.
+
+    Before 3.8 the name of a kernel depends on which of those that share a function with it were named before. Then what
+    one process has compiled, another does not find.
+    """
+    for kernel in KERNELS.values():
+        kernel.cache_key  # noqa: B018
 
 
 def spills(compiled: Any) -> int:

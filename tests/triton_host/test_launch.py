@@ -173,3 +173,26 @@ def test_another_direct_call_goes_the_public_way(monkeypatch, missing):
     assert kernel.public == [((3,), (x, y, 10, 1, 16), {"num_warps": 4, "num_stages": 2, "enable_fp_fusion": True})] * 2
     with pytest.raises(AssertionError, match="toy_kernel: expected"):
         launch(kernel, 3, TILE, **{"y_ptr": y, **arguments})
+
+
+@pytest.mark.parametrize("first", ["fused", "finish"])
+def test_kernels_are_named_in_one_order_before_any_is_compiled(monkeypatch, first):
+    """Triton 3.6 and 3.7 put into a name what was known of other kernels at the time."""
+    done = []
+
+    class Kernel(SimpleNamespace):
+        @property
+        def cache_key(self):
+            done.append(self.name)
+
+        def warmup(self, **_):
+            done.append(f"compiled {self.name}")
+
+    kernels = {name: Kernel(name=name) for name in module.KERNELS}
+    monkeypatch.setattr(module, "KERNELS", kernels)
+    module._name_kernels.cache_clear()
+    try:
+        module.compile_for(kernels[first], (), Tile(0, 0, 0, 4, 2))
+    finally:
+        module._name_kernels.cache_clear()
+    assert done == [*kernels, f"compiled {first}"]
