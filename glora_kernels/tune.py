@@ -73,7 +73,7 @@ def candidates(kernel: str, tile: Tile) -> Iterator[Tile]:
         yield replace(tile, swap=not tile.swap)
 
 
-def problems(kernel: str, rule: Rule, name: str, shapes: Shapes) -> Iterator[Case]:
+def problems(kernel: str, rule: Rule, name: str, shapes: Shapes = SHAPES) -> Iterator[Case]:
     """For each shape, a call that the rule of architecture ``name`` is meant for; all terms are low rank."""
     rank = rule.max_rank or RANK
     return cases(

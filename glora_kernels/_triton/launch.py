@@ -34,6 +34,12 @@ _compiled: dict[tuple, Any] = {}
 # Whether compiled kernels are called directly: not while launches are recorded, and not after a direct call has failed.
 direct = not isinstance(span, InterpretedFunction)
 
+if direct:
+    # Triton's keys for the kernels, always in the same order. Before 3.8 the key of a kernel depends on which of those
+    # that share a function with it had theirs before: what one process has compiled, another would not find.
+    for _kernel in KERNELS.values():
+        _kernel.cache_key  # noqa: B018
+
 
 class Launch(NamedTuple):
     """The arguments of one call of :func:`launch`."""
@@ -237,19 +243,7 @@ class SizedLaunch:
 
 def compile_for(kernel: Any, values: tuple, tile: Tile) -> Any:
     """The kernel compiled for such arguments, or taken from Triton's cache; nothing is launched."""
-    _name_kernels()
     return kernel.warmup(*values, grid=(1,), **_options(tile))
-
-
-@cache
-def _name_kernels() -> None:
-    """Let Triton find the names that its cache has for the kernels, always in the same order.
-
-    Before 3.8 the name of a kernel depends on which of those that share a function with it were named before. Then what
-    one process has compiled, another does not find.
-    """
-    for kernel in KERNELS.values():
-        kernel.cache_key  # noqa: B018
 
 
 def spills(compiled: Any) -> int:
