@@ -120,7 +120,7 @@ def better_tiles(kernel: str, tile: Tile, cost: Callable[[Tile], float], deadlin
         center = best
 
 
-def times_of(kernel: str, rule: Rule, tile: Tile, name: str, shapes: Shapes, measure: Measure) -> Times | str:
+def times_of(kernel: str, rule: Rule, tile: Tile, name: str, measure: Measure, shapes: Shapes = SHAPES) -> Times | str:
     """What the launches of every problem take with this tile, or why it is left out."""
     found: Times = {}
     try:
@@ -230,7 +230,7 @@ class Tuning:
 
         def cost(tile: Tile) -> float:
             reason = self._known.get((kernel, replace(rule, tile=tile)))
-            found = reason or times_of(kernel, rule, tile, self.name, self._shapes, self._measure)
+            found = reason or times_of(kernel, rule, tile, self.name, self._measure, self._shapes)
             if isinstance(found, str):
                 costs[tile] = math.inf
                 self._log.write(self.name, kernel, rule, tile, reason=found)
