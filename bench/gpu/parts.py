@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import NamedTuple
 
-CALL = 235.0  # seconds that a call takes at most, and a few for its start
+CALL = 235.0  # seconds that a call takes at most, from its very start
 GRACE = 5.0  # seconds that a part has to end after an interrupt
 PROCESSES = 14  # that test at a time
 
