@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 import glora
 from glora import GLoRALayer, PathConfig, SearchSpace
-from glora.files import write_atomically
+from glora.files import write_text_atomically
 from glora.paths import sampler_for, set_layer_paths
 from glora_kernels import available_backends, use_backend
 
@@ -345,7 +345,7 @@ def main(arguments: list[str] | None = None) -> None:
     if options.out is not None:
         options.out.mkdir(parents=True, exist_ok=True)
         for name, text in ((JSON, json.dumps(content, indent=1) + "\n"), (TABLE, table(content))):
-            write_atomically(options.out / name, lambda stream, text=text: stream.write(text.encode()))
+            write_text_atomically(options.out / name, text)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from glora.files import write_atomically
+from glora.files import write_text_atomically
 
 from .entrants.names import ASSEMBLED, FROZEN, GLORA, HIRA, LORA, LYCORIS_BYPASS, OFFICIAL, OURS, OURS_MATMUL
 from .gpu import tables
@@ -131,7 +131,7 @@ def write(check: bool = False) -> bool:
         wanted[file] = with_table(wanted[file], name, table(RESULTS))
     for file, text in wanted.items():
         if text != texts[file] and not check:
-            write_atomically(file, lambda stream, text=text: stream.write(text.encode()))
+            write_text_atomically(file, text)
     return wanted != texts
 
 

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from glora.files import write_atomically
+from glora.files import write_text_atomically
 
 from .environment import environment
 from .section import Section
@@ -46,7 +46,7 @@ def write(content: dict[str, Any], folder: Path, pictures: bool = True) -> list[
     folder.mkdir(parents=True, exist_ok=True)
     files = {folder / JSON: json.dumps(content, indent=1) + "\n", folder / TABLE: table(content)}
     for file, text in files.items():
-        write_atomically(file, lambda stream, text=text: stream.write(text.encode()))
+        write_text_atomically(file, text)
     if not pictures:
         return list(files)
     try:

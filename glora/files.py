@@ -55,6 +55,11 @@ def write_atomically(file: str | os.PathLike, write: Callable[[BinaryIO], object
     _remove_stale(target)
 
 
+def write_text_atomically(file: str | os.PathLike, text: str) -> None:
+    """As :func:`write_atomically`, for text, in UTF-8."""
+    write_atomically(file, lambda stream: stream.write(text.encode()))
+
+
 def write_folder_atomically(argument: str, folder: str | os.PathLike, files: Mapping[str, bytes]) -> None:
     """Make ``folder`` hold exactly ``files``; if killed at any moment, it leaves all of them or what was there before.
 

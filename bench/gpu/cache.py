@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .builds import name_of
+from .parts import LAYERS, MODELS, TUNED
 from .running import ROOT
 
 if TYPE_CHECKING:
@@ -74,7 +75,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     jobs = parser.parse_args(argv).jobs
     cache = FOLDER / "triton"
     os.environ |= {"TRITON_CACHE_DIR": str(cache), "PYTHONPATH": str(ROOT)}
-    from .parts import TUNED
 
     statuses = [_measured(jobs)]
     tuner = ["--compile", GPU, "--kernels", *TUNED, "--jobs", str(jobs), "--log", str(CANDIDATES)]
@@ -118,7 +118,6 @@ def builds_measured() -> Iterator[Build]:
     from ..measurements.inference import BATCHES
     from ..shapes import SHAPE_SETS
     from . import ops
-    from .parts import LAYERS, MODELS
 
     both, half = (True, False), torch.bfloat16
     yield from builds_of(

@@ -16,16 +16,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from glora.files import write_atomically
+from glora.files import write_text_atomically
 
 from .. import readme
 from ..environment import environment
 from ..workloads import FORWARD
+from .running import ROOT
 from .tables import MACHINE, PARTS
+from .verdicts import read
 
 COPIED = ("kernels.json", "layers.json", "steps.json", "compiled_steps.json", "inference.json", "tiles.jsonl")
 TESTS = "tests.json"
-MACHINES = Path(__file__).resolve().parents[2] / "glora_kernels/planning/machines.py"
+MACHINES = ROOT / "glora_kernels/planning/machines.py"
 LARGE = "LLaMA-7B 8192"  # shapes whose products are long enough to give a rate
 
 
@@ -37,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         folder = landed(outs, readme.RESULTS)
     except ValueError as error:
         parser.error(str(error))
-    _write(MACHINES, with_ceilings(MACHINES.read_text(), folder))
+    write_text_atomically(MACHINES, with_ceilings(MACHINES.read_text(), folder))
     readme.write()
     print(f"{folder}, {MACHINES.name} and the tables are written; look at `git diff`, then commit")
     return 0
@@ -55,18 +57,18 @@ def landed(outs: Sequence[Path], results: Path) -> Path:
     machine = {**machines[0], "commit": machines[0]["commit"] or environment("cpu")["commit"]}
     folder = results / f"gpu-{machine['architecture']}"
     folder.mkdir(parents=True, exist_ok=True)
-    _write(folder / MACHINE, json.dumps(machine, indent=1) + "\n")
+    write_text_atomically(folder / MACHINE, json.dumps(machine, indent=1) + "\n")
     parts = [json.loads(line) for out in outs for line in (out / "parts.jsonl").read_text().splitlines()]
-    before = json.loads((folder / PARTS).read_text())["parts"] if (folder / PARTS).exists() else []
+    before = read(folder / PARTS).get("parts", [])
     new = {part["part"] for part in parts}
     kept = [part for part in before if part["part"] not in new]
-    _write(folder / PARTS, json.dumps({"parts": [*kept, *parts]}) + "\n")
+    write_text_atomically(folder / PARTS, json.dumps({"parts": [*kept, *parts]}) + "\n")
     for out in outs:
         for name in COPIED:
             if (out / name).exists():
                 shutil.copyfile(out / name, folder / name)
         if (out / "tests.jsonl").exists():
-            _write(folder / TESTS, json.dumps(_tests(out / "tests.jsonl"), indent=1) + "\n")
+            write_text_atomically(folder / TESTS, json.dumps(_tests(out / "tests.jsonl"), indent=1) + "\n")
     return folder
 
 
@@ -96,11 +98,9 @@ def _tests(log: Path) -> dict[str, Any]:
 
 def with_ceilings(text: str, folder: Path) -> str:
     """``machines.py`` with the figures that the run has measured, marked so."""
-    machine = json.loads((folder / MACHINE).read_text())
-    file = folder / "kernels.json"
-    if not file.exists():
+    machine, content = read(folder / MACHINE), read(folder / "kernels.json")
+    if not content:
         return text
-    content = json.loads(file.read_text())
     found = dict(content["ceilings"])
     if share := _assembled(content["layers"]):
         found["assembled"] = share
@@ -128,10 +128,6 @@ def _figure(value: float) -> str:
     """Three digits, with an exponent of three as ``machines.py`` has it."""
     exponent = 0 if 0.01 <= value < 1e6 else 12 if value >= 1e9 else 6 if value >= 1e6 else -6
     return f"{float(f'{value / 10.0**exponent:.3g}'):g}" + (f"e{exponent}" if exponent else "")
-
-
-def _write(file: Path, text: str) -> None:
-    write_atomically(file, lambda stream: stream.write(text.encode()))
 
 
 if __name__ == "__main__":

@@ -10,11 +10,10 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from glora.files import write_atomically
+from glora.files import write_text_atomically
 
 from ..environment import environment
 from .rehearsal import is_rehearsal
@@ -44,16 +43,12 @@ def main() -> int:
         "tools": {tool: shutil.which(tool) for tool in TOOLS},
         "nvidia_smi": {},
     }
-    _write(found, out)
+    write_text_atomically(out, json.dumps(found, indent=1) + "\n")
     found["nvidia_smi"] = _asked()  # which may take long
-    _write(found, out)
+    write_text_atomically(out, json.dumps(found, indent=1) + "\n")
     versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items() if version)
     print(f"{TOLD}{found['device']}, driver {found['nvidia_smi'].get('driver_version')}; {versions}")
     return 0
-
-
-def _write(found: dict[str, Any], out: Path) -> None:
-    write_atomically(out, lambda stream: stream.write(json.dumps(found, indent=1).encode() + b"\n"))
 
 
 def _asked() -> dict[str, str]:

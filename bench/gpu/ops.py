@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from glora.files import write_atomically
+from glora.files import write_text_atomically
 from glora.graphs.capture import CudaGraphs
 from glora_kernels import Constant, LowRank, Terms, Vector, glora_linear, reference, use_backend
 from glora_kernels._triton.device import architecture
@@ -292,8 +292,7 @@ def main() -> int:
     for key, rows in (("layers", layers(shapes)), ("kernels", kernels(shapes, ceilings))):
         for row in rows:
             content[key].append(row)
-            text = json.dumps(content, indent=1).encode()
-            write_atomically(options.out, lambda stream, text=text: stream.write(text))  # the time may run out
+            write_text_atomically(options.out, json.dumps(content, indent=1))  # after each: the time may run out
     rate, bandwidth = ceilings.half / 1e12, ceilings.bandwidth / 1e12
     print(f"{TOLD}product {rate:.0f} TFLOP/s, copy {bandwidth:.2f} TB/s, a launch {ceilings.overhead * 1e6:.2f} us")
     print(table(content))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections import Counter
 from pathlib import Path
@@ -13,7 +12,7 @@ from ..timing import WHOLE
 from ..workloads import FORWARD
 from .builds import name_of
 from .running import PASSED
-from .verdicts import STEPS, judged
+from .verdicts import STEPS, judged, read
 
 MACHINE, PARTS = "machine.json", "parts.json"  # written by landing.py
 NOT_YET = "*No run on a GPU yet.*"
@@ -36,7 +35,7 @@ def _speeds(folder: Path) -> str:
         for one in judged(folder)
     ]
     parts = [f"*{_machine(folder)}*", "\n".join(["| time over time | found | at most | |", "|---|---|---|---|", *rows])]
-    parts += [_steps(section) for name in STEPS for section in _read(folder / f"{name}.json").get("sections", ())]
+    parts += [_steps(section) for name in STEPS for section in read(folder / f"{name}.json").get("sections", ())]
     return "\n\n".join(parts)
 
 
@@ -61,8 +60,8 @@ def builds(results: Path) -> str:
 def _builds(folder: Path) -> str:
     from glora_kernels._triton.shipped import shipped
 
-    architecture = _read(folder / MACHINE)["architecture"]
-    ran = {name for part in _read(folder / PARTS)["parts"] if part["status"] == PASSED for name in part["builds"]}
+    architecture = read(folder / MACHINE)["architecture"]
+    ran = {name for part in read(folder / PARTS)["parts"] if part["status"] == PASSED for name in part["builds"]}
     listed = [(build.kernel, name_of(build) in ran) for build in shipped(architecture)]
     of_all, of_these = Counter(kernel for kernel, _ in listed), Counter(kernel for kernel, has_run in listed if has_run)
     lines = [f"*{_machine(folder)}*", "", f"| builds for {architecture} | shipped | run |", "|---|---|---|"]
@@ -82,7 +81,7 @@ def _predictions(folder: Path) -> str:
         "| measured over predicted | assemble, forward | step | fused, forward | step | said faster | is faster |",
         "|---|---|---|---|---|---|---|",
     ]
-    for row in _read(folder / "kernels.json").get("layers", ()):
+    for row in read(folder / "kernels.json").get("layers", ()):
         seconds = {
             (strategy, phase): row["over_frozen"][phase][strategy]["candidate_seconds"]
             for strategy in row["predicted_seconds"]
@@ -96,11 +95,7 @@ def _predictions(folder: Path) -> str:
 
 
 def _machine(folder: Path) -> str:
-    found = _read(folder / MACHINE)
+    found = read(folder / MACHINE)
     versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items() if version)
     driver = found["nvidia_smi"].get("driver_version", "unknown")
     return f"{found['device']}, driver {driver}; {versions}; {found['date'][:10]}, commit {found['commit']}"
-
-
-def _read(file: Path) -> dict[str, Any]:
-    return json.loads(file.read_text()) if file.exists() else {}

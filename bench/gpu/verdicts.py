@@ -43,12 +43,12 @@ class Verdict(NamedTuple):
 
 def judged(out: Path) -> list[Verdict]:
     """The thresholds for which the folder has figures; of several shapes the worst is named."""
-    kernels, layers, inference = (_read(out / f"{name}.json") for name in ("kernels", "layers", "inference"))
-    steps = [section for name in STEPS for section in _read(out / f"{name}.json").get("sections", ())]
+    kernels, layers, inference = (read(out / f"{name}.json") for name in ("kernels", "layers", "inference"))
+    steps = [section for name in STEPS for section in read(out / f"{name}.json").get("sections", ())]
     return [*_of_kernels(kernels), *_of_layers(layers), *_of_steps(steps), *_of_inference(inference)]
 
 
-def _read(file: Path) -> dict[str, Any]:
+def read(file: Path) -> dict[str, Any]:
     """Nothing if the file is not there, or if its writer was cut off."""
     try:
         return json.loads(file.read_text())
