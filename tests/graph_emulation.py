@@ -7,12 +7,18 @@ emulated.
 
 from __future__ import annotations
 
+import importlib
+
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from glora.graphs.capture import WARM_UP, CudaGraphs
 
+CAPTURABLE = {
+    "adamw": "adam",
+    **{name: name for name in ("rmsprop", "adamax", "adadelta", "radam")},
+}  # optimisers and their modules
 _READ_VALUES = {"_local_scalar_dense", "nonzero", "equal", "is_nonzero", "masked_select", "unique_dim", "_unique2"}
 
 
@@ -93,3 +99,14 @@ class EmulatedGraphs(CudaGraphs):
                 return (*([] if x.requires_grad else [None]), *found)
 
         return lambda given: Graphed.apply(given, *(p for p in piece.parameters() if p.requires_grad))
+
+
+def emulate(monkeypatch) -> EmulatedGraphs:
+    """Put an emulation in the place of CUDA graphs, and let a CPU have what refuses it: capturable optimisers."""
+    found = EmulatedGraphs()
+    for module in ("graphs.graphed_step", "training.graphing"):
+        monkeypatch.setattr(f"glora.{module}.graphs_for", lambda device: found)
+    for module in CAPTURABLE.values():
+        defining = importlib.import_module(f"torch.optim.{module}")
+        monkeypatch.setattr(defining, "_get_capturable_supported_devices", lambda *_, **__: ["cpu"])
+    return found

@@ -79,8 +79,8 @@ def one_graph(trained: Trained, backend: str) -> Step:
     """The whole step captured. Each call copies the batch in, as a GraphedStep does."""
     graphs = graphs_for(trained.batch[0].device)
     assert graphs is not None
-    captured = Captured(partial(trained.step, trained.model, False), trained.batch, graphs)
-    return lambda _: captured(*trained.batch)
+    captured = Captured(lambda *batch: (trained.step(trained.model, False, *batch),), trained.batch, graphs)
+    return lambda _: captured(*trained.batch)[0]
 
 
 def graphed(mode: str, trained: Trained, backend: str) -> Step:

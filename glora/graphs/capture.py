@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
+T = TypeVar("T")
 WARM_UP = 3  # runs before a capture, in which libraries allocate what they keep
 
 
@@ -26,7 +28,7 @@ class CudaGraphs:
                     function()
             torch.cuda.current_stream().wait_stream(stream)
 
-    def capture(self, function: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+    def capture(self, function: Callable[[], T]) -> tuple[Callable[[], None], T]:
         """A function that replays ``function``, and its output, which each replay overwrites. Computes nothing yet.
 
         Meanwhile other threads may do what a capture forbids, as one does that pins a data loader's memory.
@@ -52,18 +54,20 @@ class Captured:
     """``function`` of as many tensors as ``inputs``, as a graph.
 
     Args:
-        function: runs on the device alone, with the same operations at every call.
+        function: runs on the device alone, with the same operations at every call; returns tensors or None.
         inputs: examples: every call has tensors of their shapes and dtypes.
     """
 
-    def __init__(self, function: Callable[..., Tensor], inputs: tuple[Tensor, ...], graphs: CudaGraphs):
+    def __init__(
+        self, function: Callable[..., tuple[Tensor | None, ...]], inputs: tuple[Tensor, ...], graphs: CudaGraphs
+    ):
         self._inputs = [value.detach().clone() for value in inputs]
         graphs.warm_up(lambda: function(*self._inputs))
-        self._replay, self._output = graphs.capture(lambda: function(*self._inputs))
+        self._replay, self._outputs = graphs.capture(lambda: function(*self._inputs))
 
-    def __call__(self, *inputs: Tensor) -> Tensor:
-        """The output for these inputs, in memory of its own."""
+    def __call__(self, *inputs: Tensor) -> tuple[Tensor | None, ...]:
+        """The outputs for these inputs, in memory of their own."""
         for own, value in zip(self._inputs, inputs):
             own.copy_(value, non_blocking=True)
         self._replay()
-        return self._output.clone()
+        return tuple(None if output is None else output.clone() for output in self._outputs)

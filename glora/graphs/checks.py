@@ -8,8 +8,10 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from ..arguments import listed
 from ..distributed import averages_itself
 from ..layers.base import GLoRALayer
+from ..models.wrappers import is_compiled
 from ..processes import world_size
 
 
@@ -17,12 +19,18 @@ def check_model(model: nn.Module, layers: Mapping[str, GLoRALayer]) -> None:
     """Raise ValueError for a model that cannot be graphed."""
     if world_size() > 1 or averages_itself(model):
         raise ValueError("model: expected one process and a model without wrappers, got several processes or a wrapper")
+    if is_compiled(model):
+        raise ValueError("model: expected one that is not compiled, got torch.compile around it or a part of it")
     patched = [name for name, layer in layers.items() if "forward" in vars(layer)]
     if patched:
-        raise ValueError(f"model: expected layers that run the forward of their class, got another put on {patched}")
+        raise ValueError(
+            f"model: expected layers that run the forward of their class, got another put on {listed(patched)}"
+        )
     quantised = [name for name, layer in layers.items() if not layer.merges_exactly]
     if quantised:
-        raise ValueError(f"model: expected no quantised base, whose weight is decoded block by block, got {quantised}")
+        raise ValueError(
+            f"model: expected no quantised base, whose weight is decoded block by block, got {listed(quantised)}"
+        )
 
 
 def check_optimizer(model: nn.Module, optimizer: Optimizer, whole: bool) -> None:

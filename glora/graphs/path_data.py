@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 
@@ -13,7 +13,9 @@ from glora_kernels import encode, masked_terms, path_masks, row_scaled_linear, r
 
 from ..config import PathConfig
 from ..layers.base import SUPPORT_NAMES, GLoRALayer
+from ..layers.conv2d import GLoRAConv2d
 from ..paths import Paths, paths_of
+from ..transfers import upload
 
 
 class PathData:
@@ -32,7 +34,7 @@ class PathData:
             raise ValueError(f"model: expected all adapted layers on one device, got {sorted(map(str, devices))}")
         self.layers = dict(layers)
         self._rank = max(layer.rank for layer in layers.values())
-        self.masks = torch.empty_like(self._masks(dict.fromkeys(layers, PathConfig())), device=devices.pop())
+        self.masks = self._masks(dict.fromkeys(layers, PathConfig())).to(devices.pop())
 
     @property
     def device(self) -> torch.device:
@@ -50,8 +52,7 @@ class PathData:
 
     def set(self, paths: Mapping[str, PathConfig]) -> None:
         """Write checked paths into :attr:`masks`, without waiting for the device."""
-        masks = self._masks(paths)
-        self.masks.copy_(masks.pin_memory() if self.masks.is_cuda else masks, non_blocking=True)
+        self.masks.copy_(upload(self._masks(paths), self.device))
 
     def _masks(self, paths: Mapping[str, PathConfig]) -> Tensor:
         return torch.stack([_masks_of(paths[name], self._rank) for name in self.layers])
@@ -95,6 +96,12 @@ class RowScaledPathAsData(PathAsData):
     def forward(self, x: Tensor) -> Tensor:
         matrix, bias = self.layer.matrix, self.layer.bias
         return row_scaled_linear(x, matrix, bias, row_scaled_terms(matrix, bias, self.storages, self.masks))
+
+
+def cheapest(layer: GLoRALayer, masks: Tensor, kinds: Collection[str]) -> PathAsData:
+    """What computes ``layer`` with the fewest dense products under every path whose A is of one of ``kinds``."""
+    row_scaled = layer.product == "hadamard" and not isinstance(layer, GLoRAConv2d) and "lora" not in kinds
+    return (RowScaledPathAsData if row_scaled else PathAsData)(layer, masks)
 
 
 @contextmanager

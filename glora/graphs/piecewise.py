@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 
 from torch import Tensor, nn
 
 from ..config import PathConfig
-from ..layers.base import GLoRALayer
-from ..layers.conv2d import GLoRAConv2d
-from ..parameters import drop_unread_gradients
+from ..parameters import drop_unread
 from .capture import CudaGraphs
-from .path_data import PathAsData, PathData, RowScaledPathAsData, computed_by
-from .step_body import StepBody
+from .path_data import PathAsData, PathData, cheapest, computed_by
+from .step_body import Outcome, StepBody
 
 
 class PiecewiseStep:
@@ -24,51 +22,52 @@ class PiecewiseStep:
 
     Args:
         graphs: None runs the operations one by one.
+        kinds: the kinds that A may have in each layer. Pieces that other kinds need are not captured.
     """
 
-    def __init__(self, body: StepBody, graphs: CudaGraphs | None):
-        self._body, self._graphs, self._captured = body, graphs, False
-        self._layers, rows = body.data.layers, body.data.rows()
+    def __init__(self, body: StepBody, graphs: CudaGraphs | None, kinds: Mapping[str, Collection[str]]):
+        self._body, self._graphs, self._kinds, self._layers = body, graphs, kinds, body.data.layers
+        rows = body.data.rows()
         self._general = {name: PathAsData(layer, rows[name]) for name, layer in self._layers.items()}
-        self._row_scaled = {
-            name: RowScaledPathAsData(layer, rows[name]) for name, layer in self._layers.items() if _has_both(layer)
-        }
+        cheap = {name: cheapest(layer, rows[name], ("none",)) for name, layer in self._layers.items()}
+        self._cheap = {name: piece for name, piece in cheap.items() if type(piece) is not PathAsData}
+        self._captured: dict[PathAsData, PathAsData] = {}
 
-    def __call__(self, x: Tensor, target: Tensor, paths: Mapping[str, PathConfig]) -> Tensor:
+    def __call__(self, x: Tensor, target: Tensor, paths: Mapping[str, PathConfig], replay: bool) -> Outcome:
         self._body.data.set(paths)
-        if self._graphs is not None and not self._captured:
-            self._capture(x, target, self._graphs)
-            self._captured = True
         self._body.optimizer.zero_grad(set_to_none=True)
-        with computed_by({layer: self._piece(name, paths[name]) for name, layer in self._layers.items()}):
-            loss = self._body.forward(x, target)
+        pieces = {name: self._piece(name, path.choices["A"].kind) for name, path in paths.items()}
+        if replay:
+            pieces = {name: self._captured.get(piece, piece) for name, piece in pieces.items()}
+        with computed_by({layer: pieces[name] for name, layer in self._layers.items()}):
+            loss, measured = self._body.forward(x, target)
             loss.backward()  # this runs layers again if activations are checkpointed
-        drop_unread_gradients(self._body.model, paths)
+        drop_unread(self._layers, paths)
         self._body.clip()
         self._body.optimizer.step()
-        return loss.detach()
+        return loss.detach(), measured
 
-    @property
-    def _variants(self) -> tuple[Mapping[str, nn.Module], ...]:
-        return self._general, self._row_scaled
+    def _piece(self, name: str, kind: str) -> PathAsData:
+        """What runs the layer under paths with this kind of A."""
+        return self._general[name] if kind == "lora" else self._cheap.get(name, self._general[name])
 
-    def _piece(self, name: str, path: PathConfig) -> nn.Module:
-        if name in self._row_scaled and path.choices["A"].kind != "lora":
-            return self._row_scaled[name]
-        return self._general[name]
-
-    def _capture(self, x: Tensor, target: Tensor, graphs: CudaGraphs) -> None:
-        inputs = self._inputs(x, target)
-        pieces = [(kind[name], inputs[name]) for name in inputs for kind in self._variants if name in kind]
-        with self._body.autocast():
-            graphs.capture_pieces([piece for piece, _ in pieces], [given for _, given in pieces])
-
-    def _inputs(self, x: Tensor, target: Tensor) -> dict[str, Tensor]:
-        """A tensor like the input of each layer, in the order in which they run.
+    def capture(self, x: Tensor, target: Tensor) -> None:
+        """Capture the pieces for batches of this form.
 
         Raises:
             ValueError: a layer that never runs, or more than once: its graphs would overwrite their own tensors.
         """
+        if self._graphs is None:
+            return
+        inputs = self._inputs(x, target)
+        needed = {self._piece(name, kind): inputs[name] for name in inputs for kind in sorted(self._kinds[name])}
+        captured = {piece: type(piece)(piece.layer, piece.masks) for piece in needed}
+        with self._body.autocast():
+            self._graphs.capture_pieces(list(captured.values()), list(needed.values()))
+        self._captured = captured
+
+    def _inputs(self, x: Tensor, target: Tensor) -> dict[str, Tensor]:
+        """A tensor like the input of each layer, in the order in which they run."""
         found: dict[str, Tensor] = {}
         counts = dict.fromkeys(self._layers, 0)
         general = {layer: self._general[name] for name, layer in self._layers.items()}
@@ -80,16 +79,11 @@ class PiecewiseStep:
         return found
 
 
-def _has_both(layer: GLoRALayer) -> bool:
-    """Whether a low-rank A costs this layer one product more than other kinds."""
-    return layer.product == "hadamard" and not isinstance(layer, GLoRAConv2d)
-
-
 @contextmanager
 def _noted(data: PathData, found: dict[str, Tensor], counts: dict[str, int]) -> Iterator[None]:
     """Record copies of the inputs of layers, and how often they run, in a ``with`` block."""
 
-    def hook(name: str):
+    def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def note(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             counts[name] += 1
             found[name] = inputs[0].detach().clone().requires_grad_(inputs[0].requires_grad)

@@ -12,7 +12,9 @@ from torch.optim import Optimizer
 
 from .path_data import PathData
 
-LossOf = Callable[[Tensor, Tensor], Tensor]
+Loss = Callable[[Tensor, Tensor], Tensor]  # (output, target) -> scalar
+Measure = Callable[[Tensor, Tensor], Tensor | None]  # of output and target
+Outcome = tuple[Tensor, Tensor | None]  # the loss, and what was measured
 
 
 @dataclass(frozen=True, eq=False)
@@ -20,7 +22,7 @@ class StepBody:
     """A training step without its path.
 
     Attributes:
-        loss: ``(x, target) -> loss`` of the model.
+        loss: ``(x, target) -> (loss, measured)`` of the model.
         precision: the dtype of autocast, or None.
         data: the paths on the device.
         clip_norm: the largest norm of the gradients of all parameters of the optimiser, or None.
@@ -28,7 +30,7 @@ class StepBody:
 
     model: nn.Module
     optimizer: Optimizer
-    loss: LossOf
+    loss: Callable[[Tensor, Tensor], Outcome]
     precision: torch.dtype | None
     data: PathData
     clip_norm: float | None
@@ -41,7 +43,7 @@ class StepBody:
     def parameters(self) -> list[nn.Parameter]:
         return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
 
-    def forward(self, x: Tensor, target: Tensor) -> Tensor:
+    def forward(self, x: Tensor, target: Tensor) -> Outcome:
         with self.autocast():
             return self.loss(x, target)
 

@@ -13,7 +13,7 @@ from itertools import accumulate
 
 from torch import Tensor, nn
 
-from glora_kernels.torch_private import COMPILED, WRAPPERS
+from glora_kernels.torch_private import COMPILED, WRAPPERS, is_compiled_in_place
 
 from ..layers.packages import is_a, loaded
 
@@ -30,6 +30,11 @@ def compiled_modules(model: nn.Module) -> set[nn.Module]:
     """What ``torch.compile`` is around, be it ``model`` or a part of it."""
     *kind, place = COMPILED
     return {getattr(module, place) for module in model.modules() if is_a(module, *kind)}
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """Whether ``torch.compile`` is around the model or a part of it, or either was compiled in place."""
+    return bool(compiled_modules(model)) or any(map(is_compiled_in_place, model.modules()))
 
 
 def named_modules(model: nn.Module, remove_duplicate: bool = True) -> Iterator[tuple[str, nn.Module]]:

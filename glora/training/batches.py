@@ -7,8 +7,9 @@ number of loading processes and of ranks.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import count
 from typing import Any
 
@@ -21,7 +22,10 @@ from ..dataset import collate
 from ..distributed import share
 from ..files import checksum
 from ..processes import process_rank, world_size
+from ..transfers import upload
 from .recipe import Recipe
+
+_CPU = torch.device("cpu")
 
 
 class StepSampler(Sampler[list[int]]):
@@ -95,30 +99,45 @@ def _drawing_from(seed: int) -> Iterator[None]:
 
 
 def batches(
-    dataset: Dataset, recipe: Recipe, start: int, workers: int = 0, pin_memory: bool = False
+    dataset: Dataset, recipe: Recipe, start: int, workers: int = 0, device: torch.device = _CPU
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """This rank's share of the batch of each step from ``start`` on.
+    """This rank's share of the batch of each step from ``start`` on, for a model on ``device``.
 
-    A ``TensorDataset`` is indexed a whole batch at once, in this process; what it draws at random comes from torch's
-    generator. In other data sets each sample has its own generators, and ``workers`` processes read the samples.
+    A ``TensorDataset`` is indexed a whole batch at once: on the device if it fits there, else by ``workers`` processes.
+    That of a subclass is indexed in this process; what it draws at random comes from torch's generator. In other data
+    sets each sample has its own generators, and ``workers`` processes read the samples. For a GPU they are pinned.
     """
     part = share(recipe.batch_size)[0]
     size: int = len(dataset)  # type: ignore[arg-type]
     sampler = StepSampler(size, recipe.batch_size, recipe.seed, start, recipe.steps, part)
     # A generator of its own: without it the loader draws from torch's, which dropout uses.
     generator = torch.Generator().manual_seed(mix(recipe.seed, start))
-    if isinstance(dataset, TensorDataset):
-        loader: DataLoader = DataLoader(dataset, batch_size=None, sampler=sampler, generator=generator)
+    load = partial(DataLoader, generator=generator, pin_memory=device.type == "cuda")
+    steps: Iterator[Any]
+    if type(dataset) is TensorDataset and _fits(dataset.tensors, device):
+        steps = _indexed([tensor.to(device) for tensor in dataset.tensors], sampler)
+    elif isinstance(dataset, TensorDataset):
+        alone = type(dataset) is not TensorDataset
+        steps = iter(load(dataset, batch_size=None, sampler=sampler, num_workers=0 if alone else workers))
     else:
-        loader = DataLoader(
-            _Repeatable(dataset, recipe.seed),
-            batch_sampler=_Numbered(sampler),
-            num_workers=workers,
-            pin_memory=pin_memory,
-            collate_fn=collate,
-            generator=generator,
-        )
-    return iter(loader) if world_size() == 1 else _reseeded(iter(loader), recipe.seed, start)
+        numbered = _Repeatable(dataset, recipe.seed)
+        steps = iter(load(numbered, batch_sampler=_Numbered(sampler), num_workers=workers, collate_fn=collate))
+    return steps if world_size() == 1 else _reseeded(steps, recipe.seed, start)
+
+
+def _fits(tensors: Iterable[Tensor], device: torch.device) -> bool:
+    """Whether tensors may be kept on the device: on a GPU if they take at most a quarter of what is free there."""
+    if device.type != "cuda":
+        return device.type == "cpu"
+    free, _ = torch.cuda.mem_get_info(device)
+    return sum(tensor.nbytes for tensor in tensors if tensor.device != device) <= free // 4
+
+
+def _indexed(tensors: Sequence[Tensor], sampler: StepSampler) -> Iterator[Any]:
+    """The batches of tensors, on their device; the host waits for none of them."""
+    for batch in sampler:
+        index = upload(torch.tensor(batch), tensors[0].device)
+        yield tuple(tensor.index_select(0, index) for tensor in tensors)
 
 
 def _reseeded(steps: Iterator[tuple[Tensor, Tensor]], seed: int, start: int) -> Iterator[tuple[Tensor, Tensor]]:

@@ -8,6 +8,7 @@ import math
 import os
 import time
 from collections import deque
+from collections.abc import Iterable
 
 from ..files import write_atomically
 from ..processes import from_first
@@ -40,10 +41,12 @@ class Meter:
         self.batch_size = batch_size
         self.recent: deque[tuple[float, float, float]] = deque(maxlen=50)
 
-    def update(self, record: StepRecord) -> None:
-        self.recent.append((time.perf_counter(), record.loss, record.accuracy))
+    def update(self, records: Iterable[StepRecord]) -> None:
+        self.recent.extend((time.perf_counter(), record.loss, record.accuracy) for record in records)
 
     def text(self) -> str:
+        if not self.recent:
+            return ""
         times, losses, accuracies = zip(*self.recent)
         steps, elapsed = len(times) - 1, times[-1] - times[0]
         speed = f", {steps * self.batch_size / elapsed:.0f} images/s" if elapsed else ""

@@ -31,16 +31,20 @@ from ..config import SearchSpace
 from ..dataset import require_data
 from ..distributed import copy_from_first, require_trainable, unwrapped
 from ..files import require_file
+from ..graphs.step_body import Loss
 from ..layers.base import GLoRALayer
+from ..models.wrappers import is_compiled
 from ..parameters import trainable_parameters
 from ..paths import get_paths, sampler_for, set_layer_paths, set_paths
 from ..processes import from_first, is_first, require_agreement, require_group, together, world_size
 from ..sampling import PathSampler
 from .batches import batches, fingerprint
+from .graphing import StepGraphs, require_graphs
 from .log import Meter, save_log
 from .recipe import Recipe
+from .results import Results
 from .state import TrainingState
-from .step import Loss, take_step
+from .step import accuracy, checked, take_step
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,7 @@ class TrainSummary:
         seconds, images_per_second: of this call.
         total_seconds: of the whole run, without work that was lost when it was cut.
         resumed_from: the step that this call began at.
+        graphs: how the steps of this call ran: ``"piecewise"``, ``"whole"``, ``"off"``, or ``"off: "`` and why.
     """
 
     steps: int
@@ -60,6 +65,7 @@ class TrainSummary:
     images_per_second: float
     resumed_from: int
     total_seconds: float
+    graphs: str = "off"
 
 
 def train(
@@ -74,6 +80,7 @@ def train(
     workers: int = 0,
     progress: bool = True,
     on_step: Callable[[int, float], object] | None = None,
+    graphs: str = "auto",
 ) -> TrainSummary:
     """Train every parameter of ``model`` that requires grad.
 
@@ -90,8 +97,9 @@ def train(
 
     Args:
         dataset: a map-style data set of ``(input, target)``. Each sample is read with generators (Python's, numpy's,
-            torch's) of its own, so that random augmentation too is the same after a cut and for any ``workers``; a
-            ``TensorDataset`` is indexed by whole batches instead.
+            torch's) of its own, so that random augmentation too is the same after a cut and for any ``workers``. A
+            ``TensorDataset`` is indexed by whole batches instead: on a GPU, if it fits into a quarter of what is free
+            there.
         recipe: how to train.
         space: draw paths from it; None trains the model as it is.
         loss_fn: ``(output, target) -> scalar``; for several processes, a mean over samples.
@@ -101,51 +109,66 @@ def train(
         log: a CSV file (step, epoch, lr, loss, accuracy), rewritten with every checkpoint and at the end.
         workers: processes that read samples; 0 reads them in this one.
         progress: show a bar with loss, accuracy (for class targets) and images per second.
-        on_step: called with the step and its loss after each step and its checkpoint, on every rank.
+        on_step: called with the step and its loss after each step and its checkpoint, on every rank. It makes a GPU
+            wait: without it, the loss of a step is read while the next one runs, and one that is not finite is
+            noticed after the parameters have taken that step.
+        graphs: how steps run on a GPU (:class:`glora.GraphedStep`). ``"auto"``: each adapted layer from CUDA graphs
+            (``"piecewise"``), or everything as it comes where that is impossible, as one line and the summary say:
+            several processes, a compiled model, a quantised base, ``amp="float16"``, a layer that runs twice a step,
+            batches of changing shapes, too little memory. ``"whole"``: the whole step as one graph; ``"off"``: none. A
+            checkpoint may be resumed under another choice; results differ in rounding.
 
     Raises:
         ValueError: nothing to train, or nothing that the paths read; an empty data set, a space that does not fit the
             model, a checkpoint of another run or in no folder, or a loss or parameters that are not finite; processes
             that have no group or differ in their arguments, or a wrapper or batch norm that would train wrongly;
-            ``amp="float16"`` on a CPU, or ``label_smoothing`` with a loss of your own.
+            ``amp="float16"`` on a CPU, or ``label_smoothing`` with a loss of your own; graphs that were asked for by
+            name and are impossible.
         TypeError: an argument of another type, such as a ``DataLoader``, or samples that are dictionaries; without a
             ``loss_fn``, a model that returns anything but a tensor.
         RuntimeError: another process failed.
     """
     require_group()
+    shown = progress and is_first()
+    tell = partial(tqdm.write, file=sys.stderr) if shown else _say_nothing
     together(lambda: _check_types(recipe, space, loss_fn, checkpoint, log, on_step))
-    state, sampler = together(lambda: _prepare(model, dataset, recipe, space, loss_fn, log, workers))
+    state, sampler = together(lambda: _prepare(model, dataset, recipe, space, loss_fn, log, workers, graphs))
     if world_size() > 1:
         _start_alike(state, checkpoint is not None)
     if checkpoint is not None:
         state.data = from_first(lambda: fingerprint(dataset))
     if checkpoint is None or not state.load(checkpoint):
         torch.manual_seed(recipe.seed)
-    elif progress and is_first():
-        tqdm.write(
-            f"train: continues from {os.fspath(checkpoint)}, step {state.step} of {recipe.steps}", file=sys.stderr
-        )
+    else:
+        tell(f"train: continues from {os.fspath(checkpoint)}, step {state.step} of {recipe.steps}")
     if recipe.label_smoothing:
         loss_fn = partial(F.cross_entropy, label_smoothing=recipe.label_smoothing)
+    loss_fn = checked(loss_fn)
     paths_before = {name: layer.path for name, layer in state.layers.items()}
     model.train()
     resumed_from, started = state.step, time.perf_counter()
-    steps = batches(dataset, recipe, state.step, workers, pin_memory=state.device.type == "cuda")
-    bar = tqdm(total=recipe.steps, initial=state.step, desc="train", unit="step", disable=not (progress and is_first()))
+    step_graphs = StepGraphs(state, loss_fn, accuracy, graphs, tell)
+    watched = {} if is_compiled(model) else state.layers  # a graph that was compiled before calls no new hooks
+    results = Results(state.records, late=state.device.type == "cuda" and on_step is None)
+    steps = batches(dataset, recipe, state.step, workers, state.device)
+    bar = tqdm(total=recipe.steps, initial=state.step, desc="train", unit="step", disable=not shown)
     meter = Meter(recipe.batch_size)
     try:
         while state.step < recipe.steps:
             if sampler is not None:
                 set_layer_paths(state.layers, sampler.sample(state.generator))
-            with _all_layers_run(state.layers) if state.step == resumed_from else nullcontext():
-                record = take_step(state, steps, loss_fn)
-            meter.update(record)
+            with _all_layers_run(watched) if state.step == resumed_from else nullcontext():
+                records = take_step(state, steps, loss_fn, step_graphs, results)
+            if state.step % recipe.checkpoint_every == 0 or state.step == recipe.steps:
+                records += results.read(every=True)
+                _save(state, checkpoint, log)
+            meter.update(records)
             bar.update()
             bar.set_postfix_str(meter.text(), refresh=False)
-            _save(state, checkpoint, log)
             if on_step is not None:
-                on_step(state.step, record.loss)
+                on_step(state.step, state.records[-1].loss)
                 state.find_layers()  # it may have put others in their place
+                step_graphs.renew()
     finally:
         bar.close()
         if paths_before:
@@ -154,7 +177,11 @@ def train(
     images = (state.step - resumed_from) * recipe.batch_size
     speed = images / seconds if seconds else 0.0
     losses = tuple(record.loss for record in state.records)
-    return TrainSummary(state.step, losses, seconds, speed, resumed_from, state.seconds)
+    return TrainSummary(state.step, losses, seconds, speed, resumed_from, state.seconds, step_graphs.used)
+
+
+def _say_nothing(_: str) -> None:
+    """For runs that show no progress."""
 
 
 def _check_types(
@@ -182,6 +209,7 @@ def _prepare(
     loss_fn: Loss,
     log: str | os.PathLike | None,
     workers: int,
+    graphs: str,
 ) -> tuple[TrainingState, PathSampler | None]:
     """The state and the sampler of a run; raises what the arguments alone can tell."""
     parameters = trainable_parameters(model)
@@ -200,11 +228,12 @@ def _prepare(
     if recipe.amp == "float16" and parameters[0].device.type == "cpu":
         raise ValueError("amp: expected 'bfloat16' or None on a CPU, got 'float16'")
     require_integer("workers", workers, 0)
+    require_graphs(graphs, parameters[0].device)
     if log is not None:
         require_file("log", log)
     require_trainable(model, space is not None)
     sampler = None if space is None else sampler_for(unwrapped(model), space)
-    return TrainingState(model, parameters, recipe, space, samples), sampler
+    return TrainingState(model, parameters, recipe, space, samples, capturable=graphs == "whole"), sampler
 
 
 def _start_alike(state: TrainingState, saves: bool) -> None:
@@ -216,9 +245,7 @@ def _start_alike(state: TrainingState, saves: bool) -> None:
 
 
 def _save(state: TrainingState, checkpoint: str | os.PathLike | None, log: str | os.PathLike | None) -> None:
-    """Save after every ``checkpoint_every`` steps and the last. The log goes first: every checkpoint has its log."""
-    if state.step % state.recipe.checkpoint_every and state.step < state.recipe.steps:
-        return
+    """Save all steps so far. The log goes first: every checkpoint has its log."""
     if log is not None:
         save_log(state, log)
     if checkpoint is not None:

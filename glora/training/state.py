@@ -46,12 +46,21 @@ class StepRecord(NamedTuple):
 class TrainingState:
     """A training run's state: everything a checkpoint holds.
 
+    Args:
+        capturable: keep the optimiser's step counts on the device, as a step in one CUDA graph needs.
+
     Attributes:
         data: what tells the data set from others (:func:`glora.training.batches.fingerprint`), or None.
     """
 
     def __init__(
-        self, model: nn.Module, parameters: list[nn.Parameter], recipe: Recipe, space: SearchSpace | None, samples: int
+        self,
+        model: nn.Module,
+        parameters: list[nn.Parameter],
+        recipe: Recipe,
+        space: SearchSpace | None,
+        samples: int,
+        capturable: bool = False,
     ):
         from timm.scheduler import CosineLRScheduler  # here: timm takes seconds to import
 
@@ -62,7 +71,9 @@ class TrainingState:
         self.find_layers()
         self.step = 0
         self.records: list[StepRecord] = []
-        self.optimizer = torch.optim.AdamW(parameters, lr=recipe.lr, weight_decay=recipe.weight_decay)
+        self.optimizer = torch.optim.AdamW(
+            parameters, lr=recipe.lr, weight_decay=recipe.weight_decay, capturable=capturable
+        )
         warmup = round(recipe.warmup * recipe.steps)
         self.scheduler = CosineLRScheduler(
             self.optimizer,
@@ -150,7 +161,7 @@ class TrainingState:
             "records": [tuple(record) for record in self.records],
             "seconds": self.seconds,
             "tensors": {**self._tensors(), **trained},
-            "optimizer": _each_moment(self.optimizer.state_dict(), lambda _, moment: whole(moment)),
+            "optimizer": _as_data(_each_moment(self.optimizer.state_dict(), lambda _, moment: whole(moment))),
             "scaler": self.scaler.state_dict(),
             "path_generator": self.generator.get_state(),
             "torch_generator": torch.get_rng_state(),
@@ -186,13 +197,18 @@ class TrainingState:
     def _load_own(self, state: dict[str, Any], file: str | os.PathLike) -> None:
         """Load what belongs to this run and not to the model. Raises ValueError if it is damaged."""
         try:
-            self.optimizer.load_state_dict(_each_moment(state["optimizer"], self._part))
+            self.optimizer.load_state_dict(self._with_own_options(_each_moment(state["optimizer"], self._part)))
             self.scaler.load_state_dict(state["scaler"])
             self.generator.set_state(state["path_generator"])
             torch.Generator().set_state(state["torch_generator"])  # to see whether it can be set
             self.records = [StepRecord(*record) for record in state["records"]]
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
             raise ValueError(f"{file}: expected a training checkpoint, it is damaged ({error!r})") from None
+
+    def _with_own_options(self, optimizer: dict[str, Any]) -> dict[str, Any]:
+        """An optimiser's state dict, but how it computes is this run's choice: the device may be another."""
+        options = {name: self.optimizer.defaults[name] for name in ("capturable", "foreach", "fused")}
+        return {**optimizer, "param_groups": [{**group, **options} for group in optimizer["param_groups"]]}
 
     def _part(self, index: int, moment: Tensor) -> Tensor:
         parameter = self.parameters[index]
@@ -219,6 +235,12 @@ def _each_moment(optimizer: dict[str, Any], change: Callable[[int, Tensor], Tens
         for index, entries in optimizer["state"].items()
     }
     return {**optimizer, "state": state}
+
+
+def _as_data(optimizer: dict[str, Any]) -> dict[str, Any]:
+    """An optimiser's state dict whose learning rates are numbers, also where a graph reads them from tensors."""
+    groups = [{**group, "lr": float(group["lr"])} for group in optimizer["param_groups"]]
+    return {**optimizer, "param_groups": groups}
 
 
 def _read_checkpoint(file: str | os.PathLike, mmap: bool = False) -> dict[str, Any] | None:

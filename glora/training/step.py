@@ -13,51 +13,82 @@ from torch.nn import functional as F
 from ..arguments import type_of
 from ..dataset import require_output, require_pair
 from ..distributed import share, sync_gradients
+from ..graphs.step_body import Loss
 from ..parameters import drop_unread
 from ..processes import gather, world_size
+from .graphing import StepGraphs
+from .results import Results
 from .state import StepRecord, TrainingState
 
-Loss = Callable[[Tensor, Tensor], Tensor]
+Outcome = tuple[Tensor | float, Tensor | float | None]  # loss and accuracy, which is None without classes
 
 
-def take_step(state: TrainingState, batches: Iterator[tuple[Tensor, Tensor]], loss_fn: Loss) -> StepRecord:
-    """Forward, backward and update; loss and accuracy are those of the whole batch.
+def take_step(
+    state: TrainingState, batches: Iterator[tuple[Tensor, Tensor]], loss_fn: Loss, graphs: StepGraphs, results: Results
+) -> list[StepRecord]:
+    """Forward, backward and update. Returns the records that have become known, of this step or of the one before.
+
+    Args:
+        loss_fn: as :func:`checked` returns it.
+        results: gets loss and accuracy of the whole batch.
 
     Raises:
         ValueError: a loss that is not finite, or that depends on nothing that is trained.
         TypeError: a loss that is not a scalar tensor; with the default loss, an output that is not a tensor.
     """
     state.scheduler.step_update(state.step)
-    state.optimizer.zero_grad(set_to_none=True)
+    lr = state.optimizer.param_groups[0]["lr"]
     own: list[Tensor] = []
 
-    def forward() -> tuple[float, float, int]:
+    def forward() -> Outcome:
         batch = next(batches)
         require_pair("dataset", batch)
-        x, target = batch
-        x, target = x.to(state.device, non_blocking=True), target.to(state.device, non_blocking=True)
+        x, target = (part.to(state.device, non_blocking=True) for part in batch)
+        graphed = graphs.step_for(x, target)
+        if graphed is not None:  # it also goes backward and updates
+            paths = None if state.space is None else {name: layer.path for name, layer in state.layers.items()}
+            return graphed(x, target, paths), graphed.measured
+        state.optimizer.zero_grad(set_to_none=True)
         with _precision(state):
             output = state.model(x)
-            if getattr(loss_fn, "func", loss_fn) is F.cross_entropy:
-                require_output(output, ", or pass a loss_fn that takes what it returns")
-            own.append(_scalar(loss_fn(output, target)))
-        return float(own[0].detach()), _accuracy(output, target), share(state.recipe.batch_size)[1]
+            own.append(loss_fn(output, target))
+        return own[0].detach(), accuracy(output, target)
 
-    loss, accuracy = _weighted_means(gather(forward))
-    if not math.isfinite(loss):
-        raise ValueError(f"loss: expected a finite value, got {loss} at step {state.step}; try a smaller lr")
-    if own[0].requires_grad:
+    results.add(lr, *_of_whole_batch(forward, state.recipe.batch_size))
+    records = results.read()
+    if own and own[0].requires_grad:
         _backward(state, own[0])
         _update(state)
-    elif state.space is None:  # a random path may read nothing at all
+    elif own and state.space is None:  # a random path may read nothing at all
         raise ValueError(
             "loss: expected one that depends on what is trained, got one without a gradient; is the forward pass "
             "detached or under no_grad?"
         )
-    record = StepRecord(state.optimizer.param_groups[0]["lr"], loss, accuracy)
-    state.records.append(record)
     state.step += 1
-    return record
+    return records
+
+
+def checked(loss_fn: Loss) -> Loss:
+    """``loss_fn``, raising TypeError for what it returns or, if it is the default, is given."""
+    default = getattr(loss_fn, "func", loss_fn) is F.cross_entropy
+
+    def loss_of(output: Tensor, target: Tensor) -> Tensor:
+        if default:
+            require_output(output, ", or pass a loss_fn that takes what it returns")
+        loss = loss_fn(output, target)
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type_of(loss)
+            raise TypeError(f"loss_fn: expected it to return a scalar tensor, got {got}")
+        return loss
+
+    return loss_of
+
+
+def accuracy(output: object, target: Tensor) -> Tensor | None:
+    """The accuracy of a batch, on its device; None if outputs are not logits or targets are not classes."""
+    if not isinstance(output, Tensor) or target.is_floating_point() or output.dim() != 2 or target.dim() != 1:
+        return None
+    return (output.argmax(-1) == target).float().mean()
 
 
 def _precision(state: TrainingState) -> AbstractContextManager:
@@ -84,25 +115,16 @@ def _update(state: TrainingState) -> None:
     state.scaler.update()
 
 
-def _weighted_means(shares: list[tuple[float, float, int]]) -> tuple[float, float]:
-    """Loss and accuracy over all samples from those of each share."""
-    if len(shares) == 1:
-        return shares[0][:2]
+def _of_whole_batch(forward: Callable[[], Outcome], batch_size: int) -> Outcome:
+    """Loss and accuracy of all ranks' shares together. Only several processes read them on the host."""
+    if world_size() == 1:
+        return forward()
+
+    def own() -> tuple[float, float, int]:
+        loss, right = forward()
+        return float(loss), math.nan if right is None else float(right), share(batch_size)[1]
+
+    shares = gather(own)
     samples = sum(each[2] for each in shares)
-    loss, accuracy = (sum(each[i] * each[2] for each in shares) / samples for i in (0, 1))
-    return loss, accuracy
-
-
-def _scalar(loss: object) -> Tensor:
-    if not isinstance(loss, Tensor) or loss.numel() != 1:
-        got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type_of(loss)
-        raise TypeError(f"loss_fn: expected it to return a scalar tensor, got {got}")
-    return loss
-
-
-def _accuracy(output: object, target: Tensor) -> float:
-    """The accuracy of a batch; NaN if outputs are not logits or targets are not classes."""
-    if not isinstance(output, Tensor):
-        return math.nan
-    classes = not target.is_floating_point() and output.dim() == 2 and target.dim() == 1
-    return float((output.argmax(-1) == target).float().mean()) if classes else math.nan
+    loss, right = (sum(each[i] * each[2] for each in shares) / samples for i in (0, 1))
+    return loss, right

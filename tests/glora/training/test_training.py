@@ -117,6 +117,13 @@ def test_a_compiled_model_learns_the_same():
         torch.testing.assert_close(state(compiled)[name], tensor, msg=name)
 
 
+def test_a_compiled_model_that_is_trained_again_raises_no_warning():
+    """A graph that was compiled before does not call hooks that are put on later."""
+    model = torch.compile(trained_mlp(), backend="eager")
+    for _ in range(2):
+        run(model, recipe(steps=1), space=SPACE)
+
+
 def test_layers_that_on_step_replaces_are_trained():
     model, paths = trained_mlp(), set()
 

@@ -1,0 +1,107 @@
+"""Whether a run's steps are replayed from CUDA graphs, and in which form."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ..graphs import GraphedStep
+from ..graphs.capture import graphs_for
+from ..graphs.step_body import Loss, Measure
+from .state import TrainingState
+
+GRAPHS = ("auto", "piecewise", "whole", "off")
+
+
+def require_graphs(graphs: str, device: torch.device) -> None:
+    """Raise ValueError for no such choice, or one that the device cannot serve."""
+    if graphs not in GRAPHS:
+        raise ValueError(f"graphs: expected one of {GRAPHS}, got {graphs!r}")
+    if graphs in ("piecewise", "whole") and graphs_for(device) is None:
+        raise ValueError(
+            f"graphs: expected 'auto' or 'off' on the device {device}, which has no CUDA graphs; got {graphs!r}"
+        )
+
+
+class StepGraphs:
+    """The graphs of a run's steps. ``"auto"`` is ``"piecewise"`` where that is possible, and otherwise no graphs.
+
+    ``"auto"`` does not take ``"whole"``, which always pays for a low-rank A and replays whatever Python the model runs.
+
+    Args:
+        choice: one of ``GRAPHS``.
+        tell: is given one line for each reason why steps run without graphs.
+
+    Attributes:
+        used: ``"piecewise"``, ``"whole"``, ``"off"``, or ``"off: "`` and the reason.
+
+    Raises:
+        ValueError: ``"piecewise"`` or ``"whole"``, and a model that cannot be captured so.
+    """
+
+    def __init__(
+        self, state: TrainingState, loss_fn: Loss, measure: Measure, choice: str, tell: Callable[[str], object]
+    ):
+        self._state, self._loss_fn, self._measure, self._choice, self._tell = state, loss_fn, measure, choice, tell
+        self.used = "off"
+        self._step: GraphedStep | None = None
+        self._captured = self._told_of_shapes = False
+        self._make()
+
+    def _make(self) -> None:
+        """A step for the layers that the model has now."""
+        state, recipe, automatic = self._state, self._state.recipe, self._choice == "auto"
+        self._layers, self._step, self._captured = list(state.layers.values()), None, False
+        if self._choice == "off" or (automatic and (not state.layers or graphs_for(state.device) is None)):
+            return
+        mode = "piecewise" if automatic else self._choice
+        try:
+            self._step = GraphedStep(
+                state.model,
+                state.optimizer,
+                self._loss_fn,
+                state.space,
+                mode=mode,
+                clip_norm=recipe.clip_norm,
+                amp=recipe.amp,
+                measure=self._measure,
+            )
+            self.used = mode
+        except ValueError as error:
+            self._give_up(error)
+
+    def _give_up(self, error: Exception) -> None:
+        """Go on without graphs, if that was left to this class."""
+        if self._choice != "auto":
+            raise error
+        self._step, reason = None, str(error).splitlines()[0]
+        self.used = f"off: {reason}"
+        self._tell(f"train: steps run without CUDA graphs: {reason}")
+
+    def renew(self) -> None:
+        """Capture anew if other layers stand in the model."""
+        if self._layers != list(self._state.layers.values()):
+            self._make()
+
+    def step_for(self, x: Tensor, target: Tensor) -> GraphedStep | None:
+        """What takes the step of this batch; None: the ordinary loop. The first batch is the one that is captured."""
+        if self._step is None:
+            return None
+        if not self._captured:
+            try:
+                self._step.capture(x, target)
+            except (RuntimeError, ValueError) as error:
+                self._give_up(error)
+                return None
+            self._captured = True
+        if self._step.replays(x, target):
+            return self._step
+        if not self._told_of_shapes:
+            self._tell(
+                f"train: steps of batches such as {tuple(x.shape)} run without CUDA graphs, which were captured for "
+                "those of the first step"
+            )
+            self._told_of_shapes = True
+        return None
