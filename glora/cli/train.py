@@ -6,6 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
+from ..training.graphing import GRAPHS
 from .interrupts import said
 
 
@@ -38,6 +39,12 @@ def add_train(commands) -> None:
     )
     command.add_argument("--out", type=Path, help="the study's folder; default: runs/<recipe>")
     command.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:1, mps")
+    command.add_argument(
+        "--graphs",
+        default="auto",
+        choices=GRAPHS,
+        help="CUDA graphs on a GPU: auto (default; piecewise where possible), piecewise, whole, off",
+    )
     command.add_argument("--dry-run", action="store_true", help="print the plan and everything missing; train nothing")
     command.add_argument("--json", action="store_true", help="print JSON alone, no progress bars")
     command.set_defaults(run=_train)
@@ -74,7 +81,7 @@ def _train(options: argparse.Namespace) -> int:
         for spec in specs:
             if tell:
                 print(spec.name, flush=True)  # the training itself says where it continues from
-            summaries.append(train_run(out, spec, process.device, progress=tell))
+            summaries.append(train_run(out, spec, process.device, tell, options.graphs))
     if process.first:
         print(json.dumps(summaries) if options.json else describe_training(summaries, out))
     return 0

@@ -23,6 +23,7 @@ from ..parameters import count_parameters
 from ..paths import get_paths, set_paths
 from ..processes import from_first, is_first
 from ..protocols import ImageList, Splits, preload
+from ..training.graphing import require_graphs
 from ..training.loop import train
 from .fingerprint import fingerprint, require_unchanged
 from .folder import (
@@ -57,15 +58,21 @@ class SearchPlan:
     limit: int | None
 
 
-def train_run(study: Path, spec: RunSpec, device: torch.device, progress: bool = True) -> dict[str, Any]:
+def train_run(
+    study: Path, spec: RunSpec, device: torch.device, progress: bool = True, graphs: str = "auto"
+) -> dict[str, Any]:
     """Train one run into its folder within ``study``; return the content of ``train.json``.
 
     A folder with the beginning of this run is continued; a finished one is left as it is.
+
+    Args:
+        graphs: whether steps run in CUDA graphs, as for :func:`glora.train`.
 
     Raises:
         ValueError: the folder is another run's, or was made with other weights or lists of images; see
             :func:`glora.train` for the rest.
     """
+    require_graphs(graphs, device)
     splits = open_splits(spec)
     model = make_model(spec)
     layers = glora_layers(model)
@@ -91,6 +98,7 @@ def train_run(study: Path, spec: RunSpec, device: torch.device, progress: bool =
         log=folder / LOG,
         workers=loading_processes(spec),
         progress=progress,
+        graphs=graphs,
     )
     seconds = summary.total_seconds
     trained = {
@@ -99,6 +107,7 @@ def train_run(study: Path, spec: RunSpec, device: torch.device, progress: bool =
         "seconds": seconds,
         "images_per_second": summary.steps * recipe.batch_size / seconds if seconds else 0.0,
         "loss": summary.losses[-1],
+        "graphs": summary.graphs,
         "recipe": asdict(recipe),
     }
     if is_first():

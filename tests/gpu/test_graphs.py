@@ -7,9 +7,11 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.data import TensorDataset
 
 import glora
 from glora.graphs.capture import CudaGraphs
+from glora.training.batches import batches as batches_of
 from glora_kernels import use_backend
 from tests.glora.toys import generator
 
@@ -106,3 +108,47 @@ def test_replays_allocate_nothing():
         step(x, target)
         held.append(torch.cuda.memory_allocated())
     assert max(held[5:]) <= held[4]
+
+
+def trained(graphs, checkpoint=None, stop=None, **options):
+    model = make("hadamard", torch.float64)
+    gen = generator(2)
+    data = TensorDataset(torch.randn(64, SIZE, generator=gen).double(), torch.randint(CLASSES, (64,), generator=gen))
+    recipe = glora.Recipe(steps=60, batch_size=16, lr=2e-3, clip_norm=1.0, checkpoint_every=20)
+    summary = glora.train(
+        model, data, recipe, space=SPACE, checkpoint=checkpoint, graphs=graphs, on_step=stop, progress=False, **options
+    )
+    assert summary.graphs == {"auto": "piecewise"}.get(graphs, graphs)
+    return summary.losses, model.state_dict()
+
+
+@pytest.mark.parametrize("graphs", ["auto", "whole"])
+def test_training_is_that_without_graphs(graphs, tmp_path):
+    """Sixty steps, of which the loss is read late; again after a cut, at which it is read at once."""
+    losses, tensors = trained("off")
+    found, others = trained(graphs)
+    near = 1e-9 if graphs == "auto" else 1e-4  # in one graph AdamW's rates are fp32
+    assert found == pytest.approx(losses, rel=near)
+    for name, tensor in tensors.items():
+        torch.testing.assert_close(others[name], tensor, rtol=near, atol=near, msg=name)
+
+    def stop(step, loss):
+        if step == 35:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        trained(graphs, tmp_path / "run.pt", stop)
+    again, resumed = trained(graphs, tmp_path / "run.pt")
+    assert again == found
+    assert all(torch.equal(resumed[name], tensor) for name, tensor in others.items())
+
+
+def test_a_batch_is_indexed_on_the_gpu():
+    """The data set is there, so that no batch is copied from the host."""
+    data = TensorDataset(torch.randn(64, SIZE), torch.arange(64))
+    recipe = glora.Recipe(steps=9, batch_size=10)
+    expected = list(batches_of(data, recipe, 0))
+    device = torch.zeros((), device="cuda").device
+    found = list(batches_of(data, recipe, 0, device=device))
+    assert all(part.device == device for batch in found for part in batch)
+    assert all(torch.equal(x.cpu(), y) for batch, own in zip(found, expected, strict=True) for x, y in zip(batch, own))

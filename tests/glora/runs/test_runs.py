@@ -31,6 +31,7 @@ from glora.runs import (
 )
 from glora.runs.models import make_backbone, make_model
 from tests.glora.toys import kill_while_writing, same_bits
+from tests.graph_emulation import emulate
 from tests.miniature.images import DATASETS, write_datasets
 
 RECIPE = Path(__file__).parents[2] / "miniature" / "recipe.toml"
@@ -284,6 +285,27 @@ def test_other_kinds_of_search(study, capsys, option):
         assert counts == sorted(counts) and scores == sorted(scores)
 
 
+def test_a_quick_search_takes_changes_and_refuses_the_journal_of_another(study, capsys):
+    command = ["search", str(study / "svhn-seed0"), "--quick", "--set", "search.generations=1"]
+    assert main(command) == 2
+    assert re.search("journal of another search: .*settings crossover 2, expected 10", capsys.readouterr().err)
+    [found] = run(capsys, *command, "--again")
+    quick = glora.SearchSettings.quick(generations=1)
+    assert found["settings"] == quick.to_dict()
+    assert found["evaluations"] == quick.candidates == 40
+
+
+def test_searches_by_loss_show_the_loss(study, capsys):
+    folder = study / "svhn-seed0"
+    command = ["search", str(folder), "--again", "--front", "--set", "search.generations=1"]
+    assert main(command) == 0
+    found = json.loads((folder / "search.json").read_text())
+    assert found["metric"] == "loss"
+    shown = re.findall(r"(\S*) (\d\.\d{4}) +([\d,]+) ", capsys.readouterr().out)
+    candidates = [found["best"], *found["front"]]
+    assert shown == [("loss", f"{-each['score']:.4f}", f"{each['parameters']:,}") for each in candidates]
+
+
 def test_a_folder_of_another_run_is_left_alone(study, data, capsys):
     before = contents(study)
     command = train_command(data, study, changes=[*QUICK, "training.lr=3e-3"])
@@ -339,7 +361,32 @@ def test_a_preset_is_trained_merged_and_tested_without_a_search(data, tmp_path, 
     assert "nothing to search" in capsys.readouterr().err
 
 
+def test_a_run_in_graphs_is_the_run_without(data, tmp_path, capsys, monkeypatch):
+    """Over an emulation; ``train.json`` says how the steps ran. AdamW's first steps turn rounding into differences."""
+    [expected] = run(capsys, *train_command(data, tmp_path / "off", "--graphs", "off"))
+    assert run(capsys, *train_command(data, tmp_path / "auto"))[0]["graphs"] == "off"  # on a CPU
+    emulate(monkeypatch)
+    for graphs, used in [("auto", "piecewise"), ("whole", "whole"), ("off", "off")]:
+        [found] = run(capsys, *train_command(data, tmp_path / f"emulated-{graphs}", "--graphs", graphs))
+        assert found["graphs"] == used
+        assert found["loss"] == pytest.approx(expected["loss"], rel=1e-2)
+        first, others = (read_log(tmp_path / name)[:2] for name in ("off", f"emulated-{graphs}"))
+        assert others == [pytest.approx(row, rel=1e-4) for row in first]
+
+
+def read_log(study):
+    """Step, epoch, learning rate, loss and accuracy of every step."""
+    [file] = study.glob("*/log.csv")
+    return [[float(value) for value in row.split(",")] for row in file.read_text().splitlines()[1:]]
+
+
 # -- before any work -------------------------------------------------------------------------------
+
+
+def test_graphs_that_the_device_does_not_have(data, tmp_path, capsys):
+    assert main(train_command(data, tmp_path / "out", "--graphs", "whole", "--device", "cpu")) == 2
+    assert "graphs: expected 'auto' or 'off' on the device cpu" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_dry_run_lists_everything_missing_of_the_19_data_sets_at_once(data, tmp_path, capsys):
