@@ -16,6 +16,7 @@ from .arguments import require_integer
 from .config import PathConfig
 from .dataset import collate, require_data, require_output, require_pair
 from .distributed import require_whole
+from .layers.base import GLoRALayer
 from .merging import require_mergeable
 from .models.modules import evaluating, replaced_modules, require_layers, require_model
 from .paths import paths_of, using_paths
@@ -103,7 +104,7 @@ def evaluate_merged(
     Raises:
         ValueError: an empty data set, paths of another model, or sharded parameters.
     """
-    with merged_under(model, paths, {}) as merged:
+    with merged_under(model, mergeable_layers(model), paths, {}) as merged:
         return evaluate(merged, dataset, batch_size)
 
 
@@ -114,21 +115,30 @@ class MergedLayer(NamedTuple):
     plain: nn.Module
 
 
+def mergeable_layers(model: nn.Module) -> dict[str, GLoRALayer]:
+    """The adapted layers by name. Raises ValueError if one has hooks, or parameters that are sharded or on meta."""
+    require_whole(model)
+    layers = require_layers(model)
+    require_mergeable(layers)
+    return layers
+
+
 @contextmanager
 def merged_under(
-    model: nn.Module, paths: Mapping[str, PathConfig] | PathConfig, kept: dict[str, MergedLayer]
+    model: nn.Module,
+    layers: Mapping[str, GLoRALayer],
+    paths: Mapping[str, PathConfig] | PathConfig,
+    kept: dict[str, MergedLayer],
 ) -> Iterator[nn.Module]:
     """For a ``with`` block, a model of plain layers that computes what ``model`` does under ``paths``.
 
     Args:
+        layers: :func:`mergeable_layers` of ``model``.
         kept: plain layers of the previous call by name. Those with an equal path are used again, the others replaced.
 
     Raises:
-        ValueError: paths of another model; parameters that are sharded or on meta; hooks on an adapted layer.
+        ValueError: paths of another model.
     """
-    require_whole(model)
-    layers = require_layers(model)
-    require_mergeable(layers)
     paths = paths_of(layers, paths)
     exact = {name: layer for name, layer in layers.items() if layer.merges_exactly}
     for name, layer in exact.items():

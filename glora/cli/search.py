@@ -25,6 +25,9 @@ def add_search(commands) -> None:
     command.add_argument("--front", action="store_true", help="search accuracy against parameters, not accuracy alone")
     command.add_argument("--halving", action="store_true", help="judge candidates on growing parts of the split")
     command.add_argument(
+        "--quick", action="store_true", help="120 candidates, for a first look; single settings by --set, as ever"
+    )
+    command.add_argument(
         "--set", action="append", default=[], dest="changes", metavar="KEY=VALUE", help="as search.generations=5"
     )
     command.add_argument(
@@ -36,11 +39,15 @@ def add_search(commands) -> None:
 
 
 def _search(options: argparse.Namespace) -> int:
+    from ..evolution.settings import QUICK
     from ..runs import find_runs, process_group, search_run, search_settings
     from ..runs.saved import saved_searches, unfinished_search
     from ..runs.texts import describe_searches
 
     runs = find_runs(options.folder)
+    if options.quick:
+        quick = [f"search.{name}={value}" for name, value in QUICK.items()]
+        options.changes = quick + options.changes  # the last one counts
     if options.front:
         options.changes.append("search.objective=front")
     if options.halving:

@@ -41,12 +41,13 @@ class Scores:
 
     Attributes:
         known: every score of the search, whoever formed it.
-        evaluated: how many were formed since this object was made.
+        new: those that were formed since this object was made.
     """
 
     def __init__(self, journal: Journal | None):
-        self.journal, self.evaluated = journal, 0
+        self.journal = journal
         self.known: dict[Part, Total] = {} if journal is None else from_first(journal.read)
+        self.new: dict[Part, Total] = {}
 
     @property
     def seconds(self) -> float:
@@ -80,7 +81,7 @@ class Scores:
         if journal is not None:
             from_first(lambda: journal.append(found))
         self.known.update(found)
-        self.evaluated += len(found)
+        self.new.update(found)
 
 
 def _evaluated(calls: Mapping[Part, Callable[[], float]]) -> dict[Part, Total]:

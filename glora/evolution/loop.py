@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
-from tqdm.auto import tqdm
 
 from ..arguments import FILE, require_function, require_integer, require_type
 from ..config import LayerShape, SearchSpace
@@ -27,8 +26,9 @@ from ..distributed import holds_replica, require_whole
 from ..files import checksum
 from ..models.modules import require_layers
 from ..paths import Paths, sampler_for
-from ..processes import is_first, require_agreement, require_group, together, world_size
+from ..processes import require_agreement, require_group, together, world_size
 from ..sampling import PathSampler
+from .bar import SearchBar
 from .halving import rung_ends, search_order
 from .journal import Journal, Scores
 from .offspring import Offspring
@@ -68,8 +68,10 @@ def search(
         validation: pairs of input and class; never the test split. With ``settings.halving`` it is read in a seeded
             order of which every beginning has the classes in proportion.
         limit: the most support parameters a path may read.
-        metric: ``"accuracy"``, or ``"loss"`` where few samples make accuracy too coarse.
+        metric: ``"accuracy"``, or ``"loss"`` where few samples make accuracy too coarse. A score is then minus the mean
+            loss, since higher is better; people are shown the loss.
         journal: a file that holds every score; an interrupted search continues from it.
+        progress: show a bar and, after the first ten scores, how long the search will take.
         workers: processes that read ``validation``, anew for every candidate; 0 reads it in this one. For images that
             are decoded on the way: what fits into memory (``TensorDataset``) needs none.
 
@@ -85,7 +87,7 @@ def search(
     samples = together(lambda: _checked_samples(validation, metric, batch_size, workers))
     layers = together(lambda: _checked_layers(model, space, limit))
     order = together(lambda: _order(validation, settings))
-    scorer = CandidateScorer(model, validation, metric, batch_size, order, workers)
+    scorer = together(lambda: CandidateScorer(model, validation, metric, batch_size, order, workers))
     identified = journal is not None or world_size() > 1
     return evolve(
         layers,
@@ -96,6 +98,7 @@ def search(
         settings=settings,
         journal=journal,
         scored_by=_scored_by(model, validation, metric, batch_size) if identified else None,
+        metric=metric,
         progress=progress,
     )
 
@@ -167,6 +170,7 @@ def evolve(
     settings: SearchSettings = SearchSettings(),
     journal: str | os.PathLike | None = None,
     scored_by: Mapping[str, Any] | None = None,
+    metric: str = "score",
     progress: bool = True,
 ) -> SearchResult:
     """The evolution itself, for any score, higher is better: ``evaluate(paths)``.
@@ -183,6 +187,8 @@ def evolve(
     Args:
         samples: how many samples the score is a mean over; halving needs it. ``evaluate(paths, start, stop)`` then is
             the sum of the scores of samples ``start`` to ``stop``.
+        metric: how people are shown a score: ``"accuracy"`` (0 to 1) in percent, ``"loss"`` (minus the loss) as a loss,
+            anything else as it is.
 
     Raises:
         ValueError: a limit that no path meets; halving without enough ``samples``; a journal of another search.
@@ -204,11 +210,11 @@ def evolve(
     started = time.perf_counter()
     part = evaluate if samples is not None else partial(_whole, evaluate)
     race = Race(sampler, part, scores, ends, settings.objective)
-    history = _generations(Offspring(sampler, settings), race, settings, progress)
+    history = _generations(Offspring(sampler, settings), race, settings, metric, progress)
     return SearchResult(
         best=min((c for c in history if c.share == 1), key=best_first),
         history=tuple(history),
-        evaluated=scores.evaluated,
+        evaluated=len(scores.new),
         seconds=time.perf_counter() - started,
         limit=limit,
         evaluation_seconds=scores.seconds,
@@ -234,17 +240,18 @@ def _whole(evaluate: Evaluate, paths: Paths, start: int, stop: int) -> float:
     return evaluate(paths)
 
 
-def _generations(offspring: Offspring, race: Race, settings: SearchSettings, progress: bool) -> list[Candidate]:
+def _generations(
+    offspring: Offspring, race: Race, settings: SearchSettings, metric: str, progress: bool
+) -> list[Candidate]:
     """The history of a whole search."""
-    later = settings.crossover + settings.mutation
-    total = race.evaluations(settings.population) + settings.generations * race.evaluations(later)
+    sizes = race.sizes(settings.population) + settings.generations * race.sizes(settings.offspring)
     history: list[Candidate] = []
-    with tqdm(total=total, desc="search", unit="path", disable=not (progress and is_first())) as bar:
+    with SearchBar(settings.candidates, sizes, race.scores, metric, progress) as bar:
         for generation in range(settings.generations + 1):
             complete = [c for c in history if c.share == 1]
             parents = [tuple(c.paths.values()) for c in in_order(complete, settings.objective)[: settings.top]]
             drawn = offspring.next(parents) if generation else offspring.first()
             history += race.run(drawn, generation, bar.update)
             best = min((c for c in history if c.share == 1), key=best_first)
-            bar.set_postfix_str(f"best {best.score:.4f} with {best.parameters:,} parameters")
+            bar.show_best(best)
     return history

@@ -29,8 +29,7 @@ class Offspring:
     def next(self, parents: Sequence[Key]) -> list[Key]:
         crossed = self._fresh(self.settings.crossover, lambda: self._cross(parents))
         mutated = self._fresh(self.settings.mutation, lambda: self._mutate(parents))
-        wanted = self.settings.crossover + self.settings.mutation
-        return crossed + mutated + self._fresh(wanted - len(crossed) - len(mutated), self._random)
+        return crossed + mutated + self._fresh(self.settings.offspring - len(crossed) - len(mutated), self._random)
 
     def _fresh(self, count: int, draw: Callable[[], Key]) -> list[Key]:
         found: list[Key] = []

@@ -22,12 +22,13 @@ class Race:
         self.sampler, self.evaluate, self.scores = sampler, evaluate, scores
         self.ends, self.objective = ends, objective
 
-    def evaluations(self, candidates: int) -> int:
-        """How many parts are evaluated for so many candidates."""
-        total = 0
-        for _ in self.ends:
-            total, candidates = total + candidates, _better_half(candidates)
-        return total
+    def sizes(self, candidates: int) -> list[int]:
+        """The sizes, in samples, of all parts that are evaluated for so many candidates."""
+        sizes: list[int] = []
+        for start, end in zip([0, *self.ends], self.ends):
+            sizes += [end - start] * candidates
+            candidates = _better_half(candidates)
+        return sizes
 
     def run(self, drawn: Sequence[Key], generation: int, on_scores: Callable[[int], object]) -> list[Candidate]:
         """All candidates in the order of ``drawn``, each with the score of the last rung that it reached."""

@@ -17,7 +17,8 @@ class SearchResult:
     """What a search found.
 
     Attributes:
-        best: the candidate of the highest score; among equals the smallest, then the earliest.
+        best: the candidate of the highest score (minus the mean loss, for the metric ``"loss"``); among equals the
+            smallest, then the earliest.
         history: every candidate, in the order in which they were drawn. With halving, ``share`` says on how much of
             the validation split each was scored; only those of share 1 are parents, the best, or on the front.
         evaluated: evaluations made by this call; the others were in the journal.
@@ -48,7 +49,7 @@ class SearchResult:
     def to_dict(self) -> dict:
         """Plain data for JSON. An entry of ``history``: generation, parameters, score, share of the split.
 
-        A score that is not finite, which JSON cannot hold, is None.
+        A score is minus the mean loss for the metric ``"loss"``; None if it is not finite, which JSON cannot hold.
         """
         return {
             "best": _describe(self.best),

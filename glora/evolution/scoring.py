@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.data import Dataset, Subset
 
 from ..config import PathConfig
-from ..evaluation import MergedLayer, count, merged_under
+from ..evaluation import MergedLayer, count, mergeable_layers, merged_under
 
 METRICS = ("accuracy", "loss")
 
@@ -24,6 +24,9 @@ class CandidateScorer:
         metric: ``"accuracy"``, or ``"loss"``, negated: higher is better.
         order: indices of ``validation``; ``start`` and ``stop`` count in it. None: every call scores all samples.
         workers: processes that read ``validation``.
+
+    Raises:
+        ValueError: see :func:`glora.evaluation.mergeable_layers`.
     """
 
     def __init__(
@@ -37,11 +40,12 @@ class CandidateScorer:
     ):
         self.model, self.validation, self.metric, self.batch_size = model, validation, metric, batch_size
         self.order, self.workers = order, workers
+        self.layers = mergeable_layers(model)
         self._merged: dict[str, MergedLayer] = {}
 
     def __call__(self, paths: Mapping[str, PathConfig], start: int, stop: int) -> float:
         """The sum of the scores of samples ``start`` to ``stop`` of ``order``; of all samples without an order."""
         dataset = self.validation if self.order is None else Subset(self.validation, self.order[start:stop])
-        with merged_under(self.model, paths, self._merged) as merged:
+        with merged_under(self.model, self.layers, paths, self._merged) as merged:
             totals = count(merged, dataset, self.batch_size, self.workers)
         return float(totals.right) if self.metric == "accuracy" else -totals.loss

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 OBJECTIVES = ("score", "front")
+QUICK = {"population": 20, "top": 5, "crossover": 10, "mutation": 10, "generations": 5}
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,30 @@ class SearchSettings:
         if not isinstance(self.halving, (tuple, list)) or not _grows_to_one(self.halving):
             raise ValueError(f"halving: expected growing shares above 0, the last 1, or none; got {self.halving!r}")
         object.__setattr__(self, "halving", tuple(self.halving))
+
+    @classmethod
+    def quick(cls, **changes: Any) -> SearchSettings:
+        """Settings for a first look: 120 candidates in place of 1,050.
+
+        Args:
+            changes: other values of any setting.
+
+        >>> SearchSettings().candidates, SearchSettings.quick().candidates
+        (1050, 120)
+        >>> SearchSettings.quick(generations=2, seed=1).candidates
+        60
+        """
+        return cls(**{**QUICK, **changes})
+
+    @property
+    def offspring(self) -> int:
+        """Candidates of every generation after the first."""
+        return self.crossover + self.mutation
+
+    @property
+    def candidates(self) -> int:
+        """Candidates of a whole search."""
+        return self.population + self.generations * self.offspring
 
     @property
     def shares(self) -> tuple[float, ...]:

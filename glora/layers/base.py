@@ -24,6 +24,7 @@ from glora_kernels import (
 
 from ..config import Choice, LayerShape, PathConfig
 from .path_history import PathHistory, next_start
+from .plain import Plain
 
 STORAGES = {"A": ("Ad", "Au"), "B": ("Bd", "Bu"), "C": ("Cd", "Cu"), "D": ("D",), "E": ("E",)}
 PROBE_TOKENS = 16
@@ -34,7 +35,6 @@ _NO_PATHS = (
     "right ones by glora.set_paths(model, paths). glora.save_adapter and load_adapter keep paths and tensors together"
 )
 Layer = TypeVar("Layer", bound="GLoRALayer")
-Plain = TypeVar("Plain", bound=nn.Module)
 
 
 class GLoRALayer(nn.Module):

@@ -11,7 +11,7 @@ from glora_kernels import glora_merge
 
 from ..config import PathConfig
 from .base import GLoRALayer
-from .plain import require_plain
+from .plain import require_plain, unfilled
 
 
 class GLoRAConv1D(GLoRALayer):
@@ -88,6 +88,4 @@ class GLoRAConv1D(GLoRALayer):
         from transformers.pytorch_utils import Conv1D
 
         weight, bias = glora_merge(self.matrix, self.bias, self.terms(path), safe)
-        with torch.device("meta"):  # nothing is allocated or drawn at random
-            conv = Conv1D(self.nf, self.nx)
-        return self._fill(conv, weight.t().contiguous(), bias)
+        return self._fill(unfilled(Conv1D, self.nf, self.nx), weight.t().contiguous(), bias)

@@ -10,7 +10,7 @@ from glora_kernels import Terms, configured_conv2d, glora_conv2d, glora_merge, r
 
 from ..config import PathConfig
 from .base import SUPPORT_NAMES, GLoRALayer
-from .plain import require_plain
+from .plain import require_plain, unfilled
 
 _PROBE_IMAGES = 2
 
@@ -112,19 +112,9 @@ class GLoRAConv2d(GLoRALayer):
             ValueError: with ``safe``, a NaN or infinity in the merged weight or bias.
         """
         weight, bias = glora_merge(self.matrix, self.bias, self.terms(path), safe)
-        # on meta: nothing is allocated or drawn at random
-        conv = nn.Conv2d(
-            self.in_channels,
-            self.out_channels,
-            self.kernel_size,
-            self.stride,
-            self.padding,
-            self.dilation,
-            self.groups,
-            bias is not None,
-            self.padding_mode,
-            device="meta",
-        )
+        sizes = (self.in_channels, self.out_channels, self.kernel_size)
+        geometry = (self.stride, self.padding, self.dilation, self.groups)
+        conv = unfilled(nn.Conv2d, *sizes, *geometry, True, self.padding_mode)
         kernels = torch.empty_like(self.weight)  # in the memory format of the base
         return self._fill(conv, kernels.copy_(weight.reshape(kernels.shape)), bias)
 

@@ -12,7 +12,7 @@ from glora_kernels.torch_private import held_parameters
 
 from ..config import PathConfig
 from .base import SUPPORT_NAMES, GLoRALayer
-from .plain import qualified_name, require_plain
+from .plain import qualified_name, require_plain, unfilled
 from .quantised_formats import is_quantised
 
 PARAMETER_NAMES = ("weight", "bias", *SUPPORT_NAMES)
@@ -115,6 +115,4 @@ class GLoRALinear(GLoRALayer):
             ValueError: with ``safe``, a NaN or infinity in the merged weight or bias.
         """
         weight, bias = glora_merge(self.weight, self.bias, self.terms(path), safe)
-        # on meta: nothing is allocated or drawn at random
-        linear = nn.Linear(self.in_features, self.out_features, bias is not None, device="meta", dtype=weight.dtype)
-        return self._fill(linear, weight, bias)
+        return self._fill(unfilled(nn.Linear, self.in_features, self.out_features), weight, bias)

@@ -1,12 +1,39 @@
-"""Plain modules: the name of their type, and whether they are nothing more than it."""
+"""Plain modules: the name of their type, whether they are nothing more than it, and new ones to be filled."""
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+from functools import cache
 from types import MethodType
+from typing import Any, TypeVar
 
+import torch
 from torch import nn
 
 from glora_kernels.torch_private import has_call_hooks, has_state_hooks, held_parameters, is_compiled_in_place
+
+Plain = TypeVar("Plain", bound=nn.Module)
+
+
+def unfilled(kind: type[Plain], *arguments: Hashable) -> Plain:
+    """``kind(*arguments)`` without parameters, for :meth:`GLoRALayer._fill`; nothing is allocated or drawn at random.
+
+    ``kind`` is a module that holds plain data beside its parameters. Its constructor runs once for each ``arguments``:
+    the initial weights that it draws, which even on meta cost more than merging a small layer, would be thrown away.
+    """
+    module = kind.__new__(kind)
+    nn.Module.__init__(module)
+    vars(module).update(_settings(kind, *arguments))  # type: ignore[arg-type]  # a type is hashable
+    return module
+
+
+@cache
+def _settings(kind: type[nn.Module], *arguments: Hashable) -> dict[str, Any]:
+    """What the constructor gives ``kind(*arguments)`` beside parameters and what every module has."""
+    with torch.device("meta"):
+        module = kind(*arguments)
+    every = vars(nn.Module())
+    return {name: value for name, value in vars(module).items() if name not in every}
 
 
 def require_plain(argument: str, module: nn.Module, kind: type[nn.Module]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from ..evolution.texts import describe_score
 from .notes import origin_notes
 from .runs import Run
 from .seeds import test_accuracy
@@ -53,11 +54,7 @@ def _or_dash(value: float | None, form: str) -> str:
 
 
 def _score(run: Run) -> str:
-    if run.search is None:
-        return "-"
-    score = run.search.best.score
-    forms = {"accuracy": f"{100 * score:.2f}%", "loss": f"loss {-score:.4f}"}
-    return forms.get(run.search.metric or "", f"score {score:.4f}")
+    return "-" if run.search is None else describe_score(run.search.metric, run.search.best.score)
 
 
 def overview_markdown(runs: Sequence[Run]) -> list[str]:

@@ -116,7 +116,7 @@ def _study_drawings(protocol: str, backbone: str, settings: Settings) -> Iterabl
 def _run_drawings(run: Run) -> list[_Drawing]:
     kinds = {
         "paths": ("Path of every layer (the paper's Figure 4)", path_figure),
-        "search": ("Search: progress, and accuracy against parameters", search_figure),
+        "search": ("Search: progress, and quality against parameters", search_figure),
         "training": ("Training", training_figure),
         "features": ("Features by t-SNE (the paper's Figure 5)", features_figure),
     }

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..evolution.texts import describe_score
 from .spec import RunSpec
 
 
@@ -40,15 +41,19 @@ def describe_training(summaries: Sequence[Mapping[str, Any]], out: Path) -> str:
 
 
 def describe_searches(found: Sequence[Mapping[str, Any]]) -> str:
-    lines = [f"{'run':<34} {'validation':>10} {'parameters':>11} {'limit':>11} {'evaluations':>11} {'hours':>7}"]
+    lines = [f"{'run':<34} {'validation':>11} {'parameters':>11} {'limit':>11} {'evaluations':>11} {'hours':>7}"]
     for result in found:
         best, limit = result["best"], result["limit"]
         lines.append(
-            f"{result['run']:<34} {best['score']:>10.4f} {best['parameters']:>11,} "
+            f"{result['run']:<34} {_score(result, best):>11} {best['parameters']:>11,} "
             f"{'none' if limit is None else format(limit, ','):>11} {result['evaluations']:>11} {result['hours']:>7.2f}"
         )
-        lines += [f"{'':<34} {c['score']:>10.4f} {c['parameters']:>11,}  on the front" for c in _front(result)]
+        lines += [f"{'':<34} {_score(result, c):>11} {c['parameters']:>11,}  on the front" for c in _front(result)]
     return "\n".join(lines)
+
+
+def _score(result: Mapping[str, Any], candidate: Mapping[str, Any]) -> str:
+    return describe_score(result["metric"], candidate["score"])
 
 
 def _front(result: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:

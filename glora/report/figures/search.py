@@ -25,12 +25,11 @@ def search_figure(run: Run) -> Any | None:
     if not finite:
         return None
     scale, unit = _unit(search.metric)
-    scored = [each._replace(score=scale * each.score) for each in finite]
     figure = new_figure(11, 4.9)
     progress, trade = figure.subplots(1, 2, sharey=True)
-    _draw_progress(progress, scored)
+    _draw_progress(progress, finite, scale)
     progress.set_ylabel(unit)
-    _draw_trade(trade, scored, search, scale)
+    _draw_trade(trade, finite, search, scale)
     parts, infinite = len(search.history) - len(full), len(full) - len(finite)
     set_title(
         figure,
@@ -43,11 +42,11 @@ def search_figure(run: Run) -> Any | None:
 
 def _unit(metric: str | None) -> tuple[float, str]:
     """The factor for scores, and the label of the axis."""
-    units = {"accuracy": (100.0, "validation accuracy, %"), "loss": (1.0, "minus validation loss")}
+    units = {"accuracy": (100.0, "validation accuracy, %"), "loss": (-1.0, "validation loss")}
     return units.get(metric or "", (1.0, "validation score"))
 
 
-def _draw_progress(axes: Any, scored: Sequence[Evaluated]) -> None:
+def _draw_progress(axes: Any, scored: Sequence[Evaluated], scale: float) -> None:
     import numpy as np
 
     scores = defaultdict(list)
@@ -57,10 +56,12 @@ def _draw_progress(axes: Any, scored: Sequence[Evaluated]) -> None:
     low, lower, middle, upper, high = np.array(
         [np.percentile(scores[generation], (0, 25, 50, 75, 100)) for generation in generations]
     ).T
+    best = np.maximum.accumulate(high)
+    low, lower, middle, upper, high, best = (scale * values for values in (low, lower, middle, upper, high, best))
     axes.fill_between(generations, low, high, color=_MEDIAN, alpha=0.15, label="worst to best of a generation")
     axes.fill_between(generations, lower, upper, color=_MEDIAN, alpha=0.35, label="quartiles")
     axes.plot(generations, middle, color=_MEDIAN, marker="o", markersize=4, label="median")
-    axes.plot(generations, np.maximum.accumulate(high), color=_BEST, marker="s", markersize=4, label="best so far")
+    axes.plot(generations, best, color=_BEST, marker="s", markersize=4, label="best so far")
     axes.set_xlabel("generation")
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.3)
@@ -68,11 +69,12 @@ def _draw_progress(axes: Any, scored: Sequence[Evaluated]) -> None:
 
 
 def _draw_trade(axes: Any, scored: Sequence[Evaluated], search: Search, scale: float) -> None:
-    axes.scatter([e.parameters for e in scored], [e.score for e in scored], s=12, color="#999999", label="candidates")
+    shown = [scale * each.score for each in scored]
+    axes.scatter([e.parameters for e in scored], shown, s=12, color="#999999", label="candidates")
     best = front(scored)
     axes.step(
         [e.parameters for e in best],
-        [e.score for e in best],
+        [scale * e.score for e in best],
         where="post",
         color=_FRONT,
         marker="o",

@@ -103,7 +103,15 @@ def test_beats_as_many_random_paths(seed, limit):
 def test_by_default_as_in_the_paper():
     result = run(settings=SearchSettings())
     assert Counter(c.generation for c in result.history) == dict.fromkeys(range(21), 50)
-    assert result.evaluated == 1050
+    assert result.evaluated == SearchSettings().candidates == 1050
+
+
+def test_a_quick_search():
+    assert len(run(settings=SearchSettings.quick()).history) == SearchSettings.quick().candidates == 120
+    changed = SearchSettings.quick(generations=2, seed=3)
+    assert changed == SearchSettings(20, 5, 10, 10, generations=2, seed=3)
+    with pytest.raises(ValueError, match="population: expected an integer from 1"):
+        SearchSettings.quick(population=0)
 
 
 @pytest.mark.parametrize("limit", [0, 1, 20, 100, 150, 10_000])
@@ -434,6 +442,14 @@ def test_the_model_is_left_as_it_is(training, journal):
     model = trained_mlp(dropout=0.5).train(training)
     with unchanged(model):
         search_model(model, limit=60, journal=journal)
+
+
+def test_hooks_that_merging_would_lose_are_refused_before_anything_is_scored(journal):
+    model = trained_mlp()
+    model.fc2.register_forward_hook(lambda *call: None)
+    with pytest.raises(ValueError, match=r"expected adapted layers without hooks.*'fc2'"):
+        search_model(model, journal=journal)
+    assert not journal.exists()
 
 
 def test_the_model_is_left_as_it_is_after_an_error():

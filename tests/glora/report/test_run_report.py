@@ -710,7 +710,16 @@ def test_search_by_loss(tmp_path):
     run = write_run(tmp_path / "run")
     change(run / "search.json", metric="loss")
     [loaded] = load_runs(run)
-    assert search_figure(loaded).axes[0].get_ylabel() == "minus validation loss"
+    scores = [(0, 900, -0.5), (0, 700, -0.75), (1, 600, -0.25), (1, 500, -1.0)]
+    best = json.loads((run / "search.json").read_text())["best"]
+    change(run / "search.json", history=[[*each, 1.0] for each in scores], best={**best, "score": -0.25})
+    [loaded] = load_runs(run)
+    progress, trade = search_figure(loaded).axes
+    lines = {line.get_label(): line.get_xydata().tolist() for line in [*progress.lines, *trade.lines]}
+    assert progress.get_ylabel() == "validation loss"
+    assert lines["best so far"] == [[0, 0.5], [1, 0.25]]
+    assert lines["front: none is smaller and as good"] == [[500, 1.0], [600, 0.25]]
+    assert lines["chosen"][0][1] == 0.25
     assert f"loss {-loaded.search.best.score:.4f}" in write_report(run, progress=False).text
 
 
