@@ -103,15 +103,22 @@ class TorchPlan:
         wide = weight.to(self._wide) if self._widens else weight
         return self._effective_bias(wide, bias, self._read(storages)) if self._adapts_bias else bias
 
-    def _effective_weight(self, wide: Tensor, parts: Parts, projected: Tensor | None) -> Tensor:
-        """W_eff in as few passes over the weight (in the compute dtype) as the kinds allow, rounded once."""
+    def _effective_weight(
+        self, wide: Tensor, parts: Parts, projected: Tensor | None, buffer: Tensor | None = None
+    ) -> Tensor:
+        """W_eff in as few passes over the weight (in the compute dtype) as the kinds allow, rounded once.
+
+        Args:
+            buffer: (N, K) in the compute dtype, to be overwritten in place of new memory where A is elementwise.
+        """
         ad, au, bd, bu, _, _, _, _ = parts
         if self._b == NONE:
-            w_eff = self._scaled(wide, ad, au, projected)
+            w_eff = self._scaled(wide, ad, au, projected, buffer)
         elif self._b == FACTORS:
-            w_eff = (
-                torch.addmm(wide, bd, bu) if self._a == NONE else self._scaled(wide, ad, au, projected).addmm_(bd, bu)
-            )
+            if self._a == NONE:
+                w_eff = torch.addmm(wide, bd, bu)
+            else:
+                w_eff = self._scaled(wide, ad, au, projected, buffer).addmm_(bd, bu)
         else:
             shift = bd.unsqueeze(1) if self._b == VECTOR else bd
             if self._a == NONE:
@@ -119,13 +126,15 @@ class TorchPlan:
             elif self._a in (ROWS, INPUTS):
                 w_eff = torch.addcmul(shift, wide, self._scale(ad))
             else:
-                w_eff = self._scaled(wide, ad, au, projected).add_(shift)
+                w_eff = self._scaled(wide, ad, au, projected, buffer).add_(shift)
         return w_eff.to(self._dtype) if self._is_half else w_eff
 
-    def _scaled(self, wide: Tensor, ad: Tensor, au: Tensor, projected: Tensor | None) -> Tensor:
-        """``W0 + W0 * A`` or ``W0 + W0 @ A``, as a new tensor."""
+    def _scaled(
+        self, wide: Tensor, ad: Tensor, au: Tensor, projected: Tensor | None, buffer: Tensor | None
+    ) -> Tensor:
+        """``W0 + W0 * A`` or ``W0 + W0 @ A``, as a new tensor or in the ``buffer``."""
         if self._a == ELEMENTS:
-            product = torch.mm(ad, au)
+            product = torch.mm(ad, au, out=buffer)
             return torch.addcmul(wide, wide, product, out=product)
         if self._a == PROJECTED:
             return torch.addmm(wide, torch.mm(wide, ad) if projected is None else projected, au)
@@ -167,6 +176,7 @@ class TorchPlan:
         parts = self._read(storages)
         grads: Grads = [None] * 8
         thin_parts = self._read_thin(storages) if self._is_half else parts
+        dw = None
         db = dy.sum(0, dtype=self._wide) if self._sums_dy or output is not None else None
         if db is not None and self._sums_dy:
             self._bias_gradients(db, weight, bias, parts, grads)
@@ -179,8 +189,8 @@ class TorchPlan:
                 dx = self._input_scale_gradients(dy, x, weight, parts, thin_parts, grads)
                 return dx, self._write(grads)
             if self._a == ELEMENTS:
-                dw = torch.mm(dy.t(), x)
-                self._dense_gradients(dw.to(self._wide) if self._is_half else dw, weight, parts, grads, own=True)
+                dw = torch.mm(dy.t(), x).to(self._wide)
+                self._dense_gradients(dw, weight, parts, grads, own=True)
             elif self._a == PROJECTED:
                 if projected is None:
                     projected = torch.mm(weight.to(self._wide), parts[AD])
@@ -196,7 +206,7 @@ class TorchPlan:
         if not self._adapts_weight:
             return torch.mm(dy, weight), self._write(grads)
         wide = weight.to(self._wide) if self._widens else weight
-        return torch.mm(dy, self._effective_weight(wide, parts, projected)), self._write(grads)
+        return torch.mm(dy, self._effective_weight(wide, parts, projected, dw)), self._write(grads)
 
     def contract(
         self, weight: Tensor, bias: Tensor | None, storages: Sequence[Tensor], dw: Tensor | None, db: Tensor | None
