@@ -33,6 +33,8 @@ from ..backend import ForwardResult
 from ..gradient_routes import reads_token_sums, scales_inputs, scales_rows
 from ..terms import LowRank, Terms, Vector, compute_dtype
 from ..torch_private import unsafe_view
+from . import passes
+from .passes import TokenSums
 from .row_scale import Thin, row_scale_gradient
 from .storages import Parts, reader, writer
 
@@ -112,6 +114,8 @@ class TorchPlan:
             buffer: (N, K) in the compute dtype, to be overwritten in place of new memory where A is elementwise.
         """
         ad, au, bd, bu, _, _, _, _ = parts
+        if passes.takes(wide):
+            return self._in_one_pass(wide, parts, projected, buffer)
         if self._b == NONE:
             w_eff = self._scaled(wide, ad, au, projected, buffer)
         elif self._b == FACTORS:
@@ -129,9 +133,24 @@ class TorchPlan:
                 w_eff = self._scaled(wide, ad, au, projected, buffer).add_(shift)
         return w_eff.to(self._dtype) if self._is_half else w_eff
 
-    def _scaled(
-        self, wide: Tensor, ad: Tensor, au: Tensor, projected: Tensor | None, buffer: Tensor | None
-    ) -> Tensor:
+    def _in_one_pass(self, wide: Tensor, parts: Parts, projected: Tensor | None, buffer: Tensor | None) -> Tensor:
+        """W_eff of a weight that :mod:`.passes` takes; V Au and Bd Bu of the matmul product are one pair of factors."""
+        ad, au, bd, bu, _, _, _, _ = parts
+        shift = (bd, bu) if self._b == FACTORS else None
+        if self._a == PROJECTED:
+            projected = torch.mm(wide, ad) if projected is None else projected
+            shift = (projected, au) if shift is None else (torch.cat((projected, bd), 1), torch.cat((au, bu)))
+        return passes.effective_weight(
+            wide,
+            row_scale=ad + 1 if self._a == ROWS else None,
+            column_scale=(ad + 1).expand(wide.shape[1]) if self._a == INPUTS else None,
+            scale=(ad, au) if self._a == ELEMENTS else None,
+            row_shift=bd.expand(wide.shape[0]) if self._b in (VECTOR, CONSTANT) else None,
+            shift=shift,
+            out=buffer,
+        )
+
+    def _scaled(self, wide: Tensor, ad: Tensor, au: Tensor, projected: Tensor | None, buffer: Tensor | None) -> Tensor:
         """``W0 + W0 * A`` or ``W0 + W0 @ A``, as a new tensor or in the ``buffer``."""
         if self._a == ELEMENTS:
             product = torch.mm(ad, au, out=buffer)
@@ -177,13 +196,15 @@ class TorchPlan:
         grads: Grads = [None] * 8
         thin_parts = self._read_thin(storages) if self._is_half else parts
         dw = None
-        db = dy.sum(0, dtype=self._wide) if self._sums_dy or output is not None else None
-        if db is not None and self._sums_dy:
-            self._bias_gradients(db, weight, bias, parts, grads)
-        if not self._wants_a:
-            if self._wants_b:
-                self._thin_gradients(dy, x, thin_parts, token_sums, grads)
-        else:
+        tokens = self._tokens(x, thin_parts, token_sums) if self._contracts_b(output) else None
+        rows = thin_parts[BD].t() if tokens is not None and self._wants_b and self._b == FACTORS else None
+        found = passes.read_gradient(dy, self._sums_dy or output is not None, output, tokens, rows)
+        if self._sums_dy:
+            assert found.sums is not None
+            self._bias_gradients(found.sums, weight, bias, parts, grads)
+        if tokens is not None and self._wants_b:
+            self._thin_gradients(x, found, grads)
+        if self._wants_a:
             assert x is not None
             if self._a == INPUTS:
                 dx = self._input_scale_gradients(dy, x, weight, parts, thin_parts, grads)
@@ -195,12 +216,9 @@ class TorchPlan:
                 if projected is None:
                     projected = torch.mm(weight.to(self._wide), parts[AD])
                 _projected_gradients(dy, x, weight, thin_parts[AU], projected, grads)
-                if self._wants_b:
-                    self._thin_gradients(dy, x, thin_parts, None, grads)
             else:
-                reads_b = self._wants_b or (output is not None and self._b != NONE)
-                thin = self._thin_gradients(dy, x, thin_parts, None, grads) if reads_b else None
-                grads[AD] = row_scale_gradient(dy, x, weight, parts[AD], output, b_eff, db, thin)
+                thin = None if tokens is None else self._thin(thin_parts, tokens, found)
+                grads[AD] = row_scale_gradient(dy, x, weight, parts[AD], found.dots, b_eff, found.sums, thin)
         if not self._wants_x:
             return None, self._write(grads)
         if not self._adapts_weight:
@@ -260,32 +278,41 @@ class TorchPlan:
         else:
             grads[AD] = da.sum(1 if self._is_hadamard else 0)
 
-    def _thin_gradients(
-        self, dy: Tensor, x: Tensor | None, parts: Parts, token_sums: Tensor | None, grads: Grads
-    ) -> Thin:
-        """The contraction of B with dW, and from it the gradients of B, if wanted.
+    # B adds ``rows^T columns`` to W_eff. With dW = dy^T x never formed, ``d rows = columns dW^T = tokens dy`` where
+    # ``tokens = columns x^T``, and ``d columns = rows dW = (rows dy^T) x``. A vector or constant has ones as columns,
+    # and reads only the sums of x over the inputs.
 
-        For a term that adds ``rows^T columns`` to W_eff, with dW = dy^T x never formed:
-        ``d rows = columns dW^T = (columns x^T) dy`` and ``d columns = rows dW = (rows dy^T) x``.
-        A vector or constant has ones as columns, and reads only the sums of x over the inputs.
-        """
-        bd, bu = parts[BD], parts[BU]
+    def _contracts_b(self, output: Tensor | None) -> bool:
+        """Whether the contraction of B with dW is read, and not formed from a dense dW."""
+        if self._wants_a and self._a == ELEMENTS:
+            return False
+        return self._wants_b or (output is not None and self._b != NONE)
+
+    def _tokens(self, x: Tensor | None, parts: Parts, token_sums: Tensor | None) -> Tensor:
+        """``columns x^T`` of B, (r, M)."""
         if self._b == FACTORS:
             assert x is not None
-            rows = bd.t()
-            tokens = F.linear(bu, x)
-            contracted = torch.mm(tokens, dy)
-            if self._wants_b:
-                grads[BD], grads[BU] = contracted.t(), torch.mm(F.linear(rows, dy), x)
-            return rows, bu, tokens, contracted
+            return F.linear(parts[BU], x)
         if token_sums is None:
             assert x is not None
             token_sums = x.sum(1)
-        tokens = token_sums.unsqueeze(0)
-        contracted = torch.mm(tokens, dy)
-        if self._wants_b:
-            grads[BD] = contracted.squeeze(0)
-        return bd.expand(1, dy.shape[1]), None, tokens, contracted
+        return token_sums.unsqueeze(0)
+
+    def _thin_gradients(self, x: Tensor | None, found: TokenSums, grads: Grads) -> None:
+        """The gradients of B."""
+        assert found.contracted is not None
+        if self._b != FACTORS:
+            grads[BD] = found.contracted.squeeze(0)
+            return
+        assert x is not None and found.through is not None
+        grads[BD], grads[BU] = found.contracted.t(), torch.mm(found.through, x)
+
+    def _thin(self, parts: Parts, tokens: Tensor, found: TokenSums) -> Thin:
+        """B and its contraction with dW."""
+        assert found.contracted is not None
+        bd = parts[BD]
+        rows = bd.t() if self._b == FACTORS else bd.expand(1, found.contracted.shape[1])
+        return rows, parts[BU] if self._b == FACTORS else None, tokens, found.contracted
 
     def _input_scale_gradients(
         self, dy: Tensor, x: Tensor, weight: Tensor, parts: Parts, thin_parts: Parts, grads: Grads
@@ -294,9 +321,7 @@ class TorchPlan:
         g = torch.mm(dy, weight)
         if self._is_half:
             g = g.to(self._wide)
-        grads[AD] = torch.linalg.vecdot(x.to(self._wide), g, dim=0)
-        if self._wants_b:
-            self._thin_gradients(dy, x, thin_parts, None, grads)
+        grads[AD] = passes.column_dots(x, g)
         if not self._wants_x:
             return None
         dx = g.mul_(self._scale(parts[AD]))

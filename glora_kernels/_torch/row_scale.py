@@ -26,6 +26,7 @@ from torch import Tensor
 
 from ..gradient_routes import ACCEPTED_LOSS, PROBED_PART, PROBED_TOKENS
 from ..terms import compute_dtype
+from .passes import column_dots
 
 # B as rows^T columns, of rank r (1 for a vector or constant), and its contraction with dW: rows (r, N); columns
 # (r, K), None stands for ones; columns x^T (r, M); columns dW^T (r, N).
@@ -40,7 +41,7 @@ def row_scale_gradient(
     x: Tensor,
     weight: Tensor,
     a: Tensor,
-    output: Tensor | None,
+    dots: Tensor | None,
     b_eff: Tensor | None,
     db: Tensor | None,
     thin: Thin | None,
@@ -48,21 +49,24 @@ def row_scale_gradient(
     """``da_n = sum_m dy_mn z_mn``, ``z = x W0^T``, of shape (N,).
 
     ``s da = sum_m dy y - b_eff db - sum_k B dW``; rows where this loses digits are formed from z.
+
+    Args:
+        dots: ``sum_m dy y``, (N,), in the compute dtype; None where the output is not at hand.
     """
-    if output is None:
-        return _column_dots(dy, x @ weight.t())
+    if dots is None:
+        return column_dots(dy, x @ weight.t())
     assert db is not None
     wide = compute_dtype(dy.dtype)
     scale = a + 1
     b_eff = torch.zeros_like(scale) if b_eff is None else b_eff.to(wide)
-    da = _column_dots(dy, output) - b_eff * db
+    da = dots - b_eff * db
     if thin is not None:
         rows, _, _, contracted = thin
         da -= (rows.to(wide) * contracted.to(wide)).sum(0)
     da /= scale
     lost = _lost_rows(dy, x, weight, scale, b_eff, thin) | ~da.isfinite()
     if lost.any():
-        da[lost] = _column_dots(dy[:, lost], x @ weight[lost].t())
+        da[lost] = column_dots(dy[:, lost], x @ weight[lost].t())
     return da
 
 
@@ -93,9 +97,3 @@ def _lost_rows(dy: Tensor, x: Tensor, weight: Tensor, scale: Tensor, b_eff: Tens
         rows = doubtful.nonzero().squeeze(1)
         doubtful[rows] = is_lost(rows, EVERY, accepted)
     return doubtful
-
-
-def _column_dots(left: Tensor, right: Tensor) -> Tensor:
-    """``sum_m left_mn right_mn`` in the compute dtype, (N,)."""
-    wide = compute_dtype(left.dtype)
-    return torch.linalg.vecdot(left.to(wide), right.to(wide), dim=0)

@@ -7,6 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from glora_kernels._torch import row_scale
+from glora_kernels._torch.passes import column_dots
 from glora_kernels.gradient_routes import ACCEPTED_LOSS, PROBED_PART, PROBED_TOKENS
 from tests.tiers import at
 
@@ -112,7 +113,7 @@ def test_what_the_part_misses_is_formed_anew(dtype, spoilt):
         (x[0] if spoilt.endswith("x") else weight[2])[-1] = float(spoilt.split()[0])
     output = (x @ (weight * scale[:, None]).to(dtype).t()).to(dtype)
     arguments = dy, x, weight, scale - 1
-    found = row_scale.row_scale_gradient(*arguments, output, None, dy.sum(0, dtype=scale.dtype), None)
+    found = row_scale.row_scale_gradient(*arguments, column_dots(dy, output), None, dy.sum(0, dtype=scale.dtype), None)
     exact = row_scale.row_scale_gradient(*arguments, None, None, None, None)
     rows = ~output.isfinite().all(0)
     assert rows.any()
