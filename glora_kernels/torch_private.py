@@ -162,6 +162,35 @@ def _can_number() -> bool:
 hooks_on_top: Callable[[], object] = (lambda: True) if _hooks_on_top is None else partial(_hooks_on_top, True)
 
 
+
+def _try_gelu(gelu: Any) -> None:
+    h = torch.ones(2, requires_grad=True).exp()
+    node = gelu(h, approximate="tanh").grad_fn
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor):
+        hooked = gelu(h).grad_fn
+    found = node._saved_self, node._saved_approximate, node._raw_saved_self.unpack_hook
+    if found[0] is not h or found[1:] != ("tanh", None) or hooked._raw_saved_self.unpack_hook is None:
+        raise RuntimeError("another meaning")
+
+
+_gelu = _tried("nn.functional.gelu", _try_gelu)
+_gelu_node = None if _gelu is None else type(_gelu(torch.ones((), device="cpu", requires_grad=True)).grad_fn)
+
+
+def gelu_input(x: Tensor) -> tuple[Tensor, str] | None:
+    """The tensor h and the approximation where autograd made x, as ``gelu(h)``, and keeps h, unchanged and without hooks.
+
+    Whether x has been changed since is not asked. None for a subclass of tensors.
+    """
+    node: Any = x.grad_fn
+    if type(node) is not _gelu_node or type(x) is not Tensor or node._raw_saved_self.unpack_hook is not None:
+        return None
+    try:
+        return node._saved_self, node._saved_approximate
+    except RuntimeError:  # h was changed in place, or a backward pass has released it
+        return None
+
+
 # -- modes and kinds of tensors ----------------------------------------------------------------------------------------
 
 _AUTOCAST_DEVICES = ("cpu", "cuda", "xpu", "mps", "hpu", "mtia")
