@@ -162,32 +162,58 @@ def _can_number() -> bool:
 hooks_on_top: Callable[[], object] = (lambda: True) if _hooks_on_top is None else partial(_hooks_on_top, True)
 
 
+# -- what an operation keeps for its own backward pass -----------------------------------------------------------------
 
-def _try_gelu(gelu: Any) -> None:
-    h = torch.ones(2, requires_grad=True).exp()
-    node = gelu(h, approximate="tanh").grad_fn
+Made = tuple[str, tuple[Any, ...], Any]
+
+
+def _of_gelu(node: Any) -> Made | None:
+    return None if node._raw_saved_self.unpack_hook else ("gelu", (node._saved_self,), node._saved_approximate)
+
+
+def _of_norm(node: Any) -> Made | None:
+    if node._raw_saved_input.unpack_hook:
+        return None
+    statistics = node._saved_result1, node._saved_result2
+    tensors = node._saved_input, *statistics, node._saved_weight, node._saved_bias
+    return "layer norm", tensors, node._saved_normalized_shape
+
+
+def _try_node(read: Callable[[Any], Made | None], operation: Callable[..., Tensor], *details: Any) -> None:
+    h = torch.ones(2, 3, requires_grad=True).exp()
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor):
-        hooked = gelu(h).grad_fn
-    found = node._saved_self, node._saved_approximate, node._raw_saved_self.unpack_hook
-    if found[0] is not h or found[1:] != ("tanh", None) or hooked._raw_saved_self.unpack_hook is None:
+        hooked = operation(h, *details).grad_fn
+    made = read(operation(h, *details).grad_fn)
+    if read(hooked) is not None or made is None or made[1][0] is not h:
         raise RuntimeError("another meaning")
 
 
-_gelu = _tried("nn.functional.gelu", _try_gelu)
-_gelu_node = None if _gelu is None else type(_gelu(torch.ones((), device="cpu", requires_grad=True)).grad_fn)
+def _makers() -> dict[type, Callable[[Any], Made | None]]:
+    gelu = _tried("nn.functional.gelu", lambda gelu: _try_node(_of_gelu, gelu))
+    norm = _tried("nn.functional.layer_norm", lambda norm: _try_node(_of_norm, norm, (3,)))
+    with torch.inference_mode(False), torch.enable_grad():
+        h = torch.ones(2, 3, device="cpu", requires_grad=True)
+        kinds = [(gelu, (), _of_gelu), (norm, ((3,),), _of_norm)]
+        return {type(made(h, *details).grad_fn): read for made, details, read in kinds if made is not None}
 
 
-def gelu_input(x: Tensor) -> tuple[Tensor, str] | None:
-    """The tensor h and the approximation where autograd made x, as ``gelu(h)``, and keeps h, unchanged and without hooks.
+_makers_of_inputs = _makers()
 
-    Whether x has been changed since is not asked. None for a subclass of tensors.
+
+def made_from(x: Tensor) -> Made | None:
+    """The operation that made x, what autograd keeps for its backward pass, and what else defines it.
+
+    ``("gelu", (h,), approximate)``, ``("layer norm", (h, mean, rstd, weight, bias), normalized_shape)``, where these
+    tensors are kept as they are, without hooks, and have not been changed in place since; else None, and None for a
+    subclass of tensors. Whether x has been changed since is not asked.
     """
-    node: Any = x.grad_fn
-    if type(node) is not _gelu_node or type(x) is not Tensor or node._raw_saved_self.unpack_hook is not None:
+    node = x.grad_fn
+    read = _makers_of_inputs.get(type(node))
+    if read is None or type(x) is not Tensor:
         return None
     try:
-        return node._saved_self, node._saved_approximate
-    except RuntimeError:  # h was changed in place, or a backward pass has released it
+        return read(node)
+    except RuntimeError:  # a tensor was changed in place, or a backward pass has released it
         return None
 
 

@@ -20,7 +20,7 @@ from ..gradient_routes import tokens_to_reuse_output
 from ..precision import without_autocast
 from ..terms import Terms
 from ..torch_private import autocast_is_on, hooks_on_top, is_batched, version_of
-from .recompute import to_keep
+from .recompute import to_keep, x_and_rest
 
 _X, _FIRST_STORAGE = 2, 5  # places among the arguments of _GLoRALinear.forward
 
@@ -91,8 +91,8 @@ class _GLoRALinear(torch.autograd.Function):
             ctx.output_version = version_of(y)
         else:
             b_eff = None
-        kept, ctx.form_x = to_keep(x) if call.keeps_x else (None, None)
-        ctx.save_for_backward(kept, token_sums, projected, b_eff, weight, bias, *storages)
+        kept, ctx.form_x = to_keep(x) if call.keeps_x else ((None,), None)
+        ctx.save_for_backward(*kept, token_sums, projected, b_eff, weight, bias, *storages)
         return y
 
     @staticmethod
@@ -109,9 +109,7 @@ def flat(tensor: Tensor) -> Tensor:
 
 
 def _backward(ctx, dy: Tensor):
-    x, token_sums, projected, b_eff, weight, bias, *storages = ctx.saved_tensors
-    if ctx.form_x is not None:
-        x = ctx.form_x(x)
+    x, (token_sums, projected, b_eff, weight, bias, *storages) = x_and_rest(ctx)
     output, ctx.output = ctx.output, None
     # Second derivatives, and gradients batched by vmap, go through plainly composed operations.
     if torch.is_grad_enabled() or is_batched(dy):

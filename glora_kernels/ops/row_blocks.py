@@ -21,7 +21,7 @@ from ..dispatch import tracing_reason
 from ..precision import cast_operands, without_autocast
 from ..terms import Constant, LowRank, Term, Terms, Vector, compute_dtype
 from .autograd import wanted_slots
-from .recompute import to_keep
+from .recompute import to_keep, x_and_rest
 
 Bounds = tuple[int, int]
 
@@ -127,8 +127,8 @@ class _BlockedLinear(torch.autograd.Function):
         *storages: Tensor,
     ):
         ctx.blocks, ctx.plan, ctx.kinds, ctx.x_shape, ctx.dtype = blocks, plan, kinds, x.shape, x.dtype
-        kept, ctx.form_x = to_keep(x) if keeps_x else (None, None)
-        ctx.save_for_backward(kept, bias, *storages)
+        kept, ctx.form_x = to_keep(x) if keeps_x else ((None,), None)
+        ctx.save_for_backward(*kept, bias, *storages)
         y = x.new_empty(*x.shape[:-1], blocks.shape[0])
         for (start, stop), weight, b0, own in _of_blocks(blocks, x.dtype, bias, storages, kinds):
             y[..., start:stop] = plan.forward(x, weight, b0, own).y
@@ -142,9 +142,7 @@ class _BlockedLinear(torch.autograd.Function):
 
 
 def _backward(ctx, dy: Tensor):
-    x, bias, *storages = ctx.saved_tensors
-    if ctx.form_x is not None:
-        x = ctx.form_x(x)
+    x, (bias, *storages) = x_and_rest(ctx)
     rows, columns = ctx.blocks.shape
     tokens = math.prod(ctx.x_shape[:-1])
     dy = dy.reshape(tokens, rows)
