@@ -109,11 +109,11 @@ def flat(tensor: Tensor) -> Tensor:
 
 
 def _backward(ctx, dy: Tensor):
-    x, (token_sums, projected, b_eff, weight, bias, *storages) = x_and_rest(ctx)
     output, ctx.output = ctx.output, None
     # Second derivatives, and gradients batched by vmap, go through plainly composed operations.
     if torch.is_grad_enabled() or is_batched(dy):
-        return _differentiable_backward(ctx, dy, x, token_sums, weight, bias, storages)
+        return _differentiable_backward(ctx, dy)
+    x, (token_sums, projected, b_eff, weight, bias, *storages) = x_and_rest(ctx)
     # A successor such as ReLU(inplace=True) may have overwritten y: then z is formed again.
     if output is not None and version_of(output) != ctx.output_version:
         output = None
@@ -156,12 +156,13 @@ def _can_be_kept(y: Tensor, reads_values: bool) -> bool:
     return hooks_on_top() is None
 
 
-def _differentiable_backward(ctx, dy, x, token_sums, weight, bias, storages):
+def _differentiable_backward(ctx, dy: Tensor):
     """The same gradients through the reference formula; differentiable again if grad mode is on."""
     create_graph = torch.is_grad_enabled()
     inputs_grad, storages_grad = ctx.needs_input_grad[_X], ctx.needs_input_grad[_FIRST_STORAGE:]
-    x_shape = (*dy.shape[:-1], weight.shape[1])
     with torch.enable_grad():
+        x, (token_sums, _, _, weight, bias, *storages) = x_and_rest(ctx)
+        x_shape = (*dy.shape[:-1], weight.shape[1])
         if token_sums is not None:  # gradients depend on nothing of x but these sums
             x = F.pad(token_sums.unsqueeze(-1), (0, x_shape[-1] - 1))
         elif x is None:  # neither A nor B: no gradient depends on the values of x

@@ -121,7 +121,7 @@ def _forms_norms(tensors: Sequence[Tensor | None], shape: Sequence[int]) -> bool
     key = h.device, h.dtype, weight.dtype, bias.dtype, shape[0]
     found = _forming.get(key)
     if found is None:
-        if h.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        if h.is_meta or (h.is_cuda and torch.cuda.is_current_stream_capturing()):
             return False  # the host cannot look at values
         found = _forming[key] = _try_norm(*key)
     return found
