@@ -179,25 +179,19 @@ def _of_norm(node: Any) -> Made | None:
     return "layer norm", tensors, node._saved_normalized_shape
 
 
-def _try_node(read: Callable[[Any], Made | None], operation: Callable[..., Tensor], *details: Any) -> None:
-    h = torch.ones(2, 3, requires_grad=True).exp()
+def _try_maker(kind: Callable[..., torch.nn.Module], read: Callable[[Any], Made | None], *arguments: int) -> None:
+    h, operation = torch.ones(2, 3, requires_grad=True).exp(), kind(*arguments)
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor):
-        hooked = operation(h, *details).grad_fn
-    made = read(operation(h, *details).grad_fn)
+        hooked = operation(h).grad_fn
+    made = read(operation(h).grad_fn)
     if read(hooked) is not None or made is None or made[1][0] is not h:
         raise RuntimeError("another meaning")
+    _makers[type(hooked)] = read
 
 
-def _makers() -> dict[type, Callable[[Any], Made | None]]:
-    gelu = _tried("nn.functional.gelu", lambda gelu: _try_node(_of_gelu, gelu))
-    norm = _tried("nn.functional.layer_norm", lambda norm: _try_node(_of_norm, norm, (3,)))
-    with torch.inference_mode(False), torch.enable_grad():
-        h = torch.ones(2, 3, device="cpu", requires_grad=True)
-        kinds = [(gelu, (), _of_gelu), (norm, ((3,),), _of_norm)]
-        return {type(made(h, *details).grad_fn): read for made, details, read in kinds if made is not None}
-
-
-_makers_of_inputs = _makers()
+_makers: dict[type, Callable[[Any], Made | None]] = {}  # what reads a node, by its type
+_tried("nn.GELU", lambda kind: _try_maker(kind, _of_gelu))
+_tried("nn.LayerNorm", lambda kind: _try_maker(kind, _of_norm, 3))
 
 
 def made_from(x: Tensor) -> Made | None:
@@ -208,7 +202,7 @@ def made_from(x: Tensor) -> Made | None:
     subclass of tensors. Whether x has been changed since is not asked.
     """
     node = x.grad_fn
-    read = _makers_of_inputs.get(type(node))
+    read = _makers.get(type(node))
     if read is None or type(x) is not Tensor:
         return None
     try:

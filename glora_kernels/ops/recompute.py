@@ -24,7 +24,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..terms import compute_dtype
 from ..torch_private import hooks_on_top, made_from, version_of
 
 FEWEST_ELEMENTS = 2**17  # of x. The host takes a few microseconds to have it formed, whatever its size.
@@ -110,13 +109,12 @@ def _differentiable_norm(h: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor) 
 def _forms_norms(tensors: Sequence[Tensor | None], shape: Sequence[int]) -> bool:
     """Whether :func:`_norm` has the bits of a layer norm over ``shape`` of tensors like these.
 
-    How the norm rounds depends on the device, the types and the size, but on nothing else: this is tried once for each.
+    How the norm rounds depends on the device, the types and the size, and on nothing else: this is tried once for each.
+    On a CPU it has not where h and the weight are of a half type, as the statistics are then.
     """
-    h, mean, _, weight, bias = tensors
-    assert h is not None and mean is not None
+    h, _, _, weight, bias = tensors
+    assert h is not None
     if len(shape) != 1 or weight is None or bias is None or not h.is_contiguous():
-        return False
-    if mean.dtype != compute_dtype(h.dtype):  # the statistics were rounded
         return False
     key = h.device, h.dtype, weight.dtype, bias.dtype, shape[0]
     found = _forming.get(key)

@@ -52,6 +52,8 @@ each_maker = pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
 
 @pytest.fixture(autouse=True)
 def every_size(monkeypatch):
+    """Of x; and norms are tried anew in each test."""
+    monkeypatch.setattr(recompute, "_forming", {})
     monkeypatch.setattr(recompute, "FEWEST_ELEMENTS", 0)
 
 
@@ -183,7 +185,7 @@ KEPT = {
     "released": released,
     "without grad": lambda h, make: made(h.detach(), make),
     "detached": lambda h, make: made(h, make).detach().requires_grad_(),
-    "a subclass": lambda h, make: made(h, make).as_subclass(Subclass),
+    "a subclass": lambda h, make: made(h.as_subclass(Subclass), make),
     "another operation": lambda h, make: F.silu(h),
     "hooks at its maker": hooked,
 }
@@ -226,7 +228,6 @@ def test_a_norm_with_rounded_statistics_is_not_formed_again():
 
 def test_a_norm_that_rounds_in_another_way_is_not_formed_again(monkeypatch):
     h, *rest = a_call()
-    monkeypatch.setattr(recompute, "_forming", {})
     monkeypatch.setattr(recompute, "_norm", lambda h, mean, rstd, weight, bias: ((h - mean) * rstd) * weight + bias)
     assert keeps_x(MAKERS["layer norm"](h), *rest)
     assert list(recompute._forming.values()) == [False]
@@ -234,7 +235,6 @@ def test_a_norm_that_rounds_in_another_way_is_not_formed_again(monkeypatch):
 
 def test_a_norm_is_tried_once_for_each_size(monkeypatch):
     tried = []
-    monkeypatch.setattr(recompute, "_forming", {})
     monkeypatch.setattr(recompute, "_try_norm", lambda *key: tried.append(key) or True)
     for dtype in (torch.float32, torch.float64) * 2:
         h, *rest = a_call(dtype=dtype)
@@ -344,6 +344,19 @@ def test_third_derivatives(make):
 
     for found, want in zip(third(glora_linear), third(reference.glora_linear)):
         torch.testing.assert_close(found, want, rtol=1e-8, atol=1e-8)
+
+
+def test_second_derivatives_in_the_weight_of_a_norm():
+    h, *rest = make_call(LOW_RANK, (4, 5, K))
+    norm = nn.LayerNorm(K, dtype=torch.float64)
+
+    def second(function):
+        y = through(norm, function)(h, *rest)
+        (grad,) = torch.autograd.grad(y.square().sum(), rest[-1].storages[:1], create_graph=True)
+        return torch.autograd.grad(grad.square().sum(), [h, norm.weight, norm.bias])
+
+    for found, want in zip(second(glora_linear), second(reference.glora_linear)):
+        torch.testing.assert_close(found, want, rtol=1e-9, atol=1e-9)
 
 
 @each_maker
