@@ -1,11 +1,12 @@
 """An input that is not kept for backward, because autograd keeps what it was made from.
 
     x = gelu(h)                                  the GELU's node of autograd keeps h
-    x = (h - mean) rstd weight + bias            that of a layer norm keeps all of these
+    x = (h - mean) rstd weight + bias            on a CPU: that of a layer norm keeps all of these
 
 Ours then keeps the same tensors in place of x, which takes no memory, and forms x again in backward, with the same
 bits: by the GELU itself; for a layer norm, whose node does not keep eps, by these operations, which have been found to
-have the bits of the norm (:func:`_forms_norms`).
+have the bits of the norm (:func:`_forms_norms`). On a GPU they would be several passes in fp32, not measured yet: there
+the output of a norm is kept.
 
 x itself is kept where it is not, or no longer, what that node returned (a view, a cast, a change in place); where h has
 changed since; within saved-tensor hooks (checkpointing, offloading), here or there; and where it is small.
@@ -35,7 +36,7 @@ _forming: dict[tuple, bool] = {}
 def recompute_inputs(enabled: bool) -> Iterator[None]:
     """Say whether layers that are called inside the ``with`` block form inputs again in backward; they do by default.
 
-    A layer whose input is ``x = gelu(h)`` or ``x = layer_norm(h)`` then keeps h for backward, which autograd keeps
+    A layer whose input is ``x = gelu(h)``, or on a CPU ``x = layer_norm(h)``, then keeps h for backward, which autograd keeps
     anyway, and not x too. Results and gradients have the same bits (on a CPU, with as many threads in both passes: the
     GELU's own bits depend on that). It takes the time of one more GELU or norm.
 
@@ -108,29 +109,25 @@ def _differentiable_norm(h: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor) 
 
 
 def _forms_norms(tensors: Sequence[Tensor | None], shape: Sequence[int]) -> bool:
-    """Whether :func:`_norm` has the bits of a layer norm over ``shape`` of tensors like these.
+    """Whether :func:`_norm` is to form the output of a layer norm over ``shape`` of tensors like these.
 
-    How the norm rounds depends on the device, the types and the size, and on nothing else: this is tried once for each.
-    On a CPU it has not where h and the weight are of a half type, as the statistics are then.
+    It has to have the bits of the norm. How that rounds depends on the types and the size, and on nothing else: it is
+    tried once for each. Where h and the weight are of a half type the bits differ, since the statistics are too.
     """
     h, _, _, weight, bias = tensors
     assert h is not None
-    if len(shape) != 1 or weight is None or bias is None or not h.is_contiguous():
+    if h.device.type != "cpu" or len(shape) != 1 or weight is None or bias is None or not h.is_contiguous():
         return False
-    key = h.device, h.dtype, weight.dtype, bias.dtype, shape[0]
-    found = _forming.get(key)
-    if found is None:
-        if h.is_meta or (h.is_cuda and torch.cuda.is_current_stream_capturing()):
-            return False  # the host cannot look at values
-        found = _forming[key] = _try_norm(*key)
-    return found
+    key = h.dtype, weight.dtype, bias.dtype, shape[0]
+    if key not in _forming:
+        _forming[key] = _try_norm(*key)
+    return _forming[key]
 
 
-def _try_norm(
-    device: torch.device, dtype: torch.dtype, of_weight: torch.dtype, of_bias: torch.dtype, size: int
-) -> bool:
+def _try_norm(dtype: torch.dtype, of_weight: torch.dtype, of_bias: torch.dtype, size: int) -> bool:
     def wave(count: int, period: float, dtype: torch.dtype) -> Tensor:
-        return torch.arange(count, dtype=torch.float64, device=device).mul_(period).sin_().mul_(3).add_(1).to(dtype)
+        steps = torch.arange(count, dtype=torch.float64, device="cpu")
+        return steps.mul_(period).sin_().mul_(3).add_(1).to(dtype)
 
     rows = 1 + 2**14 // size
     h, weight, bias = (
