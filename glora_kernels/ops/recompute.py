@@ -28,6 +28,7 @@ from torch.nn import functional as F
 from ..torch_private import hooks_on_top, made_from, version_of
 
 FEWEST_ELEMENTS = 2**17  # of x. The host takes a few microseconds to have it formed, whatever its size.
+ON_CPU, ELSEWHERE = ("gelu", "layer norm"), ("gelu",)  # what is run again
 _recomputes: ContextVar[bool] = ContextVar("glora_recompute_inputs", default=True)
 _forming: dict[tuple, bool] = {}
 
@@ -36,8 +37,8 @@ _forming: dict[tuple, bool] = {}
 def recompute_inputs(enabled: bool) -> Iterator[None]:
     """Say whether layers that are called inside the ``with`` block form inputs again in backward; they do by default.
 
-    A layer whose input is ``x = gelu(h)``, or on a CPU ``x = layer_norm(h)``, then keeps h for backward, which autograd keeps
-    anyway, and not x too. Results and gradients have the same bits (on a CPU, with as many threads in both passes: the
+    A layer whose input is ``x = gelu(h)``, or on a CPU ``x = layer_norm(h)``, then keeps h for backward, which autograd
+    keeps anyway, and not x too. Results and gradients have the same bits (on a CPU, with as many threads in both passes: the
     GELU's own bits depend on that). It takes the time of one more GELU or norm.
 
     What autograd cannot see is not seen: a change of x through ``x.data``. A change of h in place after the layer
@@ -75,7 +76,7 @@ def to_keep(x: Tensor) -> tuple[Sequence[Tensor], FormAgain | None]:
     """What to save for backward in place of x, and what forms x from it; x and None where that is x itself."""
     if x.numel() < FEWEST_ELEMENTS:
         return (x,), None
-    made = made_from(x)
+    made = made_from(x, ON_CPU if x.is_cpu else ELSEWHERE)
     if made is None or hooks_on_top() is not None or version_of(x) != 0 or not _recomputes.get():
         return (x,), None
     operation, tensors, detail = made
@@ -116,7 +117,7 @@ def _forms_norms(tensors: Sequence[Tensor | None], shape: Sequence[int]) -> bool
     """
     h, _, _, weight, bias = tensors
     assert h is not None
-    if h.device.type != "cpu" or len(shape) != 1 or weight is None or bias is None or not h.is_contiguous():
+    if len(shape) != 1 or weight is None or bias is None or not h.is_contiguous():
         return False
     key = h.dtype, weight.dtype, bias.dtype, shape[0]
     if key not in _forming:

@@ -219,6 +219,17 @@ def test_a_norm_that_is_not_formed_again(norm):
     assert keeps_x(norm(h), *rest)
 
 
+def test_a_norm_elsewhere_than_on_a_cpu_is_not_formed_again():
+    x, weight, bias, terms = (
+        t.map(lambda t: t.detach().to("meta").requires_grad_()) if isinstance(t, Terms) else t.detach().to("meta")
+        for t in a_call()
+    )
+    x.requires_grad_()
+    affine = torch.ones(2, K, device="meta")
+    assert glora_linear(F.layer_norm(x, (K,), *affine), weight, bias, terms).grad_fn.form_x is None
+    assert glora_linear(F.gelu(x), weight, bias, terms).grad_fn.form_x is not None
+
+
 def test_a_norm_with_rounded_statistics_is_not_formed_again():
     """On a CPU those of a half type with a weight of its type; on a GPU none are."""
     h, *rest = a_call(dtype=torch.bfloat16)
