@@ -169,11 +169,13 @@ Reader = Callable[[Any], Made | None]
 
 
 def _of_gelu(node: Any) -> Made | None:
-    return None if node._raw_saved_self.unpack_hook else ("gelu", (node._saved_self,), node._saved_approximate)
+    if node._raw_saved_self.unpack_hook is not None:
+        return None
+    return "gelu", (node._saved_self,), node._saved_approximate
 
 
 def _of_norm(node: Any) -> Made | None:
-    if node._raw_saved_input.unpack_hook:
+    if node._raw_saved_input.unpack_hook is not None:
         return None
     statistics = node._saved_result1, node._saved_result2
     tensors = node._saved_input, *statistics, node._saved_weight, node._saved_bias
@@ -196,7 +198,7 @@ _tried("nn.LayerNorm", lambda kind: _try_maker(kind, _of_norm, 3))
 
 
 def made_from(x: Tensor, operations: Container[str]) -> Made | None:
-    """The operation that made x, if it is one of ``operations``, what autograd keeps for its backward pass, and what else defines it.
+    """What made x, if that is one of ``operations``; what autograd keeps for its backward pass; what else defines it.
 
     ``("gelu", (h,), approximate)``, ``("layer norm", (h, mean, rstd, weight, bias), normalized_shape)``, where these
     tensors are kept as they are, without hooks, and have not been changed in place since; else None, and None for a

@@ -38,8 +38,8 @@ def recompute_inputs(enabled: bool) -> Iterator[None]:
     """Say whether layers that are called inside the ``with`` block form inputs again in backward; they do by default.
 
     A layer whose input is ``x = gelu(h)``, or on a CPU ``x = layer_norm(h)``, then keeps h for backward, which autograd
-    keeps anyway, and not x too. Results and gradients have the same bits (on a CPU, with as many threads in both passes: the
-    GELU's own bits depend on that). It takes the time of one more GELU or norm.
+    keeps anyway, and not x too. Results and gradients have the same bits (on a CPU, with as many threads in both
+    passes: the GELU's own bits depend on that). It takes the time of one more GELU or norm.
 
     What autograd cannot see is not seen: a change of x through ``x.data``. A change of h in place after the layer
     raises autograd's error in the layer's backward, as it does in that of the GELU or the norm. A second derivative
