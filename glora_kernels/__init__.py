@@ -13,6 +13,7 @@ from .ops.linear import glora_linear, glora_merge
 from .ops.operators import configured_linear, takes_operator
 from .ops.path_masks import masked_terms, path_masks, row_scaled_terms, storages_read
 from .ops.prepared import PreparedLinear, can_prepare
+from .ops.recompute import recompute_inputs
 from .ops.row_blocks import RowBlocks, blocked_linear, terms_of_rows
 from .ops.row_scaled import row_scaled_linear
 from .path_encoding import encode
@@ -41,6 +42,7 @@ __all__ = [
     "glora_merge",
     "masked_terms",
     "path_masks",
+    "recompute_inputs",
     "reference",
     "row_scaled_linear",
     "row_scaled_terms",

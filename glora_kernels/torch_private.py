@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from functools import partial, reduce
 from importlib import import_module
 from operator import attrgetter, contains
@@ -160,6 +160,58 @@ def _can_number() -> bool:
 
 # The saved-tensor hooks (checkpointing, offloading) in force, None if there are none; not None where it cannot be told.
 hooks_on_top: Callable[[], object] = (lambda: True) if _hooks_on_top is None else partial(_hooks_on_top, True)
+
+
+# -- what an operation keeps for its own backward pass -----------------------------------------------------------------
+
+Made = tuple[str, tuple[Any, ...], Any]
+Reader = Callable[[Any], Made | None]
+
+
+def _of_gelu(node: Any) -> Made | None:
+    if node._raw_saved_self.unpack_hook is not None:
+        return None
+    return "gelu", (node._saved_self,), node._saved_approximate
+
+
+def _of_norm(node: Any) -> Made | None:
+    if node._raw_saved_input.unpack_hook is not None:
+        return None
+    statistics = node._saved_result1, node._saved_result2
+    tensors = node._saved_input, *statistics, node._saved_weight, node._saved_bias
+    return "layer norm", tensors, node._saved_normalized_shape
+
+
+def _try_maker(kind: Callable[..., torch.nn.Module], read: Reader, *arguments: int) -> None:
+    h, operation = torch.ones(2, 3, requires_grad=True).exp(), kind(*arguments)
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor):
+        hooked = operation(h).grad_fn
+    made = read(operation(h).grad_fn)
+    if read(hooked) is not None or made is None or made[1][0] is not h:
+        raise RuntimeError("another meaning")
+    _makers[type(hooked)] = made[0], read
+
+
+_makers: dict[type, tuple[str, Reader]] = {}  # the operation and what reads its node, by the type of the node
+_tried("nn.GELU", lambda kind: _try_maker(kind, _of_gelu))
+_tried("nn.LayerNorm", lambda kind: _try_maker(kind, _of_norm, 3))
+
+
+def made_from(x: Tensor, operations: Container[str]) -> Made | None:
+    """What made x, if that is one of ``operations``; what autograd keeps for its backward pass; what else defines it.
+
+    ``("gelu", (h,), approximate)``, ``("layer norm", (h, mean, rstd, weight, bias), normalized_shape)``, where these
+    tensors are kept as they are, without hooks, and have not been changed in place since; else None, and None for a
+    subclass of tensors. Whether x has been changed since is not asked.
+    """
+    node = x.grad_fn
+    maker = _makers.get(type(node))
+    if maker is None or maker[0] not in operations or type(x) is not Tensor:
+        return None
+    try:
+        return maker[1](node)
+    except RuntimeError:  # a tensor was changed in place, or a backward pass has released it
+        return None
 
 
 # -- modes and kinds of tensors ----------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from ..gradient_routes import tokens_to_reuse_output
 from ..precision import without_autocast
 from ..terms import Terms
 from ..torch_private import autocast_is_on, hooks_on_top, is_batched, version_of
+from .recompute import to_keep, x_and_rest
 
 _X, _FIRST_STORAGE = 2, 5  # places among the arguments of _GLoRALinear.forward
 
@@ -90,7 +91,8 @@ class _GLoRALinear(torch.autograd.Function):
             ctx.output_version = version_of(y)
         else:
             b_eff = None
-        ctx.save_for_backward(x if call.keeps_x else None, token_sums, projected, b_eff, weight, bias, *storages)
+        kept, ctx.form_x = to_keep(x) if call.keeps_x else ((None,), None)
+        ctx.save_for_backward(*kept, token_sums, projected, b_eff, weight, bias, *storages)
         return y
 
     @staticmethod
@@ -107,11 +109,11 @@ def flat(tensor: Tensor) -> Tensor:
 
 
 def _backward(ctx, dy: Tensor):
-    x, token_sums, projected, b_eff, weight, bias, *storages = ctx.saved_tensors
     output, ctx.output = ctx.output, None
     # Second derivatives, and gradients batched by vmap, go through plainly composed operations.
     if torch.is_grad_enabled() or is_batched(dy):
-        return _differentiable_backward(ctx, dy, x, token_sums, weight, bias, storages)
+        return _differentiable_backward(ctx, dy)
+    x, (token_sums, projected, b_eff, weight, bias, *storages) = x_and_rest(ctx)
     # A successor such as ReLU(inplace=True) may have overwritten y: then z is formed again.
     if output is not None and version_of(output) != ctx.output_version:
         output = None
@@ -154,12 +156,13 @@ def _can_be_kept(y: Tensor, reads_values: bool) -> bool:
     return hooks_on_top() is None
 
 
-def _differentiable_backward(ctx, dy, x, token_sums, weight, bias, storages):
+def _differentiable_backward(ctx, dy: Tensor):
     """The same gradients through the reference formula; differentiable again if grad mode is on."""
     create_graph = torch.is_grad_enabled()
     inputs_grad, storages_grad = ctx.needs_input_grad[_X], ctx.needs_input_grad[_FIRST_STORAGE:]
-    x_shape = (*dy.shape[:-1], weight.shape[1])
     with torch.enable_grad():
+        x, (token_sums, _, _, weight, bias, *storages) = x_and_rest(ctx)
+        x_shape = (*dy.shape[:-1], weight.shape[1])
         if token_sums is not None:  # gradients depend on nothing of x but these sums
             x = F.pad(token_sums.unsqueeze(-1), (0, x_shape[-1] - 1))
         elif x is None:  # neither A nor B: no gradient depends on the values of x

@@ -20,6 +20,7 @@ class Explanation:
         forward_units, backward_units: dense GEMMs of 2 M N K operations each.
         forward_flops, backward_flops: multiplications and additions of all matrix products.
         saved: what is kept for backward besides parameters; ``"token sums"`` are ``sum_k x_mk``, kept in place of x.
+            x may be formed again in its place, see :func:`glora_kernels.recompute_inputs`.
         saved_bytes: its size, including an output that the rest of the graph holds anyway.
         architecture: ``sm_90``, ``gfx942`` and the like; this and the following for the Triton backend only.
         route: the route of its backward pass, see docs/strategies.md.

@@ -21,6 +21,7 @@ from ..dispatch import tracing_reason
 from ..precision import cast_operands, without_autocast
 from ..terms import Constant, LowRank, Term, Terms, Vector, compute_dtype
 from .autograd import wanted_slots
+from .recompute import to_keep, x_and_rest
 
 Bounds = tuple[int, int]
 
@@ -126,7 +127,8 @@ class _BlockedLinear(torch.autograd.Function):
         *storages: Tensor,
     ):
         ctx.blocks, ctx.plan, ctx.kinds, ctx.x_shape, ctx.dtype = blocks, plan, kinds, x.shape, x.dtype
-        ctx.save_for_backward(x if keeps_x else None, bias, *storages)
+        kept, ctx.form_x = to_keep(x) if keeps_x else ((None,), None)
+        ctx.save_for_backward(*kept, bias, *storages)
         y = x.new_empty(*x.shape[:-1], blocks.shape[0])
         for (start, stop), weight, b0, own in _of_blocks(blocks, x.dtype, bias, storages, kinds):
             y[..., start:stop] = plan.forward(x, weight, b0, own).y
@@ -140,7 +142,7 @@ class _BlockedLinear(torch.autograd.Function):
 
 
 def _backward(ctx, dy: Tensor):
-    x, bias, *storages = ctx.saved_tensors
+    x, (bias, *storages) = x_and_rest(ctx)
     rows, columns = ctx.blocks.shape
     tokens = math.prod(ctx.x_shape[:-1])
     dy = dy.reshape(tokens, rows)

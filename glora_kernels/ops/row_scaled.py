@@ -22,7 +22,8 @@ from ..checks import check_call
 from ..precision import cast_operands, without_autocast
 from ..terms import LowRank, Structure, Terms, Vector, compute_dtype
 from ..torch_private import unsafe_view
-from .autograd import wanted_slots
+from .autograd import flat, wanted_slots
+from .recompute import to_keep, x_and_rest
 
 
 def row_scaled_linear(x: Tensor, weight: Tensor, bias: Tensor | None, terms: Terms) -> Tensor:
@@ -67,7 +68,8 @@ class _RowScaled(torch.autograd.Function):
         ctx.plan, ctx.x_shape = plan, x.shape
         tokens = x.reshape(-1, x.shape[-1])
         z = F.linear(tokens, weight)
-        ctx.save_for_backward(tokens if "B" in wanted else None, z if "A" in wanted else None, weight, bias, *storages)
+        kept, ctx.form_x = to_keep(x) if "B" in wanted else ((None,), None)
+        ctx.save_for_backward(*kept, z if "A" in wanted else None, weight, bias, *storages)
         b_eff = plan.effective_bias(weight, bias, storages)
         y = _forward(tokens, z, b_eff, Terms.unflatten(storages, structure))
         # in place of a view, which a successor such as ReLU(inplace=True) could not overwrite
@@ -92,9 +94,9 @@ def _forward(x: Tensor, z: Tensor, b_eff: Tensor | None, terms: Terms) -> Tensor
 
 
 def _backward(ctx, dy: Tensor):
-    x, z, weight, bias, *storages = ctx.saved_tensors
+    x, (z, weight, bias, *storages) = x_and_rest(ctx)
     dy = dy.reshape(math.prod(ctx.x_shape[:-1]), weight.shape[0])
-    dx, grads = ctx.plan.backward(dy, x, weight, bias, storages, None, None, None, None)
+    dx, grads = ctx.plan.backward(dy, None if x is None else flat(x), weight, bias, storages, None, None, None, None)
     if z is not None:
         wide = compute_dtype(dy.dtype)
         grads[0] = torch.linalg.vecdot(dy.to(wide), z.to(wide), dim=0).to(storages[0].dtype)

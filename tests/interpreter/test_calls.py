@@ -1,9 +1,12 @@
 """How the kernels are called: twice, with few gradients wanted, with no tokens, under autocast."""
 
+import weakref
+
 import pytest
 import torch
 
-from glora_kernels import Constant, LowRank, Terms, Vector, glora_linear
+from glora_kernels import Constant, LowRank, Terms, Vector, glora_linear, recompute_inputs, use_backend
+from glora_kernels.ops import recompute
 from tests.helpers import oracle, results
 from tests.interpreter.cases import (
     KINDS,
@@ -243,3 +246,21 @@ def test_ways_to_write_the_same_layer(product, strategy):
     same = Terms(vectors[0], LowRank(down.detach(), up.detach()), *vectors[1:], product)
     with kernels(strategy), torch.no_grad():
         assert torch.equal(glora_linear(x, weight, b0, same), glora_linear(x, weight, b0, terms))
+
+
+@each_strategy
+@each_product
+@pytest.mark.parametrize("path", [("lora_3", "lora_3", *ALL), ("vector", "lora_3", *ALL), ("none", "lora_1", *ALL)])
+def test_an_input_that_is_formed_again(path, product, strategy, monkeypatch):
+    """The output of a GELU, which is gone by then: the bits of the gradients are those with it."""
+    monkeypatch.setattr(recompute, "FEWEST_ELEMENTS", 0)
+    h, *rest = make(path, product=product)
+    dy, found = upstream((h, *rest)), []
+    for enabled in (True, False):
+        with use_backend("triton", strategy), recompute_inputs(enabled):
+            x = torch.nn.functional.gelu(h)
+            alive, y = weakref.ref(x), glora_linear(x, *rest)
+            del x
+        assert (alive() is None) == enabled
+        found.append(torch.autograd.grad(y, [h, *rest[-1].storages], dy))
+    assert all(map(torch.equal, *found))
