@@ -115,8 +115,8 @@ class TorchPlan:
         """
         ad, au, bd, bu, _, _, _, _ = parts
         if passes.takes(wide):
-            return self._in_one_pass(wide, parts, projected, buffer)
-        if self._b == NONE:
+            w_eff = self._in_one_pass(wide, parts, projected, buffer)
+        elif self._b == NONE:
             w_eff = self._scaled(wide, ad, au, projected, buffer)
         elif self._b == FACTORS:
             if self._a == NONE:
