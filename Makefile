@@ -7,7 +7,7 @@ RUN := $(VENV)/bin/python
 # Both ends of the range of Triton that is supported; `make aot-matrix` compiles the kernels with each.
 TRITONS := 3.6.0 3.9.0
 
-.PHONY: quickstart miniature test exhaustive coverage check interpreter aot aot-matrix cuda gpu-cache gpu-rehearsal mutants bench clean
+.PHONY: quickstart miniature test exhaustive coverage check interpreter aot aot-matrix cpu cuda gpu-cache gpu-rehearsal mutants bench clean
 
 quickstart: $(VENV)/ready-demo
 	$(RUN) -m glora quickstart
@@ -45,6 +45,11 @@ aot-matrix: $(foreach version,$(TRITONS),$(VENV)/triton-$(version))
 
 $(VENV)/triton-%: $(VENV)/ready-test
 	$(RUN) -m pip install --quiet --no-deps --target $@ triton==$*
+
+# The optional passes for CPUs (csrc/cpu.cpp), into the source tree; they need GCC on x86-64.
+cpu: $(VENV)/ready-test
+	$(RUN) -m pip install --quiet setuptools ninja
+	GLORA_BUILD_CPU=1 GLORA_BUILD_CUDA=0 $(RUN) -m pip install --no-build-isolation --no-deps --editable .
 
 # The optional CUDA extension (csrc/), into the source tree; needs nvcc, and no GPU.
 cuda: $(VENV)/ready-test

@@ -1,7 +1,7 @@
-// The module glora_kernels._cpu: what the torch backend reads of W0 and of dy on a CPU, each in one pass.
+// The module glora_kernels._cpu: what the torch backend forms from W0 and from dy on a CPU, each in one pass.
 //
-// The operators are in torch.ops.glora_cpu, for fp32 and fp64. What is absent is an undefined tensor or None; results that were
-// not asked for are empty.
+// The operators are in torch.ops.glora_cpu, for fp32 and fp64 on x86-64 with AVX2, built by GCC. Operands that are
+// absent are None, results that were not asked for are empty.
 #include <algorithm>
 #include <vector>
 
@@ -9,6 +9,8 @@
 #include <torch/extension.h>
 
 namespace {
+
+using Optional = std::optional<at::Tensor>;
 
 constexpr int kTileRows = 4;
 
@@ -45,57 +47,11 @@ struct Tokens {
   T* totals;
 };
 
-#define GLORA_ISA baseline
-#define GLORA_BYTES 16
-#include "cpu_kernels.h"
-#undef GLORA_ISA
-#undef GLORA_BYTES
-
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define GLORA_X86
+// Only what is between these lines is compiled for AVX2, so that the module can be loaded, and asked, without it.
 #pragma GCC push_options
 #pragma GCC target("avx2,fma")
-#define GLORA_ISA avx2
-#define GLORA_BYTES 32
 #include "cpu_kernels.h"
-#undef GLORA_ISA
-#undef GLORA_BYTES
 #pragma GCC pop_options
-#pragma GCC push_options
-#pragma GCC target("avx2,fma,avx512f,avx512dq,avx512vl")
-#define GLORA_ISA avx512
-#define GLORA_BYTES 64
-#include "cpu_kernels.h"
-#undef GLORA_ISA
-#undef GLORA_BYTES
-#pragma GCC pop_options
-#endif
-
-enum class Isa { baseline, avx2, avx512 };
-
-Isa isa() {
-#ifdef GLORA_X86
-  static const Isa found = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
-                                   __builtin_cpu_supports("avx512vl")
-                               ? Isa::avx512
-                           : __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? Isa::avx2
-                                                                                            : Isa::baseline;
-  return found;
-#else
-  return Isa::baseline;
-#endif
-}
-
-#ifdef GLORA_X86
-#define GLORA_CALL(function, ...)                                         \
-  (isa() == Isa::avx512 ? avx512::function(__VA_ARGS__)                    \
-   : isa() == Isa::avx2 ? avx2::function(__VA_ARGS__)                      \
-                        : baseline::function(__VA_ARGS__))
-#else
-#define GLORA_CALL(function, ...) baseline::function(__VA_ARGS__)
-#endif
-
-using Optional = std::optional<at::Tensor>;
 
 template <typename T>
 const T* data(const Optional& tensor) {
@@ -146,7 +102,7 @@ void effective_weight(const at::Tensor& weight, const Optional& row_scale, const
     const int64_t tiles = (rows + kTileRows - 1) / kTileRows;
     const int64_t grain = at::internal::GRAIN_SIZE / std::max<int64_t>(columns * kTileRows, 1) + 1;
     at::parallel_for(0, tiles, grain, [&](int64_t begin, int64_t end) {
-      GLORA_CALL(effective_weight<scalar_t>, work, begin * kTileRows, std::min(end * kTileRows, rows));
+      effective_rows(work, begin * kTileRows, std::min(end * kTileRows, rows));
     });
   });
 }
@@ -185,7 +141,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> read_tokens(const at:
       for (int64_t part = first; part < last; ++part) {
         const int64_t begin = part * columns / threads, end = (part + 1) * columns / threads;
         std::vector<scalar_t> parts((token_rank + 2) * (end - begin));
-        GLORA_CALL(read_tokens<scalar_t>, work, begin, end, parts.data(), through_data + part * row_rank * count);
+        read_columns(work, begin, end, parts.data(), through_data + part * row_rank * count);
       }
     });
   });
@@ -196,13 +152,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> read_tokens(const at:
           threads == 1 ? through.select(0, 0) : through.sum(0)};
 }
 
-const char* instruction_set() {
-  switch (isa()) {
-    case Isa::avx512: return "AVX-512";
-    case Isa::avx2: return "AVX2";
-    default: return "baseline";
-  }
-}
+// Whether this machine has the instructions of cpu_kernels.h.
+bool can_run() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
 
 }  // namespace
 
@@ -220,4 +171,4 @@ TORCH_LIBRARY_IMPL(glora_cpu, CPU, library) {
   library.impl("read_tokens", &read_tokens);
 }
 
-PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) { module.def("instruction_set", &instruction_set); }
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) { module.def("can_run", &can_run); }

@@ -1,12 +1,12 @@
-// The passes of csrc/cpu.cpp over raw pointers, for one instruction set: this file is included once for each, with
-// GLORA_ISA as the namespace and GLORA_BYTES as the size of a vector. It includes nothing, so that no function of
-// another header is compiled for an instruction set that the machine may not have.
-namespace GLORA_ISA {
+// The passes of csrc/cpu.cpp over raw pointers. This file includes nothing: what it defines is compiled for AVX2, and a
+// function of another header may not be.
+
+constexpr int kBytes = 32;  // of a vector
 
 template <typename T>
 struct Lanes {
-  typedef T type __attribute__((vector_size(GLORA_BYTES), aligned(sizeof(T)), may_alias));
-  static constexpr int count = GLORA_BYTES / sizeof(T);
+  typedef T type __attribute__((vector_size(kBytes), aligned(sizeof(T)), may_alias));
+  static constexpr int count = kBytes / sizeof(T);
 };
 
 template <typename T>
@@ -16,12 +16,12 @@ struct One {
 };
 
 template <typename T>
-inline typename Lanes<T>::type& at(T* pointer) {
+inline typename Lanes<T>::type& lanes_at(T* pointer) {
   return *reinterpret_cast<typename Lanes<T>::type*>(pointer);
 }
 
 template <typename T>
-inline const typename Lanes<T>::type& at(const T* pointer) {
+inline const typename Lanes<T>::type& lanes_at(const T* pointer) {
   return *reinterpret_cast<const typename Lanes<T>::type*>(pointer);
 }
 
@@ -64,22 +64,23 @@ inline void effective_tile(const Weight<T>& work, int64_t n, int64_t k) {
 }
 
 template <typename T, int kRows>
-inline void effective_rows(const Weight<T>& work, int64_t n) {
+inline void effective_tiles(const Weight<T>& work, int64_t n) {
   constexpr int kVectors = 2, lanes = Lanes<T>::count;
   int64_t k = 0;
-  for (; k + kVectors * lanes <= work.columns; k += kVectors * lanes) effective_tile<T, Lanes, kRows, kVectors>(work, n, k);
+  for (; k + kVectors * lanes <= work.columns; k += kVectors * lanes)
+    effective_tile<T, Lanes, kRows, kVectors>(work, n, k);
   for (; k < work.columns; ++k) effective_tile<T, One, kRows, 1>(work, n, k);
 }
 
 // Rows `begin` to `end` of W_eff.
 template <typename T>
-void effective_weight(const Weight<T>& work, int64_t begin, int64_t end) {
+void effective_rows(const Weight<T>& work, int64_t begin, int64_t end) {
   int64_t n = begin;
-  for (; n + kTileRows <= end; n += kTileRows) effective_rows<T, kTileRows>(work, n);
-  for (; n < end; ++n) effective_rows<T, 1>(work, n);
+  for (; n + kTileRows <= end; n += kTileRows) effective_tiles<T, kTileRows>(work, n);
+  for (; n < end; ++n) effective_tiles<T, 1>(work, n);
 }
 
-// Adds to `sums` of `count` columns what `part(i, k)`, of vectors (`Lanes`, or `One` element), is in sum over kTokens tokens.
+// Adds to `sums`, of `count` columns, the sum of `part(i, k)` over kTokens tokens i; k: a vector (`Lanes`, or `One` element).
 template <typename T, int kTokens, typename Part>
 inline void add_tokens(T* sums, int64_t count, const Part& part) {
   const auto add = [&](auto vectors, int64_t begin, int64_t end) {
@@ -98,7 +99,7 @@ inline void add_tokens(T* sums, int64_t count, const Part& part) {
 // What `kTokens` tokens from `m` on add to the sums of `count` columns from `n` on, in `sums`: a row for each of
 // contracted, then db, then dots.
 template <typename T, int kTokens>
-inline void read_columns(const Tokens<T>& work, int64_t m, int64_t n, int64_t count, T* sums, int64_t sums_row) {
+inline void add_sums(const Tokens<T>& work, int64_t m, int64_t n, int64_t count, T* sums, int64_t sums_row) {
   const T* dy = work.dy + m * work.dy_row + n;
   const auto vector = [](auto vectors, const T* pointer) {
     return *reinterpret_cast<const typename decltype(vectors)::type*>(pointer);
@@ -121,7 +122,7 @@ inline void read_columns(const Tokens<T>& work, int64_t m, int64_t n, int64_t co
 
 // What columns `n` to `n + count` add to `through`, of `kTokens` tokens and `kRanks` ranks.
 template <typename T, int kTokens, int kRanks>
-inline void read_rows(const Tokens<T>& work, int64_t m, int64_t n, int64_t count, int64_t r, T* through) {
+inline void add_through(const Tokens<T>& work, int64_t m, int64_t n, int64_t count, int64_t r, T* through) {
   constexpr int lanes = Lanes<T>::count;
   typename Lanes<T>::type sums[kRanks][kTokens] = {};
   T rest[kRanks][kTokens] = {};
@@ -130,26 +131,30 @@ inline void read_rows(const Tokens<T>& work, int64_t m, int64_t n, int64_t count
   int64_t k = 0;
   for (; k + lanes <= count; k += lanes)
     for (int j = 0; j < kRanks; ++j)
-      for (int i = 0; i < kTokens; ++i) sums[j][i] += at(dy + i * work.dy_row + k) * at(rows + j * work.rows_row + k);
+      for (int i = 0; i < kTokens; ++i)
+        sums[j][i] += lanes_at(dy + i * work.dy_row + k) * lanes_at(rows + j * work.rows_row + k);
   for (; k < count; ++k)
     for (int j = 0; j < kRanks; ++j)
       for (int i = 0; i < kTokens; ++i) rest[j][i] += dy[i * work.dy_row + k] * rows[j * work.rows_row + k];
   for (int j = 0; j < kRanks; ++j)
-    for (int i = 0; i < kTokens; ++i) through[(r + j) * work.count + m + i] += sum_of_lanes<T>(sums[j][i]) + rest[j][i];
+    for (int i = 0; i < kTokens; ++i)
+      through[(r + j) * work.count + m + i] += sum_of_lanes<T>(sums[j][i]) + rest[j][i];
 }
 
 template <typename T, int kTokens>
-inline void read_panel(const Tokens<T>& work, int64_t m, int64_t n, int64_t count, T* sums, int64_t sums_row, T* through) {
-  read_columns<T, kTokens>(work, m, n, count, sums, sums_row);
+inline void read_panel(const Tokens<T>& work, int64_t m, int64_t n, int64_t count, T* sums, int64_t sums_row,
+                       T* through) {
+  add_sums<T, kTokens>(work, m, n, count, sums, sums_row);
   int64_t r = 0;
-  for (; r + 2 <= work.row_rank; r += 2) read_rows<T, kTokens, 2>(work, m, n, count, r, through);
-  for (; r < work.row_rank; ++r) read_rows<T, kTokens, 1>(work, m, n, count, r, through);
+  for (; r + 2 <= work.row_rank; r += 2) add_through<T, kTokens, 2>(work, m, n, count, r, through);
+  for (; r < work.row_rank; ++r) add_through<T, kTokens, 1>(work, m, n, count, r, through);
 }
 
 // Columns `begin` to `end` of every sum over tokens, and their part of `through`. `parts` has as many rows as there are
-// sums, of `end - begin` elements, and is zero: sums of a block of tokens are formed there, and then added to the whole.
+// sums, of `end - begin` elements, and is zero: sums of a block of tokens are formed there and then added to the whole, so
+// that rounding errors grow with the length of a block and the number of blocks, and not with the number of tokens.
 template <typename T>
-void read_tokens(const Tokens<T>& work, int64_t begin, int64_t end, T* parts, T* through) {
+void read_columns(const Tokens<T>& work, int64_t begin, int64_t end, T* parts, T* through) {
   constexpr int kTokens = 4;
   constexpr int64_t kBlock = 256, kPanel = 512;
   const int64_t width = end - begin, sums = work.token_rank + 2;
@@ -169,5 +174,3 @@ void read_tokens(const Tokens<T>& work, int64_t begin, int64_t end, T* parts, T*
       }
   }
 }
-
-}  // namespace GLORA_ISA

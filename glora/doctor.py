@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from glora_kernels import available_backends
+from glora_kernels import available_backends, cpu_passes_fault
 from glora_kernels.torch_private import FEATURES_OFF
 
 from .version import __version__
@@ -31,6 +31,7 @@ def examine() -> dict[str, Any]:
         "devices": _devices(),
         "cpu_threads": torch.get_num_threads(),
         "backends": available_backends(),
+        "cpu_passes": cpu_passes_fault(),
         "features_off": FEATURES_OFF,
         "problems": problems,
     }
@@ -45,6 +46,12 @@ def format_findings(findings: dict[str, Any]) -> str:
     lines += ["", "devices", *(f"  {device}" for device in findings["devices"]), "", "backends"]
     for name, why_not in findings["backends"].items():
         lines.append(f"  {name:<14} {'available' if why_not is None else 'not available: ' + why_not}")
+    why_not = findings["cpu_passes"]
+    lines += [
+        "",
+        "the torch backend on CPUs",
+        f"  C++ passes     {'used' if why_not is None else 'not used: ' + why_not}",
+    ]
     if findings["features_off"]:
         lines += [
             "",

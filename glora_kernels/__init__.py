@@ -4,6 +4,7 @@ Knows tensors, never modules or configurations. Importing it loads no Triton and
 """
 
 from . import reference
+from ._torch.passes import fault as cpu_passes_fault
 from .builds import builds_for
 from .dispatch import available_backends, use_backend
 from .ops.assembly import glora_assemble
@@ -34,6 +35,7 @@ __all__ = [
     "can_prepare",
     "configured_conv2d",
     "configured_linear",
+    "cpu_passes_fault",
     "encode",
     "explain",
     "glora_assemble",

@@ -6,6 +6,7 @@ torch's threads. W_eff has the same bits for any number of threads; sums for the
 
 from __future__ import annotations
 
+import math
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
@@ -18,24 +19,37 @@ from torch.nn import functional as F
 from ..terms import compute_dtype
 
 BUILD = "GLORA_BUILD_CPU=1 pip install --no-build-isolation -e ."
-_NAME = "glora_kernels._cpu"
+NAME = "glora_kernels._cpu"
 
 
 @cache
 def fault() -> str | None:
-    """Why the operators cannot be used, or None if they can. Tried once per process."""
-    if find_spec(_NAME) is None:
-        return f"not built; `{BUILD}` in the source tree builds it where a C++ compiler is"
+    """Why the torch backend computes on CPUs without the passes of csrc/cpu.cpp; None if it has them."""
+    if find_spec(NAME) is None:
+        return f"not built; `{BUILD}` in the source tree builds them where GCC is"
     try:
-        import_module(_NAME)
+        can_run = import_module(NAME).can_run()
     except ImportError as error:
-        return f"it does not load, it may have been built for another PyTorch ({error}); `{BUILD}`"
+        return f"they do not load and may have been built for another PyTorch ({error}); `{BUILD}`"
+    if not can_run:
+        return "this processor does not have their AVX2 instructions"
+    _count_operations()
     return None
 
 
-def instruction_set() -> str:
-    """What the operators use on this machine, such as ``"AVX2"``."""
-    return import_module(_NAME).instruction_set()
+@cache
+def _count_operations() -> None:
+    """Tell torch's ``FlopCounterMode`` of the multiplications and additions of the operators' products."""
+    from torch.utils.flop_counter import register_flop_formula
+
+    def read(dy, output, tokens, rows, *_: object, **__: object) -> int:
+        return 2 * math.prod(dy) * sum(factor[0] for factor in (tokens, rows) if factor is not None)
+
+    def weigh(weight, _row, _column, _shift, _down, scale_up, _other, shift_up, *_: object, **__: object) -> int:
+        return 2 * math.prod(weight) * sum(factor[0] for factor in (scale_up, shift_up) if factor is not None)
+
+    register_flop_formula(torch.ops.glora_cpu.read_tokens)(read)
+    register_flop_formula(torch.ops.glora_cpu.effective_weight)(weigh)
 
 
 def takes(matrix: Tensor) -> bool:

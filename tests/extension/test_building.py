@@ -19,7 +19,7 @@ ARCHITECTURES = {"compute_80": "sm_80", "compute_90a": "sm_90a", "compute_100": 
 
 def setup(choice, path=None):
     """What ``setup.py`` says under GLORA_BUILD_CUDA, and its exit status; with nothing to build."""
-    environment = {**os.environ, "GLORA_BUILD_CUDA": choice, "PYTHONWARNINGS": "ignore"}
+    environment = {**os.environ, "GLORA_BUILD_CUDA": choice, "GLORA_BUILD_CPU": "0", "PYTHONWARNINGS": "ignore"}
     if path is not None:
         environment.update(PATH=path, CUDA_HOME="/nowhere")
     code = "import setup; setup.chosen()"
@@ -35,6 +35,7 @@ def no_toolkit(monkeypatch):
     spec = importlib.util.spec_from_file_location("glora_setup", ROOT / "setup.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    monkeypatch.setenv("GLORA_BUILD_CPU", "0")
     monkeypatch.setattr(module, "cuda_home", lambda: None)
     return module
 
@@ -96,15 +97,33 @@ def test_a_compiler_that_is_not_there_is_told(toolkit, monkeypatch, capsys):
 
 def test_headers_of_python_that_are_not_there_are_told(toolkit, monkeypatch, tmp_path):
     monkeypatch.setattr(toolkit.sysconfig, "get_path", lambda name: str(tmp_path))
-    assert toolkit.missing() == "the headers of Python are not there"
+    assert toolkit.missing_for_cuda() == toolkit.missing_for_cpu() == "the headers of Python are not there"
     (tmp_path / "Python.h").touch()
-    assert toolkit.missing() is None
+    assert toolkit.missing_for_cuda() is None
+
+
+def test_the_passes_for_cpus_need_gcc(no_toolkit, monkeypatch, capsys, tmp_path):
+    clang = tmp_path / "clang++"
+    clang.write_text("#!/bin/sh\necho '#define __GNUC__ 4'; echo '#define __x86_64__ 1'; echo '#define __clang__ 1'\n")
+    clang.chmod(0o755)
+    monkeypatch.setenv("GLORA_BUILD_CUDA", "0")
+    monkeypatch.setenv("GLORA_BUILD_CPU", "auto")
+    monkeypatch.setenv("CXX", str(clang))
+    assert no_toolkit.chosen() == {}
+    said = f"the C++ compiler {clang} is not GCC for x86-64"
+    assert capsys.readouterr().out == f"glora: the passes for CPUs are not built: {said}\n"
+    monkeypatch.setenv("GLORA_BUILD_CPU", "1")
+    with pytest.raises(SystemExit, match=re.escape(f"GLORA_BUILD_CPU=1: {said}")):
+        no_toolkit.chosen()
+    clang.write_text("#!/bin/sh\necho '#define __GNUC__ 12'; echo '#define __x86_64__ 1'\n")
+    [module] = no_toolkit.chosen()["ext_modules"]
+    assert (module.name, module.sources) == ("glora_kernels._cpu", ["csrc/cpu.cpp"])
 
 
 @pytest.mark.parametrize("said", ["release 12.8, V12.8.93", "nonsense"])
 def test_an_nvcc_of_another_release_is_told(toolkit, said):
     (toolkit.cuda_home() / "bin/nvcc").write_text(f"#!/bin/sh\necho {said}\n")
-    assert re.fullmatch(r"nvcc of .* is of CUDA (12|\?), this PyTorch of 13\.0", toolkit.missing())
+    assert re.fullmatch(r"nvcc of .* is of CUDA (12|\?), this PyTorch of 13\.0", toolkit.missing_for_cuda())
 
 
 def test_an_extension_that_is_not_there_is_said_how_to_build(monkeypatch):
