@@ -132,7 +132,21 @@ def chosen():
         return {}
     from torch.utils.cpp_extension import BuildExtension
 
-    return {"ext_modules": [MODULES[name][2]() for name in variables], "cmdclass": {"build_ext": BuildExtension}}
+    class Build(BuildExtension):
+        """Goes on without a module that was not asked for by name and cannot be compiled."""
+
+        def build_extension(self, extension):
+            try:
+                super().build_extension(extension)
+            except Exception as error:
+                if not extension.optional:
+                    raise
+                print(f"glora: {extension.name} is not built: {error}".splitlines()[0])
+
+    modules = [MODULES[variable][2]() for variable in variables]
+    for variable, module in zip(variables, modules):
+        module.optional = os.environ.get(variable, "auto") == "auto"
+    return {"ext_modules": modules, "cmdclass": {"build_ext": Build}}
 
 
 if __name__ == "__main__":

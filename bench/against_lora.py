@@ -31,7 +31,7 @@ from . import counting
 from .entrants import names as who
 from .environment import environment
 from .measurements.layer import NAME, make_layer
-from .measurements.model import _training_step, make_checked
+from .measurements.model import make_checked, training_step
 from .settings import SEED, Settings
 from .shapes import Layer, Model
 from .timing import Timed, Watch, interleave, ratio, total
@@ -42,9 +42,10 @@ LAYERS = (
     Layer("fc2", (1576, 1576), 3072, 768),
     Layer("square", (512, 512), 2048, 2048),
 )
+EQUAL = "LoRA's own path"
 PATHS = {  # of rank 8
+    EQUAL: PathConfig(B="lora_8"),
     "A vector, B low rank, C, D, E vectors": PathConfig("vector", "lora_8", "vector", "vector", "vector"),
-    "LoRA's own path": PathConfig(B="lora_8"),
     "B vector, D, E vectors": PathConfig(B="vector", D="vector", E="vector"),
     "A, B, C low rank, D, E vectors": who.all_low_rank(8),
 }
@@ -97,8 +98,8 @@ def measure_model(ranks: tuple[int, ...], settings: Settings) -> list[dict[str, 
     layers = glora.glora_layers(field.models[who.OURS])
     sampler = PathSampler({name: layer.shape for name, layer in layers.items()}, SearchSpace(ranks))
     generator = torch.Generator().manual_seed(SEED)
-    functions = {who.LORA: _training_step(workload, field.models[who.LORA])}
-    functions |= both("random paths", _training_step(workload, field.models[who.OURS]))
+    functions = {who.LORA: training_step(workload, field.models[who.LORA])}
+    functions |= both("random paths", training_step(workload, field.models[who.OURS]))
     title = f"training step of {VIT}, batch 4, ranks {', '.join(map(str, ranks))}"
     return rows(title, functions, settings, lambda: field.set_paths(sampler.sample(generator)))
 

@@ -6,6 +6,7 @@ python -m bench.readme --check    # exit with 1 if one is out of date
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any, NamedTuple
 
 from glora.files import write_text_atomically
 
+from .against_lora import EQUAL
 from .entrants.names import ASSEMBLED, FROZEN, GLORA, HIRA, LORA, LYCORIS_BYPASS, OFFICIAL, OURS, OURS_MATMUL
 from .gpu import tables
 from .measurements.inference import MERGED, ORIGINAL
@@ -27,7 +29,7 @@ Pair = tuple[str, str]
 
 
 class Row(NamedTuple):
-    """What is compared, in a layer and in the whole model."""
+    """What is compared, in a layer and in the whole model; of :data:`ROWS` those of equal work come first."""
 
     label: str
     layer: Pair | None
@@ -37,7 +39,6 @@ class Row(NamedTuple):
 ROWS = (
     Row("the official formula, same random paths", (OURS + RANDOM, OFFICIAL + RANDOM), (OURS, OFFICIAL)),
     Row("W_eff assembled in plain PyTorch, same paths", (OURS + RANDOM, ASSEMBLED + RANDOM), (OURS, ASSEMBLED)),
-    Row("PEFT GLoRA (all low rank), ours on random paths", (OURS + RANDOM, GLORA), (OURS, GLORA)),
     Row("PEFT GLoRA, both all low rank", (ALL_LOW_RANK, GLORA), None),
     Row("PEFT HiRA, ours with A low rank", ("ours, A low rank, B none", HIRA), None),
     Row(
@@ -45,6 +46,7 @@ ROWS = (
         (OURS_MATMUL, LYCORIS_BYPASS),
         (OURS_MATMUL, LYCORIS_BYPASS),
     ),
+    Row("PEFT GLoRA (all low rank), ours on random paths", (OURS + RANDOM, GLORA), (OURS, GLORA)),
     Row("PEFT LoRA, ours with A vector, B low rank", ("ours, A vector, B low rank", LORA), None),
     Row("PEFT LoRA, ours on random paths", (OURS + RANDOM, LORA), (OURS, LORA)),
     Row("the frozen layer", (OURS + RANDOM, FROZEN), (OURS, FROZEN)),
@@ -85,8 +87,7 @@ def _cell(section: dict[str, Any], pair: Pair | None) -> str:
     """The median and its interval."""
     for row in section["ratios"]:
         if row["phase"] == WHOLE and (row["candidate"], row["baseline"]) == pair:
-            text = f"{row['median']:.2f} ({row['lower']:.2f} to {row['upper']:.2f})"
-            return f"**{text}**" if row["median"] > 1 else text
+            return _ratio(row)
     return ""
 
 
@@ -107,8 +108,47 @@ def _sentences(sections: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
+def lora_table(folder: Path = RESULTS) -> str:
+    """Ours over PEFT LoRA on a CPU, from :mod:`bench.against_lora`: equal work first, then what LoRA cannot express."""
+    file = folder / "against-lora" / "figures.json"
+    if not file.exists():
+        return "*Not measured yet.*"
+    content = json.loads(file.read_text())
+    columns = list(dict.fromkeys((row["threads"], row["way"]) for row in content["times"]))
+    cells = {(row["path"], row["what"], row["threads"], row["way"]): _ratio(row) for row in content["times"]}
+    names = sorted(dict.fromkeys((path, what) for path, what, *_ in cells), key=lambda name: name[0] != EQUAL)
+    where = content["environment"]
+    versions = ", ".join(f"{name} {where['versions'][name]}" for name in ("torch", "timm", "peft"))
+    lines = [
+        f"*{where['device']}, float32, CPU time at one thread, wall time at two; {versions}; {where['date'][:10]}, "
+        f"commit {where['commit']}; medians of {content['rounds']} interleaved rounds; **bold**: ours is slower.*",
+        "",
+        "| time of ours / time of PEFT LoRA | "
+        + " | ".join(f"{n} thread{'s' if n > 1 else ''}, {way}" for n, way in columns)
+        + " |",
+        "|---" * (len(columns) + 1) + "|",
+    ]
+    for path, what in names:
+        row = (cells.get((path, what, *column), "") for column in columns)
+        lines.append(f"| {path}{' (equal work)' if path == EQUAL else ''}: {what} | " + " | ".join(row) + " |")
+    kept = content["memory"][0]["parts"]
+    saved, peak = kept["saved_bytes"], kept["peak_bytes"]
+    lines += [
+        "",
+        f"- Kept for backward, mean over random paths of rank 4: {saved:.2f} of LoRA's; peak of a step: {peak:.2f}.",
+    ]
+    return "\n".join(lines)
+
+
+def _ratio(row: dict[str, Any]) -> str:
+    """A median and its interval."""
+    text = f"{row['median']:.2f} ({row['lower']:.2f} to {row['upper']:.2f})"
+    return f"**{text}**" if row["median"] > 1 else text
+
+
 PLACES: dict[tuple[Path, str], Callable[[Path], str]] = {  # files, and the names in their markers
     (README, "bench"): generate,
+    (README, "lora"): lora_table,
     (README, "gpu"): tables.speeds,
     (ROOT / "docs/kernels.md", "gpu builds"): tables.builds,
     (ROOT / "docs/strategies.md", "gpu predictions"): tables.predictions,

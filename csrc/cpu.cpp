@@ -146,7 +146,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> read_tokens(const at:
     });
   });
   const auto some = [&](int64_t row, bool there) {
-    return there ? totals.select(0, row) : at::empty({0}, dy.options());
+    return there ? totals.select(0, row).clone() : at::empty({0}, dy.options());
   };
   return {some(token_rank, sums), some(token_rank + 1, output.has_value()), totals.narrow(0, 0, token_rank),
           threads == 1 ? through.select(0, 0) : through.sum(0)};

@@ -19,14 +19,12 @@ class Download:
     """
 
     def __init__(self, *values: Tensor | float):
-        self._values = [v.to("cpu", non_blocking=True) if isinstance(v, Tensor) else v for v in values]
-        device = next((v.device for v in values if isinstance(v, Tensor) and v.is_cuda), None)
-        self._arrival = None if device is None else torch.cuda.Event()
-        if self._arrival is not None:
-            self._arrival.record(torch.cuda.current_stream(device))
+        self._values = [v.to("cpu", non_blocking=v.is_cuda) if isinstance(v, Tensor) else v for v in values]
+        devices = {v.device for v in values if isinstance(v, Tensor) and v.is_cuda}
+        self._arrivals = [torch.cuda.current_stream(device).record_event() for device in devices]
 
     def wait(self) -> list[float]:
         """The values as numbers, as soon as they are here."""
-        if self._arrival is not None:
-            self._arrival.synchronize()
+        for arrival in self._arrivals:
+            arrival.synchronize()
         return [float(value) for value in self._values]

@@ -49,7 +49,7 @@ def measure(shape_set: str, model: Model, settings: Settings) -> Section:
     """Check and time every entrant; in each round, those that take any path get the same new path for every layer."""
     field, workload, sampler, _ = make_checked(model, settings)
     generator = torch.Generator().manual_seed(SEED)
-    functions = {name: _training_step(workload, field.models[name]) for name in ENTRIES if name in field.models}
+    functions = {name: training_step(workload, field.models[name]) for name in ENTRIES if name in field.models}
     phases = interleave(
         functions,
         settings.rounds,
@@ -135,7 +135,7 @@ def linear_names(backbone: nn.Module, expected: int) -> list[str]:
     return names
 
 
-def _training_step(workload: ClassifierWorkload, model: nn.Module) -> Timed:
+def training_step(workload: ClassifierWorkload, model: nn.Module) -> Timed:
     parameters = glora.trainable_parameters(model)
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, weight_decay=1e-4) if parameters else None
     passes = step(workload, model)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
+from inspect import signature
 from typing import TypeVar
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
 
 T = TypeVar("T")
+_ERRORS = "thread_local"  # other threads may do what a capture forbids, as one does that pins a data loader's memory
 WARM_UP = 3  # runs before a capture, in which libraries allocate what they keep
 
 
@@ -29,12 +33,9 @@ class CudaGraphs:
             torch.cuda.current_stream().wait_stream(stream)
 
     def capture(self, function: Callable[[], T]) -> tuple[Callable[[], None], T]:
-        """A function that replays ``function``, and its output, which each replay overwrites. Computes nothing yet.
-
-        Meanwhile other threads may do what a capture forbids, as one does that pins a data loader's memory.
-        """
+        """A function that replays ``function``, and its output, which each replay overwrites. Computes nothing yet."""
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.device(self._device), torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        with torch.cuda.device(self._device), torch.cuda.graph(graph, capture_error_mode=_ERRORS):
             output = function()
         return graph.replay, output
 
@@ -42,7 +43,12 @@ class CudaGraphs:
         """Make each piece replay graphs of its forward and its backward; they have to run in this order."""
         with torch.cuda.device(self._device):
             samples = tuple((given,) for given in inputs)
-            torch.cuda.make_graphed_callables(tuple(pieces), samples, allow_unused_input=True)
+            make: Callable[..., object] = torch.cuda.make_graphed_callables
+            if "capture_error_mode" in signature(make).parameters:
+                make(tuple(pieces), samples, allow_unused_input=True, capture_error_mode=_ERRORS)
+            else:  # before PyTorch 2.12 or so
+                with patch.object(torch.cuda, "graph", partial(torch.cuda.graph, capture_error_mode=_ERRORS)):
+                    make(tuple(pieces), samples, allow_unused_input=True)
 
 
 def graphs_for(device: torch.device) -> CudaGraphs | None:

@@ -5,8 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor, nn
 
+from glora_kernels.torch_private import hooks_on_top
+
+from ..arguments import listed
 from ..config import PathConfig
 from ..parameters import drop_unread
 from .capture import CudaGraphs
@@ -31,12 +35,12 @@ class PiecewiseStep:
         self._general = {name: PathAsData(layer, rows[name]) for name, layer in self._layers.items()}
         cheap = {name: cheapest(layer, rows[name], ("none",)) for name, layer in self._layers.items()}
         self._cheap = {name: piece for name, piece in cheap.items() if type(piece) is not PathAsData}
-        self._captured: dict[PathAsData, PathAsData] = {}
+        self._captured: dict[nn.Module, _Captured] = {}
 
     def __call__(self, x: Tensor, target: Tensor, paths: Mapping[str, PathConfig], replay: bool) -> Outcome:
         self._body.data.set(paths)
         self._body.optimizer.zero_grad(set_to_none=True)
-        pieces = {name: self._piece(name, path.choices["A"].kind) for name, path in paths.items()}
+        pieces: dict[str, nn.Module] = {name: self._piece(name, p.choices["A"].kind) for name, p in paths.items()}
         if replay:
             pieces = {name: self._captured.get(piece, piece) for name, piece in pieces.items()}
         with computed_by({layer: pieces[name] for name, layer in self._layers.items()}):
@@ -52,40 +56,75 @@ class PiecewiseStep:
         return self._general[name] if kind == "lora" else self._cheap.get(name, self._general[name])
 
     def capture(self, x: Tensor, target: Tensor) -> None:
-        """Capture the pieces for batches of this form.
+        """Capture the pieces for batches of this form, and try a step with them that changes nothing.
 
         Raises:
             ValueError: a layer that never runs, or more than once: its graphs would overwrite their own tensors.
+                Activation checkpointing: graphs share memory that is free to others before a forward runs again.
+            RuntimeError: too little memory, in the capture or in the step.
         """
         if self._graphs is None:
             return
         inputs = self._inputs(x, target)
         needed = {self._piece(name, kind): inputs[name] for name in inputs for kind in sorted(self._kinds[name])}
-        captured = {piece: type(piece)(piece.layer, piece.masks) for piece in needed}
+        graphed = {piece: type(piece)(piece.layer, piece.masks) for piece in needed}
         with self._body.autocast():
-            self._graphs.capture_pieces(list(captured.values()), list(needed.values()))
+            self._graphs.capture_pieces(list(graphed.values()), list(needed.values()))
+        captured: dict[nn.Module, _Captured] = {
+            piece: _Captured(piece, graphed[piece], given) for piece, given in needed.items()
+        }
+        first = {self._layers[name]: captured[self._piece(name, sorted(self._kinds[name])[0])] for name in inputs}
+        with self._body.rehearsing(), computed_by(first):
+            self._body.forward(x, target)[0].backward()
+        self._body.optimizer.zero_grad(set_to_none=True)
         self._captured = captured
 
     def _inputs(self, x: Tensor, target: Tensor) -> dict[str, Tensor]:
         """A tensor like the input of each layer, in the order in which they run."""
         found: dict[str, Tensor] = {}
         counts = dict.fromkeys(self._layers, 0)
+        hooked: set[str] = set()
         general = {layer: self._general[name] for name, layer in self._layers.items()}
-        with self._body.rehearsing(), _noted(self._body.data, found, counts), computed_by(general):
+        with self._body.rehearsing(), _noted(self._body.data, found, counts, hooked), computed_by(general):
             self._body.forward(x, target)
         other = {name: count for name, count in counts.items() if count != 1}
         if other:
             raise ValueError(f"model: expected every adapted layer to run once a step, got by name {other}")
+        if hooked:
+            raise ValueError(
+                "model: expected no activation checkpointing around adapted layers and no hooks on tensors saved "
+                f"there, got either around {listed(sorted(hooked))}"
+            )
         return found
 
 
+class _Captured(nn.Module):
+    """A piece that is replayed for inputs like the captured one, and runs its operations one by one for others."""
+
+    def __init__(self, piece: nn.Module, graphed: nn.Module, sample: Tensor):
+        super().__init__()
+        self.piece, self.graphed, self._form = piece, graphed, _form(sample)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.graphed if _form(x) == self._form else self.piece).forward(x)
+
+
+def _form(x: Tensor) -> tuple[torch.Size, torch.dtype, bool]:
+    return x.shape, x.dtype, x.requires_grad
+
+
 @contextmanager
-def _noted(data: PathData, found: dict[str, Tensor], counts: dict[str, int]) -> Iterator[None]:
-    """Record copies of the inputs of layers, and how often they run, in a ``with`` block."""
+def _noted(data: PathData, found: dict[str, Tensor], counts: dict[str, int], hooked: set[str]) -> Iterator[None]:
+    """Record, in a ``with`` block, copies of the inputs of layers, how often they run, and which run in a checkpoint.
+
+    There they have hooks on saved tensors, or no gradients.
+    """
 
     def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def note(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             counts[name] += 1
+            if hooks_on_top() is not None or not torch.is_grad_enabled():
+                hooked.add(name)
             found[name] = inputs[0].detach().clone().requires_grad_(inputs[0].requires_grad)
 
         return note

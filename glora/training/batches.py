@@ -112,7 +112,8 @@ def batches(
     sampler = StepSampler(size, recipe.batch_size, recipe.seed, start, recipe.steps, part)
     # A generator of its own: without it the loader draws from torch's, which dropout uses.
     generator = torch.Generator().manual_seed(mix(recipe.seed, start))
-    load = partial(DataLoader, generator=generator, pin_memory=device.type == "cuda")
+    pins = device.type == "cuda" and not _is_on_gpu(dataset)
+    load = partial(DataLoader, generator=generator, pin_memory=pins)
     steps: Iterator[Any]
     if type(dataset) is TensorDataset and _fits(dataset.tensors, device):
         steps = _indexed([tensor.to(device) for tensor in dataset.tensors], sampler)
@@ -123,6 +124,11 @@ def batches(
         numbered = _Repeatable(dataset, recipe.seed)
         steps = iter(load(numbered, batch_sampler=_Numbered(sampler), num_workers=workers, collate_fn=collate))
     return steps if world_size() == 1 else _reseeded(steps, recipe.seed, start)
+
+
+def _is_on_gpu(dataset: Dataset) -> bool:
+    """Whether a data set of tensors holds some on a GPU, which need not and cannot be pinned."""
+    return isinstance(dataset, TensorDataset) and any(tensor.is_cuda for tensor in dataset.tensors)
 
 
 def _fits(tensors: Iterable[Tensor], device: torch.device) -> bool:

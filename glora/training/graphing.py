@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from ..graphs import GraphedStep
 from ..graphs.capture import graphs_for
 from ..graphs.step_body import Loss, Measure
+from ..layers.base import GLoRALayer
 from .state import TrainingState
 
 GRAPHS = ("auto", "piecewise", "whole", "off")
@@ -48,12 +50,14 @@ class StepGraphs:
         self.used = "off"
         self._step: GraphedStep | None = None
         self._captured = self._told_of_shapes = False
+        self._parameters: list[tuple[GLoRALayer, tuple[int, ...]]] = []
         self._make()
 
     def _make(self) -> None:
         """A step for the layers that the model has now."""
         state, recipe, automatic = self._state, self._state.recipe, self._choice == "auto"
-        self._layers, self._step, self._captured = list(state.layers.values()), None, False
+        self.close()
+        self._parameters = self._found()
         if self._choice == "off" or (automatic and (not state.layers or graphs_for(state.device) is None)):
             return
         mode = "piecewise" if automatic else self._choice
@@ -76,13 +80,27 @@ class StepGraphs:
         """Go on without graphs, if that was left to this class."""
         if self._choice != "auto":
             raise error
-        self._step, reason = None, str(error).splitlines()[0]
+        self.close()
+        before, reason = self.used, (str(error) or repr(error)).splitlines()[0]
         self.used = f"off: {reason}"
-        self._tell(f"train: steps run without CUDA graphs: {reason}")
+        if self.used != before:
+            self._tell(f"train: steps run without CUDA graphs: {reason}")
+
+    def close(self) -> None:
+        """Free the memory of the graphs, in which gradients lie, too."""
+        if self._step is not None:
+            self._state.optimizer.zero_grad(set_to_none=True)
+            self._step = None
+            gc.collect()  # graphs hold themselves in a circle
+        self._captured = False
+
+    def _found(self) -> list[tuple[GLoRALayer, tuple[int, ...]]]:
+        """The layers and the addresses of their parameters, which graphs read."""
+        return [(layer, tuple(p.data_ptr() for p in layer.parameters())) for layer in self._state.layers.values()]
 
     def renew(self) -> None:
-        """Capture anew if other layers stand in the model."""
-        if self._layers != list(self._state.layers.values()):
+        """Capture anew if other layers stand in the model, or their parameters elsewhere in memory."""
+        if self._choice != "off" and self._parameters != self._found():
             self._make()
 
     def step_for(self, x: Tensor, target: Tensor) -> GraphedStep | None:

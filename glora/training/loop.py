@@ -171,6 +171,7 @@ def train(
                 step_graphs.renew()
     finally:
         bar.close()
+        step_graphs.close()
         if paths_before:
             set_paths(state.inner, paths_before)
     seconds = time.perf_counter() - started

@@ -125,7 +125,7 @@ def effective_weight(
     """
     factors = (_dense(factor) for pair in (scale or (None, None), shift or (None, None)) for factor in pair)
     vectors = (_dense(vector) for vector in (row_scale, column_scale, row_shift))
-    out = torch.empty(weight.shape, dtype=weight.dtype) if out is None else out
+    out = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device) if out is None else out
     torch.ops.glora_cpu.effective_weight(weight, *vectors, *factors, out)
     return out
 

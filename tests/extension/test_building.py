@@ -117,7 +117,30 @@ def test_the_passes_for_cpus_need_gcc(no_toolkit, monkeypatch, capsys, tmp_path)
         no_toolkit.chosen()
     clang.write_text("#!/bin/sh\necho '#define __GNUC__ 12'; echo '#define __x86_64__ 1'\n")
     [module] = no_toolkit.chosen()["ext_modules"]
-    assert (module.name, module.sources) == ("glora_kernels._cpu", ["csrc/cpu.cpp"])
+    assert (module.name, module.sources, module.optional) == ("glora_kernels._cpu", ["csrc/cpu.cpp"], False)
+
+
+def test_a_module_that_does_not_compile_is_left_out_unless_asked_for(no_toolkit, monkeypatch, capsys):
+    from setuptools import Distribution
+    from torch.utils.cpp_extension import BuildExtension
+
+    def fail(self, extension):
+        raise RuntimeError("Error compiling objects for extension\nand more")
+
+    monkeypatch.setattr(BuildExtension, "build_extension", fail)
+    monkeypatch.setitem(no_toolkit.MODULES, "GLORA_BUILD_CPU", ("", lambda: None, no_toolkit.cpu_extension))
+    monkeypatch.setenv("GLORA_BUILD_CUDA", "0")
+    for choice in ("auto", "1"):
+        monkeypatch.setenv("GLORA_BUILD_CPU", choice)
+        arguments = no_toolkit.chosen()
+        [module], build = arguments["ext_modules"], arguments["cmdclass"]["build_ext"](Distribution())
+        if choice == "auto":
+            build.build_extension(module)
+            said = capsys.readouterr().out
+            assert said == "glora: glora_kernels._cpu is not built: Error compiling objects for extension\n"
+        else:
+            with pytest.raises(RuntimeError, match="Error compiling"):
+                build.build_extension(module)
 
 
 @pytest.mark.parametrize("said", ["release 12.8, V12.8.93", "nonsense"])

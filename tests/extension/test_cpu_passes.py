@@ -197,6 +197,13 @@ def test_a_merged_model_has_the_same_bits():
         assert torch.equal(merged(x), model(x))
 
 
+@with_passes
+def test_another_default_device():
+    call = make_call(("lora_3", "lora_3", "none", "vector", "vector"), (70, 65, 66), dtype=torch.float32)
+    with torch.device("meta"):
+        assert glora_linear(*call).device.type == "cpu"
+
+
 # -- where they are not taken ------------------------------------------------------------------------------------------
 
 

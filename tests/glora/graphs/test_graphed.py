@@ -109,7 +109,7 @@ def test_gradients_of_200_random_paths(mode, product, graphs):
     if graphs is not None:
         pieces = {"hadamard": 8, "matmul": 4}[product]  # two layers; forward and backward
         assert graphs.captures == (1 if mode == "whole" else pieces)
-        assert graphs.replays == 200 * (1 if mode == "whole" else 4)
+        assert graphs.replays == (200 if mode == "whole" else 201 * 4)  # pieces are tried once
 
 
 # The ordinary optimiser's trajectory ----------------------------------------------------------------------------------
@@ -229,10 +229,15 @@ def test_capturing_leaves_no_trace(mode, monkeypatch):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_activation_checkpoints(mode, graphs):
-    """What is run again in backward is run as data, too, and not by the layers' own paths."""
-    body = make()
-    model = _Checkpointed(body)
+    """What is run again in backward is run as data, too. Pieces share memory, so none may run again: refused."""
+    model = _Checkpointed(make())
     step = glora.GraphedStep(model, optimizer_for(model, "sgd"), F.cross_entropy, SPACE, mode=mode)
+    if mode == "piecewise" and graphs is not None:
+        for model.use_reentrant in (False, True):
+            x, target = next(batches(1, model))
+            with pytest.raises(ValueError, match=r"model: expected no activation checkpointing .* got .* 'body.fc1', "):
+                step(x.requires_grad_(), target)
+        return
     for x, target in batches(10, model):
         assert_gradients_of_the_ordinary_layer(model, step, x, target)
 
@@ -240,10 +245,10 @@ def test_activation_checkpoints(mode, graphs):
 class _Checkpointed(nn.Module):
     def __init__(self, body):
         super().__init__()
-        self.body = body
+        self.body, self.use_reentrant = body, False
 
     def forward(self, x):
-        return checkpoint(self.body, x, use_reentrant=False, preserve_rng_state=False)
+        return checkpoint(self.body, x, use_reentrant=self.use_reentrant, preserve_rng_state=False)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -376,6 +381,35 @@ def test_batches_of_another_form_run_without_graphs(mode, graphs):
         replays.append(0 if graphs is None else graphs.replays - before)
     if graphs is not None:
         assert [count > 0 for count in replays] == [index not in (3, 6) for index in range(8)]
+
+
+def test_a_layer_whose_input_changes_its_form(monkeypatch):
+    """In batches of one shape: tokens that are dropped, or another dtype, are not copied into the captured input."""
+    graphs = emulate(monkeypatch)
+    model, other = (_Dropping(make()) for _ in range(2))
+    other.load_state_dict(model.state_dict())
+    step = glora.GraphedStep(model, optimizer_for(model, "sgd"), F.cross_entropy, SPACE, mode="piecewise")
+    reference, replays = optimizer_for(other, "sgd"), []
+    for kept, (x, target) in zip((7, 7, 1, 3, 7), batches(5, model)):
+        model.kept = other.kept = kept
+        before = graphs.replays
+        loss = step(x, target)
+        torch.testing.assert_close(loss, ordinary_step(other, reference, x, target, step.paths))
+        replays.append(graphs.replays - before)
+    assert replays == [8, 4, 0, 0, 4]  # the first one is tried before
+    for found, expected in zip(model.parameters(), other.parameters()):
+        torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-10)
+
+
+class _Dropping(nn.Module):
+    """The outputs of the first samples, and zeros."""
+
+    def __init__(self, body):
+        super().__init__()
+        self.body, self.kept = body, None
+
+    def forward(self, x):
+        return F.pad(self.body(x[: self.kept]), (0, 0, 0, len(x) - self.kept))
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -547,6 +581,15 @@ def test_what_is_asked_of_torch_cuda(monkeypatch):
     side.wait_stream.side_effect = lambda other: calls.append(("side waits", other is main))
     main.wait_stream.side_effect = lambda other: calls.append(("main waits", other is side))
     note = lambda name: lambda *_, **options: _noting(calls, (name, options) if options else name)  # noqa: E731
+
+    def of_earlier_versions(*given, allow_unused_input):  # what they capture with is all that can be chosen
+        options = torch.cuda.graph.keywords if isinstance(torch.cuda.graph, partial) else {}
+        calls.append((given, {"allow_unused_input": allow_unused_input, "graph": options}))
+
+    def of_later_versions(*given, allow_unused_input, capture_error_mode="global"):
+        options = {"allow_unused_input": allow_unused_input, "capture_error_mode": capture_error_mode}
+        calls.append((given, options))
+
     for name, value in {
         "Stream": lambda: side,
         "current_stream": lambda: main,
@@ -554,9 +597,10 @@ def test_what_is_asked_of_torch_cuda(monkeypatch):
         "stream": note("stream"),
         "graph": note("graph"),
         "CUDAGraph": lambda: graph,
-        "make_graphed_callables": lambda *given, **options: calls.append((given, options)),
+        "make_graphed_callables": of_earlier_versions,
     }.items():
         monkeypatch.setattr(torch.cuda, name, value)
+
     graphs = graphs_for(torch.device("cuda", 0))
     doubled = Captured(lambda x: calls.append("run") or 2 * x, (torch.ones(2),), graphs)
     warm_up = ["device", "stream", *["run"] * 3, "end of stream", "end of device"]
@@ -568,7 +612,11 @@ def test_what_is_asked_of_torch_cuda(monkeypatch):
     assert calls[-1] == "end of device"  # nothing runs in Python
     piece, x = nn.Identity(), torch.ones(1)
     graphs.capture_pieces([piece], [x])
-    assert calls[-2] == (((piece,), ((x,),)), {"allow_unused_input": True})
+    given = (piece,), ((x,),)
+    assert calls[-2] == ((given), {"allow_unused_input": True, "graph": captured[1]})
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", of_later_versions)
+    graphs.capture_pieces([piece], [x])
+    assert calls[-2] == (given, {"allow_unused_input": True, "capture_error_mode": "thread_local"})
     assert graphs_for(torch.device("cpu")) is None
 
 

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import Dataset, TensorDataset
 
 import glora
@@ -85,7 +86,8 @@ def test_500_steps_of_the_run_without_graphs(graphs, monkeypatch, files):
     emulated = emulate(monkeypatch)
     found = run(graphed, long, checkpoint=files[0], graphs=graphs)
     assert found.graphs == {"auto": "piecewise"}.get(graphs, graphs)
-    assert emulated.replays == 500 * {"auto": 4, "whole": 1}[graphs]
+    assert emulated.replays == {"auto": 501 * 4, "whole": 500}[graphs]  # pieces are tried once
+    assert all(p.grad is None for p in graphed.parameters())  # nothing holds the memory of graphs
     assert found.losses == pytest.approx(expected.losses, rel=10 * tolerance(graphs))
     assert_same(state(graphed), state(plain), tolerance(graphs))
     assert_same_files(*files, tolerance(graphs))
@@ -149,7 +151,7 @@ def test_a_vit(monkeypatch):
     assert_same(others, tensors, 1e-5)
 
 
-def test_layers_that_on_step_replaces(monkeypatch):
+def test_layers_that_on_step_replaces(monkeypatch, capfd):
     """They are captured anew if the optimiser has their tensors; otherwise the run goes on without graphs."""
     emulated = emulate(monkeypatch)
     model, other = double(), double()
@@ -162,10 +164,21 @@ def test_layers_that_on_step_replaces(monkeypatch):
     assert (found.graphs, emulated.captures) == ("piecewise", 16)
     assert found.losses == pytest.approx(run(other, graphs="off").losses, rel=1e-9)
 
+    def move(step, loss):
+        if step == 4:
+            for parameter in model.fc1.support_parameters():
+                parameter.data = parameter.data.clone()
+
+    model = double()
+    assert run(model, on_step=move).losses == found.losses
+    assert emulated.captures == 32
+
     def replace_by_copies(step, loss):
         model.fc1 = copy.deepcopy(model.fc1)
 
-    assert run(model, on_step=replace_by_copies).graphs.startswith("off: optimizer: expected every parameter")
+    summary = train(model, data(), RECIPE, space=SPACE, on_step=replace_by_copies)
+    assert summary.graphs.startswith("off: optimizer: expected every parameter")
+    assert capfd.readouterr().err.count("without CUDA graphs") == 1
 
 
 # -- when it is left alone --------------------------------------------------------------------------
@@ -194,14 +207,28 @@ def patched():
     return model
 
 
+class Checkpointed(nn.Module):
+    def __init__(self, body):
+        super().__init__()
+        self.body = body
+
+    def forward(self, x):
+        return checkpoint(self.body, x, use_reentrant=False)
+
+
+def checkpointed():
+    return Checkpointed(double())
+
+
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
         (lambda: torch.compile(double(), backend="eager"), "expected one that is not compiled"),
         (twice, "expected every adapted layer to run once a step, got by name {'0': 2}"),
         (patched, "expected layers that run the forward of their class"),
+        (checkpointed, "expected no activation checkpointing around adapted layers"),
     ],
-    ids=["compiled", "twice", "patched"],
+    ids=["compiled", "twice", "patched", "checkpointed"],
 )
 def test_one_line_says_why_steps_run_without_graphs(make, reason, monkeypatch, capfd):
     plain, model = make(), make()
@@ -218,16 +245,22 @@ def test_one_line_says_why_steps_run_without_graphs(make, reason, monkeypatch, c
         run(make(), graphs="piecewise")
 
 
-def test_what_cannot_be_captured(monkeypatch, capfd):
-    """Buffers and random numbers are as if nothing had been tried."""
+@pytest.mark.parametrize("late", [False, True], ids=["capture", "step"])
+def test_too_little_memory(late, monkeypatch, capfd):
+    """To capture, or for a step with what was captured. Buffers and random numbers are as if nothing had been tried."""
     plain, model = double(), double()
     expected = run(plain)
     emulated = emulate(monkeypatch)
+    capture = emulated.capture_pieces
 
-    def out_of_memory(pieces, inputs):
+    def out_of_memory(*_):
         raise torch.OutOfMemoryError("CUDA out of memory.\nMore about it.")
 
-    monkeypatch.setattr(emulated, "capture_pieces", out_of_memory)
+    def capture_then_fail(pieces, inputs):
+        capture(pieces, inputs)
+        pieces[0].forward = out_of_memory
+
+    monkeypatch.setattr(emulated, "capture_pieces", capture_then_fail if late else out_of_memory)
     found = train(model, data(), RECIPE, space=SPACE)
     assert found.graphs == "off: CUDA out of memory."
     assert "steps run without CUDA graphs: CUDA out of memory.\n" in capfd.readouterr().err.replace("\r", "\n")
@@ -278,7 +311,7 @@ def test_batches_of_changing_shapes(monkeypatch, capfd):
     emulated = emulate(monkeypatch)
     collated_to((4, 4, 3), monkeypatch)
     found = train(graphed, Ragged(), RECIPE, space=SPACE)
-    assert (found.graphs, emulated.replays) == ("piecewise", 8 * 4)
+    assert (found.graphs, emulated.replays) == ("piecewise", (8 + 1) * 4)
     assert found.losses == pytest.approx(expected.losses, rel=1e-9)
     assert_same(state(graphed), state(plain), 1e-10)
     lines = [line for line in capfd.readouterr().err.splitlines() if "CUDA graphs" in line]
@@ -299,6 +332,19 @@ def test_batches_of_changing_shapes(monkeypatch, capfd):
 def test_refuses_a_choice(graphs, message):
     with pytest.raises(ValueError, match=message):
         run(double(), graphs=graphs)
+
+
+def test_an_error_without_a_message(monkeypatch):
+    emulate(monkeypatch)
+    looked = []
+
+    def loss_fn(output, target):
+        looked.append(1)
+        if len(looked) == 1:
+            raise ValueError
+        return nn.functional.cross_entropy(output, target)
+
+    assert run(double(), loss_fn=loss_fn).graphs == "off: ValueError()"
 
 
 # -- results that are read late ---------------------------------------------------------------------
