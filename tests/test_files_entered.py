@@ -14,6 +14,7 @@ from torch.nn import functional as F
 import glora
 from bench.stubbed import does_nothing, fault, stubbed
 from glora import GLoRALinear
+from glora_kernels import cpu_passes_fault
 from tests.test_layering import ROOT
 
 MOST = 6
@@ -92,5 +93,6 @@ def test_a_call_enters_few_files_and_none_twice(route, training):
         for _ in range(3):  # the first calls check and plan
             model(x)
         entered = files_entered(model, x, launches if route == "triton" else computes)
-    assert len(entered) <= MOST, entered
+    most = MOST + (route == "torch" and cpu_passes_fault() is None)
+    assert len(entered) <= most, entered
     assert len(set(entered)) == len(entered), entered

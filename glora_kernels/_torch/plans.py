@@ -68,7 +68,8 @@ class TorchPlan:
         # whether W_eff or W0 c is formed from W0 in the compute dtype
         self._widens = self._is_half and (terms.adapts_weight or terms.C is not None)
         self._a, self._b, self._c = _form_of_a(terms), _form(terms.B), _form(terms.C)
-        self._has_factors = self._a in (ELEMENTS, PROJECTED) or self._b == FACTORS  # else PyTorch takes one pass, too
+        has_factors = self._a in (ELEMENTS, PROJECTED) or self._b == FACTORS  # else PyTorch takes one pass, too
+        self._has_passes = has_factors and passes.fault() is None
         self._is_hadamard = terms.product == "hadamard"
         self._has_d, self._has_e = terms.D is not None, terms.E is not None
         self._adapts_weight, self._adapts_bias = terms.adapts_weight, terms.adapts_bias
@@ -115,7 +116,7 @@ class TorchPlan:
             buffer: (N, K) in the compute dtype, to be overwritten in place of new memory where A is elementwise.
         """
         ad, au, bd, bu, _, _, _, _ = parts
-        if self._has_factors and passes.takes(wide):
+        if self._has_passes and passes.takes(wide):
             w_eff = self._in_one_pass(wide, parts, projected, buffer)
         elif self._b == NONE:
             w_eff = self._scaled(wide, ad, au, projected, buffer)
