@@ -87,8 +87,9 @@ def transform_for(settings: ImageSettings, train: bool) -> Callable[[Any], Tenso
 
 def _augmentation(settings: ImageSettings) -> Callable[[Any], Tensor]:
     from timm.data import create_transform
+    from timm.data.auto_augment import RandAugment, posterize
 
-    return create_transform(
+    transform = create_transform(
         settings.size,
         is_training=True,
         color_jitter=0.4,
@@ -100,6 +101,20 @@ def _augmentation(settings: ImageSettings) -> Callable[[Any], Tensor]:
         re_mode="pixel",
         re_count=1,
     )
+    for step in transform.transforms:
+        for operation in step.ops if isinstance(step, RandAugment) else ():
+            if operation.aug_fn is posterize:
+                operation.aug_fn = _posterize
+    return transform
+
+
+def _posterize(image: Any, bits: int, **_: Any) -> Any:
+    """timm's, which asks for 0 bits at its largest magnitude: a black image, where Pillow 13 raises."""
+    from PIL import Image, ImageOps
+
+    if bits >= 8:
+        return image
+    return ImageOps.posterize(image, bits) if bits > 0 else Image.new(image.mode, image.size)
 
 
 class ImageList(Dataset):

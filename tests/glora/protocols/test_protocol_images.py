@@ -63,6 +63,21 @@ def test_augmentation_is_timms_and_for_training_alone():
     assert torch.equal(plain(image()), plain(image()))
 
 
+@pytest.mark.parametrize("magnitude", [0, 5, 9, 10])
+def test_every_magnitude_of_every_operation(magnitude):
+    """At 10, which one draw in fifty reaches, timm posterizes to 0 bits: Pillow 13 raises there, and a run ended."""
+    transform = transform_for(ImageSettings(size=16, augment=True), train=True)
+    [operations] = [step.ops for step in transform.transforms if hasattr(step, "ops")]
+    picture = Image.effect_noise((16, 16), 64).convert("RGB")
+    assert any("Posterize" in operation.name for operation in operations)
+    for operation in operations:
+        operation.prob, operation.magnitude, operation.magnitude_std = 1.0, magnitude, 0
+        found = operation(picture)
+        assert (found.size, found.mode) == (picture.size, picture.mode)
+        if "Posterize" in operation.name and magnitude == 10:
+            assert not any(high for _, high in found.getextrema())
+
+
 def test_augmentation_normalises_by_the_settings():
     settings = ImageSettings(size=16, augment=True, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
     normalise = transform_for(settings, train=True).transforms[4]
