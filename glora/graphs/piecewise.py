@@ -35,7 +35,7 @@ class PiecewiseStep:
         self._general = {name: PathAsData(layer, rows[name]) for name, layer in self._layers.items()}
         cheap = {name: cheapest(layer, rows[name], ("none",)) for name, layer in self._layers.items()}
         self._cheap = {name: piece for name, piece in cheap.items() if type(piece) is not PathAsData}
-        self._captured: dict[nn.Module, _Captured] = {}
+        self._captured: dict[nn.Module, _Replayed] = {}
 
     def __call__(self, x: Tensor, target: Tensor, paths: Mapping[str, PathConfig], replay: bool) -> Outcome:
         self._body.data.set(paths)
@@ -70,8 +70,8 @@ class PiecewiseStep:
         graphed = {piece: type(piece)(piece.layer, piece.masks) for piece in needed}
         with self._body.autocast():
             self._graphs.capture_pieces(list(graphed.values()), list(needed.values()))
-        captured: dict[nn.Module, _Captured] = {
-            piece: _Captured(piece, graphed[piece], given) for piece, given in needed.items()
+        captured: dict[nn.Module, _Replayed] = {
+            piece: _Replayed(piece, graphed[piece], given) for piece, given in needed.items()
         }
         first = {self._layers[name]: captured[self._piece(name, sorted(self._kinds[name])[0])] for name in inputs}
         with self._body.rehearsing(), computed_by(first):
@@ -98,7 +98,7 @@ class PiecewiseStep:
         return found
 
 
-class _Captured(nn.Module):
+class _Replayed(nn.Module):
     """A piece that is replayed for inputs like the captured one, and runs its operations one by one for others."""
 
     def __init__(self, piece: nn.Module, graphed: nn.Module, sample: Tensor):
