@@ -1,4 +1,4 @@
-"""Half types on a CPU: where PyTorch has no fast products for them, backward multiplies in fp32. Both ways are right."""
+"""Half types on a CPU: backward is in fp32 where PyTorch has no fast products for them. Both ways keep the contract."""
 
 import pytest
 import torch
