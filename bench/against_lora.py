@@ -9,7 +9,6 @@ round, with and without the passes the same. CPU time at one thread, wall time a
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -30,6 +29,7 @@ from glora_kernels._torch import passes
 from . import counting
 from .entrants import names as who
 from .environment import environment
+from .figures import versions, write_figures
 from .measurements.layer import NAME, make_layer
 from .measurements.model import make_checked, training_step
 from .settings import SEED, Settings
@@ -53,6 +53,7 @@ SPACES = ((4,), (8, 4))  # ranks
 VIT = "vit_base_patch16_224"
 WITHOUT, WITH = "PyTorch alone", "C++ passes"
 ENTRANTS = (who.LORA, who.OURS)
+PACKAGES = ("torch", "timm", "peft")  # on which the figures depend
 
 
 @contextmanager
@@ -152,10 +153,9 @@ def table(content: dict[str, Any]) -> str:
         cells = (f"{m['bytes'][key] / 2**20:.0f} | {m['parts'][key]:.3f}" for key in ("saved_bytes", "peak_bytes"))
         lines.append(f"| {m['ours']} | " + " | ".join(cells) + " |")
     where = content["environment"]
-    versions = ", ".join(f"{name} {where['versions'][name]}" for name in ("torch", "timm", "peft"))
     lines += [
         "",
-        f"{where['device']}, {versions}; {where['date'][:10]}, commit {where['commit']}; the load was "
+        f"{where['device']}, {versions(where, PACKAGES)}; {where['date'][:10]}, commit {where['commit']}; the load was "
         f"{where['load_average'][0]:.1f} on {where['cores']} cores. Medians of {content['rounds']} interleaved rounds.",
     ]
     return "\n".join(lines) + "\n"
@@ -179,10 +179,7 @@ def main(arguments: list[str] | None = None) -> None:
     torch.set_num_threads(1)
     content["memory"] = measure_memory(Settings(), options.paths)
     print(table(content), flush=True)
-    if options.out is not None:
-        options.out.mkdir(parents=True, exist_ok=True)
-        (options.out / "figures.json").write_text(json.dumps(content, indent=1) + "\n")
-        (options.out / "table.md").write_text(table(content))
+    write_figures(options.out, content, table(content))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ paths, reading losses, the progress bar, a checkpoint and a log at the end.
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 import time
 from collections import defaultdict
@@ -30,6 +29,7 @@ from glora.protocols import ImageSettings
 from glora.protocols.images import ImageList, transform_for
 
 from .environment import environment
+from .figures import write_figures
 from .settings import SEED
 
 MEMORY, FILES = "tensors in memory", "JPEG files, augmented"
@@ -187,10 +187,7 @@ def main(arguments: list[str] | None = None) -> None:
     for case in CASES:
         runs.append(measure(case, options.batch_size, options.steps))
         print(row(runs[-1]), flush=True)
-    if options.out is not None:
-        options.out.mkdir(parents=True, exist_ok=True)
-        (options.out / "figures.json").write_text(json.dumps({"environment": where, "runs": runs}, indent=1) + "\n")
-        (options.out / "table.md").write_text(table(runs, where))
+    write_figures(options.out, {"environment": where, "runs": runs}, table(runs, where))
 
 
 if __name__ == "__main__":

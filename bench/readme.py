@@ -14,8 +14,9 @@ from typing import Any, NamedTuple
 
 from glora.files import write_text_atomically
 
-from .against_lora import EQUAL
+from .against_lora import EQUAL, PACKAGES
 from .entrants.names import ASSEMBLED, FROZEN, GLORA, HIRA, LORA, LYCORIS_BYPASS, OFFICIAL, OURS, OURS_MATMUL
+from .figures import FIGURES, versions
 from .gpu import tables
 from .measurements.inference import MERGED, ORIGINAL
 from .measurements.layer import ALL_LOW_RANK, RANDOM
@@ -110,7 +111,7 @@ def _sentences(sections: list[dict[str, Any]]) -> list[str]:
 
 def lora_table(folder: Path = RESULTS) -> str:
     """Ours over PEFT LoRA on a CPU, from :mod:`bench.against_lora`: equal work first, then what LoRA cannot express."""
-    file = folder / "against-lora" / "figures.json"
+    file = folder / "against-lora" / FIGURES
     if not file.exists():
         return "*Not measured yet.*"
     content = json.loads(file.read_text())
@@ -118,10 +119,10 @@ def lora_table(folder: Path = RESULTS) -> str:
     cells = {(row["path"], row["what"], row["threads"], row["way"]): _ratio(row) for row in content["times"]}
     names = sorted(dict.fromkeys((path, what) for path, what, *_ in cells), key=lambda name: name[0] != EQUAL)
     where = content["environment"]
-    versions = ", ".join(f"{name} {where['versions'][name]}" for name in ("torch", "timm", "peft"))
     lines = [
-        f"*{where['device']}, float32, CPU time at one thread, wall time at two; {versions}; {where['date'][:10]}, "
-        f"commit {where['commit']}; medians of {content['rounds']} interleaved rounds; **bold**: ours is slower.*",
+        f"*{where['device']}, float32, CPU time at one thread, wall time at two; {versions(where, PACKAGES)}; "
+        f"{where['date'][:10]}, commit {where['commit']}; medians of {content['rounds']} interleaved rounds; "
+        "**bold**: ours is slower.*",
         "",
         "| time of ours / time of PEFT LoRA | "
         + " | ".join(f"{n} thread{'s' if n > 1 else ''}, {way}" for n, way in columns)

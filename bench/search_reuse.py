@@ -10,7 +10,6 @@ given, at one thread; who goes first changes with every candidate.
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from glora import SearchSettings, SearchSpace, evolve, glora_layers, inject
 from glora.evolution.scoring import CandidateScorer
 
 from .environment import environment
+from .figures import write_figures
 from .settings import SEED
 
 ALONE, LAYERS = "each alone", "merged layers reused"
@@ -118,10 +118,7 @@ def main(arguments: list[str] | None = None) -> None:
         settings = SearchSettings(**sizes, generations=options.generations, mutation_probability=probability)
         runs.append(measure(options.model, options.images, settings, SearchSpace((8, 4))))
         print(row(runs[-1]), flush=True)
-    if options.out is not None:
-        options.out.mkdir(parents=True, exist_ok=True)
-        (options.out / "figures.json").write_text(json.dumps({"environment": where, "runs": runs}, indent=1) + "\n")
-        (options.out / "table.md").write_text(table(runs, where))
+    write_figures(options.out, {"environment": where, "runs": runs}, table(runs, where))
 
 
 if __name__ == "__main__":

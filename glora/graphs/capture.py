@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from inspect import signature
 from typing import TypeVar
-from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -46,9 +45,13 @@ class CudaGraphs:
             make: Callable[..., object] = torch.cuda.make_graphed_callables
             if "capture_error_mode" in signature(make).parameters:
                 make(tuple(pieces), samples, allow_unused_input=True, capture_error_mode=_ERRORS)
-            else:  # before PyTorch 2.12 or so
-                with patch.object(torch.cuda, "graph", partial(torch.cuda.graph, capture_error_mode=_ERRORS)):
-                    make(tuple(pieces), samples, allow_unused_input=True)
+                return
+            graph = torch.cuda.graph  # before PyTorch 2.12 or so: what is captured with
+            torch.cuda.graph = partial(graph, capture_error_mode=_ERRORS)  # type: ignore[assignment,misc]
+            try:
+                make(tuple(pieces), samples, allow_unused_input=True)
+            finally:
+                torch.cuda.graph = graph  # type: ignore[misc]
 
 
 def graphs_for(device: torch.device) -> CudaGraphs | None:

@@ -46,7 +46,8 @@ class StepGraphs:
     def __init__(
         self, state: TrainingState, loss_fn: Loss, measure: Measure, choice: str, tell: Callable[[str], object]
     ):
-        self._state, self._loss_fn, self._measure, self._choice, self._tell = state, loss_fn, measure, choice, tell
+        self._state, self._loss_fn, self._measure, self._tell = state, loss_fn, measure, tell
+        self._choice = choice if graphs_for(state.device) is not None else "off"
         self.used = "off"
         self._step: GraphedStep | None = None
         self._captured = self._told_of_shapes = False
@@ -57,9 +58,9 @@ class StepGraphs:
         """A step for the layers that the model has now."""
         state, recipe, automatic = self._state, self._state.recipe, self._choice == "auto"
         self.close()
-        self._parameters = self._found()
-        if self._choice == "off" or (automatic and (not state.layers or graphs_for(state.device) is None)):
+        if self._choice == "off" or (automatic and not state.layers):
             return
+        self._parameters = self._found()
         mode = "piecewise" if automatic else self._choice
         try:
             self._step = GraphedStep(
