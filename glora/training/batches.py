@@ -142,7 +142,7 @@ def _fits(tensors: Iterable[Tensor], device: torch.device) -> bool:
 def _indexed(tensors: Sequence[Tensor], sampler: StepSampler) -> Iterator[Any]:
     """The batches of tensors, on their device; the host waits for none of them."""
     for batch in sampler:
-        index = upload(torch.tensor(batch), tensors[0].device)
+        index = upload(torch.tensor(batch, device=_CPU), tensors[0].device)
         yield tuple(tensor.index_select(0, index) for tensor in tensors)
 
 
