@@ -19,7 +19,9 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from glora import SearchSettings, SearchSpace, evolve, glora_layers, inject
+from glora.dataset import reading
 from glora.evolution.scoring import CandidateScorer
+from glora.objective import Objective
 
 from .environment import environment
 from .figures import write_figures
@@ -48,7 +50,7 @@ def measure(name: str, images: int, settings: SearchSettings, space: SearchSpace
     data = TensorDataset(torch.randn(images, 3, *size), torch.arange(images) % 1000)
 
     def scorer() -> CandidateScorer:
-        return CandidateScorer(model, data, "loss", images)
+        return CandidateScorer(model, reading("validation", data, images), "loss", Objective(model))
 
     reusing = scorer()
     seconds: dict[str, list[float]] = {ALONE: [], LAYERS: []}

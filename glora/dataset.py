@@ -1,29 +1,87 @@
-"""What a data set has to hold, with messages that say what to pass instead.
+"""What a data set has to hold, and what a batch of it is, with messages that say what to pass instead.
 
 The data set itself is checked before any work, its samples when they are read, in the processes that read them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sized
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sized
+from typing import Any, NamedTuple
 
+import numpy as np
+import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset, default_collate
+from torch.utils.data import (
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    Subset,
+    TensorDataset,
+    default_collate,
+)
 
 from .arguments import type_of
+
+LABELS = "labels"
+_LABELS_TOO = ("label", "label_ids")  # names that transformers' collators turn into LABELS
+Collate = Callable[[list[Any]], Any]
+
+
+class Batch(NamedTuple):
+    """A batch: what the model is given, and what its output is held against.
+
+    Attributes:
+        inputs: the argument of the model; or its arguments by name, the labels among them.
+        target: the second half of a pair; of named inputs, those called ``labels``, or None.
+    """
+
+    inputs: Tensor | dict[str, Any]
+    target: Tensor | None
+
+    @property
+    def named(self) -> bool:
+        return isinstance(self.inputs, dict)
+
+    @property
+    def size(self) -> int:
+        """How many samples it has."""
+        tensors = self.inputs.values() if isinstance(self.inputs, dict) else (self.inputs,)
+        return next(len(tensor) for tensor in tensors if isinstance(tensor, Tensor) and tensor.dim())
+
+    def to(self, device: torch.device) -> Batch:
+        """The batch on ``device``; what is pinned is copied without waiting."""
+        inputs, target = self.inputs, self.target
+        if isinstance(inputs, Tensor):
+            moved: Any = inputs.to(device, non_blocking=True)
+        else:
+            moved = {name: v.to(device, non_blocking=True) for name, v in inputs.items()}
+            if target is not None and target is inputs.get(LABELS):
+                return Batch(moved, moved[LABELS])
+        return Batch(moved, None if target is None else target.to(device, non_blocking=True))
+
+
+class Reading(NamedTuple):
+    """How a data set is read: ``batch_size`` samples at a time that ``collate`` joins, by ``workers`` processes.
+
+    Without a ``batch_size`` its samples are batches.
+    """
+
+    dataset: Dataset
+    batch_size: int | None
+    workers: int
+    collate: Collate
 
 
 def require_data(argument: str, dataset: Any) -> int:
     """How many samples a map-style data set has.
 
     Raises:
-        TypeError: anything else, such as a ``DataLoader``.
+        TypeError: anything else.
         ValueError: no sample.
     """
-    wanted = f"{argument}: expected a map-style data set of (input, target)"
-    if isinstance(dataset, DataLoader):
-        raise TypeError(f"{wanted}, got a DataLoader; pass its .dataset, and the batch size by its own argument")
+    wanted = f"{argument}: expected a map-style data set of (input, target) or of dictionaries, or a DataLoader"
     if isinstance(dataset, Tensor) or (
         isinstance(dataset, (tuple, list)) and dataset and all(isinstance(part, Tensor) for part in dataset)
     ):
@@ -36,49 +94,146 @@ def require_data(argument: str, dataset: Any) -> int:
     if not len(dataset):
         raise ValueError(f"{argument}: expected at least one sample, got none")
     if type(dataset) is TensorDataset:
-        require_pair(argument, dataset.tensors)
+        require_batch(argument, dataset.tensors)
     return len(dataset)
 
 
-def collate(samples: list[Any]) -> Any:
-    """The batch of ``samples``, if that is a pair of tensors; else the first one, for :func:`require_pair` to name."""
+def reading(argument: str, dataset: Any, batch_size: int, workers: int = 0, collate: Collate | None = None) -> Reading:
+    """How ``dataset`` is read in order, for scores. What a ``DataLoader`` says goes before the other arguments.
+
+    Of a loader with a sampler of its own, the samples are those of one pass of that sampler.
+
+    Raises:
+        TypeError, ValueError: as :func:`require_data`; TypeError also for a loader of an ``IterableDataset``.
+    """
+    if not isinstance(dataset, DataLoader):
+        require_data(argument, dataset)
+        return Reading(dataset, batch_size, workers, joined if collate is None else collate)
+    require_data(argument, dataset.dataset)
+    samples, inner = dataset.dataset, dataset.sampler
+    size: int = len(samples)  # type: ignore[arg-type]
+    if dataset.batch_sampler is None:
+        return Reading(samples, None, dataset.num_workers, dataset.collate_fn if collate is None else collate)
+    if dataset.batch_size is None:  # a batch sampler was given
+        samples = Subset(samples, [index for batch in dataset.batch_sampler for index in batch])
+    elif not isinstance(inner, SequentialSampler) and not (
+        isinstance(inner, RandomSampler) and not inner.replacement and len(inner) == size
+    ):
+        samples = Subset(samples, list(inner))
+    own = joined if dataset.collate_fn in (None, default_collate) else dataset.collate_fn
+    return Reading(samples, dataset.batch_size or batch_size, dataset.num_workers, own if collate is None else collate)
+
+
+class Unjoined(NamedTuple):
+    """Samples that are no batch, of which the first is shown: :func:`require_batch` says what is wrong with it."""
+
+    first: Any
+
+
+def joined(samples: list[Any]) -> Any:
+    """The batch of ``samples``, a pair or tensors by name; or :class:`Unjoined`."""
     try:
-        batch = default_collate(samples)
-    except TypeError:
-        return samples[0]
-    return batch if _is_pair(batch) else samples[0]
+        batch = _joined(samples)
+    except (TypeError, ValueError):
+        return Unjoined(samples[0])
+    return batch if _is_batch(batch) else Unjoined(samples[0])
 
 
-def require_pair(argument: str, batch: Any) -> None:
-    """Raise TypeError unless ``batch``, as :func:`collate` returns it, is a pair of tensors."""
-    if not _is_pair(batch):
-        raise TypeError(
-            f"{argument}: expected samples (input, target) of tensors, arrays or numbers, got {_form(batch)}; wrap it "
-            "in a data set whose __getitem__ returns such a pair"
+def _joined(samples: list[Any]) -> Any:
+    first = samples[0]
+    if isinstance(first, Mapping):
+        return _joined_by_name(samples)
+    if isinstance(first, (tuple, list)) and len(first) == 2 and isinstance(first[0], Mapping):
+        return _joined_by_name([sample[0] for sample in samples]), default_collate([sample[1] for sample in samples])
+    return default_collate(samples)
+
+
+def _joined_by_name(samples: list[Mapping[str, Any]]) -> dict[str, Tensor]:
+    """Lists of numbers, as a tokenizer gives them, become tensors. Raises ValueError for different lengths."""
+    columns = {name: [_as_tensor(sample[name]) for sample in samples] for name in samples[0]}
+    if any(len({tensor.shape for tensor in column}) > 1 for column in columns.values()):
+        raise ValueError("samples of different shapes")
+    return {name: torch.stack(column) for name, column in columns.items()}
+
+
+def _as_tensor(value: Any) -> Tensor:
+    if isinstance(value, np.ndarray) and not value.flags.writeable:
+        value = value.copy()
+    return torch.as_tensor(value)
+
+
+def require_batch(argument: str, batch: Any) -> Batch:
+    """``batch``, as :func:`joined` or a loader returns it, as a :class:`Batch`. Raises TypeError if it is none."""
+    if not _is_batch(batch):
+        raise TypeError(f"{argument}: {_fault(batch.first if isinstance(batch, Unjoined) else batch)}")
+    if isinstance(batch, Mapping):
+        return _named(dict(batch))
+    inputs, target = batch
+    return Batch(dict(inputs) if isinstance(inputs, Mapping) else inputs, target)
+
+
+def _named(inputs: dict[str, Tensor]) -> Batch:
+    for name in _LABELS_TOO:
+        if LABELS not in inputs and name in inputs:
+            inputs[LABELS] = inputs.pop(name)
+    return Batch(inputs, inputs.get(LABELS))
+
+
+def batch_at(argument: str, dataset: Any, index: int, collate: Collate = joined) -> Batch:
+    """The sample at ``index``, as a batch of one. Raises TypeError unless it can be one."""
+    return require_batch(argument, collate([dataset[index]]))
+
+
+def tensors_at(argument: str, dataset: Any, index: int, collate: Collate = joined) -> Iterator[Tensor]:
+    """The tensors of the sample at ``index``."""
+    inputs, target = batch_at(argument, dataset, index, collate)
+    if isinstance(inputs, dict):
+        yield from (inputs[name] for name in sorted(inputs))
+        target = None if LABELS in inputs else target
+    else:
+        yield inputs
+    if target is not None:
+        yield target
+
+
+def _is_batch(batch: Any) -> bool:
+    if isinstance(batch, Mapping):
+        return _is_by_name(batch)
+    if not isinstance(batch, (tuple, list)) or len(batch) != 2 or not isinstance(batch[1], Tensor):
+        return False
+    return isinstance(batch[0], Tensor) or (isinstance(batch[0], Mapping) and _is_by_name(batch[0]))
+
+
+def _is_by_name(inputs: Mapping) -> bool:
+    return bool(inputs) and all(
+        isinstance(name, str) and isinstance(value, Tensor) and value.dim() for name, value in inputs.items()
+    )
+
+
+def _fault(sample: Any) -> str:
+    """What is wrong with a sample or batch, and what to do about it."""
+    if isinstance(sample, Mapping):
+        odd = {name: type_of(value) for name, value in sample.items() if not _is_numeric(value)}
+        if odd:
+            told = ", ".join(f"{kind} under {name!r}" for name, kind in odd.items())
+            return (
+                f"expected tensors, arrays or numbers under every key, got {told}; remove such a column "
+                f"(datasets: dataset.remove_columns({list(odd)})), or make tensors of it in the data set or by collate="
+            )
+        return (
+            f"expected samples of one shape under every key, got others, with the keys {list(sample)}; pad them by "
+            "collate=, such as transformers.DataCollatorWithPadding(tokenizer)"
         )
+    form = f"({', '.join(map(type_of, sample))})" if isinstance(sample, (tuple, list)) else type_of(sample)
+    return (
+        f"expected samples (input, target) or dictionaries, of tensors, arrays or numbers, got {form}; wrap it in a "
+        "data set whose __getitem__ returns such a pair"
+    )
 
 
-def pair_at(argument: str, dataset: Any, index: int) -> Any:
-    """The sample at ``index``. Raises TypeError unless it is a pair of tensors, arrays or numbers."""
-    sample = dataset[index]
-    require_pair(argument, collate([sample]))
-    return sample
-
-
-def _is_pair(batch: Any) -> bool:
-    return isinstance(batch, (tuple, list)) and len(batch) == 2 and all(isinstance(part, Tensor) for part in batch)
-
-
-def require_output(output: Any, remedy: str = "") -> None:
-    """Raise TypeError unless what a model returned is a tensor."""
-    expected = f"to return a tensor of logits; wrap it in a module that does{remedy}"
-    if not isinstance(output, Tensor):
-        raise TypeError(f"model: expected it {expected}; got {type_of(output)}")
-
-
-def _form(sample: Any) -> str:
-    if isinstance(sample, dict):
-        return f"a dictionary with the keys {list(sample)}"
-    if isinstance(sample, (tuple, list)):
-        return f"({', '.join(map(type_of, sample))})"
-    return type_of(sample)
+def _is_numeric(value: Any) -> bool:
+    try:
+        _as_tensor(value)
+    except (TypeError, ValueError, RuntimeError):
+        return False
+    return True

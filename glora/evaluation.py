@@ -1,102 +1,105 @@
-"""Loss and accuracy of a classifier, and of a candidate path at merged speed."""
+"""Loss and accuracy of a model, and of a candidate path at merged speed."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
-from tqdm.auto import tqdm
 
 from .arguments import require_integer
 from .config import PathConfig
-from .dataset import collate, require_data, require_output, require_pair
+from .dataset import Collate, Reading, joined, reading, require_batch
 from .distributed import require_whole
 from .layers.base import GLoRALayer
 from .merging import require_mergeable
 from .models.modules import evaluating, replaced_modules, require_layers, require_model
+from .objective import Loss, Metrics, Objective, Outputs, Totals
 from .paths import paths_of, using_paths
-
-
-class Metrics(NamedTuple):
-    """Mean cross-entropy and accuracy (0 to 1) over ``samples``."""
-
-    loss: float
-    accuracy: float
-    samples: int
-
-
-class Totals(NamedTuple):
-    """Cross-entropy and right answers added up over ``samples``; those of parts of a data set can be added."""
-
-    loss: float
-    right: int
-    samples: int
-
-    @property
-    def means(self) -> Metrics:
-        return Metrics(self.loss / self.samples, self.right / self.samples, self.samples)
+from .progress import progress_bar
 
 
 def evaluate(
-    model: nn.Module, dataset: Dataset, batch_size: int = 256, *, workers: int = 0, progress: bool = False
+    model: nn.Module,
+    dataset: Dataset | DataLoader,
+    batch_size: int = 256,
+    *,
+    workers: int = 0,
+    progress: bool = False,
+    loss_fn: Loss | None = None,
+    outputs: Outputs = None,
+    collate: Collate | None = None,
 ) -> Metrics:
-    """Mean cross-entropy and accuracy of ``model`` on ``(input, class)`` pairs, in eval mode.
+    """Mean loss and accuracy of ``model``, in eval mode; for language models the perplexity too (``.perplexity``).
 
     Args:
+        dataset: samples ``(input, target)``, or dictionaries of the model's arguments with the targets under
+            ``labels``; or a ``DataLoader`` of either, whose batch size and processes then count.
         workers: processes that read the data set; 0 reads it in this one.
         progress: show a bar.
+        loss_fn: ``(output, target) -> scalar``, a mean over the targets. None: the model's own loss, or cross-entropy.
+        outputs: where the logits are in the model's output, as for :func:`glora.train`.
+        collate: makes a batch of a list of samples, such as transformers' data collators.
 
     Raises:
         ValueError: an empty data set.
-        TypeError: anything but a data set of ``(input, class)``, such as a ``DataLoader`` or samples that are
-            dictionaries; a model that returns anything but a tensor of logits.
+        TypeError: anything else than these, with what to pass instead.
+
+    Example:
+        >>> metrics = glora.evaluate(language_model, validation, 8)  # dictionaries with input_ids and labels
+        >>> metrics.loss, metrics.perplexity
     """
     require_model(model)
-    if not isinstance(dataset, IterableDataset):
-        require_data("dataset", dataset)
     require_integer("batch_size", batch_size, 1)
     require_integer("workers", workers, 0)
-    loader = _loader(dataset, batch_size, workers)
-    return _count(model, tqdm(loader, desc="test", unit="batch", disable=not progress)).means
+    objective = Objective(model, loss_fn, outputs)
+    source = dataset.dataset if isinstance(dataset, DataLoader) else dataset
+    if not isinstance(source, IterableDataset):
+        loader = loader_of(reading("dataset", dataset, batch_size, workers, collate))
+    elif isinstance(dataset, DataLoader):
+        loader = dataset
+    else:
+        loader = loader_of(Reading(dataset, batch_size, workers, joined if collate is None else collate))
+    return count(model, progress_bar(loader, desc="test", unit="batch", shown=progress), objective).means
 
 
-def count(model: nn.Module, dataset: Dataset, batch_size: int, workers: int = 0) -> Totals:
-    """As :func:`evaluate`, but as sums; errors name the data set ``validation``, as a search does."""
-    return _count(model, _loader(dataset, batch_size, workers), "validation")
-
-
-def _loader(dataset: Dataset, batch_size: int, workers: int = 0) -> DataLoader:
+def loader_of(read: Reading) -> DataLoader:
+    """What reads a data set in order."""
     # a generator of its own: without it the loader draws from torch's, which dropout uses
-    return DataLoader(dataset, batch_size, num_workers=workers, collate_fn=collate, generator=torch.Generator())
+    return DataLoader(
+        read.dataset, read.batch_size, num_workers=read.workers, collate_fn=read.collate, generator=torch.Generator()
+    )
 
 
 @torch.no_grad()
-def _count(model: nn.Module, batches: Iterable[list[Tensor]], argument: str = "dataset") -> Totals:
+def count(model: nn.Module, batches: Iterable[Any], objective: Objective, argument: str = "dataset") -> Totals:
+    """As :func:`evaluate`, but as sums; errors name ``argument``."""
     device = next(model.parameters()).device
-    loss, right, samples = 0.0, 0, 0
+    totals = Totals(0.0, 0, 0, 0)
     with evaluating(model):
-        for batch in batches:
-            require_pair(argument, batch)
-            x, target = (part.to(device) for part in batch)
-            logits = model(x)
-            require_output(logits)
-            loss += float(F.cross_entropy(logits.float(), target, reduction="sum"))
-            right += int((logits.argmax(-1) == target).sum())
-            samples += len(target)
-    if not samples:
-        raise ValueError("dataset: expected at least one sample, got none")
-    return Totals(loss, right, samples)
+        for read in batches:
+            batch = require_batch(argument, read).to(device)
+            found = objective.totals(objective.output(model, batch), batch)
+            totals = totals.plus(found)
+    if not totals.samples:
+        raise ValueError(f"{argument}: expected at least one sample, got none")
+    return totals
 
 
 def evaluate_merged(
-    model: nn.Module, paths: Mapping[str, PathConfig] | PathConfig, dataset: Dataset, batch_size: int = 256
+    model: nn.Module,
+    paths: Mapping[str, PathConfig] | PathConfig,
+    dataset: Dataset | DataLoader,
+    batch_size: int = 256,
+    **how: Any,
 ) -> Metrics:
     """As :func:`evaluate`, with every layer merged under ``paths`` for the time of the call.
+
+    Args:
+        how: the other arguments of :func:`evaluate`.
 
     Each W_eff is assembled once, not once per batch; layers with a quantised base are used unmerged. The
     model and its paths are left as they are.
@@ -105,7 +108,7 @@ def evaluate_merged(
         ValueError: an empty data set, paths of another model, or sharded parameters.
     """
     with merged_under(model, mergeable_layers(model), paths, {}) as merged:
-        return evaluate(merged, dataset, batch_size)
+        return evaluate(merged, dataset, batch_size, **how)
 
 
 class MergedLayer(NamedTuple):

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .arguments import listed, require_type
 from .config import PathConfig
+from .dataset import Batch
 from .distributed import require_whole
 from .layers.base import GLoRALayer
 from .layers.plain import is_bare, qualified_name
@@ -22,6 +23,7 @@ from .models.modules import evaluating, replace_modules, replaced_modules, requi
 from .models.pretrained import Home, guard_saving, homes, release_saving
 from .models.readers import warn_of_readers
 from .models.wrappers import modules_by_name
+from .objective import Objective, Outputs
 
 
 @dataclass(frozen=True)
@@ -132,8 +134,9 @@ class MergeReport:
 @torch.inference_mode(False)  # the merged weights may be trained later
 def merge(
     model: nn.Module,
-    sample: Tensor | None = None,
+    sample: Tensor | Mapping[str, Tensor] | None = None,
     *,
+    outputs: Outputs = None,
     keep: bool = False,
     safe: bool = True,
     bias: str = "auto",
@@ -147,7 +150,9 @@ def merge(
     set to False. Effective weights are formed in fp32 (fp64 for fp64) and rounded once.
 
     Args:
-        sample: an input of the model; the difference of its output is reported.
+        sample: an input of the model, or its arguments by name (a tokenizer's or processor's output); the difference of
+            its logits is reported.
+        outputs: where the logits are in the model's output, as for :func:`glora.evaluate`.
         keep: keep the adapted layers in the report, so that :func:`unmerge` restores them exactly.
         safe: refuse a merged weight, bias or output that is not finite.
         bias: what to do where the path of a layer without a bias makes one (C or E); the report lists these layers:
@@ -191,7 +196,7 @@ def merge(
         _measure(name, layers[name], plain, untied=_is_tied(layers[name], users)) for name, plain in merged.items()
     )
     replacements: dict[nn.Module, nn.Module] = {layers[name]: plain for name, plain in merged.items()}
-    difference = None if sample is None else _model_difference(model, replacements, sample)
+    difference = None if sample is None else _model_difference(model, replacements, sample, outputs)
     if safe and difference is not None and not difference < float("inf"):
         raise ValueError(f"sample: expected finite outputs of the merged model, got a difference of {difference}")
     for name, layer in layers.items():
@@ -370,13 +375,18 @@ def _measure(name: str, layer: GLoRALayer, plain: nn.Module, untied: bool) -> La
 
 
 @torch.no_grad()
-def _model_difference(model: nn.Module, replacements: Mapping[nn.Module, nn.Module], sample: Tensor) -> float:
+def _model_difference(
+    model: nn.Module,
+    replacements: Mapping[nn.Module, nn.Module],
+    sample: Tensor | Mapping[str, Tensor],
+    outputs: Outputs,
+) -> float:
+    objective = Objective(model, outputs=outputs)
+    batch = Batch(sample if isinstance(sample, Tensor) else dict(sample), None)
     with evaluating(model):
-        before = model(sample)
+        before = objective.logits(objective.output(model, batch))
         with replaced_modules(model, replacements), evaluating(model):
-            after = model(sample)
-    if not isinstance(before, Tensor):
-        raise ValueError(f"sample: expected a model that returns a tensor, got {type(before).__name__}")
+            after = objective.logits(objective.output(model, batch))
     return _largest((before - after).double())
 
 

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch.utils.data import Dataset, Subset, TensorDataset
+from torch import Tensor
+from torch.utils.data import Subset, TensorDataset
 
-from ..dataset import pair_at
+from ..dataset import Collate, Reading, batch_at, joined
 
 
 def rung_ends(shares: Sequence[float], samples: int) -> list[int]:
@@ -38,18 +39,28 @@ def balanced_order(classes: Sequence[int], seed: int) -> list[int]:
     return shuffled[places[shuffled].argsort(stable=True)].tolist()
 
 
-def classes_of(dataset: Any) -> list[int]:
-    """The class of every sample, from the data set's tensors or ``targets`` if it has them; else each is read."""
+def classes_of(dataset: Any, collate: Collate = joined) -> list[int]:
+    """The class of every sample, from the data set's tensors or ``targets`` if it has them; else each is read.
+
+    Samples without one class each, such as texts with a target for every token, count as of one class.
+    """
     if isinstance(dataset, Subset):
-        classes = classes_of(dataset.dataset)
+        classes = classes_of(dataset.dataset, collate)
         return [classes[index] for index in dataset.indices]
     if isinstance(dataset, TensorDataset):
-        return dataset.tensors[1].tolist()
+        column = dataset.tensors[1]
+        return column.tolist() if _are_classes(column) else [0] * len(dataset)
     if hasattr(dataset, "targets"):
         return [int(target) for target in dataset.targets]
-    return [int(pair_at("validation", dataset, index)[1]) for index in range(len(dataset))]
+    targets = [batch_at("validation", dataset, index, collate).target for index in range(len(dataset))]
+    known = [target for target in targets if target is not None and _are_classes(target)]
+    return [int(target) for target in known] if len(known) == len(targets) else [0] * len(targets)
 
 
-def search_order(dataset: Dataset, seed: int) -> list[int]:
-    """The order in which a search with halving reads ``dataset``."""
-    return balanced_order(classes_of(dataset), seed)
+def _are_classes(targets: Tensor) -> bool:
+    return targets.dim() == 1 and not targets.is_floating_point()
+
+
+def search_order(validation: Reading, seed: int) -> list[int]:
+    """The order in which a search with halving reads its validation split."""
+    return balanced_order(classes_of(validation.dataset, validation.collate), seed)

@@ -15,16 +15,16 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from ..arguments import FILE, require_function, require_integer, require_type
 from ..config import LayerShape, SearchSpace
-from ..dataset import pair_at, require_data
+from ..dataset import Collate, Reading, reading, tensors_at
 from ..distributed import holds_replica, require_whole
 from ..files import checksum
 from ..models.modules import require_layers
+from ..objective import Loss, Objective, Outputs
 from ..paths import Paths, sampler_for
 from ..processes import require_agreement, require_group, together, world_size
 from ..sampling import PathSampler
@@ -34,7 +34,7 @@ from .journal import Journal, Scores
 from .offspring import Offspring
 from .race import Race
 from .result import SearchResult
-from .scoring import METRICS, CandidateScorer
+from .scoring import METRICS, CandidateScorer, OwnScorer
 from .selection import Candidate, best_first, in_order
 from .settings import SearchSettings
 
@@ -45,11 +45,15 @@ _IDENTIFYING = 64  # samples that a journal knows a data set by
 def search(
     model: nn.Module,
     space: SearchSpace,
-    validation: Dataset,
+    validation: Dataset | DataLoader | None = None,
     *,
+    score: Callable[[nn.Module], float] | None = None,
     limit: int | None = None,
     settings: SearchSettings = SearchSettings(),
     metric: str = "accuracy",
+    loss_fn: Loss | None = None,
+    outputs: Outputs = None,
+    collate: Collate | None = None,
     journal: str | os.PathLike | None = None,
     progress: bool = True,
     batch_size: int = 256,
@@ -65,11 +69,15 @@ def search(
 
     Args:
         space: what each tensor may be.
-        validation: pairs of input and class; never the test split. With ``settings.halving`` it is read in a seeded
-            order of which every beginning has the classes in proportion.
+        validation: samples as for :func:`glora.evaluate`, or a ``DataLoader`` of them; never the test split. With
+            ``settings.halving`` it is read in a seeded order of which every beginning has the classes in proportion.
+        score: in place of ``validation``, ``score(merged model) -> number``, higher is better. It is called with the
+            model in eval mode and without gradients, and has to give the same number for the same model.
         limit: the most support parameters a path may read.
-        metric: ``"accuracy"``, or ``"loss"`` where few samples make accuracy too coarse. A score is then minus the mean
-            loss, since higher is better; people are shown the loss.
+        metric: ``"accuracy"``; ``"loss"``, where few samples make accuracy too coarse; ``"perplexity"``, the same for
+            language models. A score is then minus the mean loss, since higher is better; people are shown loss or
+            perplexity.
+        loss_fn, outputs, collate: as for :func:`glora.evaluate`.
         journal: a file that holds every score; an interrupted search continues from it.
         progress: show a bar and, after the first ten scores, how long the search will take.
         workers: processes that read ``validation``, anew for every candidate; 0 reads it in this one. For images that
@@ -77,59 +85,83 @@ def search(
 
     Raises:
         ValueError: a limit that no path meets, a space that does not fit the model, an unknown metric, or a journal of
-            another search (of other weights, images or metric; unless the data set is a ``TensorDataset``, 64 samples
-            are compared); processes that have no group or differ in their arguments or weights, or a wrapped model.
-        TypeError: an argument of another type, such as a ``DataLoader``, or samples that are dictionaries; a model that
-            returns anything but a tensor.
+            another search (of other weights, samples or metric; unless the data set is a ``TensorDataset``, 64 samples
+            are compared; a ``score`` cannot be); processes that have no group or differ in their arguments or weights,
+            or a wrapped model; both ``validation`` and ``score``, or neither; halving with a ``score``.
+        TypeError: an argument or samples of another type.
         RuntimeError: another process failed.
+
+    Example:
+        >>> result = glora.search(model, space, validation, metric="perplexity", limit=500_000)
+        >>> result = glora.search(model, space, score=lambda merged: bleu(merged, sentences), limit=500_000)
     """
     require_group()
-    samples = together(lambda: _checked_samples(validation, metric, batch_size, workers))
     layers = together(lambda: _checked_layers(model, space, limit))
-    order = together(lambda: _order(validation, settings))
-    scorer = together(lambda: CandidateScorer(model, validation, metric, batch_size, order, workers))
+    common: dict[str, Any] = {"limit": limit, "settings": settings, "journal": journal, "progress": progress}
     identified = journal is not None or world_size() > 1
+    if score is not None:
+        together(lambda: _check_score(score, validation, settings))
+        own = together(lambda: OwnScorer(model, score))
+        known = {"metric": "score", "weights": _weights(model)} if identified else None
+        return evolve(layers, space, own, scored_by=known, **common)
+    read = together(lambda: _reading(validation, metric, batch_size, workers, collate))
+    objective = together(lambda: Objective(model, loss_fn, outputs))
+    order = together(lambda: _order(read, settings))
+    scorer = together(lambda: CandidateScorer(model, read, metric, objective, order))
     return evolve(
         layers,
         space,
         scorer,
-        samples=samples,
-        limit=limit,
-        settings=settings,
-        journal=journal,
-        scored_by=_scored_by(model, validation, metric, batch_size) if identified else None,
+        samples=len(read.dataset),  # type: ignore[arg-type]
+        scored_by=_scored_by(model, read, metric, objective) if identified else None,
         metric=metric,
-        progress=progress,
+        **common,
     )
 
 
 def check_search(
     model: nn.Module,
     space: SearchSpace,
-    validation: Dataset,
+    validation: Dataset | DataLoader,
     *,
     limit: int | None = None,
     settings: SearchSettings = SearchSettings(),
     metric: str = "accuracy",
 ) -> None:
     """Raise what :func:`search` would for these arguments, before it evaluates anything."""
-    samples = _checked_samples(validation, metric)
+    read = _reading(validation, metric)
     _checked_layers(model, space, limit)
-    _rung_ends(settings, samples)
+    _rung_ends(settings, len(read.dataset))  # type: ignore[arg-type]
 
 
-def _checked_samples(validation: Dataset, metric: str, batch_size: int = 1, workers: int = 0) -> int:
-    """How many there are."""
+def _reading(
+    validation: Dataset | DataLoader | None,
+    metric: str,
+    batch_size: int = 1,
+    workers: int = 0,
+    collate: Collate | None = None,
+) -> Reading:
     if metric not in METRICS:
-        raise ValueError(f"metric: expected 'accuracy' or 'loss', got {metric!r}")
+        raise ValueError(f"metric: expected one of {METRICS}, got {metric!r}")
     require_integer("batch_size", batch_size, 1)
     require_integer("workers", workers, 0)
-    return require_data("validation", validation)
+    if validation is None:
+        raise ValueError("validation: expected a data set, or score= in its place, got neither")
+    return reading("validation", validation, batch_size, workers, collate)
 
 
-def _order(validation: Dataset, settings: SearchSettings) -> list[int] | None:
+def _check_score(score: object, validation: object, settings: SearchSettings) -> None:
+    require_function("score", score, "a function of a model")
     require_type("settings", settings, SearchSettings, "glora.SearchSettings")
-    return search_order(validation, settings.seed) if settings.halving else None
+    if validation is not None:
+        raise ValueError("score: expected None where validation is scored, got both; read it within score")
+    if settings.halving:
+        raise ValueError(f"settings.halving: expected () with score=, which has no parts, got {settings.halving}")
+
+
+def _order(read: Reading, settings: SearchSettings) -> list[int] | None:
+    require_type("settings", settings, SearchSettings, "glora.SearchSettings")
+    return search_order(read, settings.seed) if settings.halving else None
 
 
 def _checked_layers(model: nn.Module, space: SearchSpace, limit: int | None) -> dict[str, LayerShape]:
@@ -140,24 +172,35 @@ def _checked_layers(model: nn.Module, space: SearchSpace, limit: int | None) -> 
     return {name: layer.shape for name, layer in require_layers(model).items()}
 
 
-def _scored_by(model: nn.Module, validation: Dataset, metric: str, batch_size: int) -> dict[str, Any]:
+def _scored_by(model: nn.Module, read: Reading, metric: str, objective: Objective) -> dict[str, Any]:
     """What scores depend on, to the last bit, apart from the paths."""
+    own = {"loss_fn": objective.loss_fn, "outputs": objective.outputs}
     return {
         "metric": metric,
-        "batch_size": batch_size,
-        "samples": len(validation),  # type: ignore[arg-type]
-        "weights": checksum([*model.parameters(), *model.buffers()]),
-        "validation": checksum(_samples_of(validation)),
+        "batch_size": read.batch_size,
+        "samples": len(read.dataset),  # type: ignore[arg-type]
+        "weights": _weights(model),
+        "validation": checksum(_samples_of(read)),
+        **{name: _name_of(value) for name, value in own.items() if value is not None},
     }
 
 
-def _samples_of(validation: Any) -> list[Tensor]:
+def _weights(model: nn.Module) -> int:
+    return checksum([*model.parameters(), *model.buffers()])
+
+
+def _name_of(value: Any) -> str:
+    return value if isinstance(value, str) else getattr(value, "__qualname__", type(value).__qualname__)
+
+
+def _samples_of(read: Reading) -> list[Tensor]:
     """All tensors of a ``TensorDataset``; up to 64 samples of another data set, which may decode images."""
-    if isinstance(validation, TensorDataset):
-        return list(validation.tensors)
-    size = len(validation)
+    samples: Any = read.dataset
+    if isinstance(samples, TensorDataset):
+        return list(samples.tensors)
+    size = len(samples)
     chosen = [size * index // _IDENTIFYING for index in range(_IDENTIFYING)] if size > _IDENTIFYING else range(size)
-    return [torch.as_tensor(part) for index in chosen for part in pair_at("validation", validation, index)]
+    return [part for index in chosen for part in tensors_at("validation", samples, index, read.collate)]
 
 
 def evolve(

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 
+import torch
 from torch import nn
-from torch.utils.data import Dataset, Subset
+from torch.utils.data import Subset
 
+from ..arguments import type_of
 from ..config import PathConfig
-from ..evaluation import MergedLayer, count, mergeable_layers, merged_under
+from ..dataset import Reading
+from ..evaluation import MergedLayer, count, loader_of, mergeable_layers, merged_under
+from ..models.modules import evaluating
+from ..objective import Objective
 
-METRICS = ("accuracy", "loss")
+METRICS = ("accuracy", "loss", "perplexity")
 
 
 class CandidateScorer:
@@ -20,10 +26,10 @@ class CandidateScorer:
 
     Args:
         model: its weights may not change meanwhile.
-        validation: pairs of input and class.
-        metric: ``"accuracy"``, or ``"loss"``, negated: higher is better.
+        validation: how its samples are read.
+        metric: ``"accuracy"``; or ``"loss"`` or ``"perplexity"``, both ranked by the negated loss: higher is better.
         order: indices of ``validation``; ``start`` and ``stop`` count in it. None: every call scores all samples.
-        workers: processes that read ``validation``.
+        objective: what the loss is.
 
     Raises:
         ValueError: see :func:`glora.evaluation.mergeable_layers`.
@@ -32,20 +38,53 @@ class CandidateScorer:
     def __init__(
         self,
         model: nn.Module,
-        validation: Dataset,
+        validation: Reading,
         metric: str,
-        batch_size: int,
+        objective: Objective,
         order: Sequence[int] | None = None,
-        workers: int = 0,
     ):
-        self.model, self.validation, self.metric, self.batch_size = model, validation, metric, batch_size
-        self.order, self.workers = order, workers
+        self.model, self.validation, self.metric = model, validation, metric
+        self.objective, self.order = objective, order
         self.layers = mergeable_layers(model)
         self._merged: dict[str, MergedLayer] = {}
 
     def __call__(self, paths: Mapping[str, PathConfig], start: int, stop: int) -> float:
-        """The sum of the scores of samples ``start`` to ``stop`` of ``order``; of all samples without an order."""
-        dataset = self.validation if self.order is None else Subset(self.validation, self.order[start:stop])
+        """The sum of the scores of samples ``start`` to ``stop`` of ``order``; of all samples without an order.
+
+        Where a sample has several targets (tokens), its score is its share of the mean over all targets.
+
+        Raises:
+            ValueError: an accuracy is asked for, and targets are no classes.
+        """
+        read = self.validation
+        if self.order is not None:
+            read = read._replace(dataset=Subset(read.dataset, self.order[start:stop]))
         with merged_under(self.model, self.layers, paths, self._merged) as merged:
-            totals = count(merged, dataset, self.batch_size, self.workers)
-        return float(totals.right) if self.metric == "accuracy" else -totals.loss
+            totals = count(merged, loader_of(read), self.objective, "validation")
+        score = totals.right if self.metric == "accuracy" else -totals.loss
+        if math.isnan(totals.right) and self.metric == "accuracy":
+            raise ValueError("metric: expected 'loss' where targets are no classes that logits choose, got 'accuracy'")
+        return float(score) * (totals.samples / max(totals.targets, 1))
+
+
+class OwnScorer:
+    """Scores candidates by a function of the merged model.
+
+    Args:
+        score: ``score(model) -> number``, higher is better; the model is in eval mode, without gradients.
+    """
+
+    def __init__(self, model: nn.Module, score: Callable[[nn.Module], float]):
+        self.model, self.score = model, score
+        self.layers = mergeable_layers(model)
+        self._merged: dict[str, MergedLayer] = {}
+
+    @torch.no_grad()
+    def __call__(self, paths: Mapping[str, PathConfig]) -> float:
+        """Raises TypeError for a score that is no number."""
+        with merged_under(self.model, self.layers, paths, self._merged) as merged, evaluating(merged):
+            score = self.score(merged)
+        try:
+            return float(score)
+        except (TypeError, ValueError):
+            raise TypeError(f"score: expected it to return a number, got {type_of(score)}") from None

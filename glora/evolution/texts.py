@@ -6,11 +6,14 @@ import math
 
 
 def describe_score(metric: str | None, score: float | None) -> str:
-    """A score as people read it: an accuracy in percent, the mean loss (its score is minus it), or a plain score."""
+    """A score as people read it: an accuracy in percent, a loss or perplexity (minus the mean loss), or a score."""
     if score is None or not math.isfinite(score):
         return "not finite"
-    texts = {"accuracy": f"{100 * score:.2f}%", "loss": f"loss {-score:.4f}"}
-    return texts.get(metric or "", f"score {score:.4f}")
+    if metric == "accuracy":
+        return f"{100 * score:.2f}%"
+    if metric == "perplexity":
+        return f"perplexity {math.exp(min(-score, 700)):.3f}"
+    return f"loss {-score:.4f}" if metric == "loss" else f"score {score:.4f}"
 
 
 def describe_estimate(candidates: int, scored_before: int, seconds: float) -> str:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, TensorDataset
 
-from ..dataset import collate
+from ..dataset import Collate, joined
 from ..distributed import share
 from ..files import checksum
 from ..processes import process_rank, world_size
@@ -99,14 +99,23 @@ def _drawing_from(seed: int) -> Iterator[None]:
 
 
 def batches(
-    dataset: Dataset, recipe: Recipe, start: int, workers: int = 0, device: torch.device = _CPU
-) -> Iterator[tuple[Tensor, Tensor]]:
+    dataset: Dataset | DataLoader,
+    recipe: Recipe,
+    start: int,
+    workers: int = 0,
+    device: torch.device = _CPU,
+    collate: Collate = joined,
+) -> Iterator[Any]:
     """This rank's share of the batch of each step from ``start`` on, for a model on ``device``.
+
+    A ``DataLoader`` is read pass after pass as it is, with its own shuffling, seeded for every pass and batch.
 
     A ``TensorDataset`` is indexed a whole batch at once: on the device if it fits there, else by ``workers`` processes.
     That of a subclass is indexed in this process; what it draws at random comes from torch's generator. In other data
     sets each sample has its own generators, and ``workers`` processes read the samples. For a GPU they are pinned.
     """
+    if isinstance(dataset, DataLoader):
+        return _loaded(dataset, recipe.seed, start)
     part = share(recipe.batch_size)[0]
     size: int = len(dataset)  # type: ignore[arg-type]
     sampler = StepSampler(size, recipe.batch_size, recipe.seed, start, recipe.steps, part)
@@ -124,6 +133,38 @@ def batches(
         numbered = _Repeatable(dataset, recipe.seed)
         steps = iter(load(numbered, batch_sampler=_Numbered(sampler), num_workers=workers, collate_fn=collate))
     return steps if world_size() == 1 else _reseeded(steps, recipe.seed, start)
+
+
+def _loaded(loader: DataLoader, seed: int, start: int) -> Iterator[Any]:
+    """The batches of ``loader`` from step ``start`` on. Those before it in the same pass are read and left out."""
+    # without a length, the passes are counted from the first
+    passed, before = divmod(start, len(loader)) if _is_sized(loader) else (0, start)
+    step = start - before
+    while True:
+        generator = loader.generator
+        if generator is not None:
+            generator.manual_seed(mix(mix(seed, -3), passed))
+        with _drawing_from(mix(mix(seed, -4), passed)):
+            turn = iter(loader)
+        first = step
+        while True:
+            with _drawing_from(mix(mix(seed, -5), step)):
+                batch = next(turn, None)
+            if batch is None:
+                break
+            if step >= start:
+                yield batch
+            step += 1
+        if step == first:
+            raise ValueError("dataset: expected a DataLoader with at least one batch, got none")
+        passed += 1
+
+
+def _is_sized(loader: DataLoader) -> bool:
+    try:
+        return len(loader) > 0
+    except TypeError:  # an IterableDataset without a length
+        return False
 
 
 def _is_on_gpu(dataset: Dataset) -> bool:
@@ -153,13 +194,15 @@ def _reseeded(steps: Iterator[tuple[Tensor, Tensor]], seed: int, start: int) -> 
         yield next(steps)
 
 
-def fingerprint(dataset: Dataset) -> int | None:
+def fingerprint(dataset: Dataset | DataLoader) -> int | None:
     """Tells ``dataset`` from others of its length: a checksum of its first, middle and last sample, with a fixed seed.
 
     None if two readings differ, or hold other things than tensors, arrays, numbers and texts.
     """
-    size: int = len(dataset)  # type: ignore[arg-type]
+    if isinstance(dataset, DataLoader):
+        dataset = dataset.dataset
     try:
+        size: int = len(dataset)  # type: ignore[arg-type]
         first, second = (_checksum_of_samples(dataset, sorted({0, size // 2, size - 1})) for _ in range(2))
     except Exception:  # reading the sample in a step will raise it
         return None

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ..dataset import Batch
 from ..graphs import GraphedStep
 from ..graphs.capture import graphs_for
 from ..graphs.step_body import Loss, Measure
@@ -104,9 +105,13 @@ class StepGraphs:
         if self._choice != "off" and self._parameters != self._found():
             self._make()
 
-    def step_for(self, x: Tensor, target: Tensor) -> GraphedStep | None:
+    def step_for(self, batch: Batch) -> GraphedStep | None:
         """What takes the step of this batch; None: the ordinary loop. The first batch is the one that is captured."""
         if self._step is None:
+            return None
+        x, target = batch.inputs, batch.target
+        if not isinstance(x, Tensor) or target is None:
+            self._give_up(ValueError("the samples are dictionaries, and graphs take a pair of tensors"))
             return None
         if not self._captured:
             try:

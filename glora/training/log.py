@@ -20,16 +20,16 @@ COLUMNS = ("step", "epoch", "lr", "loss", "accuracy")
 def save_log(state: TrainingState, file: str | os.PathLike) -> None:
     """Write every step so far, atomically: a run that was cut and resumed has one log without gaps.
 
-    ``step`` counts from 1; ``epoch`` is the number of passes over the data after the step. Accuracy is that of the
-    batch, and empty if targets are not classes.
+    ``step`` counts from 1; ``epoch`` is the number of passes over the data after the step, empty for data without a
+    length. Accuracy is that of the batch, and empty if targets are not classes.
     """
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(COLUMNS)
     for step, record in enumerate(state.records, 1):
-        epoch = step * state.recipe.batch_size / state.samples
+        epoch = f"{step * state.recipe.batch_size / state.samples:.4f}" if state.samples else ""
         accuracy = "" if math.isnan(record.accuracy) else f"{record.accuracy:.6g}"
-        writer.writerow((step, f"{epoch:.4f}", f"{record.lr:.6g}", f"{record.loss:.6g}", accuracy))
+        writer.writerow((step, epoch, f"{record.lr:.6g}", f"{record.loss:.6g}", accuracy))
     content = text.getvalue().encode()
     from_first(lambda: write_atomically(file, lambda stream: stream.write(content), "log"))
 
@@ -49,7 +49,7 @@ class Meter:
             return ""
         times, losses, accuracies = zip(*self.recent)
         steps, elapsed = len(times) - 1, times[-1] - times[0]
-        speed = f", {steps * self.batch_size / elapsed:.0f} images/s" if elapsed else ""
+        speed = f", {steps * self.batch_size / elapsed:.0f} samples/s" if elapsed else ""
         accuracy = sum(accuracies) / len(accuracies)
         right = "" if math.isnan(accuracy) else f", accuracy {accuracy:.1%}"
         return f"loss {sum(losses) / len(losses):.3f}{right}{speed}"

@@ -12,31 +12,29 @@ batch; torch's generator is seeded in each step, from the seed, the step and the
 from __future__ import annotations
 
 import os
-import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.data import Dataset
-from tqdm.auto import tqdm
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from ..arguments import FILE, require_function, require_integer, require_type
 from ..config import SearchSpace
-from ..dataset import require_data
+from ..dataset import Collate, joined, require_data
 from ..distributed import copy_from_first, require_trainable, unwrapped
 from ..files import require_file
-from ..graphs.step_body import Loss
 from ..layers.base import GLoRALayer
 from ..models.wrappers import is_compiled
+from ..objective import Loss, Objective, Outputs
 from ..parameters import trainable_parameters
 from ..paths import get_paths, sampler_for, set_layer_paths, set_paths
 from ..processes import from_first, is_first, require_agreement, require_group, together, world_size
+from ..progress import progress_bar, say
 from ..sampling import PathSampler
 from .batches import batches, fingerprint
 from .graphing import StepGraphs, require_graphs
@@ -44,7 +42,7 @@ from .log import Meter, save_log
 from .recipe import Recipe
 from .results import Results
 from .state import TrainingState
-from .step import accuracy, checked, take_step
+from .step import take_step
 
 
 @dataclass(frozen=True)
@@ -70,11 +68,13 @@ class TrainSummary:
 
 def train(
     model: nn.Module,
-    dataset: Dataset,
+    dataset: Dataset | DataLoader,
     recipe: Recipe,
     *,
     space: SearchSpace | None = None,
-    loss_fn: Loss = F.cross_entropy,
+    loss_fn: Loss | None = None,
+    outputs: Outputs = None,
+    collate: Collate | None = None,
     checkpoint: str | os.PathLike | None = None,
     log: str | os.PathLike | None = None,
     workers: int = 0,
@@ -96,13 +96,22 @@ def train(
     ``DistributedDataParallel`` with ``find_unused_parameters=True``, or within ``fully_shard``.
 
     Args:
-        dataset: a map-style data set of ``(input, target)``. Each sample is read with generators (Python's, numpy's,
-            torch's) of its own, so that random augmentation too is the same after a cut and for any ``workers``. A
-            ``TensorDataset`` is indexed by whole batches instead: on a GPU, if it fits into a quarter of what is free
-            there.
+        dataset: a map-style data set of ``(input, target)``, or of dictionaries of the model's arguments, with targets
+            under ``labels`` (a tokenizer's, a processor's, those of Hugging Face's ``datasets``). Each sample is read
+            with generators (Python's, numpy's, torch's) of its own, so that random augmentation too is the same after a
+            cut and for any ``workers``. A ``TensorDataset`` is indexed by whole batches instead: on a GPU, if it fits
+            into a quarter of what is free there. Or a ``DataLoader`` of either: its batches, in its order, which
+            is seeded; ``recipe.batch_size``, ``workers`` and ``collate`` are not read then. It needs a single process.
         recipe: how to train.
         space: draw paths from it; None trains the model as it is.
-        loss_fn: ``(output, target) -> scalar``; for several processes, a mean over samples.
+        loss_fn: ``(output, target) -> scalar``; for several processes, a mean over samples. None: the loss that the
+            model returns (``.loss``) where it is given labels, else the cross-entropy of its logits, in which targets
+            of -100 do not count. With a loss of your own, and where its ``forward`` has no such argument, the model is
+            not given the labels.
+        outputs: what of the model's output counts, a function of it or the name of a part. None: for the cross-entropy,
+            a tensor itself, ``logits`` of an object or a dictionary, of a tuple the first tensor that is no scalar; for
+            a loss of your own, the whole output.
+        collate: makes a batch of a list of samples, such as transformers' data collators.
         checkpoint: a file to resume from, if it exists, and to save to; written atomically. That of another run is
             refused: one with other settings, products, frozen weights or data (a first, a middle and a last sample
             are compared, if reading them twice gives the same).
@@ -124,14 +133,21 @@ def train(
             that have no group or differ in their arguments, or a wrapper or batch norm that would train wrongly;
             ``amp="float16"`` on a CPU, or ``label_smoothing`` with a loss of your own; graphs that were asked for by
             name and are impossible.
-        TypeError: an argument of another type, such as a ``DataLoader``, or samples that are dictionaries; without a
-            ``loss_fn``, a model that returns anything but a tensor.
+        TypeError: an argument or samples of another type; an output in which the rule of ``outputs`` finds no logits.
         RuntimeError: another process failed.
+
+    Example:
+        >>> glora.train(vit, images, glora.Recipe(steps=500), space=glora.SearchSpace())
+        >>> collator = transformers.DataCollatorForLanguageModeling(tokenizer, mlm=False)
+        >>> glora.train(llama, tokenized, glora.Recipe(steps=500, amp="bfloat16"), collate=collator)
     """
     require_group()
     shown = progress and is_first()
-    tell = partial(tqdm.write, file=sys.stderr) if shown else _say_nothing
-    together(lambda: _check_types(recipe, space, loss_fn, checkpoint, log, on_step))
+    tell = say if shown else _say_nothing
+    together(lambda: _check_types(recipe, space, checkpoint, log, on_step, collate))
+    if isinstance(dataset, DataLoader) and dataset.batch_size is not None and isinstance(recipe, Recipe):
+        recipe = replace(recipe, batch_size=dataset.batch_size)
+    objective = together(lambda: Objective(model, loss_fn, outputs, recipe.label_smoothing))
     state, sampler = together(lambda: _prepare(model, dataset, recipe, space, loss_fn, log, workers, graphs))
     if world_size() > 1:
         _start_alike(state, checkpoint is not None)
@@ -141,30 +157,27 @@ def train(
         torch.manual_seed(recipe.seed)
     else:
         tell(f"train: continues from {os.fspath(checkpoint)}, step {state.step} of {recipe.steps}")
-    if recipe.label_smoothing:
-        loss_fn = partial(F.cross_entropy, label_smoothing=recipe.label_smoothing)
-    loss_fn = checked(loss_fn)
     paths_before = {name: layer.path for name, layer in state.layers.items()}
     model.train()
     resumed_from, started = state.step, time.perf_counter()
-    step_graphs = StepGraphs(state, loss_fn, accuracy, graphs, tell)
+    step_graphs = StepGraphs(state, objective.loss, objective.accuracy, graphs, tell)
     watched = {} if is_compiled(model) else state.layers  # a graph that was compiled before calls no new hooks
     results = Results(state.records, late=state.device.type == "cuda" and on_step is None)
-    steps = batches(dataset, recipe, state.step, workers, state.device)
-    bar = tqdm(total=recipe.steps, initial=state.step, desc="train", unit="step", disable=not shown)
+    steps = batches(dataset, recipe, state.step, workers, state.device, joined if collate is None else collate)
+    bar = progress_bar(total=recipe.steps, initial=state.step, desc="train", unit="step", shown=shown)
     meter = Meter(recipe.batch_size)
     try:
         while state.step < recipe.steps:
             if sampler is not None:
                 set_layer_paths(state.layers, sampler.sample(state.generator))
             with _all_layers_run(watched) if state.step == resumed_from else nullcontext():
-                records = take_step(state, steps, loss_fn, step_graphs, results)
+                records = take_step(state, steps, objective, step_graphs, results)
             if state.step % recipe.checkpoint_every == 0 or state.step == recipe.steps:
                 records += results.read(every=True)
                 _save(state, checkpoint, log)
             meter.update(records)
-            bar.update()
             bar.set_postfix_str(meter.text(), refresh=False)
+            bar.update()
             if on_step is not None:
                 on_step(state.step, state.records[-1].loss)
                 state.find_layers()  # it may have put others in their place
@@ -188,26 +201,27 @@ def _say_nothing(_: str) -> None:
 def _check_types(
     recipe: Recipe,
     space: SearchSpace | None,
-    loss_fn: Loss,
     checkpoint: str | os.PathLike | None,
     log: str | os.PathLike | None,
     on_step: Callable[[int, float], object] | None,
+    collate: Collate | None,
 ) -> None:
     require_type("recipe", recipe, Recipe, "a glora.Recipe")
     require_type("space", space, (SearchSpace, type(None)), "a glora.SearchSpace or None")
-    require_function("loss_fn", loss_fn, "a function of output and target")
     require_type("checkpoint", checkpoint, FILE, "the path of a file or None")
     require_type("log", log, FILE, "the path of a file or None")
     if on_step is not None:
         require_function("on_step", on_step, "a function of the step and its loss")
+    if collate is not None:
+        require_function("collate", collate, "a function of a list of samples, or None")
 
 
 def _prepare(
     model: nn.Module,
-    dataset: Dataset,
+    dataset: Dataset | DataLoader,
     recipe: Recipe,
     space: SearchSpace | None,
-    loss_fn: Loss,
+    loss_fn: Loss | None,
     log: str | os.PathLike | None,
     workers: int,
     graphs: str,
@@ -221,8 +235,8 @@ def _prepare(
             "model: expected paths that read a support tensor, or something else to train, got neither; call "
             "glora.set_paths(model, glora.PathConfig(B='lora_8')), say, or train over a space"
         )
-    samples = require_data("dataset", dataset)
-    if recipe.label_smoothing and loss_fn is not F.cross_entropy:
+    samples = _count_samples(dataset)
+    if recipe.label_smoothing and loss_fn not in (None, F.cross_entropy):
         raise ValueError(
             f"loss_fn: expected the default with label_smoothing={recipe.label_smoothing}, which it does not get"
         )
@@ -235,6 +249,17 @@ def _prepare(
     require_trainable(model, space is not None)
     sampler = None if space is None else sampler_for(unwrapped(model), space)
     return TrainingState(model, parameters, recipe, space, samples, capturable=graphs == "whole"), sampler
+
+
+def _count_samples(dataset: Dataset | DataLoader) -> int | None:
+    """How many samples there are; None if a loader cannot say. Raises TypeError, ValueError for no data set."""
+    if not isinstance(dataset, DataLoader):
+        return require_data("dataset", dataset)
+    if world_size() > 1:
+        raise ValueError(
+            "dataset: expected a data set where several processes share each batch, got a DataLoader; pass its .dataset"
+        )
+    return None if isinstance(dataset.dataset, IterableDataset) else require_data("dataset", dataset.dataset)
 
 
 def _start_alike(state: TrainingState, saves: bool) -> None:

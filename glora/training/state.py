@@ -59,7 +59,7 @@ class TrainingState:
         parameters: list[nn.Parameter],
         recipe: Recipe,
         space: SearchSpace | None,
-        samples: int,
+        samples: int | None,
         capturable: bool = False,
     ):
         from timm.scheduler import CosineLRScheduler  # here: timm takes seconds to import

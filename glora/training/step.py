@@ -5,15 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from ..arguments import type_of
-from ..dataset import require_output, require_pair
+from ..dataset import require_batch
 from ..distributed import share, sync_gradients
-from ..graphs.step_body import Loss
+from ..objective import Objective
 from ..parameters import drop_unread
 from ..processes import gather, world_size
 from .graphing import StepGraphs
@@ -24,35 +23,32 @@ Outcome = tuple[Tensor | float, Tensor | float | None]  # loss and accuracy, whi
 
 
 def take_step(
-    state: TrainingState, batches: Iterator[tuple[Tensor, Tensor]], loss_fn: Loss, graphs: StepGraphs, results: Results
+    state: TrainingState, batches: Iterator[Any], objective: Objective, graphs: StepGraphs, results: Results
 ) -> list[StepRecord]:
     """Forward, backward and update. Returns the records that have become known, of this step or of the one before.
 
     Args:
-        loss_fn: as :func:`checked` returns it.
         results: gets loss and accuracy of the whole batch.
 
     Raises:
         ValueError: a loss that is not finite, or that depends on nothing that is trained.
-        TypeError: a loss that is not a scalar tensor; with the default loss, an output that is not a tensor.
+        TypeError: as :class:`glora.objective.Objective` says.
     """
     state.scheduler.step_update(state.step)
     lr = state.optimizer.param_groups[0]["lr"]
     own: list[Tensor] = []
 
     def forward() -> Outcome:
-        batch = next(batches)
-        require_pair("dataset", batch)
-        x, target = (part.to(state.device, non_blocking=True) for part in batch)
-        graphed = graphs.step_for(x, target)
+        batch = require_batch("dataset", next(batches)).to(state.device)
+        graphed = graphs.step_for(batch)
         if graphed is not None:  # it also goes backward and updates
             paths = None if state.space is None else {name: layer.path for name, layer in state.layers.items()}
-            return graphed(x, target, paths), graphed.measured
+            return graphed(batch.inputs, batch.target, paths), graphed.measured  # type: ignore[arg-type]
         state.optimizer.zero_grad(set_to_none=True)
         with _precision(state):
-            output = state.model(x)
-            own.append(loss_fn(output, target))
-        return own[0].detach(), accuracy(output, target)
+            output = objective.output(state.model, batch)
+            own.append(objective.loss(output, batch.target, batch.named))
+        return own[0].detach(), objective.accuracy(output, batch.target, batch.named)
 
     results.add(lr, *_of_whole_batch(forward, state.recipe.batch_size))
     records = results.read()
@@ -66,29 +62,6 @@ def take_step(
         )
     state.step += 1
     return records
-
-
-def checked(loss_fn: Loss) -> Loss:
-    """``loss_fn``, raising TypeError for what it returns or, if it is the default, is given."""
-    default = getattr(loss_fn, "func", loss_fn) is F.cross_entropy
-
-    def loss_of(output: Tensor, target: Tensor) -> Tensor:
-        if default:
-            require_output(output, ", or pass a loss_fn that takes what it returns")
-        loss = loss_fn(output, target)
-        if not isinstance(loss, Tensor) or loss.numel() != 1:
-            got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type_of(loss)
-            raise TypeError(f"loss_fn: expected it to return a scalar tensor, got {got}")
-        return loss
-
-    return loss_of
-
-
-def accuracy(output: object, target: Tensor) -> Tensor | None:
-    """The accuracy of a batch, on its device; None if outputs are not logits or targets are not classes."""
-    if not isinstance(output, Tensor) or target.is_floating_point() or output.dim() != 2 or target.dim() != 1:
-        return None
-    return (output.argmax(-1) == target).float().mean()
 
 
 def _precision(state: TrainingState) -> AbstractContextManager:

@@ -276,10 +276,10 @@ class Pair(nn.Sequential):
         return super().forward(x), x
 
 
-def test_refuses_to_compare_what_is_no_tensor():
+def test_refuses_to_compare_what_has_no_logits():
     model = Pair(trained_mlp())
-    with unchanged(model), pytest.raises(ValueError, match="a model that returns a tensor, got tuple"):
-        merge(model, inputs())
+    with unchanged(model), pytest.raises(TypeError, match=r"a tensor of logits, or .*, got dict with \['first'\]"):
+        merge(model, inputs(), outputs=lambda output: {"first": output[0]})
 
 
 @pytest.mark.parametrize("model", [mlp(), nn.ReLU()], ids=["linear", "activation"])

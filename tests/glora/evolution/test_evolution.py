@@ -28,8 +28,10 @@ from glora import (
     search,
     set_paths,
 )
+from glora.dataset import reading
 from glora.evaluation import count
 from glora.evolution.scoring import CandidateScorer
+from glora.objective import Objective
 from glora.sampling import PathSampler
 from tests.glora.toys import IN_FEATURES, exit_code, generator, kill_while_writing, mlp, points, trained_mlp, unchanged
 
@@ -424,16 +426,20 @@ def test_scores_are_those_of_the_merged_model(metric):
     assert count_parameters(model) == best.parameters
 
 
+def loss_scorer(model):
+    return CandidateScorer(model, reading("validation", points(), 4), "loss", Objective(model))
+
+
 def test_layers_of_equal_paths_are_merged_once(monkeypatch):
     merged, merge = [], GLoRALinear.merge
     monkeypatch.setattr(
         GLoRALinear, "merge", lambda self, path, **options: merged.append(path) or merge(self, path, **options)
     )
     one, other = PathConfig(B="vector"), PathConfig(E="vector")
-    scorer = CandidateScorer(trained_mlp(), points(), "loss", 4)
+    scorer = loss_scorer(trained_mlp())
     for chosen, made in [((one, one), 2), ((one, other), 1), ((one, other), 0), ((other, one), 2)]:
         before, paths = len(merged), dict(zip(("fc1", "fc2"), chosen))
-        assert scorer(paths, 0, 12) == CandidateScorer(trained_mlp(), points(), "loss", 4)(paths, 0, 12)
+        assert scorer(paths, 0, 12) == loss_scorer(trained_mlp())(paths, 0, 12)
         assert len(merged) - before == made + 2
 
 
@@ -503,7 +509,7 @@ def test_a_journal_of_another_metric_is_refused(journal):
     ("model", "options", "message"),
     [
         (mlp, {}, "at least one adapted layer, found none"),
-        (trained_mlp, {"metric": "f1"}, r"^metric: expected 'accuracy' or 'loss', got 'f1'"),
+        (trained_mlp, {"metric": "f1"}, r"^metric: expected one of \('accuracy', 'loss', 'perplexity'\), got 'f1'"),
         (trained_mlp, {"batch_size": 0}, "^batch_size: expected an integer from 1, got 0"),
         (trained_mlp, {"validation": points(0)}, "^validation: expected at least one sample, got none"),
         (trained_mlp, {"limit": -1}, r"^limit: expected at least 0 parameters .* got -1"),

@@ -12,6 +12,7 @@ from torch.utils.data import Dataset, TensorDataset
 
 import glora
 from glora import Recipe, SearchSpace, inject, set_paths, train
+from glora.dataset import joined
 from glora.training.results import Results
 from tests.glora.toys import CLASSES, IN_FEATURES, adapted_mlp, generator, points, same_bits, seeded, state, tiny_vit
 from tests.graph_emulation import emulate
@@ -291,26 +292,22 @@ class Mean(nn.Module):
         return self.body(x).mean(1)
 
 
-def collated_to(lengths, monkeypatch):
-    from glora.dataset import collate
-
+def collated_to(lengths):
     turns = itertools.cycle(lengths)
 
     def shorten(samples):
-        x, target = collate(samples)
+        x, target = joined(samples)
         return x[:, : next(turns)], target
 
-    monkeypatch.setattr("glora.training.batches.collate", shorten)
+    return shorten
 
 
 def test_batches_of_changing_shapes(monkeypatch, capfd):
     """Those of the first shape run in graphs, the others as ever."""
     plain, graphed = Mean(double()), Mean(double())
-    collated_to((4, 4, 3), monkeypatch)
-    expected = run(plain, dataset=Ragged())
+    expected = run(plain, dataset=Ragged(), collate=collated_to((4, 4, 3)))
     emulated = emulate(monkeypatch)
-    collated_to((4, 4, 3), monkeypatch)
-    found = train(graphed, Ragged(), RECIPE, space=SPACE)
+    found = train(graphed, Ragged(), RECIPE, space=SPACE, collate=collated_to((4, 4, 3)))
     assert (found.graphs, emulated.replays) == ("piecewise", (8 + 1) * 4)
     assert found.losses == pytest.approx(expected.losses, rel=1e-9)
     assert_same(state(graphed), state(plain), 1e-10)

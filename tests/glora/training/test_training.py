@@ -257,7 +257,7 @@ def test_gradients_are_clipped_only_if_asked(clip_norm):
 def test_the_bar_shows_loss_accuracy_and_speed(capfd):
     train(adapted_mlp(), points(), recipe(steps=3), space=SPACE)
     last = capfd.readouterr().err.splitlines()[-1]
-    assert all(word in last for word in ("train: 100%", "3/3", "loss ", "accuracy ", "images/s"))
+    assert all(word in last for word in ("train: 100%", "3/3", "loss ", "accuracy ", "samples/s"))
 
 
 def test_without_progress_nothing_is_printed(capfd):
