@@ -1,84 +1,33 @@
 """GLoRA for PyTorch models: inject, train a supernet, search, merge.
 
 >>> model = glora.inject(timm.create_model("vit_base_patch16_224", pretrained=True), rank=8)
+
+The public names are listed in ``api.py``. Importing this package loads none of them, nor PyTorch: the first that is
+used loads all of them.
 """
 
-from . import peft
-from .backbones import features, load_backbone
-from .config import LayerShape, PathConfig, SearchSpace
-from .distributed import sync_gradients
-from .evaluation import Metrics, evaluate, evaluate_merged
-from .evolution import Candidate, SearchResult, SearchSettings, evolve, search
-from .formats import (
-    load_adapter,
-    load_lycoris,
-    load_official,
-    official_paths,
-    save_adapter,
-    save_lycoris,
-    save_official,
-)
-from .graphs import GraphedStep
-from .injection import inject
-from .layers import GLoRAConv1D, GLoRAConv2d, GLoRALayer, GLoRALinear, GLoRAQuantisedLinear
-from .merging import MergeReport, merge, unmerge
-from .model_summary import Summary, summary
-from .models import glora_layers
-from .parameters import count_parameters, drop_unread_gradients, trainable_parameters
-from .paths import get_paths, sample_paths, set_paths, using_paths
-from .presets import PRESETS, Preset, apply_preset, preset_path
-from .training import Recipe, TrainSummary, train
-from .version import __version__
+from typing import TYPE_CHECKING
 
-__all__ = [
-    "PRESETS",
-    "Candidate",
-    "GLoRAConv1D",
-    "GLoRAConv2d",
-    "GLoRALayer",
-    "GLoRALinear",
-    "GLoRAQuantisedLinear",
-    "GraphedStep",
-    "LayerShape",
-    "MergeReport",
-    "Metrics",
-    "PathConfig",
-    "Preset",
-    "Recipe",
-    "SearchResult",
-    "SearchSettings",
-    "SearchSpace",
-    "Summary",
-    "TrainSummary",
-    "__version__",
-    "apply_preset",
-    "count_parameters",
-    "drop_unread_gradients",
-    "evaluate",
-    "evaluate_merged",
-    "evolve",
-    "features",
-    "get_paths",
-    "glora_layers",
-    "inject",
-    "load_adapter",
-    "load_backbone",
-    "load_lycoris",
-    "load_official",
-    "merge",
-    "official_paths",
-    "peft",
-    "preset_path",
-    "sample_paths",
-    "save_adapter",
-    "save_lycoris",
-    "save_official",
-    "search",
-    "set_paths",
-    "summary",
-    "sync_gradients",
-    "train",
-    "trainable_parameters",
-    "unmerge",
-    "using_paths",
-]
+if TYPE_CHECKING:
+    from .api import *  # noqa: F403
+    from .api import __all__ as __all__
+else:
+    import sys
+    from importlib import import_module
+    from importlib.util import find_spec
+
+    from .version import __version__  # noqa: F401
+
+    def __getattr__(name):
+        """A module of this package, or a public name (PEP 562)."""
+        hidden = name.startswith("_") and name != "__all__"
+        if not hidden and find_spec(f"{__name__}.{name}") is not None:
+            return import_module(f"{__name__}.{name}")
+        api = None if hidden else import_module(f"{__name__}.api")
+        if api is None or name not in ("__all__", *api.__all__):
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}", name=name, obj=sys.modules[__name__])
+        globals().update({public: getattr(api, public) for public in api.__all__}, __all__=api.__all__)
+        return globals()[name]
+
+    def __dir__():
+        return sorted({*globals(), *__getattr__("__all__")})

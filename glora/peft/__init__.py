@@ -9,5 +9,6 @@ Importing this loads no PEFT; :func:`accelerate` does, the exchange of folders n
 from .acceleration import Acceleration, accelerate
 from .exporting import export_peft
 from .importing import import_peft
+from .lora_export import ExportedLayer, LoRAExport, export_lora
 
-__all__ = ["Acceleration", "accelerate", "export_peft", "import_peft"]
+__all__ = ["Acceleration", "ExportedLayer", "LoRAExport", "accelerate", "export_lora", "export_peft", "import_peft"]
