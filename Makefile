@@ -48,12 +48,10 @@ $(VENV)/triton-%: $(VENV)/ready-test
 
 # The optional passes for CPUs (csrc/cpu.cpp), into the source tree; they need GCC on x86-64.
 cpu: $(VENV)/ready-test
-	$(RUN) -m pip install --quiet setuptools ninja
 	GLORA_BUILD_CPU=1 GLORA_BUILD_CUDA=0 $(RUN) -m pip install --no-build-isolation --no-deps --editable .
 
 # The optional CUDA extension (csrc/), into the source tree; needs nvcc, and no GPU.
 cuda: $(VENV)/ready-test
-	$(RUN) -m pip install --quiet setuptools ninja
 	GLORA_BUILD_CUDA=1 $(RUN) -m pip install --no-build-isolation --no-deps --editable .
 
 # A day with a GPU (docs/gpu-day.md): its kernels compiled here, by the PyTorch and Triton that are there; and a rehearsal.

@@ -19,10 +19,10 @@ from .graphs import GraphedStep
 from .injection import inject
 from .layers import GLoRAConv1D, GLoRAConv2d, GLoRALayer, GLoRALinear, GLoRAQuantisedLinear
 from .merging import MergeReport, merge, unmerge
-from .model_summary import Summary, summary
+from .model_summary import Summary, print_trainable_parameters, summary
 from .models import glora_layers
 from .parameters import count_parameters, drop_unread_gradients, trainable_parameters
-from .paths import get_paths, sample_paths, set_paths, using_paths
+from .paths import disabled, get_paths, sample_paths, set_paths, using_paths
 from .peft import export_lora
 from .presets import PRESETS, Preset, apply_preset, preset_path
 from .training import Recipe, TrainSummary, train
@@ -51,6 +51,7 @@ __all__ = [
     "__version__",
     "apply_preset",
     "count_parameters",
+    "disabled",
     "drop_unread_gradients",
     "evaluate",
     "evaluate_merged",
@@ -68,6 +69,7 @@ __all__ = [
     "official_paths",
     "peft",
     "preset_path",
+    "print_trainable_parameters",
     "sample_paths",
     "save_adapter",
     "save_lycoris",

@@ -12,11 +12,15 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-if dist.is_available() and not dist.is_initialized():
-    # Import this before there is a process group: its functions keep the group as a default. Otherwise the first
-    # optimiser imports it, usually after init_process_group, and destroy_process_group cannot end gloo's threads. Then
-    # a thread that still waits for the interpreter's lock may abort the process at its exit.
-    import torch.distributed.nn.functional  # noqa: F401
+if dist.is_available():
+    from torch.distributed.nn import functional
+
+    # These functions keep the process group of their import as a default, which stands for None. PyTorch imports them
+    # with the first optimiser, usually after init_process_group, and destroy_process_group could not end gloo's
+    # threads. Then a thread that still waits for the interpreter's lock may abort the process at its exit.
+    for _function in vars(functional).values():
+        if _defaults := getattr(_function, "__defaults__", None):
+            _function.__defaults__ = tuple(None if isinstance(d, dist.ProcessGroup) else d for d in _defaults)
 
 T = TypeVar("T")
 
@@ -35,11 +39,6 @@ def process_rank() -> int:
 
 def is_first() -> bool:
     return process_rank() == 0
-
-
-def is_launched_first() -> bool:
-    """As :func:`is_first`, but needs no group: the process that prints if ``torchrun`` has started several."""
-    return not (dist.is_available() and dist.is_torchelastic_launched()) or os.environ.get("RANK", "0") == "0"
 
 
 def require_group() -> None:

@@ -65,7 +65,17 @@ def parts_of(tier: str, workers: int) -> list[Part]:
     # Triton decides when it is imported whether kernels are interpreted: a process of its own.
     interpreted = {**tests, "TRITON_INTERPRET": "1"}
     parts = [
-        Part("check", [["ruff", "format", "--check", "."], ["ruff", "check", "."], ["mypy"]]),
+        Part(
+            "check",
+            [
+                ["ruff", "format", "--check", "."],
+                ["ruff", "check", "."],
+                ["mypy"],
+                ["build", "--quiet", "--no-isolation", "--outdir", "build/dist"],  # the wheel from the sdist
+                ["twine", "check", "--strict", "build/dist/*"],
+            ],
+            {"GLORA_BUILD_CPU": "0", "GLORA_BUILD_CUDA": "0"},
+        ),
         # Whole files, since their set-up takes long; the slow ones come first by name.
         Part("tests", [[*pytest, "loadfile", "--no-loadscope-reorder", "--ignore", "tests/compiled"]], tests),
         Part("compiled", [[*pytest, "worksteal", "tests/compiled"]], tests),

@@ -29,6 +29,8 @@ LAZY = {
     ROOT / "glora" / "layers" / "conv1d.py": ("transformers",),
     ROOT / "glora" / "layers" / "quantised_formats.py": ("bitsandbytes", "torchao"),
 }
+# Derives from classes of Transformers; nothing else imports it.
+TRAINER = ROOT / "glora" / "trainer.py"
 # Two files work on PEFT's own layers: one derives from them, the other loads the first when it is called.
 PEFT_LAYERS, PEFT_USER = ROOT / "glora" / "peft" / "layers.py", ROOT / "glora" / "peft" / "acceleration.py"
 
@@ -99,6 +101,9 @@ def test_peft_is_imported_in_one_file_and_lazily_in_another(file):
 
 @pytest.mark.parametrize("file", KERNELS + GLORA, ids=lambda f: f.relative_to(ROOT).as_posix())
 def test_optional_packages_are_imported_lazily_each_in_its_file(file):
+    assert not any(within(name, "glora.trainer") for name in imported(file))
+    if file == TRAINER:
+        return
     allowed = LAZY.get(file, ())
     for package in {package for packages in LAZY.values() for package in packages}:
         found = imported(file, walk_outside_of_functions) if package in allowed else imported(file)
@@ -134,7 +139,56 @@ def test_no_circles_and_no_import_runs_back_up(folder):
     assert not waiting, waiting
 
 
-LIGHT = ["glora_kernels", "glora", "glora.cli", "glora.peft", "glora.protocols"]
+def public():
+    """The names and the modules of ``glora``, without an import."""
+    tree = ast.parse((ROOT / "glora" / "api.py").read_text())
+    [listed] = [node.value for node in tree.body if isinstance(node, ast.Assign)]
+    named = {
+        alias.asname or alias.name for node in tree.body if isinstance(node, ast.ImportFrom) for alias in node.names
+    }
+    return ast.literal_eval(listed), named
+
+
+def test_public_names_are_those_imported_and_none_is_hidden_by_a_module():
+    """The import of a module sets an attribute of the package, which would replace a function of that name."""
+    names, imported_names = public()
+    assert len(names) == len(set(names)) and set(names) == imported_names
+    modules = {file.stem for file in (ROOT / "glora").glob("*.py")} | {file.parent.name for file in GLORA}
+    assert modules & set(names) == {"peft"}
+
+
+PACKAGE = f"""
+import importlib, pickle, pydoc, sys
+import glora, glora.cli
+assert isinstance(glora.__version__, str)
+assert not hasattr(glora, "__wrapped__") and not hasattr(glora, "_private")
+assert not {{"torch", "numpy", "glora_kernels", "glora.api"}} & set(sys.modules)
+modules = {sorted(file.stem for file in (ROOT / "glora").glob("[!_]*.py"))}
+for name in modules:
+    assert getattr(glora, name) is sys.modules["glora." + name], name
+from glora import *
+from glora import api, peft
+assert glora.__all__ is api.__all__ and set(glora.__all__) <= set(dir(glora))
+for name in glora.__all__:
+    assert globals()[name] is getattr(glora, name) is getattr(api, name), name
+assert peft is sys.modules["glora.peft"]
+assert pickle.loads(pickle.dumps([glora.inject, glora.PathConfig])) == [glora.inject, glora.PathConfig]
+assert "inject(model" in pydoc.plain(pydoc.render_doc(glora))
+try:
+    glora.ingect
+except AttributeError as error:
+    assert str(error) == "module 'glora' has no attribute 'ingect'" and error.name == "ingect" and error.obj is glora
+else:
+    raise AssertionError
+"""
+
+
+def test_names_are_loaded_when_they_are_used():
+    done = subprocess.run([sys.executable, "-c", PACKAGE], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+LIGHT = ["glora_kernels", "glora", "glora.cli", "glora.api", "glora.peft", "glora.protocols"]
 IMPORTS = f"""
 import importlib, json, sys, torch
 before, found = set(sys.modules), {{}}

@@ -50,6 +50,15 @@ def test_both_tiers_run_the_same_suite_with_a_setting(tier):
     assert parts["interpreter"].environment["TRITON_INTERPRET"] == "1"
 
 
+@pytest.mark.parametrize("tier", ["short", "exhaustive"])
+def test_the_packages_that_are_checked_were_just_built(tier):
+    check = run.parts_of(tier, 2)[0]
+    build, twine = check.commands[-2:]
+    assert build[0] == "build" and build[-2:] == ["--outdir", "build/dist"]
+    assert twine == ["twine", "check", "--strict", "build/dist/*"]
+    assert check.environment == {"GLORA_BUILD_CPU": "0", "GLORA_BUILD_CUDA": "0"}
+
+
 def test_one_worker_is_no_worker_of_xdist():
     assert run.parts_of("short", 1)[1].commands[0][:3] == ["pytest", "-n", "0"]
 

@@ -20,9 +20,16 @@ from .train import add_train
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run ``glora``; returns the exit status.
 
-    It is 0, 1 for a failed check, 2 for bad arguments, 130 after Ctrl-C or 143 after SIGTERM.
+    It is 0, 1 for a failed check, 2 for bad arguments, 130 after Ctrl-C or 143 after SIGTERM. Without a command it
+    prints the help, as pip does, and returns 0.
     """
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        options.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    if options.command is None:
+        parser.print_help()
+        return 0
     with raising_on_signals() as received:
         try:
             return options.run(options)
@@ -34,6 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 raise
             extra = f"; pip install 'glora[{getattr(options, 'extra', 'demo')}]'"
             hint = extra if isinstance(error, ModuleNotFoundError) else ""
+            options.parser.print_usage(sys.stderr)
             print(f"glora {options.command}: error: {error}{hint}", file=sys.stderr)
             return 2
 
@@ -45,7 +53,10 @@ def _parser() -> argparse.ArgumentParser:
         epilog="Start with: glora quickstart",
     )
     parser.add_argument("--version", action="version", version=f"glora {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+    commands = parser.add_subparsers(dest="command", metavar="command")
     for add in (add_quickstart, add_train, add_search, add_merge, add_report, add_bench, add_doctor):
         add(commands)
+    parser.set_defaults(parser=parser)
+    for command in commands.choices.values():
+        command.set_defaults(parser=command)
     return parser

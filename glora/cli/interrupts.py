@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-
-from ..processes import is_launched_first
 
 _NAMES = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
 
@@ -47,9 +46,14 @@ def stopped(options: argparse.Namespace, received: list[int]) -> int:
     for number in _NAMES if received else ():
         signal.signal(number, signal.SIG_IGN)  # until raising_on_signals() ends
     number = signal.Signals(received[0]) if received else signal.SIGINT
-    if is_launched_first():
+    if _is_launched_first():
         print(f"glora {options.command}: {_NAMES[number]}; {_saved(options)}", file=sys.stderr, flush=True)
     return 128 + number
+
+
+def _is_launched_first() -> bool:
+    """Whether this process prints, if ``torchrun`` has started several. PyTorch, maybe half imported, is not asked."""
+    return "TORCHELASTIC_RUN_ID" not in os.environ or os.environ.get("RANK", "0") == "0"
 
 
 def _saved(options: argparse.Namespace) -> str:

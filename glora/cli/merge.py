@@ -7,6 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from .next_step import next_step
+
 
 def add_merge(commands) -> None:
     command = commands.add_parser(
@@ -41,4 +43,6 @@ def _merge(options: argparse.Namespace) -> int:
             summary["test"] = evaluate_run(run, model, device, progress=not options.json)
         merged.append(summary)
     print(json.dumps(merged) if options.json else describe_merges(merged))
+    if not options.json:
+        print(next_step("report", options.folder))
     return 0

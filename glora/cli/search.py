@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from .interrupts import announce, said
+from .next_step import next_step
 
 
 def add_search(commands) -> None:
@@ -64,6 +65,8 @@ def _search(options: argparse.Namespace) -> int:
             found.append(search_run(run, how, process.device, again=options.again, progress=tell))
     if process.first:
         print(json.dumps(found) if options.json else describe_searches(found))
+        if tell:
+            print(next_step("merge", options.folder, "--test"))
     return 0
 
 

@@ -6,8 +6,10 @@ import argparse
 import json
 from pathlib import Path
 
-from ..training.graphing import GRAPHS
 from .interrupts import said
+from .next_step import next_step
+
+GRAPHS = ("auto", "piecewise", "whole", "off")  # those of glora.training, which would import PyTorch
 
 
 def add_train(commands) -> None:
@@ -84,4 +86,6 @@ def _train(options: argparse.Namespace) -> int:
             summaries.append(train_run(out, spec, process.device, tell, options.graphs))
     if process.first:
         print(json.dumps(summaries) if options.json else describe_training(summaries, out))
+        if tell:
+            print(next_step("merge", out, "--test") if options.preset else next_step("search", out))
     return 0

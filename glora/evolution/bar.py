@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import statistics
-import sys
 from collections.abc import Mapping, Sequence
 
-from tqdm.auto import tqdm
-
 from ..processes import is_first, world_size
+from ..progress import progress_bar, say
 from .journal import Part, Scores, Total
 from .selection import Candidate
 from .texts import describe_estimate, describe_score
@@ -34,7 +32,7 @@ class SearchBar:
         self.known_before = len({part.candidate for part in scores.known})
         self.samples = sum(sizes) - scores.samples
         self._waits = shown and is_first()  # for the first scores
-        self._bar = tqdm(total=len(sizes), desc="search", unit="path", disable=not self._waits)
+        self._bar = progress_bar(total=len(sizes), desc="search", unit="path", shown=self._waits)
 
     def __enter__(self) -> SearchBar:
         return self
@@ -48,7 +46,7 @@ class SearchBar:
         if self._waits and len(self.scores.new) >= MEASURED and self._bar.n < self._bar.total:
             self._waits = False
             seconds = estimate(self.scores.new, self.samples, world_size())
-            tqdm.write(describe_estimate(self.candidates, self.known_before, seconds), file=sys.stderr)
+            say(describe_estimate(self.candidates, self.known_before, seconds))
 
     def show_best(self, best: Candidate) -> None:
         self._bar.set_postfix_str(f"best {describe_score(self.metric, best.score)} with {best.parameters:,} parameters")

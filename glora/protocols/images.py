@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, TensorDataset
-from tqdm.auto import tqdm
+
+from ..progress import progress_bar
 
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic")
 RESIZES = ("squash", "squash_crop")
@@ -166,6 +167,6 @@ def preload(dataset: ImageList, progress: bool = True) -> TensorDataset:
     first, _ = dataset[0]
     images = torch.empty(len(dataset), *first.shape, dtype=first.dtype)
     classes = torch.empty(len(dataset), dtype=torch.int64)
-    for i in tqdm(range(len(dataset)), desc="decode", unit="image", disable=not progress):
+    for i in progress_bar(range(len(dataset)), desc="decode", unit="image", shown=progress):
         images[i], classes[i] = dataset[i]
     return TensorDataset(images, classes)

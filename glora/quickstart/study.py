@@ -17,10 +17,10 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
-from tqdm.auto import tqdm
 
 from ..evaluation import evaluate
 from ..files import make_folder, write_atomically
+from ..progress import progress_bar
 from ..training.loop import train
 from ..training.recipe import Recipe
 from .digits import CLASSES, TASKS, draw_few_shot, load_source
@@ -161,7 +161,7 @@ def _run_jobs(jobs: Sequence[_Job], backbone: nn.Module, workers: int, progress:
     with (
         _deaf_to_interrupts(context.Manager) as manager,
         _stopped_at_once(ProcessPoolExecutor(min(workers, len(jobs)), mp_context=context)) as pool,
-        tqdm(total=units_of_work(jobs[0].steps) * len(jobs), desc="adapt", unit="step", disable=not progress) as bar,
+        progress_bar(total=units_of_work(jobs[0].steps) * len(jobs), desc="adapt", unit="step", shown=progress) as bar,
     ):
         ticks = manager.Queue()
         futures = _deaf_to_interrupts(lambda: {pool.submit(_run_job, job, state, ticks): job for job in jobs})
@@ -200,7 +200,7 @@ def _deaf_to_interrupts(start: Callable[[], T]) -> T:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _drain(ticks: Any, bar: tqdm) -> None:
+def _drain(ticks: Any, bar: Any) -> None:
     from queue import Empty
 
     try:

@@ -9,9 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tqdm.auto import tqdm
-
 from ..files import make_folder
+from ..progress import progress_bar
 from .drawing import NotDrawn, distinct, file_stem, save_figure, write_text
 from .figures.distribution import distribution_figure
 from .figures.features import features_figure
@@ -136,7 +135,7 @@ def _draw_all(sections: Sequence[_Section], target: Path, progress: bool) -> Fig
     """The files of each figure that has something to show, or why it cannot be drawn, by stem."""
     drawings = [drawing for section in sections for drawing in section.drawings]
     found: dict[str, Sequence[Path] | NotDrawn] = {}
-    for drawing in tqdm(drawings, desc="report", unit="figure", disable=not progress):
+    for drawing in progress_bar(drawings, desc="report", unit="figure", shown=progress):
         figure = drawing.draw()
         if isinstance(figure, NotDrawn):
             found[drawing.stem] = figure
