@@ -17,6 +17,7 @@ from .models.modules import glora_layers, matches, replace_modules, require_mode
 from .models.pretrained import guard_saving
 from .models.readers import read_by_others, read_by_torch, warn_of_readers
 from .models.wrappers import compiled_modules, is_fsdp1, modules_by_name, named_modules
+from .presets import apply_preset, preset_named, require_bias_for
 
 
 def inject(
@@ -26,8 +27,9 @@ def inject(
     targets: Iterable[str] | None = None,
     exclude: Iterable[str] = (),
     heads: Iterable[str] | None = None,
-    product: str = "hadamard",
+    product: str | None = None,
     convolutions: bool = False,
+    preset: str | None = None,
 ) -> nn.Module:
     """Replace linear layers of ``model`` by :class:`GLoRALinear`, in place; outputs stay the same.
 
@@ -45,8 +47,9 @@ def inject(
             ``lm_head``), and ``fc``, ``classifier`` and ``head`` of other models. In recognised heads, a parameter that
             is shared with the rest of the model (a tied ``lm_head``) is frozen, and one that was frozen before stays
             so. If a target selects nothing outside recognised heads, what it selects is adapted instead.
-        product: ``"hadamard"`` or ``"matmul"``.
+        product: ``"hadamard"`` or ``"matmul"``; None: the one that the preset needs, else ``"hadamard"``.
         convolutions: adapt every ``nn.Conv2d`` too (:class:`GLoRAConv2d`), or those among the targets.
+        preset: a method by name, such as ``"lora"``, as one path of rank ``rank`` (:func:`glora.apply_preset`).
 
     Returns:
         ``model`` itself.
@@ -69,7 +72,13 @@ def inject(
         >>> model = glora.inject(torchvision.models.resnet18(), rank=4, convolutions=True)
         >>> model.fc.weight.requires_grad, type(model.conv1).__name__
         (True, 'GLoRAConv2d')
+        >>> glora.inject(llama, 8, targets=("q_proj", "v_proj"), heads=(), preset="lora")
     """
+    wanted = None if preset is None else preset_named(preset, "preset")
+    needed = None if wanted is None else wanted.product
+    if needed is not None and product not in (None, needed):
+        raise ValueError(f"product: expected {needed!r} for the preset {preset!r}, got {product!r}")
+    product = product or needed or "hadamard"
     require_model(model)
     targets = None if targets is None else _checked_names("targets", targets)
     excluded = _checked_names("exclude", exclude)
@@ -107,6 +116,8 @@ def inject(
         scope = "" if targets is None else f" among targets {list(targets)}"
         hints = _hints(considered, kinds, recognised, read)
         raise ValueError(f"model: expected at least one {_wanted(kinds)} to adapt{scope}, found none{hints}")
+    if wanted is not None:
+        require_bias_for(wanted, any(getattr(module, "bias", None) is not None for module in chosen))
     kept = _own_parameters(left_alone | heads_in_full)
     _check_kept(model, chosen, kept)
     kept |= _own_parameters(head_modules) - _own_parameters(set(model.modules()) - head_modules)
@@ -125,7 +136,7 @@ def inject(
             stacklevel=2,
         )
     _warn_of_unadaptable(considered, kinds, read)
-    return model
+    return model if wanted is None else apply_preset(model, wanted.name, rank)
 
 
 def adapt(model: nn.Module, ranks: Mapping[nn.Module, int], product: str, kept: set[int]) -> None:

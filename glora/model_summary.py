@@ -90,6 +90,32 @@ def summary(model: nn.Module) -> Summary:
     )
 
 
+def print_trainable_parameters(model: nn.Module) -> None:
+    """Print how many values train, in one line, as PEFT's method of this name does.
+
+    What trains are the support tensors that the current paths read, and the heads (whatever else requires grad). A
+    supernet stores more, of which each path reads a part: search limits and :func:`glora.count_parameters` count what
+    is read. All parameters are those of the model without GLoRA, and what GLoRA stores.
+
+    Raises:
+        ValueError: ``model`` has no adapted layer.
+
+    Example:
+        >>> glora.print_trainable_parameters(model)
+        trainable params: 1,256,548 (paths 1,179,648, heads 76,900) || stored: 3,041,664 || all params: ...
+    """
+    found = summary(model)
+    heads = sum(found.trained.values())
+    trained = found.path_values + heads
+    layers = require_layers(model)
+    weights = {id(layer.weight): layer.out_features * layer.in_features for layer in layers.values()}
+    every = sum(weights.get(id(p), p.numel()) for p in model.parameters())  # a quantised weight is packed
+    print(
+        f"trainable params: {trained:,} (paths {found.path_values:,}, heads {heads:,}) || stored: "
+        f"{found.support_values:,} || all params: {every:,} || trainable%: {trained / every:.4%}"
+    )
+
+
 def unadaptable(
     named: Mapping[str, nn.Module], kinds: Iterable[type[nn.Module]], read: Container[nn.Module]
 ) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from weakref import WeakKeyDictionary
 
 import torch
@@ -33,23 +33,30 @@ def get_paths(model: nn.Module) -> Paths:
     return {name: layer.path for name, layer in glora_layers(model).items()}
 
 
-def set_paths(model: nn.Module, paths: Mapping[str, PathConfig] | PathConfig) -> None:
+def set_paths(model: nn.Module, paths: Mapping[str, PathConfig] | PathConfig, *, partial: bool = False) -> None:
     """Set the path of every adapted layer, by its name with or without those of wrappers (:func:`glora_layers`).
 
     Paths may change between a forward pass and its backward. Under activation checkpointing, a layer that
     is run again takes the path of its first run (:mod:`glora.layers.path_history`).
 
     Args:
-        paths: the path of every layer by name, or one path for all of them. To change some:
-            ``p = glora.get_paths(model); p["blocks.0.fc1"] = ...; glora.set_paths(model, p)``.
+        paths: the path of every layer by name, or one path for all of them.
+        partial: ``paths`` names some layers; the others keep theirs.
 
     Raises:
         ValueError: names missing from or unknown to the model, or a rank above a layer's storage;
             no path is changed then.
         TypeError: neither a path nor a mapping of them.
         RuntimeError: during a backward pass, or while another thread is within :func:`using_paths` of this model.
+
+    Example:
+        >>> glora.set_paths(model, glora.PathConfig(B="lora_8"))
+        >>> glora.set_paths(model, {"blocks.0.mlp.fc1": glora.PathConfig(A="vector")}, partial=True)
     """
     layers = require_layers(model)
+    if partial and isinstance(paths, Mapping):
+        own = {name: layer.path for name, layer in layers.items()}
+        paths = own | {name_in(layers, name): path for name, path in paths.items()}
     set_layer_paths(layers, paths_of(layers, paths))
 
 
@@ -85,6 +92,22 @@ def using_paths(model: nn.Module, paths: Mapping[str, PathConfig] | PathConfig) 
             take_paths(before)
 
 
+def disabled(model: nn.Module) -> AbstractContextManager[nn.Module]:
+    """A ``with`` block in which every adapted layer computes ``W0 x + b0``, as before :func:`glora.inject`.
+
+    It sets the path of no support tensor, and restores the paths at its end (:func:`using_paths`). Heads that train in
+    full, and statistics of norms, stay as they are: the frozen model had others.
+
+    Raises:
+        ValueError, RuntimeError: as :func:`using_paths`.
+
+    Example:
+        >>> with glora.disabled(model):
+        ...     reference = model(x)
+    """
+    return using_paths(model, PathConfig())
+
+
 def _user() -> tuple[int, asyncio.Task | None]:
     """Who is running: the thread, and the task where there is an event loop."""
     try:
@@ -110,8 +133,6 @@ def _using(layers: Iterable[GLoRALayer]) -> Iterator[None]:
 
 def require_unused(layers: Iterable[GLoRALayer]) -> None:
     """Raise RuntimeError if another thread or task is within :func:`using_paths` of any of ``layers``."""
-    if not _users:
-        return
     if not _users:
         return
     user = _user()
@@ -163,7 +184,7 @@ def paths_of(layers: Mapping[str, object], paths: Mapping[str, PathConfig] | Pat
     if missing or unknown or len(named) != len(paths):
         raise ValueError(
             f"paths: expected exactly the {len(layers)} adapted layers of the model, each once; missing {missing}, "
-            f"unknown {unknown}; to change some: p = glora.get_paths(model); p[name] = ...; glora.set_paths(model, p)"
+            f"unknown {unknown}; to change some of them: glora.set_paths(model, paths, partial=True)"
         )
     for name, path in named.items():
         if not isinstance(path, PathConfig):

@@ -152,7 +152,7 @@ def preset_path(name: str, rank: int = 8) -> PathConfig:
     Raises:
         ValueError: an unknown name (the presets are listed); a rank below 1.
     """
-    return _preset(name).path(rank)
+    return preset_named(name).path(rank)
 
 
 def apply_preset(model: nn.Module, name: str, rank: int = 8, *, bias_free: bool = False) -> nn.Module:
@@ -177,7 +177,7 @@ def apply_preset(model: nn.Module, name: str, rank: int = 8, *, bias_free: bool 
             unchanged then.
         RuntimeError: during a backward pass.
     """
-    preset, layers = _preset(name), require_layers(model)
+    preset, layers = preset_named(name), require_layers(model)
     require_whole(model)
     set_paths(model, _fitting_paths(preset, rank, layers, bias_free))
     with torch.no_grad():
@@ -186,10 +186,24 @@ def apply_preset(model: nn.Module, name: str, rank: int = 8, *, bias_free: bool 
     return model
 
 
-def _preset(name: str) -> Preset:
+def preset_named(name: str, argument: str = "name") -> Preset:
+    """The preset of that name; raises ValueError, listing the presets, if there is none."""
     if not isinstance(name, str) or name not in PRESETS:
-        raise ValueError(f"name: expected one of {list(PRESETS)}, got {name!r}")
+        raise ValueError(f"{argument}: expected one of {list(PRESETS)}, got {name!r}")
     return PRESETS[name]
+
+
+def require_bias_for(preset: Preset, any_bias: bool, bias_free: bool = False) -> None:
+    """Raise ValueError if the method trains biases alone, and no adapted layer has one."""
+    path = preset.path()
+    nothing = path != PathConfig() and _unbiased(preset, path, bias_free) == PathConfig()
+    if nothing and not any_bias:
+        raise ValueError(f"model: expected an adapted layer with a bias for {preset.name!r}, found none")
+
+
+def _unbiased(preset: Preset, path: PathConfig, bias_free: bool) -> PathConfig:
+    """The path of layers without a bias."""
+    return path.without_bias() if preset.needs_bias or bias_free else path
 
 
 def _fitting_paths(preset: Preset, rank: int, layers: Mapping[str, GLoRALayer], bias_free: bool) -> Paths:
@@ -204,10 +218,8 @@ def _fitting_paths(preset: Preset, rank: int, layers: Mapping[str, GLoRALayer], 
     for name, layer in layers.items():
         if path.rank > layer.rank:
             raise ValueError(f"rank: expected at most {layer.rank} (storage of layer {name!r}), got {rank}")
-    unbiased = path.without_bias() if preset.needs_bias or bias_free else path
-    left_nothing = path != PathConfig() and unbiased == PathConfig()
-    if left_nothing and all(layer.bias is None for layer in layers.values()):
-        raise ValueError(f"model: expected an adapted layer with a bias for {preset.name!r}, found none")
+    require_bias_for(preset, any(layer.bias is not None for layer in layers.values()), bias_free)
+    unbiased = _unbiased(preset, path, bias_free)
     return {name: unbiased if layer.bias is None else path for name, layer in layers.items()}
 
 

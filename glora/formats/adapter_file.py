@@ -5,7 +5,8 @@ every other trainable parameter (the classifier head), and the buffers outside t
 changed although they are not trained (the statistics of batch norm). Names are those of the model without
 wrappers (``models/wrappers.py``). The header entry ``glora`` holds a JSON object: format, product, for each layer its
 rank and path, and for each parameter that the file does not hold a checksum of some of its values. Files of format 1
-had no buffers and no checksums.
+had no buffers and no checksums. A compact file (format 3) holds of each support tensor what the path reads alone: of a
+low rank r its columns ``(N, r)`` and rows ``(r, K)``, of a vector its values ``(N,)``, of a constant one number ``()``.
 """
 
 from __future__ import annotations
@@ -28,21 +29,25 @@ from ..distributed import require_whole
 from ..files import checksum, parts, require_file, write_atomically
 from ..injection import adapt
 from ..layers.adapters import adapters
-from ..layers.base import SUPPORT_NAMES, GLoRALayer, support_dtype, support_shapes
+from ..layers.base import SUPPORT_NAMES, GLoRALayer, parts_read, support_dtype, support_shapes
 from ..models.contents import Slot, buffers_beside, check_written, require_fit, require_same_layers, slots, statistics
 from ..models.modules import glora_layers, require_layers, require_real
 from ..models.wrappers import modules_by_name, name_in, named_parameters, tensors_in, tensors_of
 from ..parameters import support_ids, trained_beside
 from ..paths import Paths, require_unused, set_paths
 
-FORMAT = 2
-READABLE = (1, 2)
+FORMAT, COMPACT = 2, 3
+READABLE = (1, 2, 3)
 
 
-def save_adapter(model: nn.Module, file: str | os.PathLike) -> None:
+def save_adapter(model: nn.Module, file: str | os.PathLike, *, compact: bool = False) -> None:
     """Write the support tensors, the paths, every other trainable parameter and the buffers of ``model``.
 
     Every rank of a run may call it with the same ``file``.
+
+    Args:
+        compact: write only what the paths read. The file of one winner is as small as a LoRA adapter; a supernet that
+            goes on training or searching needs the whole storages.
 
     Raises:
         ValueError: ``model`` has no adapted layer, or layers of both products, or parameters that this process does
@@ -67,15 +72,33 @@ def save_adapter(model: nn.Module, file: str | os.PathLike) -> None:
     if unstorable:
         warnings.warn(f"buffers that safetensors cannot hold are left out: {listed(unstorable)}", stacklevel=2)
     tensors |= {name: buffer for name, buffer in buffers.items() if name not in unstorable}
+    marks = _marks(model, tensors)
+    if compact:
+        tensors = _without_support(tensors, layers) | _parts_read(layers)
+    ranks = {name: max(1, layer.path.rank) if compact else layer.rank for name, layer in layers.items()}
     description = {
-        "format": FORMAT,
+        "format": COMPACT if compact else FORMAT,
         "product": products[0],
-        "base": _marks(model, tensors),
-        "layers": {name: {"rank": layer.rank, "path": layer.path.to_dict()} for name, layer in layers.items()},
+        "base": marks,
+        "layers": {name: {"rank": ranks[name], "path": layer.path.to_dict()} for name, layer in layers.items()},
     }
     copies = {name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
     content = save(copies, metadata={"glora": json.dumps(description)})
     write_atomically(file, lambda stream: stream.write(content))
+
+
+def _without_support(tensors: Mapping[str, Tensor], layers: Mapping[str, GLoRALayer]) -> dict[str, Tensor]:
+    support = {f"{name}.{own}" for name in layers for own in SUPPORT_NAMES}
+    return {name: tensor for name, tensor in tensors.items() if name not in support}
+
+
+def _parts_read(layers: Mapping[str, GLoRALayer], paths: Paths | None = None) -> dict[str, Tensor]:
+    """Views of what ``paths`` (default: the current ones) read, by the names of the storages."""
+    return {
+        f"{name}.{own}": part
+        for name, layer in layers.items()
+        for own, part in layer.parts_read(None if paths is None else paths[name]).items()
+    }
 
 
 def _marks(model: nn.Module, but: Container[str] = ()) -> dict[str, str]:
@@ -101,6 +124,8 @@ def load_adapter(model: nn.Module, file: str | os.PathLike) -> nn.Module:
     """Load what :func:`save_adapter` wrote, paths included; a model without GLoRA gets it injected.
 
     Both models may be within ``torch.compile`` or another wrapper. Everything is checked before anything is changed.
+    A compact file also fits a model with larger ranks, of whose storages the rest stays as it is; loading another such
+    file switches the adapter.
 
     Returns:
         ``model`` itself.
@@ -143,6 +168,8 @@ def apply_adapter(
         kept = {id(tensor) for name, tensor in tensors_of(model).items() if name in tensors}
         adapt(model, chosen, description.product, kept)
     targets = tensors_of(model)
+    if description.compact:
+        targets |= _parts_read(glora_layers(model), description.paths)
     with torch.no_grad():
         for name, tensor in tensors.items():
             targets[name].copy_(tensor)
@@ -188,6 +215,7 @@ class Description(NamedTuple):
     Attributes:
         complete: whether it holds all statistics, as files from format 2 on do.
         base: marks of the parameters that it does not hold, by name; empty for older files and other formats.
+        compact: whether it holds only what the paths read.
     """
 
     product: str
@@ -195,6 +223,7 @@ class Description(NamedTuple):
     paths: Paths | None
     complete: bool = False
     base: Mapping[str, str] = MappingProxyType({})
+    compact: bool = False
 
     def named_as_in(self, modules: Container[str]) -> Description:
         """This description with the layers' names in a model of these ``modules``."""
@@ -219,7 +248,7 @@ def _read(file: str | os.PathLike) -> tuple[Description, dict[str, Tensor]]:
     except (KeyError, TypeError, json.JSONDecodeError):
         raise ValueError(f"{file}: expected a GLoRA adapter, got a safetensors file without its description") from None
     if version not in READABLE:
-        raise ValueError(f"{file}: expected adapter format 1 or {FORMAT}, got {version!r}; a newer glora may read it")
+        raise ValueError(f"{file}: expected adapter format 1 to {COMPACT}, got {version!r}; a newer glora may read it")
     try:
         return _parse(content), tensors
     except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -235,7 +264,8 @@ def _parse(content: dict[str, Any]) -> Description:
         if not isinstance(rank, int) or not 1 <= max(rank, paths[name].rank) <= rank:
             raise ValueError(f"layer {name!r} of rank {rank!r} with {paths[name]}")
     base = {str(name): str(mark) for name, mark in content.get("base", {}).items()}
-    return Description(content["product"], ranks, paths, complete=content["format"] > 1, base=base)
+    version = content["format"]
+    return Description(content["product"], ranks, paths, complete=version > 1, base=base, compact=version == COMPACT)
 
 
 def _expected(
@@ -249,7 +279,7 @@ def _expected(
     ranks, product = description.ranks, description.product
     own = slots(model)
     if layers:
-        require_same_layers(file, layers, ranks, product, exactly=True)
+        require_same_layers(file, layers, ranks, product, exactly=not description.compact)
     else:
         modules = modules_by_name(model)
         kinds = adapters()
@@ -258,12 +288,30 @@ def _expected(
         if unfit:
             raise ValueError(f"{file}: made for another model: expected layers that GLoRA adapts at {unfit}")
         own.update(_support_slots(modules, ranks, product))
-    needed = {f"{name}.{s}" for name in ranks for s in SUPPORT_NAMES}
+    support = {f"{name}.{s}" for name in ranks for s in SUPPORT_NAMES}
+    needed = set(support)
     if layers:  # a plain model's parameters all require grad: only an adapted one says what is trained
         needed |= {name for name, p in named_parameters(model) if p.requires_grad}
     if description.complete:
         needed |= set(statistics(model))
+    if description.compact:
+        parts = _part_slots(model, own, description)
+        own = {name: slot for name, slot in own.items() if name not in support} | parts
+        needed = (needed - support) | set(parts)
     return {name: slot for name, slot in own.items() if name in needed or name in tensors}
+
+
+def _part_slots(model: nn.Module, own: Mapping[str, Slot], description: Description) -> dict[str, Slot]:
+    """The slots of what the paths read, among ``own`` slots of whole storages."""
+    assert description.paths is not None
+    modules: dict[str, Any] = modules_by_name(model)
+    slots = {}
+    for name, path in description.paths.items():
+        whole = {part: own[f"{name}.{part}"] for part in SUPPORT_NAMES}
+        storages = {part: torch.empty(slot.shape, dtype=slot.dtype, device="meta") for part, slot in whole.items()}
+        for part, read in parts_read(storages, path, modules[name].bias is not None).items():
+            slots[f"{name}.{part}"] = Slot(tuple(read.shape), read.dtype)
+    return slots
 
 
 def _support_slots(modules: dict[str, Any], ranks: dict[str, int], product: str) -> dict[str, Slot]:

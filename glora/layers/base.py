@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar, TypeVar
 
@@ -208,6 +208,11 @@ class GLoRALayer(nn.Module):
         terms: dict[str, Any] = {slot: self._term(slot, choice) for slot, choice in active.items()}
         return Terms(**terms, product=self.product)
 
+    def parts_read(self, path: PathConfig | None = None) -> dict[str, Tensor]:
+        """Views of what ``path`` (default: :attr:`path`) reads, by the names of the storages."""
+        storages = {name: getattr(self, name) for name in SUPPORT_NAMES}
+        return parts_read(storages, self.path if path is None else path, self.bias is not None)
+
     def _terms_in_force(self) -> Terms:
         """The terms of this forward pass, or of its first run if a checkpoint runs it again (:mod:`.path_history`)."""
         return self.terms(self._history.in_force())
@@ -279,13 +284,14 @@ class GLoRALayer(nn.Module):
         return replica
 
     def extra_repr(self) -> str:
-        path = ", ".join(f"{slot}={text}" for slot, text in self.path.to_dict().items())
-        return (
-            f"{self._geometry()}, bias={self.bias is not None}, rank={self.rank}, product={self.product}, path=({path})"
-        )
+        """Geometry, rank and what the path reads; ``bias=False`` and ``product=matmul`` where that is so."""
+        others = [] if self.bias is not None else ["bias=False"]
+        others += [] if self.product == "hadamard" else [f"product={self.product}"]
+        path = [f"{slot}={text}" for slot, text in self.path.to_dict().items() if text != "none"]
+        return ", ".join([self._geometry(), *others, f"rank={self.rank}", *path])
 
     def _geometry(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}"
+        return f"{self.in_features}, {self.out_features}"
 
 
 def take_paths(paths: Iterable[tuple[GLoRALayer, PathConfig]]) -> None:
@@ -309,6 +315,21 @@ def _trainable() -> AbstractContextManager[object]:
 def _write_path(layer: Any, _state: dict, _prefix: str, local_metadata: dict[str, Any]) -> None:
     """Put the path into the metadata of a state dict, where nobody takes it for a tensor."""
     local_metadata["path"] = layer.path.to_dict()
+
+
+def parts_read(storages: Mapping[str, Tensor], path: PathConfig, has_bias: bool) -> dict[str, Tensor]:
+    """Views of what ``path`` reads of ``storages``: parts of low ranks, ``(length,)`` of a vector, ``()`` of a constant."""
+    parts: dict[str, Tensor] = {}
+    for slot, choice in path.choices.items():
+        first, *others = STORAGES[slot]
+        if choice.kind == "none" or (slot == "D" and not has_bias):
+            continue
+        if choice.kind == "lora":
+            parts |= dict(zip(STORAGES[slot], LowRank(storages[first], storages[others[0]], choice.rank).factors))
+        else:
+            term = Vector(storages[first]) if choice.kind == "vector" else Constant(storages[first])
+            parts[first] = term.entries if isinstance(term, Vector) else term.entry
+    return parts
 
 
 def names_read(path: PathConfig, has_bias: bool) -> list[str]:

@@ -143,11 +143,11 @@ class GLoRAConv2d(GLoRALayer):
         return F.pad(x, self._border, mode=self.padding_mode), 0
 
     def _geometry(self) -> str:
+        """As ``nn.Conv2d`` shows it."""
+        usual = {"padding": (0, 0), "dilation": (1, 1), "groups": 1, "padding_mode": "zeros"}
         text = f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}"
-        return (
-            f"{text}, padding={self.padding}, dilation={self.dilation}, groups={self.groups}, "
-            f"padding_mode={self.padding_mode}"
-        )
+        others = {name: getattr(self, name) for name, value in usual.items() if getattr(self, name) != value}
+        return ", ".join([text, *(f"{name}={value}" for name, value in others.items())])
 
 
 def _border(padding: str | tuple[int, int], kernel: tuple[int, int], dilation: tuple[int, int]) -> list[int]:

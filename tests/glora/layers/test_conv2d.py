@@ -158,8 +158,8 @@ def test_own_constructor_takes_the_arguments_of_the_convolution():
     assert layer.Ad.shape == (12, 3)
     assert layer.bias is None
     assert layer(image()).shape == layer.merge(PathConfig())(image()).shape
-    text = "4, 6, kernel_size=(3, 2), stride=(2, 2), padding=(1, 1), dilation=(1, 1), groups=2, padding_mode=reflect"
-    assert repr(layer).startswith(f"GLoRAConv2d({text}, bias=False, rank=3, product=matmul, path=(A=lora_3")
+    text = "4, 6, kernel_size=(3, 2), stride=(2, 2), padding=(1, 1), groups=2, padding_mode=reflect"
+    assert repr(layer).startswith(f"GLoRAConv2d({text}, bias=False, product=matmul, rank=3, A=lora_3")
 
 
 def test_copies_and_pickles():
