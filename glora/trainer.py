@@ -65,6 +65,7 @@ class GLoRACallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         require_trained(model)
+        _require_unused_found(args, model, self.space is not None)
         self._before, self._counts = get_paths(model), []
         self._sampler = None if self.space is None else sampler_for(model, self.space)
         if self._sampler is not None:
@@ -182,6 +183,17 @@ def require_trained(model: Any, random_paths: bool = False) -> None:
         raise ValueError(
             "model: expected paths that read a support tensor, or something else to train, got neither; call "
             "glora.set_paths(model, glora.PathConfig(B='lora_8')), say, or pass a space"
+        )
+
+
+def _require_unused_found(args: Any, model: nn.Module, random_paths: bool) -> None:
+    """Raise ValueError where ``Trainer`` wraps the model so that what a path leaves out would not be averaged."""
+    unread = random_paths or len(trainable_parameters(model, get_paths(model))) < len(trainable_parameters(model))
+    found = args.ddp_find_unused_parameters
+    if args.world_size > 1 and unread and not (not args.gradient_checkpointing if found is None else found):
+        raise ValueError(
+            "args.ddp_find_unused_parameters: expected True where several processes train paths that leave tensors "
+            f"out, got {found} with gradient_checkpointing={args.gradient_checkpointing}"
         )
 
 

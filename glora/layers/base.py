@@ -318,7 +318,7 @@ def _write_path(layer: Any, _state: dict, _prefix: str, local_metadata: dict[str
 
 
 def parts_read(storages: Mapping[str, Tensor], path: PathConfig, has_bias: bool) -> dict[str, Tensor]:
-    """Views of what ``path`` reads of ``storages``: parts of low ranks, ``(length,)`` of a vector, ``()`` of a constant."""
+    """Views of what ``path`` reads of ``storages``: of a vector ``(length,)``, of a constant ``()``."""
     parts: dict[str, Tensor] = {}
     for slot, choice in path.choices.items():
         first, *others = STORAGES[slot]

@@ -3,6 +3,8 @@
 import json
 import subprocess
 import sys
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -272,10 +274,11 @@ TWO_PROCESSES = """
 import json, sys
 import torch
 from tests.glora.test_trainer import GLoRATrainer, SPACE, adapted, arguments, losses, state, texts
-folder, batch = sys.argv[1], int(sys.argv[2])
+folder, batch, options = sys.argv[1], int(sys.argv[2]), json.loads(sys.argv[3])
 model = adapted()
 trainer = GLoRATrainer(
-    model, arguments(folder, per_device_train_batch_size=batch, save_strategy="steps", save_steps=3),
+    model,
+    arguments(folder, per_device_train_batch_size=batch, save_strategy="steps", save_steps=3, **options),
     train_dataset=texts(ignored=False), space=SPACE,
 )
 trainer.train()
@@ -285,13 +288,13 @@ if trainer.is_world_process_zero():
 """
 
 
-def launched(folder, processes, batch):
+def launched(folder, processes, batch, **options):
     folder.mkdir()
     script = folder / "script.py"
     script.write_text(TWO_PROCESSES)
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     done = subprocess.run(
-        [sys.executable, *torchrun, str(script), str(folder), str(batch)],
+        [sys.executable, *torchrun, str(script), str(folder), str(batch), json.dumps(options)],
         capture_output=True,
         text=True,
         check=False,
@@ -301,11 +304,36 @@ def launched(folder, processes, batch):
     return torch.load(folder / "state.pt"), json.loads((folder / "losses.json").read_text())
 
 
+CHECKPOINTING = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
+
+
 def test_two_processes_train_as_one(tmp_path):
     """DistributedDataParallel, as Trainer makes it, over gloo; the same paths on both."""
     one, one_losses = launched(tmp_path / "one", 1, BATCH)
-    two, two_losses = launched(tmp_path / "two", 2, BATCH // 2)
-    assert two_losses == pytest.approx(one_losses, abs=1e-5)
-    for name, tensor in one.items():
-        torch.testing.assert_close(two[name], tensor, rtol=0, atol=1e-4, msg=name)
-    assert (tmp_path / "two" / "checkpoint-6" / ADAPTER).is_file()
+    for name, options in {"two": {}, "saving": {**CHECKPOINTING, "ddp_find_unused_parameters": True}}.items():
+        two, two_losses = launched(tmp_path / name, 2, BATCH // 2, **options)
+        assert two_losses == pytest.approx(one_losses, abs=1e-5)
+        for tensor, expected in zip(two.values(), one.values()):
+            torch.testing.assert_close(tensor, expected, rtol=0, atol=1e-4)
+        assert (tmp_path / name / "checkpoint-6" / ADAPTER).is_file()
+
+
+@pytest.mark.parametrize(
+    ("found", "checkpointing", "processes", "path", "refused"),
+    [
+        (None, False, 2, PathConfig(B="lora_2"), False),
+        (None, True, 2, PathConfig(B="lora_2"), True),
+        (True, True, 2, PathConfig(B="lora_2"), False),
+        (False, False, 2, PathConfig(B="lora_2"), True),
+        (False, False, 1, PathConfig(B="lora_2"), False),
+        (False, False, 2, PathConfig("lora_2", "lora_2", "lora_2", "vector", "vector"), False),
+    ],
+)
+def test_a_wrapper_that_would_train_wrongly_is_refused(found, checkpointing, processes, path, refused):
+    model = adapted(vit)
+    glora.set_paths(model, path)
+    names = ("ddp_find_unused_parameters", "gradient_checkpointing", "world_size")
+    args = SimpleNamespace(**dict(zip(names, (found, checkpointing, processes))), seed=0)
+    message = r"^args.ddp_find_unused_parameters: expected True"
+    with pytest.raises(ValueError, match=message) if refused else nullcontext():
+        GLoRACallback().on_train_begin(args, SimpleNamespace(global_step=0), None, model=model)
