@@ -6,12 +6,15 @@ import sys
 from contextlib import nullcontext
 from types import SimpleNamespace
 
+import accelerate
 import pytest
 import torch
+from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import glora
 from glora import PathConfig, SearchSpace
+from glora.dataset import joined
 from glora.trainer import ADAPTER, GLoRACallback, GLoRATrainer
 from glora.training.batches import StepSampler, mix
 from tests.glora.test_objective import Rows, images, llama, texts, vit
@@ -273,7 +276,7 @@ def test_refuses_what_would_train_nothing(tmp_path):
 TWO_PROCESSES = """
 import json, sys
 import torch
-from tests.glora.test_trainer import GLoRATrainer, SPACE, adapted, arguments, losses, state, texts
+from tests.glora.test_trainer import GLoRATrainer, SPACE, accelerated, adapted, arguments, losses, state, texts
 folder, batch, options = sys.argv[1], int(sys.argv[2]), json.loads(sys.argv[3])
 model = adapted()
 trainer = GLoRATrainer(
@@ -282,10 +285,31 @@ trainer = GLoRATrainer(
     train_dataset=texts(ignored=False), space=SPACE,
 )
 trainer.train()
+loops = [] if options else [state(accelerated(batch, wrapped)) for wrapped in (False, True)]
 if trainer.is_world_process_zero():
-    torch.save({name: t for name, t in state(model).items()}, folder + "/state.pt")
+    torch.save([state(model), *loops], folder + "/states.pt")
     json.dump(losses(trainer), open(folder + "/losses.json", "w"))
 """
+
+
+def accelerated(batch, wrapped):
+    """A loop with accelerate: the model plain, and its gradients averaged by sync_gradients, or prepared as well."""
+    unused = accelerate.DistributedDataParallelKwargs(find_unused_parameters=True)
+    accelerator = accelerate.Accelerator(cpu=True, kwargs_handlers=[unused])
+    model = adapted()
+    optimizer = torch.optim.SGD(glora.trainable_parameters(model), lr=0.5)
+    loader = DataLoader(texts(ignored=False), batch, collate_fn=joined)
+    optimizer, loader = accelerator.prepare(optimizer, loader)
+    called = accelerator.prepare(model) if wrapped else model
+    generator = torch.Generator().manual_seed(0)
+    for batch in loader:
+        glora.set_paths(model, glora.sample_paths(model, SPACE, generator))
+        accelerator.backward(called(**batch).loss)
+        if not wrapped:
+            glora.sync_gradients(model)
+        optimizer.step()
+        optimizer.zero_grad()
+    return model
 
 
 def launched(folder, processes, batch, **options):
@@ -301,20 +325,22 @@ def launched(folder, processes, batch, **options):
         env={**__import__("os").environ, "PYTHONPATH": ".", "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    return torch.load(folder / "state.pt"), json.loads((folder / "losses.json").read_text())
+    return torch.load(folder / "states.pt"), json.loads((folder / "losses.json").read_text())
 
 
 CHECKPOINTING = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
 
 
 def test_two_processes_train_as_one(tmp_path):
-    """DistributedDataParallel, as Trainer makes it, over gloo; the same paths on both."""
+    """Over gloo, with the same paths on both: Trainer, which makes DistributedDataParallel, and accelerate's loops."""
     one, one_losses = launched(tmp_path / "one", 1, BATCH)
     for name, options in {"two": {}, "saving": {**CHECKPOINTING, "ddp_find_unused_parameters": True}}.items():
         two, two_losses = launched(tmp_path / name, 2, BATCH // 2, **options)
         assert two_losses == pytest.approx(one_losses, abs=1e-5)
-        for tensor, expected in zip(two.values(), one.values()):
-            torch.testing.assert_close(tensor, expected, rtol=0, atol=1e-4)
+        for found, expected in zip(two, one):
+            for key, tensor in expected.items():
+                torch.testing.assert_close(found[key], tensor, rtol=0, atol=1e-4, msg=key)
+        assert len(two) == (3 if name == "two" else 1)
         assert (tmp_path / name / "checkpoint-6" / ADAPTER).is_file()
 
 
