@@ -88,14 +88,14 @@ class GLoRAConv2d(GLoRALayer):
     def matrix(self) -> Tensor:
         return self.weight.flatten(1)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """``(M, in_channels, height, width) -> (M, N, ...)``, or without M; compiled, one graph serves every path."""
         if takes_operator():
-            x, padding = self._padded(x)
+            x, padding = self._padded(input)
             storages = [getattr(self, name) for name in SUPPORT_NAMES]
             geometry = (self.stride, padding, self.dilation, self.groups)
             return configured_conv2d(x, self.weight, self.bias, storages, self._config, self.product, *geometry)
-        return self.compute(x, self._terms_in_force())
+        return self.compute(input, self._terms_in_force())
 
     def compute(self, x: Tensor, terms: Terms) -> Tensor:
         x, padding = self._padded(x)

@@ -79,13 +79,13 @@ class GLoRALinear(GLoRALayer):
         self._prepared: PreparedLinear | None = None
         self._take_over(linear, self.features(linear), rank, product)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """``(..., K) -> (..., N)``. Under ``torch.compile`` the path is data: one graph serves every path."""
         if torch.compiler.is_compiling():
-            return super().forward(x)
+            return super().forward(input)
         path = self._history.in_force_eagerly()
-        y = None if self._prepared is None else self._prepared(x, held_parameters(self), path.choices)
-        return self._forward_anew(x, path) if y is None else y
+        y = None if self._prepared is None else self._prepared(input, held_parameters(self), path.choices)
+        return self._forward_anew(input, path) if y is None else y
 
     def _forward_anew(self, x: Tensor, path: PathConfig) -> Tensor:
         """A call with all checks; prepares for further calls like it if that is possible."""

@@ -73,9 +73,9 @@ class GLoRAQuantisedLinear(GLoRALinear):
         blocks = _Blocks(self)
         return torch.cat([blocks.rows(*bounds) for bounds in blocks.bounds])
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """``(..., K) -> (..., N)``."""
-        return self.compute(x, self._terms_in_force())
+        return self.compute(input, self._terms_in_force())
 
     def compute(self, x: Tensor, terms: Terms) -> Tensor:
         dtype = self._settings.get("compute_dtype")

@@ -227,3 +227,15 @@ def test_searched_winners_are_saved_compactly(tmp_path):
     merged = glora.load_adapter(llama(), tmp_path / "winner")
     glora.merge(merged)
     torch.testing.assert_close(merged(TOKENS).logits, model(TOKENS).logits)
+
+
+@pytest.mark.parametrize(
+    ("layer", "x"),
+    [
+        (glora.GLoRALinear(4, 3, rank=2), torch.randn(2, 4)),
+        (glora.GLoRAConv2d(2, 3, 3, rank=2), torch.randn(1, 2, 5, 5)),
+    ],
+    ids=["linear", "conv2d"],
+)
+def test_the_input_by_name_as_of_the_plain_layer(layer, x):
+    assert torch.equal(layer(input=x), layer(x))
