@@ -225,12 +225,11 @@ def test_some_paths_say_what_to_type():
         glora.set_paths(model, {"fc2": PathConfig(B="vector")})
     assert str(refused.value) == (
         "paths: expected exactly the 2 adapted layers of the model, each once; missing ['fc1'], unknown []; to change "
-        "some: p = glora.get_paths(model); p[name] = ...; glora.set_paths(model, p)"
+        "some of them: glora.set_paths(model, paths, partial=True)"
     )
-    p = glora.get_paths(model)
-    p["fc2"] = PathConfig(B="vector")
-    glora.set_paths(model, p)
-    assert glora.get_paths(model) == p
+    paths = glora.get_paths(model) | {"fc2": PathConfig(B="vector")}
+    glora.set_paths(model, {"fc2": PathConfig(B="vector")}, partial=True)
+    assert glora.get_paths(model) == paths
 
 
 # -- nothing to train, and what a model and a loss return ---------------------------------------------
