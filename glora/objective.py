@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from .arguments import require_function, require_type, type_of
 from .dataset import LABELS, Batch
 from .layers.packages import loaded
-from .models.modules import require_model
+from .models.modules import called, require_model
 from .models.wrappers import named_modules
 
 IGNORED = -100  # the target that cross-entropy leaves out, in PyTorch and Transformers
@@ -88,13 +88,17 @@ class Objective:
         self._is_causal = _is_causal(inner)
 
     def output(self, model: nn.Module, batch: Batch) -> Any:
-        """The output of ``model``. Named inputs are its arguments; labels only if it takes them and its loss counts.
+        """The output of ``model``; raises TypeError as :meth:`arguments`."""
+        return called(model, self.arguments(batch))
+
+    def arguments(self, batch: Batch) -> Tensor | dict[str, Any]:
+        """What the model is given of a batch. Labels are among them only if it takes them and its own loss counts.
 
         Raises:
             TypeError: the batch has inputs that ``forward`` does not take.
         """
         if isinstance(batch.inputs, Tensor):
-            return model(batch.inputs)
+            return batch.inputs
         inputs = dict(batch.inputs)
         if self.loss_fn is not None or (self._arguments is not None and LABELS not in self._arguments):
             inputs.pop(LABELS, None)
@@ -103,7 +107,7 @@ class Objective:
                 f"dataset: expected the arguments of the model's forward, {sorted(self._arguments)}, got {unknown} "
                 f"too; remove them (datasets: dataset.remove_columns({unknown}))"
             )
-        return model(**inputs)
+        return inputs
 
     def loss(self, output: Any, target: Tensor | None, named: bool = False) -> Tensor:
         """The loss of a batch, ``()``.

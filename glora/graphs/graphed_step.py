@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..config import PathConfig, SearchSpace
-from ..models.modules import require_layers
+from ..models.modules import called, require_layers
 from ..paths import Paths, sampler_for
 from .capture import graphs_for
 from .checks import check_amp, check_model, check_optimizer
@@ -20,7 +20,8 @@ from .step_body import Loss, Measure, Outcome, StepBody
 from .whole import WholeStep
 
 _MODES: dict[str, type[WholeStep] | type[PiecewiseStep]] = {"whole": WholeStep, "piecewise": PiecewiseStep}
-_Form = tuple[torch.Size, torch.dtype]
+_Inputs = Tensor | Mapping[str, Tensor]
+_Form = tuple[tuple[str, torch.Size, torch.dtype], ...]
 
 
 class GraphedStep:
@@ -100,15 +101,18 @@ class GraphedStep:
             name: (layer.path.choices["A"].kind,) if space is None else space.A for name, layer in layers.items()
         }
         self._step = _MODES[mode](self._body, graphs_for(self._body.device), kinds)
-        self._captured: tuple[_Form, _Form] | None = None
+        self._captured: _Form | None = None
         self.paths: Paths | None = None
         self.measured: Tensor | None = None
 
-    def __call__(self, x: Tensor, target: Tensor, paths: Mapping[str, PathConfig] | PathConfig | None = None) -> Tensor:
+    def __call__(
+        self, x: _Inputs, target: Tensor, paths: Mapping[str, PathConfig] | PathConfig | None = None
+    ) -> Tensor:
         """Take a step and return the loss, detached, ``()``. The first call captures.
 
         Args:
-            x, target: on the model's device.
+            x: a tensor, or in the mode ``"piecewise"`` the arguments of the model by name; on the model's device.
+            target: a tensor, on that device.
             paths: of every adapted layer by name, or one for all of them; None draws them, or takes the layers' own.
 
         Raises:
@@ -121,11 +125,12 @@ class GraphedStep:
         self.paths = self._paths(paths)
         if self._captured is None:
             self.capture(x, target)
-        loss, measured = self._step(x, target, self.paths, self.replays(x, target))
+        replay = self.replays(x, target)
+        loss, measured = self._step(x, target, self.paths, replay)  # type: ignore[arg-type]  # _check_batch
         self.measured = None if measured is None else measured.detach()
         return loss
 
-    def capture(self, x: Tensor, target: Tensor) -> None:
+    def capture(self, x: _Inputs, target: Tensor) -> None:
         """Capture for batches like this one. It changes nothing: no parameter, buffer, or state of a generator.
 
         Raises:
@@ -133,12 +138,12 @@ class GraphedStep:
             RuntimeError: an operation that cannot be captured, or too little memory.
         """
         self._check_batch(x, target)
-        self._step.capture(x, target)
-        self._captured = _form(x), _form(target)
+        self._step.capture(x, target)  # type: ignore[arg-type]  # _check_batch
+        self._captured = _form(x, target)
 
-    def replays(self, x: Tensor, target: Tensor) -> bool:
+    def replays(self, x: _Inputs, target: Tensor) -> bool:
         """Whether a step has been captured for batches of these shapes and dtypes."""
-        return self._captured == (_form(x), _form(target))
+        return self._captured == _form(x, target)
 
     def _paths(self, given: Mapping[str, PathConfig] | PathConfig | None) -> Paths:
         if given is not None:
@@ -147,18 +152,25 @@ class GraphedStep:
             return self._sampler.sample(self._generator)
         return {name: layer.path for name, layer in self._body.data.layers.items()}
 
-    def _check_batch(self, x: Tensor, target: Tensor) -> None:
-        for name, value in (("x", x), ("target", target)):
+    def _check_batch(self, x: _Inputs, target: Tensor) -> None:
+        if isinstance(x, Mapping) and isinstance(self._step, WholeStep):
+            raise ValueError("x: expected a tensor in the mode 'whole', got a mapping, which 'piecewise' takes")
+        for name, value in _named(x, target).items():
             if not isinstance(value, Tensor):
                 raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
             if value.device != self._body.device:
                 raise ValueError(f"{name}: expected device {self._body.device} (that of the model), got {value.device}")
 
 
-def _forward(model: nn.Module, loss_fn: Loss, measure: Measure | None, x: Tensor, target: Tensor) -> Outcome:
-    output = model(x)
+def _forward(model: nn.Module, loss_fn: Loss, measure: Measure | None, x: _Inputs, target: Tensor) -> Outcome:
+    output = called(model, x)
     return loss_fn(output, target), None if measure is None else measure(output, target)
 
 
-def _form(tensor: Tensor) -> _Form:
-    return tensor.shape, tensor.dtype
+def _named(x: _Inputs, target: Tensor) -> dict[str, Tensor]:
+    inputs = {f"x[{name!r}]": value for name, value in x.items()} if isinstance(x, Mapping) else {"x": x}
+    return {**inputs, "target": target}
+
+
+def _form(x: _Inputs, target: Tensor) -> _Form:
+    return tuple((name, value.shape, value.dtype) for name, value in _named(x, target).items())

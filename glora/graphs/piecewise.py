@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +38,7 @@ class PiecewiseStep:
         self._cheap = {name: piece for name, piece in cheap.items() if type(piece) is not PathAsData}
         self._captured: dict[nn.Module, _Replayed] = {}
 
-    def __call__(self, x: Tensor, target: Tensor, paths: Mapping[str, PathConfig], replay: bool) -> Outcome:
+    def __call__(self, x: Any, target: Tensor, paths: Mapping[str, PathConfig], replay: bool) -> Outcome:
         self._body.data.set(paths)
         self._body.optimizer.zero_grad(set_to_none=True)
         pieces: dict[str, nn.Module] = {name: self._piece(name, p.choices["A"].kind) for name, p in paths.items()}
@@ -55,7 +56,7 @@ class PiecewiseStep:
         """What runs the layer under paths with this kind of A."""
         return self._general[name] if kind == "lora" else self._cheap.get(name, self._general[name])
 
-    def capture(self, x: Tensor, target: Tensor) -> None:
+    def capture(self, x: Any, target: Tensor) -> None:
         """Capture the pieces for batches of this form, and try a step with them that changes nothing.
 
         Raises:
@@ -79,7 +80,7 @@ class PiecewiseStep:
         self._body.optimizer.zero_grad(set_to_none=True)
         self._captured = captured
 
-    def _inputs(self, x: Tensor, target: Tensor) -> dict[str, Tensor]:
+    def _inputs(self, x: Any, target: Tensor) -> dict[str, Tensor]:
         """A tensor like the input of each layer, in the order in which they run."""
         found: dict[str, Tensor] = {}
         counts = dict.fromkeys(self._layers, 0)

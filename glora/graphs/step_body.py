@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +31,7 @@ class StepBody:
 
     model: nn.Module
     optimizer: Optimizer
-    loss: Callable[[Tensor, Tensor], Outcome]
+    loss: Callable[[Any, Tensor], Outcome]
     precision: torch.dtype | None
     data: PathData
     clip_norm: float | None
@@ -43,7 +44,7 @@ class StepBody:
     def parameters(self) -> list[nn.Parameter]:
         return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
 
-    def forward(self, x: Tensor, target: Tensor) -> Outcome:
+    def forward(self, x: Any, target: Tensor) -> Outcome:
         with self.autocast():
             return self.loss(x, target)
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from glora_kernels.torch_private import children_of
 
@@ -27,6 +28,11 @@ def glora_layers(model: nn.Module) -> dict[str, GLoRALayer]:
 def module_types(model: nn.Module) -> dict[str, type]:
     """The type of every module by its name."""
     return {name: type(module) for name, module in model.named_modules()}
+
+
+def called(model: nn.Module, inputs: Tensor | Mapping[str, Any]) -> Any:
+    """The output of ``model`` for a tensor, or for its arguments by name."""
+    return model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
 
 
 def require_model(model: nn.Module) -> None:

@@ -79,12 +79,12 @@ class _Repeatable(Dataset):
 
     def __getitem__(self, numbered: tuple[int, int]) -> Any:
         index, number = numbered
-        with _drawing_from(mix(mix(self.seed, -2), number)):
+        with drawing_from(mix(mix(self.seed, -2), number)):
             return self.dataset[index]
 
 
 @contextmanager
-def _drawing_from(seed: int) -> Iterator[None]:
+def drawing_from(seed: int) -> Iterator[None]:
     """Seed Python's, numpy's and torch's global generators (on the CPU) with ``seed``; restore them after the block."""
     before = random.getstate(), np.random.get_state(), torch.get_rng_state()
     random.seed(seed)
@@ -144,11 +144,11 @@ def _loaded(loader: DataLoader, seed: int, start: int) -> Iterator[Any]:
         generator = loader.generator
         if generator is not None:
             generator.manual_seed(mix(mix(seed, -3), passed))
-        with _drawing_from(mix(mix(seed, -4), passed)):
+        with drawing_from(mix(mix(seed, -4), passed)):
             turn = iter(loader)
         first = step
         while True:
-            with _drawing_from(mix(mix(seed, -5), step)):
+            with drawing_from(mix(mix(seed, -5), step)):
                 batch = next(turn, None)
             if batch is None:
                 break
@@ -210,7 +210,7 @@ def fingerprint(dataset: Dataset | DataLoader) -> int | None:
 
 
 def _checksum_of_samples(dataset: Dataset, indices: Iterable[int]) -> int:
-    with _drawing_from(0):
+    with drawing_from(0):
         return checksum(part for index in indices for part in _parts(dataset[index]))
 
 

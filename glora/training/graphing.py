@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..dataset import Batch
+from ..dataset import LABELS, Batch
 from ..graphs import GraphedStep
 from ..graphs.capture import graphs_for
-from ..graphs.step_body import Loss, Measure
+from ..graphs.step_body import Outcome
 from ..layers.base import GLoRALayer
+from ..objective import Objective
+from ..paths import Paths
 from .state import TrainingState
 
 GRAPHS = ("auto", "piecewise", "whole", "off")
@@ -44,10 +47,9 @@ class StepGraphs:
         ValueError: ``"piecewise"`` or ``"whole"``, and a model that cannot be captured so.
     """
 
-    def __init__(
-        self, state: TrainingState, loss_fn: Loss, measure: Measure, choice: str, tell: Callable[[str], object]
-    ):
-        self._state, self._loss_fn, self._measure, self._tell = state, loss_fn, measure, tell
+    def __init__(self, state: TrainingState, objective: Objective, choice: str, tell: Callable[[str], object]):
+        self._state, self._objective, self._tell = state, objective, tell
+        self._named = False  # whether the target of the batch came with named inputs
         self._choice = choice if graphs_for(state.device) is not None else "off"
         self.used = "off"
         self._step: GraphedStep | None = None
@@ -67,7 +69,7 @@ class StepGraphs:
             self._step = GraphedStep(
                 state.model,
                 state.optimizer,
-                self._loss_fn,
+                self._loss,
                 state.space,
                 mode=mode,
                 clip_norm=recipe.clip_norm,
@@ -105,13 +107,16 @@ class StepGraphs:
         if self._choice != "off" and self._parameters != self._found():
             self._make()
 
-    def step_for(self, batch: Batch) -> GraphedStep | None:
-        """What takes the step of this batch; None: the ordinary loop. The first batch is the one that is captured."""
+    def take(self, batch: Batch, paths: Paths | None) -> Outcome | None:
+        """Take the step of ``batch`` and return its loss and accuracy; None: that is left to the ordinary loop.
+
+        The first batch is the one that is captured. Without a space, ``paths`` are None: those of the layers.
+        """
         if self._step is None:
             return None
-        x, target = batch.inputs, batch.target
-        if not isinstance(x, Tensor) or target is None:
-            self._give_up(ValueError("the samples are dictionaries, and graphs take a pair of tensors"))
+        x, target, self._named = self._objective.arguments(batch), batch.target, batch.named
+        if target is None:
+            self._give_up(ValueError(f"the samples have no {LABELS!r}, and graphs need a target"))
             return None
         if not self._captured:
             try:
@@ -121,11 +126,18 @@ class StepGraphs:
                 return None
             self._captured = True
         if self._step.replays(x, target):
-            return self._step
+            return self._step(x, target, paths), self._step.measured
         if not self._told_of_shapes:
+            shape = tuple(x.shape) if isinstance(x, Tensor) else {name: tuple(each.shape) for name, each in x.items()}
             self._tell(
-                f"train: steps of batches such as {tuple(x.shape)} run without CUDA graphs, which were captured for "
-                "those of the first step"
+                f"train: steps of batches such as {shape} run without CUDA graphs, which were captured for those of "
+                "the first step"
             )
             self._told_of_shapes = True
         return None
+
+    def _loss(self, output: Any, target: Tensor) -> Tensor:
+        return self._objective.loss(output, target, self._named)
+
+    def _measure(self, output: Any, target: Tensor) -> Tensor | None:
+        return self._objective.accuracy(output, target, self._named)

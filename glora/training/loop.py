@@ -16,7 +16,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
@@ -30,7 +30,7 @@ from ..distributed import copy_from_first, require_trainable, unwrapped
 from ..files import require_file
 from ..layers.base import GLoRALayer
 from ..models.wrappers import is_compiled
-from ..objective import Loss, Objective, Outputs
+from ..objective import Loss, Metrics, Objective, Outputs
 from ..parameters import trainable_parameters
 from ..paths import get_paths, sampler_for, set_layer_paths, set_paths
 from ..processes import from_first, is_first, require_agreement, require_group, together, world_size
@@ -43,6 +43,7 @@ from .recipe import Recipe
 from .results import Results
 from .state import TrainingState
 from .step import take_step
+from .validation import Validation
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,8 @@ class TrainSummary:
         total_seconds: of the whole run, without work that was lost when it was cut.
         resumed_from: the step that this call began at.
         graphs: how the steps of this call ran: ``"piecewise"``, ``"whole"``, ``"off"``, or ``"off: "`` and why.
+        validations: of the whole run: loss and accuracy on the validation data, by the step after which they were
+            formed; empty without such data.
     """
 
     steps: int
@@ -64,6 +67,7 @@ class TrainSummary:
     resumed_from: int
     total_seconds: float
     graphs: str = "off"
+    validations: Mapping[int, Metrics] = field(default_factory=dict)
 
 
 def train(
@@ -72,6 +76,7 @@ def train(
     recipe: Recipe,
     *,
     space: SearchSpace | None = None,
+    validation: Dataset | DataLoader | None = None,
     loss_fn: Loss | None = None,
     outputs: Outputs = None,
     collate: Collate | None = None,
@@ -104,6 +109,10 @@ def train(
             is seeded; ``recipe.batch_size``, ``workers`` and ``collate`` are not read then. It needs a single process.
         recipe: how to train.
         space: draw paths from it; None trains the model as it is.
+        validation: samples as for :func:`glora.evaluate`, on which the model is scored at the end of each epoch and
+            after the last step: in eval mode, and under the paths that its layers had before the call, so that the
+            figures of a supernet can be compared. They are in the log, in the bar and in the summary; nothing that is
+            trained depends on them. With several processes rank 0 scores alone, unless parameters are sharded.
         loss_fn: ``(output, target) -> scalar``; for several processes, a mean over samples. None: the loss that the
             model returns (``.loss``) where it is given labels, else the cross-entropy of its logits, in which targets
             of -100 do not count. With a loss of your own, and where its ``forward`` has no such argument, the model is
@@ -115,7 +124,8 @@ def train(
         checkpoint: a file to resume from, if it exists, and to save to; written atomically. That of another run is
             refused: one with other settings, products, frozen weights or data (a first, a middle and a last sample
             are compared, if reading them twice gives the same).
-        log: a CSV file (step, epoch, lr, loss, accuracy), rewritten with every checkpoint and at the end.
+        log: a CSV file (step, epoch, lr, loss, accuracy, and validation_loss and validation_accuracy if there is such
+            data), rewritten with every checkpoint and at the end.
         workers: processes that read samples; 0 reads them in this one.
         progress: show a bar with loss, accuracy (for class targets) and images per second.
         on_step: called with the step and its loss after each step and its checkpoint, on every rank. It makes a GPU
@@ -149,18 +159,19 @@ def train(
         recipe = replace(recipe, batch_size=dataset.batch_size)
     objective = together(lambda: Objective(model, loss_fn, outputs, recipe.label_smoothing))
     state, sampler = together(lambda: _prepare(model, dataset, recipe, space, loss_fn, log, workers, graphs))
+    paths_before = {name: layer.path for name, layer in state.layers.items()}
+    scoring = together(lambda: Validation(state, validation, objective, paths_before, workers, collate))
     if world_size() > 1:
-        _start_alike(state, checkpoint is not None)
+        _start_alike(state, checkpoint is not None, validation is not None)
     if checkpoint is not None:
         state.data = from_first(lambda: fingerprint(dataset))
     if checkpoint is None or not state.load(checkpoint):
         torch.manual_seed(recipe.seed)
     else:
         tell(f"train: continues from {os.fspath(checkpoint)}, step {state.step} of {recipe.steps}")
-    paths_before = {name: layer.path for name, layer in state.layers.items()}
     model.train()
     resumed_from, started = state.step, time.perf_counter()
-    step_graphs = StepGraphs(state, objective.loss, objective.accuracy, graphs, tell)
+    step_graphs = StepGraphs(state, objective, graphs, tell)
     watched = {} if is_compiled(model) else state.layers  # a graph that was compiled before calls no new hooks
     results = Results(state.records, late=state.device.type == "cuda" and on_step is None)
     steps = batches(dataset, recipe, state.step, workers, state.device, joined if collate is None else collate)
@@ -172,11 +183,13 @@ def train(
                 set_layer_paths(state.layers, sampler.sample(state.generator))
             with _all_layers_run(watched) if state.step == resumed_from else nullcontext():
                 records = take_step(state, steps, objective, step_graphs, results)
+            if scoring.is_due:
+                scoring.run()
             if state.step % recipe.checkpoint_every == 0 or state.step == recipe.steps:
                 records += results.read(every=True)
                 _save(state, checkpoint, log)
             meter.update(records)
-            bar.set_postfix_str(meter.text(), refresh=False)
+            bar.set_postfix_str(meter.text(state.validations), refresh=False)
             bar.update()
             if on_step is not None:
                 on_step(state.step, state.records[-1].loss)
@@ -191,7 +204,8 @@ def train(
     images = (state.step - resumed_from) * recipe.batch_size
     speed = images / seconds if seconds else 0.0
     losses = tuple(record.loss for record in state.records)
-    return TrainSummary(state.step, losses, seconds, speed, resumed_from, state.seconds, step_graphs.used)
+    total, graphed = state.seconds, step_graphs.used
+    return TrainSummary(state.step, losses, seconds, speed, resumed_from, total, graphed, state.validations)
 
 
 def _say_nothing(_: str) -> None:
@@ -262,10 +276,10 @@ def _count_samples(dataset: Dataset | DataLoader) -> int | None:
     return None if isinstance(dataset.dataset, IterableDataset) else require_data("dataset", dataset.dataset)
 
 
-def _start_alike(state: TrainingState, saves: bool) -> None:
-    """Make sure that all ranks train the same, from the same tensors, and save at the same steps."""
-    saving = {"checkpoint": saves, "checkpoint_every": state.recipe.checkpoint_every}
-    require_agreement("arguments", {**state.arguments(), **saving})
+def _start_alike(state: TrainingState, saves: bool, validates: bool) -> None:
+    """Make sure that all ranks train the same, from the same tensors, and save and validate at the same steps."""
+    stops = {"checkpoint": saves, "checkpoint_every": state.recipe.checkpoint_every, "validation": validates}
+    require_agreement("arguments", {**state.arguments(), **stops})
     if not state.averages_itself:
         copy_from_first(state.inner)
 

@@ -21,6 +21,7 @@ from ..files import checksum, require_file, write_atomically
 from ..models.contents import require_fit, slots
 from ..models.modules import glora_layers, require_layers
 from ..models.wrappers import modules_by_name, name_in, named_buffers, named_parameters, tensors_in
+from ..objective import Metrics
 from ..processes import from_first
 from .batches import mix
 from .recipe import Recipe
@@ -51,6 +52,7 @@ class TrainingState:
 
     Attributes:
         data: what tells the data set from others (:func:`glora.training.batches.fingerprint`), or None.
+        validations: the results on validation data, by the step after which they were formed.
     """
 
     def __init__(
@@ -71,6 +73,7 @@ class TrainingState:
         self.find_layers()
         self.step = 0
         self.records: list[StepRecord] = []
+        self.validations: dict[int, Metrics] = {}
         self.optimizer = torch.optim.AdamW(
             parameters, lr=recipe.lr, weight_decay=recipe.weight_decay, capturable=capturable
         )
@@ -159,6 +162,7 @@ class TrainingState:
             "identity": self._identity(),
             "step": self.step,
             "records": [tuple(record) for record in self.records],
+            "validations": {step: tuple(metrics) for step, metrics in self.validations.items()},
             "seconds": self.seconds,
             "tensors": {**self._tensors(), **trained},
             "optimizer": _as_data(_each_moment(self.optimizer.state_dict(), lambda _, moment: whole(moment))),
@@ -202,6 +206,8 @@ class TrainingState:
             self.generator.set_state(state["path_generator"])
             torch.Generator().set_state(state["torch_generator"])  # to see whether it can be set
             self.records = [StepRecord(*record) for record in state["records"]]
+            found = state.get("validations", {})  # earlier releases had none
+            self.validations = {step: Metrics(*metrics) for step, metrics in found.items()}
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
             raise ValueError(f"{file}: expected a training checkpoint, it is damaged ({error!r})") from None
 

@@ -40,10 +40,10 @@ def take_step(
 
     def forward() -> Outcome:
         batch = require_batch("dataset", next(batches)).to(state.device)
-        graphed = graphs.step_for(batch)
-        if graphed is not None:  # it also goes backward and updates
-            paths = None if state.space is None else {name: layer.path for name, layer in state.layers.items()}
-            return graphed(batch.inputs, batch.target, paths), graphed.measured  # type: ignore[arg-type]
+        paths = None if state.space is None else {name: layer.path for name, layer in state.layers.items()}
+        graphed = graphs.take(batch, paths)
+        if graphed is not None:  # it also went backward and updated
+            return graphed
         state.optimizer.zero_grad(set_to_none=True)
         with _precision(state):
             output = objective.output(state.model, batch)

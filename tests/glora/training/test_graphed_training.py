@@ -11,9 +11,10 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import Dataset, TensorDataset
 
 import glora
-from glora import Recipe, SearchSpace, inject, set_paths, train
+from glora import Recipe, SearchSpace, glora_layers, inject, set_paths, train
 from glora.dataset import joined
 from glora.training.results import Results
+from tests.glora.test_objective import llama, texts
 from tests.glora.toys import CLASSES, IN_FEATURES, adapted_mlp, generator, points, same_bits, seeded, state, tiny_vit
 from tests.graph_emulation import emulate
 
@@ -317,6 +318,36 @@ def test_batches_of_changing_shapes(monkeypatch, capfd):
         "train: steps of batches such as (5, 3, 6) run without CUDA graphs, which were captured for those of the first "
         "step"
     )
+
+
+def test_a_language_model_and_its_own_loss(monkeypatch):
+    """Batches as dictionaries: the labels are moved by one token, for the accuracy too."""
+    plain, graphed = inject(llama().double(), 2), inject(llama().double(), 2)
+    graphed.load_state_dict(plain.state_dict())
+    expected = run(plain, dataset=texts())
+    emulated = emulate(monkeypatch)
+    found, layers = run(graphed, dataset=texts()), len(glora_layers(graphed))
+    assert (found.graphs, emulated.replays) == ("piecewise", (RECIPE.steps + 1) * 2 * layers)
+    assert found.losses == pytest.approx(expected.losses, rel=1e-9)
+    assert_same(state(graphed), state(plain), 1e-9)
+
+
+def test_samples_without_labels_run_without_graphs(monkeypatch, capfd):
+    class WithLoss(Mean):
+        def forward(self, x):
+            return {"loss": super().forward(x).square().mean()}
+
+    rows = [{"x": x} for x, _ in (Ragged()[index] for index in range(8))]
+    plain, graphed = WithLoss(double()), WithLoss(double())
+    expected = run(plain, dataset=rows)
+    emulate(monkeypatch)
+    found = train(graphed, rows, RECIPE, space=SPACE)
+    assert found.graphs == "off: the samples have no 'labels', and graphs need a target"
+    assert found.losses == expected.losses
+    with pytest.raises(ValueError, match="the samples have no 'labels'"):
+        run(graphed, dataset=rows, graphs="piecewise")
+    with pytest.raises(ValueError, match=r"^x: expected a tensor in the mode 'whole', got a mapping"):
+        run(double(), dataset=[{"input": row["x"][0], "labels": 1} for row in rows], graphs="whole")
 
 
 @pytest.mark.parametrize(
