@@ -108,7 +108,7 @@ def _checked(
     name: str, classes: int, weights: str | os.PathLike | None, drop_path: float, options: Mapping[str, Any]
 ) -> Any:
     """timm's configuration of ``name``, after the checks that need no model."""
-    config = _configuration(name)
+    config = pretrained_config(name)
     if type(classes) is not int or classes < 1:
         raise ValueError(f"classes: expected an integer from 1, got {classes!r}")
     if isinstance(drop_path, bool) or not isinstance(drop_path, (int, float)) or not 0 <= drop_path < 1:
@@ -125,7 +125,8 @@ def _checked(
     return config
 
 
-def _configuration(name: str) -> Any:
+def pretrained_config(name: str) -> Any:
+    """timm's configuration of a model's pretrained weights. Raises TypeError, ValueError for no model of timm."""
     from timm import list_models
     from timm.models import get_deprecated_models, get_pretrained_cfg, is_model
 

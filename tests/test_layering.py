@@ -24,10 +24,11 @@ HEAVY = (
     "torch.distributed.tensor",
 )
 GLORA = sorted((ROOT / "glora").rglob("*.py"))
-# Packages whose types are adapted: imported when such a layer is made or read.
+# Packages whose types are adapted, imported when such a layer is made or read; and one that makes models.
 LAZY = {
     ROOT / "glora" / "layers" / "conv1d.py": ("transformers",),
     ROOT / "glora" / "layers" / "quantised_formats.py": ("bitsandbytes", "torchao"),
+    ROOT / "glora" / "runs" / "text_models.py": ("transformers",),
 }
 # Derives from classes of Transformers; nothing else imports it.
 TRAINER = ROOT / "glora" / "trainer.py"

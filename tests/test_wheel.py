@@ -18,7 +18,7 @@ SOURCES = {"glora": ROOT / "glora", "glora_kernels": ROOT / "glora_kernels", "gl
 DATA = {
     "glora/py.typed",
     "glora/report/published.json",
-    *(f"glora/runs/recipes/{name}.toml" for name in ("fewshot", "imagenet", "vtab1k")),
+    *(f"glora/runs/recipes/{name}.toml" for name in ("fewshot", "imagenet", "own_images", "own_texts", "vtab1k")),
     "glora_kernels/planning/settings.json",
     "glora_kernels/py.typed",
 }

@@ -13,6 +13,9 @@ from typing import ClassVar
 from .checking import find_missing
 from .images import ImageList, ImageSettings, transform_for
 from .sources import DataSet, Missing, Source
+from .texts import TextList
+
+Samples = ImageList | TextList
 
 
 @dataclass(frozen=True)
@@ -20,14 +23,14 @@ class Target:
     """A data set for tests of a model that was trained on another one.
 
     Args:
-        open: reads its list and gives the images; so does calling the target.
+        open: reads its list and gives the images (or texts); so does calling the target.
         classes: the classes among which the model chooses, if they are not all that it was trained on.
     """
 
-    open: Callable[[], ImageList]
+    open: Callable[[], Samples]
     classes: tuple[int, ...] | None = None
 
-    def __call__(self) -> ImageList:
+    def __call__(self) -> Samples:
         return self.open()
 
 
@@ -36,17 +39,17 @@ class Splits:
     """An opened data set. The test split and the targets are read only when they are opened.
 
     Args:
-        train: the images that a supernet is trained on; candidates are scored on ``validation``.
+        train: the images (or texts) that a supernet is trained on; candidates are scored on ``validation``.
         validation: the images that the search scores candidates on, without those in ``train``.
         train_and_validation: the images for a last training before the test: in few-shot protocols only the shots.
         test: opens the test split.
         targets: opens other data sets to test on, by name.
     """
 
-    train: ImageList
-    validation: ImageList
-    train_and_validation: ImageList
-    test: Callable[[], ImageList]
+    train: Samples
+    validation: Samples
+    train_and_validation: Samples
+    test: Callable[[], Samples]
     targets: Mapping[str, Target] = field(default_factory=dict)
 
 
@@ -78,7 +81,7 @@ class Protocol(ABC):
     """
 
     name: ClassVar[str]
-    table: ClassVar[tuple[DataSet, ...]]
+    table: tuple[DataSet, ...]
     shots: ClassVar[tuple[int | None, ...]]
     seeds: ClassVar[tuple[int, ...]]
     images: ClassVar[ImageSettings]
@@ -148,14 +151,23 @@ class Protocol(ABC):
         if not isinstance(settings, ImageSettings):
             raise TypeError(f"images: expected ImageSettings or None, got {type(images).__name__}")
         layout = self.layout(root, dataset, shots, seed)
-        train = _open(layout.train, settings, train=True)
+        train = self._samples(layout.train, settings, train=True)
         return Splits(
             train=train,
-            validation=_without(_open(layout.validation, settings), train),
-            train_and_validation=_open(layout.train_and_validation, settings, train=True),
-            test=lambda: _open(layout.test, settings),
-            targets={name: _target(source, classes, settings) for name, (source, classes) in layout.targets.items()},
+            validation=_without(self._samples(layout.validation, settings), train),
+            train_and_validation=self._samples(layout.train_and_validation, settings, train=True),
+            test=lambda: self._samples(layout.test, settings),
+            targets={
+                name: self._target(source, classes, settings) for name, (source, classes) in layout.targets.items()
+            },
         )
+
+    def _samples(self, source: Source, settings: ImageSettings, train: bool = False) -> Samples:
+        root, entries = source.read()
+        return ImageList(root, entries, transform_for(settings, train), random=train and settings.augment)
+
+    def _target(self, source: Source, classes: tuple[int, ...] | None, settings: ImageSettings) -> Target:
+        return Target(lambda: self._samples(source, settings), classes)
 
     def check(
         self,
@@ -184,19 +196,12 @@ class Protocol(ABC):
         return find_missing(source for layout in layouts for source in layout.sources())
 
 
-def _open(source: Source, settings: ImageSettings, train: bool = False) -> ImageList:
-    root, entries = source.read()
-    return ImageList(root, entries, transform_for(settings, train), random=train and settings.augment)
-
-
-def _target(source: Source, classes: tuple[int, ...] | None, settings: ImageSettings) -> Target:
-    return Target(lambda: _open(source, settings), classes)
-
-
-def _without(validation: ImageList, train: ImageList) -> ImageList:
-    """``validation`` without the training images: a score on those would measure memory."""
+def _without(validation: Samples, train: Samples) -> Samples:
+    """``validation`` without what is trained on: a score on that would measure memory."""
     trained = {train.root / path for path, _ in train.entries}
     entries = [entry for entry in validation.entries if validation.root / entry[0] not in trained]
     if not entries:
-        raise ValueError(f"{validation.root}: expected validation images that are not trained on, found none")
-    return ImageList(validation.root, entries, validation.transform)
+        raise ValueError(
+            f"{validation.root}: expected validation {validation.noun} that are not trained on, found none"
+        )
+    return validation.of(entries)

@@ -128,6 +128,8 @@ class ImageList(Dataset):
         random: whether the transform is random; such a list cannot be preloaded.
     """
 
+    noun = "images"
+
     def __init__(
         self,
         root: str | os.PathLike,
@@ -140,6 +142,15 @@ class ImageList(Dataset):
 
     def __len__(self) -> int:
         return len(self.entries)
+
+    @property
+    def identity(self) -> list:
+        """What tells the list from others; the images are not read."""
+        return list(self.entries)
+
+    def of(self, entries: Iterable[tuple[str, int]]) -> ImageList:
+        """The same list of other ``entries``."""
+        return ImageList(self.root, entries, self.transform, random=self.random)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         from torchvision.datasets.folder import pil_loader

@@ -12,7 +12,7 @@ from .runs import Run, Setting
 
 Conditions = Mapping[str, str]
 # No result depends on these.
-_WITHOUT_EFFECT = ("workers", "checkpoint_epochs")
+_WITHOUT_EFFECT = ("workers", "checkpoint_epochs", "validate")
 
 
 def tell_apart(runs: Sequence[Run]) -> list[Run]:
@@ -38,7 +38,8 @@ def conditions(run: Run) -> Conditions:
     spec, search = run.spec, run.search
     recipe = asdict(spec.recipe)
     found: dict[str, Any] = {"weights": weights(run)}
-    found |= {f"{table}.{name}": value for table in ("model", "images") for name, value in recipe[table].items()}
+    tables = ("model", spec.recipe.samples)
+    found |= {f"{table}.{name}": value for table in tables for name, value in recipe[table].items()}
     found |= {name: value for name, value in recipe["training"].items() if name not in _WITHOUT_EFFECT}
     if spec.preset is None:
         found["ranks"] = spec.recipe.sizes[spec.size].ranks

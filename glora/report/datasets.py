@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from ..protocols import DataSet, protocol
+from ..protocols import OWN_IMAGES, OWN_TEXTS, DataSet, protocol
 
 
 def data_sets(name: str) -> Mapping[str, DataSet]:
     """The data sets of one protocol. Raises ValueError for an unknown protocol."""
     return {about.name: about for about in protocol(name).table}
+
+
+def title_of(protocol_name: str, name: str) -> str:
+    """The name of a data set in tables; own data have the name of their folder or file."""
+    return name if protocol_name in (OWN_IMAGES, OWN_TEXTS) else data_sets(protocol_name)[name].title
 
 
 def group_of(group: str) -> list[str]:

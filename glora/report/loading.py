@@ -12,7 +12,6 @@ from ..runs.folder import DESCRIPTION, MERGED, SEARCHED, TESTED, TRAINED, RunFol
 from ..runs.spec import RunSpec
 from .checked import Entries
 from .conditions import tell_apart
-from .datasets import data_sets
 from .records import Layers, read_merged, read_search, read_test, read_training
 from .runs import Run, Setting
 
@@ -39,7 +38,7 @@ def _load_run(folder: RunFolder) -> Run:
     versions = entries.optional("versions", Entries.table)
     return Run(
         folder=folder,
-        setting=Setting(folder.spec.recipe.protocol, folder.spec.recipe.model.name, _method(folder.spec)),
+        setting=Setting(folder.spec.recipe.protocol, folder.spec.backbone, _method(folder.spec)),
         layers=layers,
         versions={name: versions.text(name) for name in versions.content} if versions else {},
         training=read_training(_file(folder, TRAINED)),
@@ -55,7 +54,7 @@ def _file(folder: RunFolder, name: str) -> Path | None:
 
 def _check(entries: Entries, spec: RunSpec) -> None:
     """Raise ValueError for entries that the recipe does not know, or that have the wrong type."""
-    choices = {"dataset": data_sets(spec.recipe.protocol), "size": spec.recipe.sizes}
+    choices = {"dataset": spec.protocol.datasets, "size": spec.recipe.sizes}
     for name, known in choices.items():
         if entries.text(name) not in known:
             entries.fail(name, f"one of {list(known)}")
@@ -96,5 +95,4 @@ def _refuse_doubles(runs: Sequence[Run]) -> None:
 
 
 def _order(run: Run) -> tuple:
-    names = list(data_sets(run.setting.protocol))
-    return (*run.setting, names.index(run.task.dataset), run.task.shots or 0, run.seed)
+    return (*run.setting, run.spec.protocol.datasets.index(run.task.dataset), run.task.shots or 0, run.seed)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from ..runs.folder import FEATURES, LOG, RunFolder
 from ..runs.spec import RunSpec
-from .datasets import data_sets
+from .datasets import title_of
 from .records import Layers, Merged, Paths, Search, Test, Training
 
 
@@ -64,8 +64,12 @@ class Run:
 
     @property
     def limit(self) -> int | None:
-        """How many parameters the path may read: the search's own limit, which ``glora search --limit`` changes."""
-        return self.search.limit if self.search else self.spec.limit
+        """How many parameters the path may read: the search's own limit, which ``glora search --limit`` changes.
+
+        None where there is none, or where the search is to find the mean of random paths.
+        """
+        limit = self.search.limit if self.search else self.spec.limit
+        return None if isinstance(limit, str) else limit
 
     @property
     def title(self) -> str:
@@ -104,5 +108,5 @@ class Run:
 
 
 def task_title(protocol: str, task: Task) -> str:
-    title = data_sets(protocol)[task.dataset].title
+    title = title_of(protocol, task.dataset)
     return title if task.shots is None else f"{title}, {task.shots} shot{'s' if task.shots > 1 else ''}"

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from ..files import make_folder
 from ..progress import progress_bar
+from ..protocols import OWN_IMAGES, OWN_TEXTS
 from .drawing import NotDrawn, distinct, file_stem, save_figure, write_text
 from .figures.distribution import distribution_figure
 from .figures.features import features_figure
@@ -25,6 +26,7 @@ from .runs import Run, Setting
 from .seeds import Tasks, by_setting
 from .tables.fewshot import few_shot_table
 from .tables.imagenet import imagenet_table
+from .tables.own import own_table
 from .tables.table import Table
 from .tables.vtab import vtab_table
 
@@ -99,6 +101,8 @@ def _tables(protocol: str, backbone: str, settings: Settings) -> list[Table]:
     if protocol == "imagenet":
         shots = sorted({task.shots for tasks in settings.values() for task in tasks}, key=lambda shots: shots or 0)
         return [imagenet_table(backbone, each, settings) for each in shots]
+    if protocol in (OWN_IMAGES, OWN_TEXTS):
+        return [own_table(protocol, backbone, settings)]
     return [{"vtab1k": vtab_table, "fewshot": few_shot_table}[protocol](backbone, settings)]
 
 

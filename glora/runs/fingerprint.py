@@ -1,4 +1,4 @@
-"""Tells the weights and image lists that a run was trained with from others under the same names."""
+"""Tells the weights and lists of samples that a run was trained with from others under the same names."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import zlib
 from pathlib import Path
 
 from ..backbones import HUB
-from ..protocols import ImageList, Splits
+from ..protocols import Samples, Splits
 from .folder import RunFolder
 from .spec import RunSpec
 
@@ -14,11 +14,12 @@ _CHUNK = 2**24
 
 
 def fingerprint(spec: RunSpec, splits: Splits) -> dict[str, int | None]:
-    """The CRC-32 of the weights' file (None without one) and of the lists of training and validation images."""
+    """The CRC-32 of the weights' file or folder (None without one) and of the lists for training and validation."""
+    noun = spec.recipe.samples
     return {
-        "weights": None if spec.weights in (None, HUB) else _file_checksum(Path(str(spec.weights))),
-        "training images": _list_checksum(splits.train),
-        "validation images": _list_checksum(splits.validation),
+        "weights": None if spec.weights in (None, HUB) else _checksum(Path(str(spec.weights))),
+        f"training {noun}": _list_checksum(splits.train),
+        f"validation {noun}": _list_checksum(splits.validation),
     }
 
 
@@ -33,13 +34,21 @@ def require_unchanged(run: RunFolder, splits: Splits) -> None:
         )
 
 
-def _file_checksum(file: Path) -> int:
+def _checksum(weights: Path) -> int:
+    """The checksum of a file, or of the files in a folder, by their names."""
+    files = sorted(file for file in weights.iterdir() if file.is_file()) if weights.is_dir() else [weights]
     value = 0
+    for file in files:
+        value = _continued(value, file)
+    return value
+
+
+def _continued(value: int, file: Path) -> int:
     with open(file, "rb") as stream:
         while chunk := stream.read(_CHUNK):
             value = zlib.crc32(chunk, value)
     return value
 
 
-def _list_checksum(images: ImageList) -> int:
-    return zlib.crc32(repr(list(images.entries)).encode())
+def _list_checksum(samples: Samples) -> int:
+    return zlib.crc32(repr(samples.identity).encode())

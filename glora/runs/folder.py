@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,10 @@ from .spec import RunSpec, spec_from_dict
 DESCRIPTION = "run.json"
 CHECKPOINT, LOG, SUPERNET, TRAINED = "checkpoint.pt", "log.csv", "supernet.safetensors", "train.json"
 JOURNAL, SEARCHED, ADAPTER = "search.jsonl", "search.json", "adapter.safetensors"
-MERGED, WEIGHTS = "merge.json", "merged.safetensors"
+MERGED, WEIGHTS, PRETRAINED = "merge.json", "merged.safetensors", "merged"
 TESTED, FEATURES = "test.json", "features.npz"
 # in the order of writing: each file was made from files before it
-AFTER_TRAINING = (JOURNAL, SEARCHED, ADAPTER, WEIGHTS, MERGED, FEATURES, TESTED)
+AFTER_TRAINING = (JOURNAL, SEARCHED, ADAPTER, WEIGHTS, PRETRAINED, MERGED, FEATURES, TESTED)
 
 
 class RunFolder:
@@ -37,7 +38,7 @@ class RunFolder:
         self.path = path
         content = read_json(path / DESCRIPTION)
         try:
-            self.spec = spec_from_dict(content)
+            self.spec = _with_split_beside(path, spec_from_dict(content))
             self.fingerprint: Mapping[str, int | None] = content["fingerprint"]
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path / DESCRIPTION}: expected the description of a run, got {error!r}") from None
@@ -48,7 +49,7 @@ class RunFolder:
         return self.path / name
 
     def has(self, name: str) -> bool:
-        return (self.path / name).is_file()
+        return (self.path / name).exists()
 
     def require(self, name: str, command: str) -> Path:
         """The file's path. If it is missing, raises ValueError with the command that makes it."""
@@ -72,6 +73,12 @@ class RunFolder:
         for name in reversed(found):  # if it is killed in between, the rest is still a run
             os.replace(self.path / name, folder / name)
         return folder
+
+
+def _with_split_beside(path: Path, spec: RunSpec) -> RunSpec:
+    """``spec`` with the split of own data where it lies now, if the study was moved."""
+    beside = path.resolve().parent / Path(spec.data).name
+    return replace(spec, data=str(beside)) if spec.own and beside.is_dir() else spec
 
 
 def create_run(study: Path, spec: RunSpec, facts: Mapping[str, Any]) -> RunFolder:

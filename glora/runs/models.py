@@ -8,31 +8,47 @@ import torch
 from torch import nn
 
 from ..backbones import load_backbone
+from ..config import SLOTS, LayerShape, PathConfig, SearchSpace, count_choice
 from ..injection import inject
 from ..models.contents import BATCH_NORMS
+from ..models.modules import glora_layers
+from ..paths import Paths
 from ..presets import apply_preset
 from .spec import RunSpec
+from .text_models import load_text_classifier
 
 
 def make_backbone(spec: RunSpec) -> nn.Module:
-    """The frozen model with a fresh classifier for the run's classes, drawn from the run's seed alone.
+    """The frozen model with a classifier for the run's classes, of which whatever is fresh depends on the seed alone.
 
-    It is fresh even if the weights have one with as many classes, which was trained on something else.
+    Of a model for images the classifier is fresh even if the weights have one with as many classes, which was trained
+    on something else. A model for texts keeps such a one, as ``from_pretrained`` does.
 
     Raises:
         ValueError: weights that do not fit, or a model with batch norm, whose running statistics no adapter holds.
     """
-    settings = spec.recipe.model
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(spec.seed)
-        classes = spec.protocol.classes(spec.dataset)
-        model: Any = load_backbone(
-            settings.name, classes, weights=spec.weights, drop_path=settings.drop_path, options=settings.options
-        )
-        model.reset_classifier(classes)
+        model = _text_classifier(spec) if spec.recipe.texts else _image_classifier(spec)
     if any(isinstance(module, BATCH_NORMS) for module in model.modules()):
-        raise ValueError(f"model: expected one without batch norm, got {settings.name!r}")
+        raise ValueError(f"model: expected one without batch norm, got {spec.recipe.model.name!r}")
     return model
+
+
+def _image_classifier(spec: RunSpec) -> nn.Module:
+    settings, classes = spec.recipe.model, spec.protocol.classes(spec.dataset)
+    model: Any = load_backbone(
+        settings.name, classes, weights=spec.weights, drop_path=settings.drop_path, options=settings.options
+    )
+    model.reset_classifier(classes)
+    return model
+
+
+def _text_classifier(spec: RunSpec) -> nn.Module:
+    settings = spec.recipe.model
+    assert spec.own is not None  # no protocol has texts
+    pretrained = spec.weights is not None
+    return load_text_classifier(settings.name, spec.own.classes, pretrained=pretrained, options=settings.options)
 
 
 def make_model(spec: RunSpec) -> nn.Module:
@@ -44,3 +60,13 @@ def make_model(spec: RunSpec) -> nn.Module:
         if spec.preset is not None:
             apply_preset(model, spec.preset, spec.rank, bias_free=settings.bias_free)
     return model
+
+
+def largest_paths(model: nn.Module, space: SearchSpace) -> Paths:
+    """The path of every layer that reads most parameters of ``space``."""
+
+    def largest(shape: LayerShape) -> PathConfig:
+        options = space.options_for(shape.bias)
+        return PathConfig(*(max(options[slot], key=lambda text: count_choice(slot, text, shape)) for slot in SLOTS))
+
+    return {name: largest(layer.shape) for name, layer in glora_layers(model).items()}

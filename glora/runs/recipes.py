@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -12,9 +13,11 @@ from typing import Any, TypeVar
 
 from glora_kernels import Terms
 
+from ..backbones import pretrained_config
 from ..config import SearchSpace
 from ..evolution.loop import SearchSettings
-from ..protocols import ImageSettings, protocol
+from ..protocols import OWN_IMAGES, OWN_TEXTS, ImageSettings, TextSettings, protocol
+from ..protocols.images import INTERPOLATIONS
 from ..training.recipe import Recipe
 
 if sys.version_info >= (3, 11):
@@ -23,6 +26,8 @@ else:
     import tomli as tomllib
 
 T = TypeVar("T")
+MEAN = "mean"
+_OWN = {OWN_IMAGES: "images", OWN_TEXTS: "texts"}  # the table that says how the data are read
 
 
 @dataclass(frozen=True)
@@ -30,7 +35,7 @@ class ModelSettings:
     """The backbone, and which of its modules are adapted.
 
     Args:
-        name: the name of a timm model.
+        name: the name of a timm model; for texts a name on Hugging Face's hub, or a folder.
         drop_path: stochastic depth while training.
         product: the product of A with W0, ``"hadamard"`` or ``"matmul"``.
         exclude: modules that are not adapted, by whole name components. timm's classifier is not adapted either: it
@@ -67,6 +72,7 @@ class TrainingSettings:
         weight_decay, label_smoothing, clip_norm, amp: as in :class:`glora.Recipe`.
         checkpoint_epochs: epochs between checkpoints.
         workers: processes that load images if these are not kept in memory.
+        validate: score the model on the validation split after every epoch.
     """
 
     epochs: int
@@ -82,6 +88,7 @@ class TrainingSettings:
     amp: str | None = None
     checkpoint_epochs: int = 5
     workers: int = 4
+    validate: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.lr_of, Mapping):
@@ -90,11 +97,13 @@ class TrainingSettings:
             value = getattr(self, name)
             if type(value) is not int or value < least:
                 raise ValueError(f"{name}: expected an integer from {least}, got {value!r}")
+        if not isinstance(self.validate, bool):
+            raise ValueError(f"validate: expected true or false, got {self.validate!r}")
         for dataset in (None, *self.lr_of):
             self.recipe(dataset, samples=self.batch_size, seed=0)
 
     def recipe(self, dataset: str | None, samples: int, seed: int) -> Recipe:
-        """The recipe in steps, for a training split of ``samples`` images."""
+        """The recipe in steps, for a training split of ``samples`` samples."""
         steps_an_epoch = max(1, round(samples / self.batch_size))
         return Recipe.for_epochs(
             self.epochs,
@@ -115,15 +124,18 @@ class TrainingSettings:
 
 @dataclass(frozen=True)
 class Size:
-    """One trained size of the paper's tables: the ranks of the supernet, and the search's parameter limit (or None)."""
+    """One trained size of the paper's tables: the ranks of the supernet, and the search's parameter limit (or None).
+
+    The limit ``"mean"`` is the mean number of parameters that a random path of the supernet reads.
+    """
 
     ranks: tuple[int, ...]
-    limit: int | None = None
+    limit: int | str | None = None
 
     def __post_init__(self) -> None:
         SearchSpace(self.ranks)
-        if self.limit is not None and (type(self.limit) is not int or self.limit < 0):
-            raise ValueError(f"limit: expected a number of parameters, got {self.limit!r}")
+        if self.limit not in (None, MEAN) and (type(self.limit) is not int or self.limit < 0):
+            raise ValueError(f"limit: expected a number of parameters or {MEAN!r}, got {self.limit!r}")
 
 
 @dataclass(frozen=True)
@@ -131,8 +143,8 @@ class RunRecipe:
     """Everything that a recipe file says.
 
     Args:
-        protocol: a name for :func:`glora.protocols.protocol`.
-        model, images, training, search: one table each.
+        protocol: a name for :func:`glora.protocols.protocol`, ``"own_images"`` or ``"own_texts"``.
+        model, training, search: one table each; and ``images`` or ``texts``, as the protocol has them.
         sizes: the sizes by name, the default first.
         metric: how candidates are ranked on the validation split, by ``"accuracy"`` or ``"loss"``.
         seeds: one run each; in a few-shot protocol also the draw of the training images.
@@ -141,19 +153,25 @@ class RunRecipe:
 
     protocol: str
     model: ModelSettings
-    images: ImageSettings
     training: TrainingSettings
     sizes: Mapping[str, Size]
+    images: ImageSettings | None = None
+    texts: TextSettings | None = None
     search: SearchSettings = field(default_factory=SearchSettings)
     metric: str = "accuracy"
     seeds: tuple[int, ...] = (0,)
     shots: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        datasets = protocol(self.protocol).datasets
+        datasets = () if self.is_own else protocol(self.protocol).datasets
         unknown = [name for name in self.training.lr_of if name not in datasets]
         if unknown:
             raise ValueError(f"training.lr_of: expected data sets out of {list(datasets)}, got {unknown}")
+        tables = [name for name in ("images", "texts") if getattr(self, name) is not None]
+        if tables != [self.samples]:
+            raise ValueError(f"{self.protocol}: expected the table {self.samples!r}, got {tables}")
+        if self.is_own and self.shots:
+            raise ValueError(f"shots: {self.protocol} has none, got {list(self.shots)}")
         for argument in ("seeds", "shots"):
             values = getattr(self, argument)
             if not isinstance(values, tuple) or any(type(value) is not int or value < 0 for value in values):
@@ -162,6 +180,16 @@ class RunRecipe:
             raise ValueError(f"metric: expected 'accuracy' or 'loss', got {self.metric!r}")
         if not self.sizes:
             raise ValueError("sizes: expected at least one, such as [sizes.small] with ranks, got none")
+
+    @property
+    def is_own(self) -> bool:
+        """Whether the data are somebody's own, and no protocol's."""
+        return self.protocol in _OWN
+
+    @property
+    def samples(self) -> str:
+        """What the data are: ``"images"`` or ``"texts"``."""
+        return _OWN.get(self.protocol, "images")
 
     def size(self, name: str | None) -> str:
         """The size ``name``, or the default; ValueError if there is no such size."""
@@ -174,11 +202,21 @@ class RunRecipe:
         return _plain(asdict(self))
 
 
-_TABLES = {"model": ModelSettings, "images": ImageSettings, "training": TrainingSettings, "search": SearchSettings}
+_TABLES = {
+    "model": ModelSettings,
+    "images": ImageSettings,
+    "texts": TextSettings,
+    "training": TrainingSettings,
+    "search": SearchSettings,
+}
 
 
 def known_recipes() -> dict[str, Path]:
-    """The recipes that come with the package, by name."""
+    """The protocols' recipes that come with the package, by name."""
+    return {name: file for name, file in _shipped().items() if name not in _OWN}
+
+
+def _shipped() -> dict[str, Path]:
     folder = Path(str(files(__package__) / "recipes"))
     return {file.stem: file for file in sorted(folder.glob("*.toml"))}
 
@@ -196,16 +234,88 @@ def load_recipe(name: str, changes: Sequence[str] = ()) -> RunRecipe:
     file = known.get(name, Path(name))
     if not file.is_file():
         raise ValueError(f"recipe: expected one of {list(known)} or a TOML file, got {name!r}")
-    try:
-        data = tomllib.loads(file.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"recipe: {file} is not TOML: {error}") from None
+    data = _read(file)
     for change in changes:
         _change(data, change)
     try:
         return recipe_from_dict(data)
     except ValueError as error:
         raise ValueError(f"recipe {name}: {error}") from None
+
+
+def load_own_recipe(
+    protocol: str, model: str | None, file: str | os.PathLike | None = None, changes: Sequence[str] = ()
+) -> RunRecipe:
+    """The recipe for data of one's own.
+
+    Args:
+        protocol: ``"own_images"`` or ``"own_texts"``.
+        model: the name of the model; None if the file says it.
+        file: a TOML file with the entries that differ from those that come with the package. Its sizes stand in place
+            of the others.
+        changes: as for :func:`load_recipe`; they go before the file.
+
+    Raises:
+        ValueError: no such file, or as :func:`load_recipe`; no model; a model that is not timm's, for images.
+    """
+    data = _read(_shipped()[protocol])
+    if file is not None:
+        if not Path(file).is_file():
+            raise ValueError(f"recipe: expected a TOML file beside --{_OWN[protocol]}, got {os.fspath(file)!r}")
+        given = _read(Path(file))
+        if "sizes" in given:
+            del data["sizes"]
+        data = _merged(data, given)
+    if model is not None:
+        _table_of(data, "model")["name"] = model
+    for change in changes:
+        _change(data, change)
+    if "name" not in _table_of(data, "model"):
+        raise ValueError("model: expected the name of a model, got none")
+    if data["protocol"] != protocol:
+        raise ValueError(f"protocol: expected {protocol!r} beside --{_OWN[protocol]}, got {data['protocol']!r}")
+    if protocol == OWN_IMAGES:
+        table = data["model"]
+        data["images"] = {**_images_of(table["name"], table.get("options", {})), **_table_of(data, "images")}
+    return recipe_from_dict(data)
+
+
+def _images_of(model: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """How a timm model was given its images: its pretrained configuration, at the size that ``options`` say."""
+    from timm.data import resolve_data_config
+
+    found = resolve_data_config(pretrained_cfg=pretrained_config(model).to_dict())
+    size = options.get("img_size", found["input_size"][-1]) if isinstance(options, Mapping) else None
+    known = found["interpolation"] in INTERPOLATIONS
+    return {
+        "size": size,
+        "mean": list(found["mean"]),
+        "std": list(found["std"]),
+        "interpolation": found["interpolation"] if known else "bicubic",
+    }
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(file.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"recipe: {file} is not TOML: {error}") from None
+
+
+def _merged(data: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """``data`` with the entries of ``changes``, table by table."""
+    return {
+        **data,
+        **{
+            name: _merged(data[name], value) if isinstance(value, dict) and isinstance(data.get(name), dict) else value
+            for name, value in changes.items()
+        },
+    }
+
+
+def _table_of(data: dict[str, Any], name: str) -> dict[str, Any]:
+    table = data.setdefault(name, {})
+    return table if isinstance(table, dict) else dict(_mapping(table, name))
 
 
 def change_recipe(recipe: RunRecipe, changes: Sequence[str], only: Sequence[str]) -> RunRecipe:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ..backbones import HUB
 from ..config import SearchSpace
 from ..presets import PRESETS
-from ..protocols import Protocol, protocol
+from ..protocols import OwnData, Protocol, own_data_from_dict, own_protocol, protocol
 from .recipes import RunRecipe, recipe_from_dict
 
 SPEC_FORMAT = 1
@@ -24,8 +25,10 @@ class RunSpec:
         dataset, shots, seed: the data; ``shots`` is None if the protocol has no shots.
         size: one of the recipe's sizes: ranks of the supernet and limit of the search.
         preset: a fixed path of :mod:`glora.presets`, with the size's largest rank; None for a supernet.
-        data: the folder with the protocol's data.
-        weights: the backbone's weights: a file, ``"hub"``, or None for a random initialisation.
+        data: the folder with the protocol's data; for own data, that of their written split.
+        weights: the backbone's weights: a file, ``"hub"``, or None for a random initialisation; for texts a folder of
+            model and tokenizer in place of a file.
+        own: the description of own data; None for a protocol's.
     """
 
     recipe: RunRecipe
@@ -36,6 +39,7 @@ class RunSpec:
     preset: str | None
     data: str
     weights: str | None
+    own: OwnData | None = None
 
     @property
     def name(self) -> str:
@@ -45,7 +49,13 @@ class RunSpec:
 
     @property
     def protocol(self) -> Protocol:
-        return protocol(self.recipe.protocol)
+        return protocol(self.recipe.protocol) if self.own is None else own_protocol(self.own)
+
+    @property
+    def backbone(self) -> str:
+        """The model's name; of a folder with a model of texts its last part."""
+        name = self.recipe.model.name
+        return Path(name).name if Path(name).is_absolute() else name
 
     @property
     def rank(self) -> int:
@@ -60,8 +70,8 @@ class RunSpec:
         return SearchSpace(self.recipe.sizes[self.size].ranks, bias_free=self.recipe.model.bias_free)
 
     @property
-    def limit(self) -> int | None:
-        """How many support parameters the searched path may read."""
+    def limit(self) -> int | str | None:
+        """How many support parameters the searched path may read; ``"mean"`` depends on the layers."""
         return None if self.preset else self.recipe.sizes[self.size].limit
 
     @property
@@ -82,6 +92,7 @@ class RunSpec:
             "space": self.space.to_dict() if self.space else None,
             "data": self.data,
             "weights": self.weights,
+            **({} if self.own is None else {"own": self.own.to_dict()}),
             "recipe": self.recipe.to_dict(),
         }
 
@@ -90,8 +101,9 @@ def spec_from_dict(content: Mapping[str, Any]) -> RunSpec:
     """The run that :meth:`RunSpec.to_dict` described. Raises ValueError for another format, KeyError if damaged."""
     if content["format"] != SPEC_FORMAT:
         raise ValueError(f"expected run format {SPEC_FORMAT}, got {content['format']!r}; a newer glora may read it")
-    own = ("dataset", "shots", "seed", "size", "preset", "data", "weights")
-    return RunSpec(recipe_from_dict(content["recipe"]), **{name: content[name] for name in own})
+    names = ("dataset", "shots", "seed", "size", "preset", "data", "weights")
+    described = own_data_from_dict(content["own"]) if "own" in content else None
+    return RunSpec(recipe_from_dict(content["recipe"]), **{name: content[name] for name in names}, own=described)
 
 
 def plan_runs(
@@ -104,17 +116,20 @@ def plan_runs(
     size: str | None = None,
     preset: str | None = None,
     weights: str | None = None,
+    own: OwnData | None = None,
 ) -> list[RunSpec]:
     """Every requested run: each data set, number of shots and seed, in this order.
 
     Args:
+        data: the folder with the protocol's data; for own data the folder that their split is written into.
         datasets: names of the protocol, or ``"all"``.
         shots, seeds: None for the recipe's.
+        own: the description of own data, if the recipe is for such.
 
     Raises:
         ValueError: an unknown data set, size or preset, shots where the protocol has none, or a value twice.
     """
-    known = protocol(recipe.protocol).datasets
+    known = (protocol(recipe.protocol) if own is None else own_protocol(own)).datasets
     names = list(known) if list(datasets) == ["all"] else list(datasets)
     unknown = [name for name in names if name not in known]
     if unknown or not names:
@@ -130,10 +145,42 @@ def plan_runs(
             raise ValueError(f"{argument}: expected distinct values, got {values}")
     chosen = recipe.size(size)
     folder = str(Path(data).resolve())
-    file = weights if weights in (None, "hub") else str(Path(weights).resolve())
+    file = weights if weights in (None, HUB) else str(Path(weights).resolve())
     return [
-        RunSpec(recipe, name, k, seed, chosen, preset, folder, file)
+        RunSpec(recipe, name, k, seed, chosen, preset, folder, file, own)
         for name in names
         for k in all_shots
         for seed in all_seeds
     ]
+
+
+def plan_own_runs(
+    recipe: RunRecipe,
+    own: OwnData,
+    split: str | Path,
+    *,
+    seeds: Sequence[int] | None = None,
+    size: str | None = None,
+    preset: str | None = None,
+    weights: str = HUB,
+) -> list[RunSpec]:
+    """Every requested run on data of one's own: one for each seed. The split is the same for all of them.
+
+    Args:
+        own: the description of the data (:func:`glora.protocols.split_images`, ``split_texts``).
+        split: the folder that their split is written into.
+        seeds: None for the recipe's.
+        weights: ``"hub"``, ``"none"`` for a random initialisation, or for images a file. The weights of a model of
+            texts that is a folder are those in it.
+
+    Raises:
+        ValueError: an unknown size or preset, a value twice, or a file of weights for texts.
+    """
+    if recipe.texts and weights not in (HUB, "none"):
+        raise ValueError(f"weights: expected 'hub' or 'none' for texts, got {weights!r}; --model takes a folder")
+    folder = Path(recipe.model.name)
+    if recipe.texts and folder.is_dir():
+        recipe = replace(recipe, model=replace(recipe.model, name=str(folder.resolve())))
+        weights = weights if weights == "none" else recipe.model.name
+    source = None if weights == "none" else weights
+    return plan_runs(recipe, split, seeds=seeds, size=size, preset=preset, weights=source, own=own)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
@@ -12,8 +11,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import Dataset
 
+from ..config import LayerShape
 from ..evolution.loop import SearchSettings, check_search, search
 from ..files import write_atomically
 from ..formats.adapter_file import load_adapter, save_adapter
@@ -22,16 +21,19 @@ from ..models.modules import glora_layers, module_types
 from ..parameters import count_parameters
 from ..paths import get_paths, set_paths
 from ..processes import from_first, is_first
-from ..protocols import ImageList, Splits, preload
+from ..progress import say
+from ..sampling import PathSampler
 from ..training.graphing import require_graphs
 from ..training.loop import train
 from .fingerprint import fingerprint, require_unchanged
 from .folder import (
     ADAPTER,
     CHECKPOINT,
+    DESCRIPTION,
     JOURNAL,
     LOG,
     MERGED,
+    PRETRAINED,
     SEARCHED,
     SUPERNET,
     TRAINED,
@@ -41,12 +43,14 @@ from .folder import (
     read_json,
     write_json,
 )
-from .models import make_backbone, make_model
-from .recipes import change_recipe
+from .models import largest_paths, make_backbone, make_model
+from .recipes import MEAN, change_recipe
+from .samples import first_inputs, in_memory, loading_processes, open_splits, ready
 from .spec import RunSpec
+from .text_models import load_tokenizer, save_text_classifier
 
-_USUAL_MEMORY = 16 * 2**30
 _SAMPLE = 8
+_PACKAGES = {"images": ("glora", "torch", "timm"), "texts": ("glora", "torch", "transformers")}
 
 
 @dataclass(frozen=True)
@@ -80,7 +84,7 @@ def train_run(
         "layers": [[name, *layer.shape] for name, layer in layers.items()],
         "samples": {"train": len(splits.train), "validation": len(splits.validation)},
         "fingerprint": fingerprint(spec, splits),
-        "versions": {package: version(package) for package in ("glora", "torch", "timm")},
+        "versions": {package: version(package) for package in _PACKAGES[spec.recipe.samples]},
         "date": now(),
     }
     from_first(lambda: create_run(study, spec, facts).path)
@@ -88,12 +92,17 @@ def train_run(
     require_unchanged(folder, splits)
     if folder.has(TRAINED):
         return read_json(folder / TRAINED)
+    if spec.space is not None and spec.recipe.training.validate:
+        set_paths(model, largest_paths(model, spec.space))  # what the supernet is validated under
+    if progress and spec.recipe.texts:
+        load_tokenizer(spec.recipe.model.name, say)
     recipe = spec.recipe.training.recipe(spec.dataset, len(splits.train), spec.seed)
     summary = train(
         model.to(device),
-        splits.train if spec.recipe.images.augment else _in_memory(splits.train, spec, progress),
+        in_memory(splits.train, spec, progress),
         recipe,
         space=spec.space,
+        validation=in_memory(splits.validation, spec, progress) if spec.recipe.training.validate else None,
         checkpoint=folder / CHECKPOINT,
         log=folder / LOG,
         workers=loading_processes(spec),
@@ -105,8 +114,9 @@ def train_run(
         "run": spec.name,
         "steps": summary.steps,
         "seconds": seconds,
-        "images_per_second": summary.steps * recipe.batch_size / seconds if seconds else 0.0,
+        f"{spec.recipe.samples}_per_second": summary.steps * recipe.batch_size / seconds if seconds else 0.0,
         "loss": summary.losses[-1],
+        **({"validation": summary.validations[summary.steps]._asdict()} if summary.validations else {}),
         "graphs": summary.graphs,
         "recipe": asdict(recipe),
     }
@@ -130,7 +140,16 @@ def search_settings(run: RunFolder, changes: Sequence[str] = (), limit: int | No
     run.require(SUPERNET, "train")
     recipe = change_recipe(run.spec.recipe, changes, only=("search", "metric"))
     settings = replace(recipe.search, seed=recipe.search.seed + run.spec.seed)
-    return SearchPlan(settings, recipe.metric, run.spec.limit if limit is None else limit)
+    return SearchPlan(settings, recipe.metric, _limit(run) if limit is None else limit)
+
+
+def _limit(run: RunFolder) -> int | None:
+    """The limit of the run's size, in parameters."""
+    limit, space = run.spec.limit, run.spec.space
+    if limit != MEAN or space is None:
+        return limit  # type: ignore[return-value]
+    layers = read_json(run / DESCRIPTION)["layers"]
+    return int(PathSampler({name: LayerShape(*shape) for name, *shape in layers}, space).mean)
 
 
 def search_run(
@@ -151,7 +170,7 @@ def search_run(
     splits = open_splits(spec)
     require_unchanged(run, splits)
     model = load_adapter(make_model(spec), supernet).to(device)
-    validation = _in_memory(splits.validation, spec, progress)
+    validation = in_memory(splits.validation, spec, progress)
     sought: dict[str, Any] = {"limit": plan.limit, "settings": plan.settings, "metric": plan.metric}
     if again:
         check_search(model, space, validation, **sought)
@@ -169,7 +188,7 @@ def search_run(
 
 
 def merge_run(run: RunFolder, device: torch.device) -> tuple[nn.Module, dict[str, Any]]:
-    """Merge a run's winner into a plain model, and write it to disk.
+    """Merge a run's winner into a plain model, and write it to disk; a classifier of texts as ``save_pretrained`` does.
 
     Files of the same winner are left as they are: another machine may round the last bits differently.
 
@@ -188,10 +207,9 @@ def merge_run(run: RunFolder, device: torch.device) -> tuple[nn.Module, dict[str
     require_unchanged(run, splits)
     model = load_adapter(make_model(spec), adapter).to(device).eval()
     paths, parameters = get_paths(model), count_parameters(model)
-    images = splits.validation
-    sample = torch.stack([images[index][0] for index in range(min(_SAMPLE, len(images)))]).to(device)
-    report = merge(model, sample)
-    if run.has(WEIGHTS) and run.has(MERGED) and read_json(run / MERGED).get("winner") == run.winner:
+    report = merge(model, first_inputs(ready(splits.validation, spec), _SAMPLE, device))
+    written = run / (PRETRAINED if spec.recipe.texts else WEIGHTS)
+    if written.exists() and run.has(MERGED) and read_json(run / MERGED).get("winner") == run.winner:
         return model, read_json(run / MERGED)
     plain = make_backbone(spec)
     summary = {
@@ -208,8 +226,11 @@ def merge_run(run: RunFolder, device: torch.device) -> tuple[nn.Module, dict[str
         "total_parameters": sum(p.numel() for p in model.parameters()),
         "backbone_parameters": sum(p.numel() for p in plain.parameters()),
     }
-    content = save({name: t.contiguous() for name, t in model.state_dict().items()})
-    write_atomically(run / WEIGHTS, lambda stream: stream.write(content))
+    if spec.recipe.texts:
+        save_text_classifier(model, spec.recipe.model.name, written)
+    else:
+        content = save({name: t.contiguous() for name, t in model.state_dict().items()})
+        write_atomically(written, lambda stream: stream.write(content))
     write_json(run / MERGED, summary)
     return model, summary
 
@@ -217,28 +238,6 @@ def merge_run(run: RunFolder, device: torch.device) -> tuple[nn.Module, dict[str
 def require_winner(run: RunFolder) -> Path:
     """The adapter to merge. If it is missing, raises ValueError with the command that makes it."""
     return run.require(ADAPTER, "train" if run.spec.preset else "search")
-
-
-def open_splits(spec: RunSpec) -> Splits:
-    """The run's data; the test list is read only when the test split is opened."""
-    return spec.protocol.open(spec.data, spec.dataset, shots=spec.shots, seed=spec.seed, images=spec.recipe.images)
-
-
-def loading_processes(spec: RunSpec) -> int:
-    """The recipe's number of loading processes, but no more than there are cores."""
-    return min(spec.recipe.training.workers, os.cpu_count() or 1)
-
-
-def _in_memory(dataset: ImageList, spec: RunSpec, progress: bool) -> Dataset:
-    """Images without random transforms, decoded once if they fit into memory; otherwise the same data set."""
-    size = len(dataset) * 3 * spec.recipe.images.size**2 * 4
-    return preload(dataset, progress=progress and is_first()) if size <= _memory_for_images() else dataset
-
-
-def _memory_for_images() -> int:
-    """A quarter of this machine's memory, in bytes, shared by the processes on it."""
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else _USUAL_MEMORY
-    return memory // 4 // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def now() -> str:

@@ -16,7 +16,8 @@ from ..files import write_atomically
 from ..protocols import AmongClasses
 from .folder import FEATURES, TESTED, RunFolder, read_json, write_json
 from .models import make_backbone
-from .stages import loading_processes, now, open_splits
+from .samples import loading_processes, open_splits, ready
+from .stages import now
 
 FEATURE_IMAGES = 2000
 
@@ -25,7 +26,7 @@ def evaluate_run(run: RunFolder, model: nn.Module, device: torch.device, progres
     """Test a run's merged ``model`` on the test split and the protocol's targets; return the content of ``test.json``.
 
     The split is read once: a second call returns the first one's figures. Features before the head, of the merged and
-    of the frozen model, go into ``features.npz`` for up to 2,000 images drawn with a fixed seed.
+    of the frozen model, go into ``features.npz`` for up to 2,000 images drawn with a fixed seed, and for no texts.
 
     Raises:
         ValueError: the split has been read for another winner of this run.
@@ -40,13 +41,14 @@ def evaluate_run(run: RunFolder, model: nn.Module, device: torch.device, progres
             )
         return tested
     splits, workers = open_splits(run.spec), loading_processes(run.spec)
-    test = splits.test()
+    test = ready(splits.test(), run.spec)
     metrics = evaluate(model, test, workers=workers, progress=progress)
     targets = {}
     for name, target in splits.targets.items():
         chooser = model if target.classes is None else AmongClasses(model, target.classes)
-        targets[name] = evaluate(chooser, target(), workers=workers, progress=progress)._asdict()
-    _save_features(run, model, make_backbone(run.spec).to(device), test)
+        targets[name] = evaluate(chooser, ready(target(), run.spec), workers=workers, progress=progress)._asdict()
+    if run.spec.recipe.images:
+        _save_features(run, model, make_backbone(run.spec).to(device), test)
     tested = {
         "run": run.spec.name,
         "split": "test",

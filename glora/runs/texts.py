@@ -4,20 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from ..evolution.texts import describe_score
 from .spec import RunSpec
 
 
-def describe_plan(specs: Sequence[RunSpec], out: Path, problems: Sequence[str]) -> str:
-    """One line per run, then everything that is missing."""
+def describe_plan(
+    specs: Sequence[RunSpec], out: Path, problems: Sequence[str], split: Mapping[str, int] = MappingProxyType({})
+) -> str:
+    """One line per run, then everything that is missing; ``split`` are the sizes of the parts of own data."""
     first = specs[0]
+    data = first.own.source if first.own else first.data
     training, size = first.recipe.training, first.recipe.sizes[first.size]
     what = f"preset {first.preset}" if first.preset else f"ranks {list(size.ranks)}, limit {size.limit or 'none'}"
     lines = [
         f"{first.recipe.protocol}: {len(specs)} runs of {first.recipe.model.name}, size {first.size} ({what})",
-        f"{training.epochs} epochs, batches of {training.batch_size}; data in {first.data}, weights {first.weights}",
+        f"{training.epochs} epochs, batches of {training.batch_size}; data in {data}, weights {first.weights}",
+        *([f"split: {', '.join(f'{part} {size:,}' for part, size in split.items())}"] if split else []),
         "",
         f"{'run':<34} {'group':<12} {'classes':>7} {'lr':>8}  folder",
     ]
@@ -32,11 +37,14 @@ def describe_plan(specs: Sequence[RunSpec], out: Path, problems: Sequence[str]) 
 
 
 def describe_training(summaries: Sequence[Mapping[str, Any]], out: Path) -> str:
-    lines = [f"{'run':<34} {'steps':>7} {'loss':>8} {'images/s':>9} {'hours':>7}"]
-    lines += [
-        f"{s['run']:<34} {s['steps']:>7} {s['loss']:>8.4f} {s['images_per_second']:>9.0f} {s['seconds'] / 3600:>7.2f}"
-        for s in summaries
-    ]
+    noun = "texts" if "texts_per_second" in summaries[0] else "images"
+    validated = "validation" in summaries[0]
+    heading = f" {'validation':>11} {'accuracy':>9}" if validated else ""
+    lines = [f"{'run':<34} {'steps':>7} {'loss':>8} {f'{noun}/s':>9} {'hours':>7}{heading}"]
+    for s in summaries:
+        speed, hours = s[f"{noun}_per_second"], s["seconds"] / 3600
+        scored = f" {s['validation']['loss']:>11.4f} {s['validation']['accuracy']:>9.2%}" if validated else ""
+        lines.append(f"{s['run']:<34} {s['steps']:>7} {s['loss']:>8.4f} {speed:>9.0f} {hours:>7.2f}{scored}")
     return "\n".join([*lines, "", f"Written: {out}"])
 
 

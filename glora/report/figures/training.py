@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,34 +14,43 @@ _WINDOWS = 100
 
 
 class Log(NamedTuple):
-    """The columns of ``log.csv``."""
+    """The columns of ``log.csv``; ``validation`` has the steps with a validation loss, and that loss."""
 
     steps: list[float]
     rates: list[float]
     losses: list[float]
+    validation: list[tuple[float, float]]
 
 
 def read_log(file: Path) -> Log:
     """Raises ValueError, naming file and line, for anything but numbers under step, lr and loss."""
-    log = Log([], [], [])
-    columns = dict(zip(("step", "lr", "loss"), log))
+    log = Log([], [], [], [])
+    columns = {"step": log.steps, "lr": log.rates, "loss": log.losses}
     with open(file, encoding="utf-8", newline="") as stream:
         reader = csv.DictReader(stream)
         if not set(columns) <= set(reader.fieldnames or ()):
             raise ValueError(f"{file}: expected the columns {', '.join(columns)}, got {reader.fieldnames}")
         for row in reader:
+            where = f"{file}: line {reader.line_num}"
             for name, values in columns.items():
-                try:
-                    values.append(float(row[name]))
-                except (TypeError, ValueError):
-                    raise ValueError(
-                        f"{file}: line {reader.line_num}: {name}: expected a number, got {row[name]!r}"
-                    ) from None
+                values.append(_number(where, name, row))
+            if row.get("validation_loss"):
+                log.validation.append((log.steps[-1], _number(where, "validation_loss", row)))
     return log
 
 
+def _number(where: str, name: str, row: Mapping[str, str]) -> float:
+    try:
+        return float(row[name])
+    except (TypeError, ValueError):
+        raise ValueError(f"{where}: {name}: expected a number, got {row[name]!r}") from None
+
+
 def training_figure(run: Run) -> Any | None:
-    """The loss of each step with a running mean, above the learning rate; None without a log or without steps."""
+    """The loss of each step with a running mean, and that on validation data if there is one, above the learning rate.
+
+    None without a log or without steps.
+    """
     log = read_log(run.log) if run.log else None
     if log is None or not log.steps:
         return None
@@ -54,7 +64,9 @@ def training_figure(run: Run) -> Any | None:
         color=COLOURS[0],
         label=f"mean of the last {window}" if window > 1 else None,
     )
-    losses.set_ylabel("training loss")
+    if log.validation:
+        losses.plot(*zip(*log.validation), color=COLOURS[2], marker="o", markersize=4, label="validation")
+    losses.set_ylabel("loss" if log.validation else "training loss")
     losses.legend(fontsize=9)
     rates.plot(log.steps, log.rates, color=COLOURS[4])
     rates.set_ylabel("learning rate")

@@ -7,7 +7,9 @@ import torch
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from glora import PathConfig, Recipe, SearchSpace, evaluate, get_paths, inject, set_paths, train
+from glora.processes import process_rank
 from glora.report.figures.training import read_log
+from tests.glora.test_distributed import WRAPPERS
 from tests.glora.toys import IN_FEATURES, adapted_mlp, generator, mlp, on_ranks, points, same_bits, seeded, state
 from tests.graph_emulation import emulate
 
@@ -185,12 +187,28 @@ def test_what_is_no_data_is_refused_before_any_work(data, error, message, tmp_pa
     assert same_bits(state(model), before) and not list(tmp_path.iterdir())
 
 
-def _validated():
-    model = adapted_mlp(dropout=0.5)
-    found = run(model)
+def _validated(wrapped):
+    found = run(WRAPPERS[wrapped](adapted_mlp()))
     return found.losses, dict(found.validations)
 
 
-def test_two_processes_have_the_same_figures_and_train_alike(tmp_path):
-    (losses, found), (others, same) = on_ranks(2, tmp_path / "two", _validated)
-    assert losses == others and found == same and list(found) == ENDS
+def _differing():
+    run(adapted_mlp(), validation=None if process_rank() else validation())
+
+
+@pytest.mark.parametrize("wrapped", WRAPPERS)
+def test_two_processes_have_the_figures_of_one(tmp_path, wrapped):
+    """Rank 0 scores alone; a sharded model has to be run by all."""
+    alone = _validated("plain")
+    both = on_ranks(2, tmp_path / "two", _validated, wrapped)
+    for losses, found in both:
+        assert losses == pytest.approx(alone[0], rel=1e-4) and list(found) == ENDS
+        assert [metrics.loss for metrics in found.values()] == [
+            pytest.approx(metrics.loss, rel=1e-4) for metrics in alone[1].values()
+        ]
+    assert both[0] == both[1]
+
+
+def test_processes_that_differ_in_it_are_refused(tmp_path):
+    with pytest.raises(Exception, match=r"expected the same on every rank, got 'validation'"):
+        on_ranks(2, tmp_path / "two", _differing)
