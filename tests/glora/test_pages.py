@@ -191,7 +191,7 @@ def test_without_trainer(capsys):
     names["space"] = glora.SearchSpace(ranks=(8, 4), bias_free=True)
     found, _ = run(block(PAGE, "Without Trainer"), {"steps=60": "steps=5"}, settings=SHORT, **names)
     assert float(capsys.readouterr().out.split()[-1]) > 1
-    assert found.best.score <= 0
+    assert found.best.score > 0
 
 
 def test_accelerated():
