@@ -11,21 +11,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import (
-    DataLoader,
-    Dataset,
-    IterableDataset,
-    RandomSampler,
-    SequentialSampler,
-    Subset,
-    TensorDataset,
-    default_collate,
-)
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset, default_collate
 
-from .arguments import type_of
+from .arguments import require_function, type_of
 
 LABELS = "labels"
-_LABELS_TOO = ("label", "label_ids")  # names that transformers' collators turn into LABELS
+LABEL_NAMES = (LABELS, "label", "label_ids")  # transformers' collators turn the others into the first
 Collate = Callable[[list[Any]], Any]
 
 
@@ -34,7 +25,7 @@ class Batch(NamedTuple):
 
     Attributes:
         inputs: the argument of the model; or its arguments by name, the labels among them.
-        target: the second half of a pair; of named inputs, those called ``labels``, or None.
+        target: the second half of a pair; of named inputs, those called as in :data:`LABEL_NAMES`, or None.
     """
 
     inputs: Tensor | dict[str, Any]
@@ -51,27 +42,55 @@ class Batch(NamedTuple):
         return next(len(tensor) for tensor in tensors if isinstance(tensor, Tensor) and tensor.dim())
 
     def to(self, device: torch.device) -> Batch:
-        """The batch on ``device``; what is pinned is copied without waiting."""
+        """The batch on ``device``. Nobody waits for what is copied from pinned memory."""
         inputs, target = self.inputs, self.target
         if isinstance(inputs, Tensor):
-            moved: Any = inputs.to(device, non_blocking=True)
-        else:
-            moved = {name: v.to(device, non_blocking=True) for name, v in inputs.items()}
-            if target is not None and target is inputs.get(LABELS):
-                return Batch(moved, moved[LABELS])
+            assert target is not None
+            return Batch(inputs.to(device, non_blocking=True), target.to(device, non_blocking=True))
+        moved = {name: tensor.to(device, non_blocking=True) for name, tensor in inputs.items()}
+        key = label_key(inputs)
+        if key is not None:
+            return Batch(moved, moved[key])
         return Batch(moved, None if target is None else target.to(device, non_blocking=True))
 
 
-class Reading(NamedTuple):
-    """How a data set is read: ``batch_size`` samples at a time that ``collate`` joins, by ``workers`` processes.
+def label_key(inputs: Mapping[str, Any]) -> str | None:
+    """The name of the labels among named inputs; None if there are none."""
+    return next((name for name in LABEL_NAMES if name in inputs), None)
 
-    Without a ``batch_size`` its samples are batches.
+
+class Reading(NamedTuple):
+    """How a data set is read in order.
+
+    Attributes:
+        batch_size: samples that ``collate`` joins at a time.
+        workers: processes that read them.
+        loader: reads the data set in place of all that, as it is.
     """
 
     dataset: Dataset
     batch_size: int | None
     workers: int
     collate: Collate
+    loader: DataLoader | None = None
+
+    @property
+    def samples(self) -> int | None:
+        """How many samples are read; None if a loader decides."""
+        return len(self.dataset) if self.loader is None else None  # type: ignore[arg-type]
+
+    def batches(self) -> DataLoader:
+        """What reads the batches."""
+        if self.loader is not None:
+            return self.loader
+        # a generator of its own: without it the loader draws from torch's, which dropout uses
+        return DataLoader(
+            self.dataset,
+            self.batch_size,
+            num_workers=self.workers,
+            collate_fn=self.collate,
+            generator=torch.Generator(),
+        )
 
 
 def require_data(argument: str, dataset: Any) -> int:
@@ -86,7 +105,7 @@ def require_data(argument: str, dataset: Any) -> int:
         isinstance(dataset, (tuple, list)) and dataset and all(isinstance(part, Tensor) for part in dataset)
     ):
         raise TypeError(f"{wanted}, got tensors; pass torch.utils.data.TensorDataset(inputs, targets)")
-    if isinstance(dataset, dict):
+    if isinstance(dataset, Mapping):
         raise TypeError(f"{wanted}, got a dictionary with the keys {list(dataset)}; pass one of its values")
     sized = isinstance(dataset, Sized) and hasattr(dataset, "__getitem__")
     if not sized or isinstance(dataset, (IterableDataset, str)):
@@ -99,29 +118,17 @@ def require_data(argument: str, dataset: Any) -> int:
 
 
 def reading(argument: str, dataset: Any, batch_size: int, workers: int = 0, collate: Collate | None = None) -> Reading:
-    """How ``dataset`` is read in order, for scores. What a ``DataLoader`` says goes before the other arguments.
-
-    Of a loader with a sampler of its own, the samples are those of one pass of that sampler.
+    """How ``dataset`` is read for scores: a map-style data set in order, a ``DataLoader`` as it is.
 
     Raises:
-        TypeError, ValueError: as :func:`require_data`; TypeError also for a loader of an ``IterableDataset``.
+        TypeError, ValueError: as :func:`require_data`; TypeError also for a ``collate`` that is no function.
     """
-    if not isinstance(dataset, DataLoader):
-        require_data(argument, dataset)
-        return Reading(dataset, batch_size, workers, joined if collate is None else collate)
-    require_data(argument, dataset.dataset)
-    samples, inner = dataset.dataset, dataset.sampler
-    size: int = len(samples)  # type: ignore[arg-type]
-    if dataset.batch_sampler is None:
-        return Reading(samples, None, dataset.num_workers, dataset.collate_fn if collate is None else collate)
-    if dataset.batch_size is None:  # a batch sampler was given
-        samples = Subset(samples, [index for batch in dataset.batch_sampler for index in batch])
-    elif not isinstance(inner, SequentialSampler) and not (
-        isinstance(inner, RandomSampler) and not inner.replacement and len(inner) == size
-    ):
-        samples = Subset(samples, list(inner))
-    own = joined if dataset.collate_fn in (None, default_collate) else dataset.collate_fn
-    return Reading(samples, dataset.batch_size or batch_size, dataset.num_workers, own if collate is None else collate)
+    if collate is not None:
+        require_function("collate", collate, "a function of a list of samples, or None")
+    if isinstance(dataset, DataLoader):
+        return Reading(dataset.dataset, None, 0, joined, dataset)
+    require_data(argument, dataset)
+    return Reading(dataset, batch_size, workers, joined if collate is None else collate)
 
 
 class Unjoined(NamedTuple):
@@ -134,7 +141,7 @@ def joined(samples: list[Any]) -> Any:
     """The batch of ``samples``, a pair or tensors by name; or :class:`Unjoined`."""
     try:
         batch = _joined(samples)
-    except (TypeError, ValueError):
+    except (KeyError, RuntimeError, TypeError, ValueError):
         return Unjoined(samples[0])
     return batch if _is_batch(batch) else Unjoined(samples[0])
 
@@ -149,10 +156,12 @@ def _joined(samples: list[Any]) -> Any:
 
 
 def _joined_by_name(samples: list[Mapping[str, Any]]) -> dict[str, Tensor]:
-    """Lists of numbers, as a tokenizer gives them, become tensors. Raises ValueError for different lengths."""
+    """Lists of numbers, as a tokenizer gives them, become tensors. Raises ValueError for different names or shapes."""
     columns = {name: [_as_tensor(sample[name]) for sample in samples] for name in samples[0]}
-    if any(len({tensor.shape for tensor in column}) > 1 for column in columns.values()):
-        raise ValueError("samples of different shapes")
+    if any(sample.keys() != columns.keys() for sample in samples) or any(
+        len({tensor.shape for tensor in column}) > 1 for column in columns.values()
+    ):
+        raise ValueError("samples of different names or shapes")
     return {name: torch.stack(column) for name, column in columns.items()}
 
 
@@ -167,16 +176,10 @@ def require_batch(argument: str, batch: Any) -> Batch:
     if not _is_batch(batch):
         raise TypeError(f"{argument}: {_fault(batch.first if isinstance(batch, Unjoined) else batch)}")
     if isinstance(batch, Mapping):
-        return _named(dict(batch))
+        inputs, key = dict(batch), label_key(batch)
+        return Batch(inputs, None if key is None else inputs[key])
     inputs, target = batch
     return Batch(dict(inputs) if isinstance(inputs, Mapping) else inputs, target)
-
-
-def _named(inputs: dict[str, Tensor]) -> Batch:
-    for name in _LABELS_TOO:
-        if LABELS not in inputs and name in inputs:
-            inputs[LABELS] = inputs.pop(name)
-    return Batch(inputs, inputs.get(LABELS))
 
 
 def batch_at(argument: str, dataset: Any, index: int, collate: Collate = joined) -> Batch:
@@ -186,10 +189,15 @@ def batch_at(argument: str, dataset: Any, index: int, collate: Collate = joined)
 
 def tensors_at(argument: str, dataset: Any, index: int, collate: Collate = joined) -> Iterator[Tensor]:
     """The tensors of the sample at ``index``."""
-    inputs, target = batch_at(argument, dataset, index, collate)
+    yield from tensors_of_batch(batch_at(argument, dataset, index, collate))
+
+
+def tensors_of_batch(batch: Batch) -> Iterator[Tensor]:
+    """Its tensors, each once, in an order of their names."""
+    inputs, target = batch
     if isinstance(inputs, dict):
         yield from (inputs[name] for name in sorted(inputs))
-        target = None if LABELS in inputs else target
+        target = target if label_key(inputs) is None else None
     else:
         yield inputs
     if target is not None:
@@ -221,9 +229,11 @@ def _fault(sample: Any) -> str:
                 f"(datasets: dataset.remove_columns({list(odd)})), or make tensors of it in the data set or by collate="
             )
         return (
-            f"expected samples of one shape under every key, got others, with the keys {list(sample)}; pad them by "
-            "collate=, such as transformers.DataCollatorWithPadding(tokenizer)"
+            f"expected samples of one shape under every key, and with the same keys, got others; the first has "
+            f"{list(sample)}; pad them by collate=, such as transformers.DataCollatorWithPadding(tokenizer)"
         )
+    if isinstance(sample, (tuple, list)) and len(sample) == 2 and all(map(_is_numeric, sample)):
+        return "expected inputs of one shape and targets of one shape, got others; make them alike, or pad by collate="
     form = f"({', '.join(map(type_of, sample))})" if isinstance(sample, (tuple, list)) else type_of(sample)
     return (
         f"expected samples (input, target) or dictionaries, of tensors, arrays or numbers, got {form}; wrap it in a "

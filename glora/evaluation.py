@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
@@ -20,6 +20,7 @@ from .models.modules import evaluating, replaced_modules, require_layers, requir
 from .objective import Loss, Metrics, Objective, Outputs, Totals
 from .paths import paths_of, using_paths
 from .progress import progress_bar
+from .random_numbers import repeatable
 
 
 def evaluate(
@@ -35,9 +36,12 @@ def evaluate(
 ) -> Metrics:
     """Mean loss and accuracy of ``model``, in eval mode; for language models the perplexity too (``.perplexity``).
 
+    Means are over samples, or over the tokens that count. A loss that the model or ``loss_fn`` gives as a mean over a
+    batch counts as often as the batch has targets; if that mean is weighted, it depends on the batch size.
+
     Args:
         dataset: samples ``(input, target)``, or dictionaries of the model's arguments with the targets under
-            ``labels``; or a ``DataLoader`` of either, whose batch size and processes then count.
+            ``labels``; or a ``DataLoader`` of either, which is read as it is.
         workers: processes that read the data set; 0 reads it in this one.
         progress: show a bar.
         loss_fn: ``(output, target) -> scalar``, a mean over the targets. None: the model's own loss, or cross-entropy.
@@ -55,35 +59,25 @@ def evaluate(
     require_model(model)
     require_integer("batch_size", batch_size, 1)
     require_integer("workers", workers, 0)
-    objective = Objective(model, loss_fn, outputs)
-    source = dataset.dataset if isinstance(dataset, DataLoader) else dataset
-    if not isinstance(source, IterableDataset):
-        loader = loader_of(reading("dataset", dataset, batch_size, workers, collate))
-    elif isinstance(dataset, DataLoader):
-        loader = dataset
+    if isinstance(dataset, IterableDataset):
+        read = Reading(dataset, batch_size, workers, joined if collate is None else collate)
     else:
-        loader = loader_of(Reading(dataset, batch_size, workers, joined if collate is None else collate))
-    return count(model, progress_bar(loader, desc="test", unit="batch", shown=progress), objective).means
-
-
-def loader_of(read: Reading) -> DataLoader:
-    """What reads a data set in order."""
-    # a generator of its own: without it the loader draws from torch's, which dropout uses
-    return DataLoader(
-        read.dataset, read.batch_size, num_workers=read.workers, collate_fn=read.collate, generator=torch.Generator()
-    )
+        read = reading("dataset", dataset, batch_size, workers, collate)
+    return count(model, read, Objective(model, loss_fn, outputs), shown=progress).means
 
 
 @torch.no_grad()
-def count(model: nn.Module, batches: Iterable[Any], objective: Objective, argument: str = "dataset") -> Totals:
-    """As :func:`evaluate`, but as sums; errors name ``argument``."""
+def count(
+    model: nn.Module, read: Reading, objective: Objective, argument: str = "dataset", shown: bool = False
+) -> Totals:
+    """As :func:`evaluate`, but as sums; errors name ``argument``. Nothing is drawn from generators that go on."""
     device = next(model.parameters()).device
     totals = Totals(0.0, 0, 0, 0)
-    with evaluating(model):
-        for read in batches:
-            batch = require_batch(argument, read).to(device)
-            found = objective.totals(objective.output(model, batch), batch)
-            totals = totals.plus(found)
+    loader = read.batches()
+    with evaluating(model), repeatable(loader):
+        for found in progress_bar(loader, desc="test", unit="batch", shown=shown):
+            batch = require_batch(argument, found).to(device)
+            totals = totals.plus(objective.totals(objective.output(model, batch), batch))
     if not totals.samples:
         raise ValueError(f"{argument}: expected at least one sample, got none")
     return totals

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from .arguments import listed, require_type
+from .arguments import listed, require_type, type_of
 from .config import PathConfig
 from .dataset import Batch
 from .distributed import require_whole
@@ -19,7 +19,7 @@ from .layers.base import GLoRALayer
 from .layers.plain import is_bare, qualified_name
 from .layers.quantised import GLoRAQuantisedLinear
 from .models.contents import BATCH_NORMS
-from .models.modules import evaluating, replace_modules, replaced_modules, require_layers
+from .models.modules import called, evaluating, replace_modules, replaced_modules, require_layers
 from .models.pretrained import Home, guard_saving, homes, release_saving
 from .models.readers import warn_of_readers
 from .models.wrappers import modules_by_name
@@ -182,6 +182,7 @@ def merge(
     if "" in layers:
         raise ValueError("model: expected a model that contains adapted layers; call .merge() on a single layer")
     require_mergeable(layers)
+    _check_sample(sample)
     places = _check_biases(bias, model, layers)
     _check_quantised(requantise, layers)
     merged: dict[str, nn.Module] = {}
@@ -374,6 +375,16 @@ def _measure(name: str, layer: GLoRALayer, plain: nn.Module, untied: bool) -> La
     return LayerMerge(name, layer.path, _largest(y - unmerged), _largest(y - exact), created, untied, lost)
 
 
+def _check_sample(sample: object) -> None:
+    if sample is None or isinstance(sample, Tensor):
+        return
+    expected = "a tensor, or a dictionary of tensors by the names of the model's arguments (return_tensors='pt')"
+    require_type("sample", sample, Mapping, expected)
+    odd = {name: type_of(value) for name, value in sample.items() if not isinstance(value, Tensor)}  # type: ignore[attr-defined]
+    if odd or not sample:
+        raise TypeError(f"sample: expected {expected}, got {odd or 'an empty one'}")
+
+
 @torch.no_grad()
 def _model_difference(
     model: nn.Module,
@@ -382,11 +393,11 @@ def _model_difference(
     outputs: Outputs,
 ) -> float:
     objective = Objective(model, outputs=outputs)
-    batch = Batch(sample if isinstance(sample, Tensor) else dict(sample), None)
+    given = objective.arguments(Batch(sample if isinstance(sample, Tensor) else dict(sample), None), "sample")
     with evaluating(model):
-        before = objective.logits(objective.output(model, batch))
+        before = objective.logits(called(model, given))
         with replaced_modules(model, replacements), evaluating(model):
-            after = objective.logits(objective.output(model, batch))
+            after = objective.logits(called(model, given))
     return _largest((before - after).double())
 
 

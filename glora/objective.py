@@ -7,20 +7,19 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .arguments import require_function, require_type, type_of
-from .dataset import LABELS, Batch
-from .layers.packages import loaded
+from .dataset import LABEL_NAMES, LABELS, Batch, label_key
+from .layers.packages import is_a
 from .models.modules import called, require_model
 from .models.wrappers import named_modules
 
 IGNORED = -100  # the target that cross-entropy leaves out, in PyTorch and Transformers
 Outputs = Callable[[Any], Any] | str | None
 Loss = Callable[[Any, Any], Tensor]
-_CAUSAL = ("ForCausalLM", "LMHeadModel")  # ends of class names of Transformers
-_CAUSAL_UNLESS_ENCODED = "ForConditionalGeneration"  # images and texts to text; not encoder and decoder
 
 
 class Metrics(NamedTuple):
@@ -60,13 +59,16 @@ class Objective:
     """What a model is trained for and scored by.
 
     Args:
-        model: whose arguments and kind are looked at; it may be within wrappers.
-        loss_fn: ``(output, target) -> scalar``, of the output as it is, or of what ``outputs`` says. None: the
-            loss that the model returns (``.loss``), if it does; else the cross-entropy of its logits. The targets of a
-            causal language model of Transformers are then moved by one token, as its own loss does.
+        model: whose arguments are looked at; it may be within wrappers.
+        loss_fn: ``(output, target) -> scalar``, of the output as it is, or of what ``outputs`` says; losses of
+            ``torch.nn`` get the logits. None: the loss that the model returns (``.loss``), where it was given labels by
+            name; else the cross-entropy of its logits.
         outputs: what of the model's output counts, a function of it, or the name of an attribute or key. None: a tensor
             itself; ``logits`` of an object or a dictionary; of a tuple the first tensor that is no scalar.
         label_smoothing: of the cross-entropy, which then stands in place of the model's own loss.
+
+    In a causal language model each logit is held against the next token. Whether named targets are to be moved so is
+    told by the model's own loss: of the first batch, it is nearer to the cross-entropy of moved targets or of others.
 
     Raises:
         TypeError: a ``loss_fn`` or ``outputs`` of another type.
@@ -79,33 +81,40 @@ class Objective:
             require_function("loss_fn", loss_fn, "a function of output and target, or None")
         if not callable(outputs):
             require_type(
-                "outputs", outputs, (str, type(None)), "a function of the model's output, a name in it, or None"
+                "outputs", outputs, (str, type(None)), "a function of the model's output, a name in it or None"
             )
         require_model(model)
         self.loss_fn, self.outputs, self.label_smoothing = loss_fn, outputs, label_smoothing
-        inner: Any = next(named_modules(model))[1]
-        self._arguments = _named_arguments(inner)
-        self._is_causal = _is_causal(inner)
+        self._is_entropy = loss_fn in (None, F.cross_entropy) or isinstance(loss_fn, nn.CrossEntropyLoss)
+        self._ignored = getattr(loss_fn, "ignore_index", IGNORED)
+        self._arguments = _named_arguments(_innermost(model))
+        self._moved: bool | None = None  # whether targets are moved by one token; None: not known yet
 
     def output(self, model: nn.Module, batch: Batch) -> Any:
         """The output of ``model``; raises TypeError as :meth:`arguments`."""
         return called(model, self.arguments(batch))
 
-    def arguments(self, batch: Batch) -> Tensor | dict[str, Any]:
-        """What the model is given of a batch. Labels are among them only if it takes them and its own loss counts.
+    def arguments(self, batch: Batch, name: str = "dataset") -> Tensor | dict[str, Any]:
+        """What the model is given of a batch: labels only if it takes them, and the loss is its own or an entropy.
+
+        Args:
+            name: of the argument that the batch came from, for the error.
 
         Raises:
             TypeError: the batch has inputs that ``forward`` does not take.
         """
         if isinstance(batch.inputs, Tensor):
             return batch.inputs
-        inputs = dict(batch.inputs)
-        if self.loss_fn is not None or (self._arguments is not None and LABELS not in self._arguments):
-            inputs.pop(LABELS, None)
+        inputs, key = dict(batch.inputs), label_key(batch.inputs)
+        if key is not None:
+            labels = inputs.pop(key)
+            taken = LABELS if self._takes(LABELS) else key
+            if self._is_entropy and self._takes(taken):
+                inputs[taken] = labels
         if self._arguments is not None and (unknown := sorted(inputs.keys() - self._arguments)):
             raise TypeError(
-                f"dataset: expected the arguments of the model's forward, {sorted(self._arguments)}, got {unknown} "
-                f"too; remove them (datasets: dataset.remove_columns({unknown}))"
+                f"{name}: expected the arguments of the model's forward, {sorted(self._arguments)}, got {unknown} too; "
+                f"remove them (datasets: dataset.remove_columns({unknown}))"
             )
         return inputs
 
@@ -117,13 +126,16 @@ class Objective:
 
         Raises:
             TypeError: an output without logits, no target, or a ``loss_fn`` that does not return a scalar tensor.
+            ValueError: targets that do not fit the logits.
         """
-        own = None if self.label_smoothing or self.loss_fn is not None else own_loss(output)
+        own = self._own_loss(output, target, named)
         if own is not None:
             return own
-        if self.loss_fn is None or self.loss_fn is F.cross_entropy:
-            return self._cross_entropy(self.logits(output), target, named, "mean")
-        loss = self.loss_fn(output if self.outputs is None else self._counted(output), target)
+        if self.loss_fn is None or self._is_entropy:
+            return self._cross_entropy(output, target, named, "mean")
+        logits = isinstance(self.loss_fn, nn.Module) and type(self.loss_fn).__module__.startswith("torch.nn.")
+        counted = self.logits(output) if logits else output if self.outputs is None else self._counted(output)
+        loss = self.loss_fn(counted, target)
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type_of(loss)
             raise TypeError(f"loss_fn: expected it to return a scalar tensor, got {got}")
@@ -134,21 +146,23 @@ class Objective:
         found = self._answers(output, target, named)
         return None if found is None else found[0].sum() / found[1].sum()
 
+    def targets(self, output: Any, batch: Batch) -> int:
+        """How many targets a mean loss is over: those that count, or samples without classes."""
+        found = self._answers(output, batch.target, batch.named)
+        return batch.size if found is None else int(found[1].sum())
+
     def totals(self, output: Any, batch: Batch) -> Totals:
-        """Sums for a score. A loss that is a mean counts once for each target, or for each sample without classes.
+        """Sums for a score. The loss of a batch, if it is given as a mean, counts once for each target.
 
         Raises:
-            TypeError: as :meth:`loss`.
+            TypeError, ValueError: as :meth:`loss`.
         """
         found = self._answers(output, batch.target, batch.named)
-        right, targets = math.nan, batch.size
-        if found is not None:
-            right, targets = (int(each.sum()) for each in found)
-        if self.loss_fn in (None, F.cross_entropy) and (self.loss_fn is not None or own_loss(output) is None):
-            logits = self.logits(output).float()
-            loss = float(self._cross_entropy(logits, batch.target, batch.named, "sum"))
-        else:
-            # the mean over nothing is no number
+        right, targets = (math.nan, batch.size) if found is None else (int(each.sum()) for each in found)
+        summed = self.loss_fn in (None, F.cross_entropy)
+        if summed and self._own_loss(output, batch.target, batch.named) is None:
+            loss = float(self._cross_entropy(output, batch.target, batch.named, "sum"))
+        else:  # the mean over nothing is no number
             loss = float(self.loss(output, batch.target, batch.named)) * targets if targets else 0.0
         return Totals(loss, right, batch.size, targets)
 
@@ -169,42 +183,78 @@ class Objective:
             return found
         return logits_of(output)
 
-    def _cross_entropy(self, logits: Tensor, target: Tensor | None, named: bool, reduction: str) -> Tensor:
+    def _takes(self, name: str) -> bool:
+        return self._arguments is None or name in self._arguments
+
+    def _own_loss(self, output: Any, target: Tensor | None, named: bool) -> Tensor | None:
+        """The loss that the model returned, if that is what it is trained for."""
+        if self.loss_fn is not None or self.label_smoothing or not named:
+            return None
+        # without such targets, it has got others by names of its own
+        given = target is None or any(self._takes(name) for name in LABEL_NAMES)
+        return own_loss(output) if given else None
+
+    def _cross_entropy(self, output: Any, target: Tensor | None, named: bool, reduction: str) -> Tensor:
+        logits = self.logits(output)
         if not isinstance(target, Tensor):
             raise TypeError(
                 f"dataset: expected targets, under {LABELS!r} in samples that are dictionaries, got none; name them so,"
-                " or use a model that returns its own loss"
+                " or use a model that returns its own loss; for a causal language model "
+                "collate=transformers.DataCollatorForLanguageModeling(tokenizer, mlm=False) adds them"
             )
-        flat = self._flat(logits, target, named)
-        smoothing = self.label_smoothing if reduction == "mean" else 0.0
-        return F.cross_entropy(*(flat or (logits, target)), reduction=reduction, label_smoothing=smoothing)
+        options: dict[str, Any] = {"reduction": reduction}
+        if reduction == "sum":
+            logits = logits.float()
+        else:
+            options["label_smoothing"] = self.label_smoothing
+        if not target.is_floating_point():
+            target = target.long()
+        axis = _class_axis(logits, target, named)
+        if axis is not None and logits.dim() > 2:
+            if self._is_moved(output, logits, target, named, axis):
+                logits, target = logits[:, :-1], target[:, 1:]
+            logits, target = logits.movedim(axis, -1).flatten(0, -2), target.flatten()
+        try:
+            if isinstance(self.loss_fn, nn.CrossEntropyLoss):
+                return self.loss_fn(logits, target)
+            return F.cross_entropy(logits, target, **options)
+        except (RuntimeError, ValueError) as error:
+            raise ValueError(
+                f"dataset: expected targets of the cross-entropy of logits {tuple(logits.shape)}, classes or "
+                f"probabilities, got {target.dtype} {tuple(target.shape)} ({error}); loss_fn= takes another loss"
+            ) from None
 
+    @torch.no_grad()
     def _answers(self, output: Any, target: Tensor | None, named: bool) -> tuple[Tensor, Tensor] | None:
         """Which targets the logits choose, and which of them count; None if targets are no classes."""
         if not isinstance(target, Tensor) or target.is_floating_point():
             return None
         try:
-            flat = self._flat(self.logits(output), target, named)
+            logits = self.logits(output)
         except TypeError:  # a loss of one's own may need no logits
             return None
-        if flat is None:
+        axis = _class_axis(logits, target, named)
+        if axis is None or logits.shape[axis] == 1:
             return None
-        logits, target = flat
-        return logits.argmax(-1) == target, target != IGNORED
+        chosen = logits.argmax(axis)
+        if self._is_moved(output, logits, target, named, axis):
+            chosen, target = chosen[:, :-1], target[:, 1:]
+        return chosen == target, target != self._ignored
 
-    def _flat(self, logits: Tensor, target: Tensor, named: bool) -> tuple[Tensor, Tensor] | None:
-        """Logits ``(M, C)`` and classes ``(M,)`` of samples, tokens ``(..., C)`` or pixels ``(N, C, ...)``; or None."""
-        if target.is_floating_point() or logits.dim() < 2:
-            return None
-        if self._is_causal and named and logits.shape[:-1] == target.shape:
-            logits, target = logits[..., :-1, :], target[..., 1:]
-        if logits.dim() == 2 and target.dim() == 1:
-            return logits, target
-        if logits.shape[:-1] == target.shape:
-            return logits.reshape(-1, logits.shape[-1]), target.reshape(-1)
-        if (logits.shape[0], *logits.shape[2:]) == tuple(target.shape):
-            return logits.movedim(1, -1).reshape(-1, logits.shape[1]), target.reshape(-1)
-        return None
+    @torch.no_grad()
+    def _is_moved(self, output: Any, logits: Tensor, target: Tensor, named: bool, axis: int) -> bool:
+        """Whether logits are held against the targets one token later, as the model's own loss says."""
+        own = own_loss(output) if named and axis == -1 and logits.dim() == 3 else None
+        if own is None:
+            return False
+        if self._moved is None:
+            aligned = F.cross_entropy(logits.float().flatten(0, -2), target.long().flatten())
+            moved = F.cross_entropy(logits[:, :-1].float().flatten(0, -2), target[:, 1:].long().flatten())
+            distances = (own - aligned).abs(), (own - moved).abs()
+            if any(bool(distance.isnan()) for distance in distances):
+                return bool(distances[0].isnan())  # a batch in which too little counts decides nothing
+            self._moved = bool(distances[1] < distances[0])
+        return self._moved
 
 
 def own_loss(output: Any) -> Tensor | None:
@@ -247,18 +297,32 @@ def _described(output: Any) -> str:
     return f"{type_of(output)} with {list(output)}" if isinstance(output, Mapping) else type_of(output)
 
 
-def _named_arguments(model: nn.Module) -> frozenset[str] | None:
-    """The names that ``forward`` takes; None if it takes any."""
-    parameters = inspect.signature(model.forward).parameters.values()
+def _innermost(model: nn.Module) -> Any:
+    """The model within wrappers, and within PEFT's."""
+    inner: Any = next(named_modules(model))[1]
+    return inner.get_base_model() if is_a(inner, "peft.peft_model", "PeftModel") else inner
+
+
+def _named_arguments(model: Any) -> frozenset[str] | None:
+    """The names that ``forward`` takes; None if it takes any, or does not say."""
+    try:
+        parameters = inspect.signature(model.forward).parameters.values()
+    except (TypeError, ValueError):
+        return None
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
         return None
     return frozenset(p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY))
 
 
-def _is_causal(model: Any) -> bool:
-    """Whether it is a language model of Transformers whose labels are its inputs."""
-    pretrained = loaded("transformers.modeling_utils", "PreTrainedModel")
-    if pretrained is None or not isinstance(model, pretrained):
-        return False
-    name = type(model).__name__
-    return name.endswith(_CAUSAL) or (name.endswith(_CAUSAL_UNLESS_ENCODED) and not model.config.is_encoder_decoder)
+def _class_axis(logits: Tensor, target: Tensor, named: bool) -> int | None:
+    """Where the classes are: 1 in ``(N, C)`` and ``(N, C, H, W)``, -1 in ``(N, T, C)``; None: targets are no classes.
+
+    Where both fit, named targets are those of tokens, and others as ``torch.nn.functional.cross_entropy`` has them.
+    """
+    if target.is_floating_point() or logits.dim() < 2:
+        return None
+    pixels = (logits.shape[0], *logits.shape[2:]) == tuple(target.shape)
+    tokens = logits.dim() > 2 and logits.shape[:-1] == target.shape
+    if pixels and not (named and tokens):
+        return 1
+    return -1 if tokens else None

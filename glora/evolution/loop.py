@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import os
 import time
+import zlib
 from collections.abc import Callable, Mapping
 from functools import partial
+from itertools import islice
 from typing import Any
 
 from torch import Tensor, nn
@@ -20,13 +22,14 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from ..arguments import FILE, require_function, require_integer, require_type
 from ..config import LayerShape, SearchSpace
-from ..dataset import Collate, Reading, reading, tensors_at
+from ..dataset import Collate, Reading, reading, require_batch, tensors_at, tensors_of_batch
 from ..distributed import holds_replica, require_whole
 from ..files import checksum
 from ..models.modules import require_layers
 from ..objective import Loss, Objective, Outputs
 from ..paths import Paths, sampler_for
 from ..processes import require_agreement, require_group, together, world_size
+from ..random_numbers import repeatable
 from ..sampling import PathSampler
 from .bar import SearchBar
 from .halving import rung_ends, search_order
@@ -70,7 +73,8 @@ def search(
     Args:
         space: what each tensor may be.
         validation: samples as for :func:`glora.evaluate`, or a ``DataLoader`` of them; never the test split. With
-            ``settings.halving`` it is read in a seeded order of which every beginning has the classes in proportion.
+            ``settings.halving`` it is read in a seeded order of which every beginning has the classes in proportion;
+            the loss of tokens is then a mean of the means of these parts.
         score: in place of ``validation``, ``score(merged model) -> number``, higher is better. It is called with the
             model in eval mode and without gradients, and has to give the same number for the same model.
         limit: the most support parameters a path may read.
@@ -85,9 +89,10 @@ def search(
 
     Raises:
         ValueError: a limit that no path meets, a space that does not fit the model, an unknown metric, or a journal of
-            another search (of other weights, samples or metric; unless the data set is a ``TensorDataset``, 64 samples
-            are compared; a ``score`` cannot be); processes that have no group or differ in their arguments or weights,
-            or a wrapped model; both ``validation`` and ``score``, or neither; halving with a ``score``.
+            another search (of other weights, samples, metric or code of ``loss_fn``; unless the data set is a
+            ``TensorDataset``, 64 samples are compared; a ``score`` cannot be); processes that have no group or differ
+            in their arguments or weights, or a wrapped model; both ``validation`` and ``score``, or neither; halving
+            with a ``score`` or a ``DataLoader``.
         TypeError: an argument or samples of another type.
         RuntimeError: another process failed.
 
@@ -112,7 +117,7 @@ def search(
         layers,
         space,
         scorer,
-        samples=len(read.dataset),  # type: ignore[arg-type]
+        samples=read.samples,
         scored_by=_scored_by(model, read, metric, objective) if identified else None,
         metric=metric,
         **common,
@@ -131,7 +136,8 @@ def check_search(
     """Raise what :func:`search` would for these arguments, before it evaluates anything."""
     read = _reading(validation, metric)
     _checked_layers(model, space, limit)
-    _rung_ends(settings, len(read.dataset))  # type: ignore[arg-type]
+    _order(read, settings)
+    _rung_ends(settings, read.samples)
 
 
 def _reading(
@@ -161,6 +167,8 @@ def _check_score(score: object, validation: object, settings: SearchSettings) ->
 
 def _order(read: Reading, settings: SearchSettings) -> list[int] | None:
     require_type("settings", settings, SearchSettings, "glora.SearchSettings")
+    if settings.halving and read.loader is not None:
+        raise ValueError("settings.halving: expected () with a DataLoader, which is read as a whole; pass its .dataset")
     return search_order(read, settings.seed) if settings.halving else None
 
 
@@ -178,10 +186,10 @@ def _scored_by(model: nn.Module, read: Reading, metric: str, objective: Objectiv
     return {
         "metric": metric,
         "batch_size": read.batch_size,
-        "samples": len(read.dataset),  # type: ignore[arg-type]
+        "samples": read.samples,
         "weights": _weights(model),
         "validation": checksum(_samples_of(read)),
-        **{name: _name_of(value) for name, value in own.items() if value is not None},
+        **{name: _identity_of(value) for name, value in own.items() if value is not None},
     }
 
 
@@ -189,12 +197,27 @@ def _weights(model: nn.Module) -> int:
     return checksum([*model.parameters(), *model.buffers()])
 
 
-def _name_of(value: Any) -> str:
-    return value if isinstance(value, str) else getattr(value, "__qualname__", type(value).__qualname__)
+def _identity_of(value: Any) -> str:
+    """A text that tells functions from others, by their code, and modules by what they hold."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, nn.Module):
+        held = {name: v for name, v in vars(value).items() if isinstance(v, (bool, int, float, str, type(None)))}
+        return f"{type(value).__qualname__} {held} {checksum(value.state_dict().values()):08x}"
+    name = getattr(value, "__qualname__", type(value).__qualname__)
+    code = getattr(value, "__code__", None)
+    return name if code is None else f"{name} {zlib.crc32(code.co_code + repr(code.co_consts).encode()):08x}"
 
 
 def _samples_of(read: Reading) -> list[Tensor]:
-    """All tensors of a ``TensorDataset``; up to 64 samples of another data set, which may decode images."""
+    """All tensors of a ``TensorDataset``; up to 64 samples of another data set, which may decode images.
+
+    Of a loader, the first two batches.
+    """
+    if read.loader is not None:
+        with repeatable(read.loader) as loader:
+            batches = [require_batch("validation", batch) for batch in islice(loader, 2)]
+        return [tensor for batch in batches for tensor in tensors_of_batch(batch)]
     samples: Any = read.dataset
     if isinstance(samples, TensorDataset):
         return list(samples.tensors)

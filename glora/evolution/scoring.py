@@ -12,7 +12,7 @@ from torch.utils.data import Subset
 from ..arguments import type_of
 from ..config import PathConfig
 from ..dataset import Reading
-from ..evaluation import MergedLayer, count, loader_of, mergeable_layers, merged_under
+from ..evaluation import MergedLayer, count, mergeable_layers, merged_under
 from ..models.modules import evaluating
 from ..objective import Objective
 
@@ -48,10 +48,11 @@ class CandidateScorer:
         self.layers = mergeable_layers(model)
         self._merged: dict[str, MergedLayer] = {}
 
-    def __call__(self, paths: Mapping[str, PathConfig], start: int, stop: int) -> float:
+    def __call__(self, paths: Mapping[str, PathConfig], start: int = 0, stop: int | None = None) -> float:
         """The sum of the scores of samples ``start`` to ``stop`` of ``order``; of all samples without an order.
 
-        Where a sample has several targets (tokens), its score is its share of the mean over all targets.
+        Where samples have several targets (tokens), the sum is the mean over those targets times the samples. Of a
+        ``DataLoader``, which may have any number of samples, the score is the mean.
 
         Raises:
             ValueError: an accuracy is asked for, and targets are no classes.
@@ -60,11 +61,12 @@ class CandidateScorer:
         if self.order is not None:
             read = read._replace(dataset=Subset(read.dataset, self.order[start:stop]))
         with merged_under(self.model, self.layers, paths, self._merged) as merged:
-            totals = count(merged, loader_of(read), self.objective, "validation")
-        score = totals.right if self.metric == "accuracy" else -totals.loss
+            totals = count(merged, read, self.objective, "validation")
         if math.isnan(totals.right) and self.metric == "accuracy":
             raise ValueError("metric: expected 'loss' where targets are no classes that logits choose, got 'accuracy'")
-        return float(score) * (totals.samples / max(totals.targets, 1))
+        score = totals.right if self.metric == "accuracy" else -totals.loss
+        samples = 1 if read.loader is not None else totals.samples
+        return float(score) * (samples / max(totals.targets, 1))
 
 
 class OwnScorer:

@@ -6,9 +6,7 @@ number of loading processes and of ranks.
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from functools import partial
 from itertools import count
 from typing import Any
@@ -16,12 +14,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler, TensorDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, TensorDataset
 
 from ..dataset import Collate, joined
 from ..distributed import share
 from ..files import checksum
 from ..processes import process_rank, world_size
+from ..random_numbers import drawing_from, mix, seed_loader
 from ..transfers import upload
 from .recipe import Recipe
 
@@ -83,21 +82,6 @@ class _Repeatable(Dataset):
             return self.dataset[index]
 
 
-@contextmanager
-def drawing_from(seed: int) -> Iterator[None]:
-    """Seed Python's, numpy's and torch's global generators (on the CPU) with ``seed``; restore them after the block."""
-    before = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.default_generator.manual_seed(seed)
-    try:
-        yield
-    finally:
-        random.setstate(before[0])
-        np.random.set_state(before[1])
-        torch.set_rng_state(before[2])
-
-
 def batches(
     dataset: Dataset | DataLoader,
     recipe: Recipe,
@@ -137,14 +121,14 @@ def batches(
 
 def _loaded(loader: DataLoader, seed: int, start: int) -> Iterator[Any]:
     """The batches of ``loader`` from step ``start`` on. Those before it in the same pass are read and left out."""
+    length = batches_in(loader)
     # without a length, the passes are counted from the first
-    passed, before = divmod(start, len(loader)) if _is_sized(loader) else (0, start)
+    passed, before = (0, start) if length is None else divmod(start, length)
     step = start - before
     while True:
-        generator = loader.generator
-        if generator is not None:
-            generator.manual_seed(mix(mix(seed, -3), passed))
-        with drawing_from(mix(mix(seed, -4), passed)):
+        own = mix(mix(seed, -4), passed)
+        seed_loader(loader, own, passed)
+        with drawing_from(own):
             turn = iter(loader)
         first = step
         while True:
@@ -160,11 +144,14 @@ def _loaded(loader: DataLoader, seed: int, start: int) -> Iterator[Any]:
         passed += 1
 
 
-def _is_sized(loader: DataLoader) -> bool:
+def batches_in(loader: DataLoader) -> int | None:
+    """How many batches a pass over ``loader`` has; None if it may be another number each time."""
+    if isinstance(loader.dataset, IterableDataset):  # several processes may read more or less than its length
+        return None
     try:
-        return len(loader) > 0
-    except TypeError:  # an IterableDataset without a length
-        return False
+        return len(loader) or None
+    except TypeError:  # a sampler without a length
+        return None
 
 
 def _is_on_gpu(dataset: Dataset) -> bool:
@@ -234,8 +221,3 @@ def _parts(sample: Any) -> Iterator[Tensor]:
 
 def _text(text: str) -> Tensor:
     return torch.tensor(list(text.encode()), dtype=torch.uint8)
-
-
-def mix(seed: int, index: int) -> int:
-    """A seed for the ``index``-th use of ``seed``."""
-    return (seed * 1_000_003 + index * 7_919 + 12_345) % 2**63

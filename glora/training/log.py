@@ -31,7 +31,7 @@ def save_log(state: TrainingState, file: str | os.PathLike) -> None:
     validated = bool(state.validations)
     writer.writerow(COLUMNS + VALIDATION_COLUMNS * validated)
     for step, record in enumerate(state.records, 1):
-        epoch = f"{step * state.recipe.batch_size / state.samples:.4f}" if state.samples else ""
+        epoch = "" if state.epochs_per_step is None else f"{float(step * state.epochs_per_step):.4f}"
         row = [step, epoch, f"{record.lr:.6g}", *_loss_and_accuracy(record)]
         if validated:
             row += _loss_and_accuracy(state.validations[step]) if step in state.validations else ("", "")
@@ -45,9 +45,13 @@ def _loss_and_accuracy(found: StepRecord | Metrics) -> tuple[str, str]:
 
 
 class Meter:
-    """Running loss, accuracy and speed for the progress bar, over the last 50 steps; and the last validation."""
+    """Running loss, accuracy and speed for the progress bar, over the last 50 steps; and the last validation.
 
-    def __init__(self, batch_size: int):
+    Args:
+        batch_size: None if batches have several sizes: then no speed is shown.
+    """
+
+    def __init__(self, batch_size: int | None):
         self.batch_size = batch_size
         self.recent: deque[tuple[float, float, float]] = deque(maxlen=50)
 
@@ -59,7 +63,7 @@ class Meter:
             return ""
         times, losses, accuracies = zip(*self.recent)
         steps, elapsed = len(times) - 1, times[-1] - times[0]
-        speed = f", {steps * self.batch_size / elapsed:.0f} samples/s" if elapsed else ""
+        speed = f", {steps * self.batch_size / elapsed:.0f} samples/s" if elapsed and self.batch_size else ""
         accuracy = sum(accuracies) / len(accuracies)
         right = "" if math.isnan(accuracy) else f", accuracy {accuracy:.1%}"
         return f"loss {sum(losses) / len(losses):.3f}{right}{speed}{_of_last(validations)}"

@@ -17,6 +17,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from fractions import Fraction
 
 import torch
 from torch import nn
@@ -36,7 +37,7 @@ from ..paths import get_paths, sampler_for, set_layer_paths, set_paths
 from ..processes import from_first, is_first, require_agreement, require_group, together, world_size
 from ..progress import progress_bar, say
 from ..sampling import PathSampler
-from .batches import batches, fingerprint
+from .batches import batches, batches_in, fingerprint
 from .graphing import StepGraphs, require_graphs
 from .log import Meter, save_log
 from .recipe import Recipe
@@ -106,7 +107,8 @@ def train(
             with generators (Python's, numpy's, torch's) of its own, so that random augmentation too is the same after a
             cut and for any ``workers``. A ``TensorDataset`` is indexed by whole batches instead: on a GPU, if it fits
             into a quarter of what is free there. Or a ``DataLoader`` of either: its batches, in its order, which
-            is seeded; ``recipe.batch_size``, ``workers`` and ``collate`` are not read then. It needs a single process.
+            is seeded; ``recipe.batch_size``, ``workers`` and ``collate`` are not read then. It needs a single process,
+            and is told to be seeded anew in each pass, which ``persistent_workers`` cannot be.
         recipe: how to train.
         space: draw paths from it; None trains the model as it is.
         validation: samples as for :func:`glora.evaluate`, on which the model is scored at the end of each epoch and
@@ -163,6 +165,12 @@ def train(
     scoring = together(lambda: Validation(state, validation, objective, paths_before, workers, collate))
     if world_size() > 1:
         _start_alike(state, checkpoint is not None, validation is not None)
+    if checkpoint is not None and isinstance(dataset, DataLoader) and dataset.persistent_workers:
+        warnings.warn(
+            "dataset: a DataLoader with persistent_workers does not seed them anew in each pass; if they draw at "
+            "random, a run that is cut goes on with other numbers",
+            stacklevel=2,
+        )
     if checkpoint is not None:
         state.data = from_first(lambda: fingerprint(dataset))
     if checkpoint is None or not state.load(checkpoint):
@@ -176,7 +184,8 @@ def train(
     results = Results(state.records, late=state.device.type == "cuda" and on_step is None)
     steps = batches(dataset, recipe, state.step, workers, state.device, joined if collate is None else collate)
     bar = progress_bar(total=recipe.steps, initial=state.step, desc="train", unit="step", shown=shown)
-    meter = Meter(recipe.batch_size)
+    several_sizes = isinstance(dataset, DataLoader) and dataset.batch_size is None
+    meter = Meter(None if several_sizes else recipe.batch_size)
     try:
         while state.step < recipe.steps:
             if sampler is not None:
@@ -201,7 +210,7 @@ def train(
         if paths_before:
             set_paths(state.inner, paths_before)
     seconds = time.perf_counter() - started
-    images = (state.step - resumed_from) * recipe.batch_size
+    images = state.seen if world_size() == 1 else (state.step - resumed_from) * recipe.batch_size
     speed = images / seconds if seconds else 0.0
     losses = tuple(record.loss for record in state.records)
     total, graphed = state.seconds, step_graphs.used
@@ -249,7 +258,7 @@ def _prepare(
             "model: expected paths that read a support tensor, or something else to train, got neither; call "
             "glora.set_paths(model, glora.PathConfig(B='lora_8')), say, or train over a space"
         )
-    samples = _count_samples(dataset)
+    samples, rate = _count_samples(dataset), _epochs_per_step(dataset, recipe)
     if recipe.label_smoothing and loss_fn not in (None, F.cross_entropy):
         raise ValueError(
             f"loss_fn: expected the default with label_smoothing={recipe.label_smoothing}, which it does not get"
@@ -262,7 +271,7 @@ def _prepare(
         require_file("log", log)
     require_trainable(model, space is not None)
     sampler = None if space is None else sampler_for(unwrapped(model), space)
-    return TrainingState(model, parameters, recipe, space, samples, capturable=graphs == "whole"), sampler
+    return TrainingState(model, parameters, recipe, space, samples, rate, capturable=graphs == "whole"), sampler
 
 
 def _count_samples(dataset: Dataset | DataLoader) -> int | None:
@@ -274,6 +283,13 @@ def _count_samples(dataset: Dataset | DataLoader) -> int | None:
             "dataset: expected a data set where several processes share each batch, got a DataLoader; pass its .dataset"
         )
     return None if isinstance(dataset.dataset, IterableDataset) else require_data("dataset", dataset.dataset)
+
+
+def _epochs_per_step(dataset: Dataset | DataLoader, recipe: Recipe) -> Fraction | None:
+    if not isinstance(dataset, DataLoader):
+        return Fraction(recipe.batch_size, len(dataset))  # type: ignore[arg-type]
+    length = batches_in(dataset)
+    return None if length is None else Fraction(1, length)
 
 
 def _start_alike(state: TrainingState, saves: bool, validates: bool) -> None:

@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from fractions import Fraction
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -23,7 +24,7 @@ from ..models.modules import glora_layers, require_layers
 from ..models.wrappers import modules_by_name, name_in, named_buffers, named_parameters, tensors_in
 from ..objective import Metrics
 from ..processes import from_first
-from .batches import mix
+from ..random_numbers import mix
 from .recipe import Recipe
 
 CHECKPOINT_FORMAT = 3
@@ -48,6 +49,8 @@ class TrainingState:
     """A training run's state: everything a checkpoint holds.
 
     Args:
+        samples: how many the data have; None if they do not say.
+        epochs_per_step: the part of a pass over the data that a step is; None if a pass has no length.
         capturable: keep the optimiser's step counts on the device, as a step in one CUDA graph needs.
 
     Attributes:
@@ -62,6 +65,7 @@ class TrainingState:
         recipe: Recipe,
         space: SearchSpace | None,
         samples: int | None,
+        epochs_per_step: Fraction | None,
         capturable: bool = False,
     ):
         from timm.scheduler import CosineLRScheduler  # here: timm takes seconds to import
@@ -69,7 +73,8 @@ class TrainingState:
         self.model, self.inner, self.averages_itself = model, unwrapped(model), averages_itself(model)
         self.data: int | None = None
         self.parameters, self.recipe, self.space = parameters, recipe, space
-        self.samples = samples
+        self.samples, self.epochs_per_step = samples, epochs_per_step
+        self.seen = 0  # samples, in the steps of this call and on this rank
         self.find_layers()
         self.step = 0
         self.records: list[StepRecord] = []

@@ -14,7 +14,7 @@ from ..dataset import require_batch
 from ..distributed import share, sync_gradients
 from ..objective import Objective
 from ..parameters import drop_unread
-from ..processes import gather, world_size
+from ..processes import gather, process_rank, world_size
 from .graphing import StepGraphs
 from .results import Results
 from .state import StepRecord, TrainingState
@@ -38,22 +38,25 @@ def take_step(
     lr = state.optimizer.param_groups[0]["lr"]
     own: list[Tensor] = []
 
-    def forward() -> Outcome:
+    def forward() -> tuple[Outcome, Callable[[], int]]:
         batch = require_batch("dataset", next(batches)).to(state.device)
+        state.seen += batch.size
         paths = None if state.space is None else {name: layer.path for name, layer in state.layers.items()}
         graphed = graphs.take(batch, paths)
         if graphed is not None:  # it also went backward and updated
-            return graphed
+            return graphed, lambda: batch.size
         state.optimizer.zero_grad(set_to_none=True)
         with _precision(state):
             output = objective.output(state.model, batch)
             own.append(objective.loss(output, batch.target, batch.named))
-        return own[0].detach(), objective.accuracy(output, batch.target, batch.named)
+        outcome = own[0].detach(), objective.accuracy(output, batch.target, batch.named)
+        return outcome, lambda: objective.targets(output, batch)
 
-    results.add(lr, *_of_whole_batch(forward, state.recipe.batch_size))
+    outcome, weight = _of_whole_batch(forward, state.recipe.batch_size)
+    results.add(lr, *outcome)
     records = results.read()
     if own and own[0].requires_grad:
-        _backward(state, own[0])
+        _backward(state, own[0], weight)
         _update(state)
     elif own and state.space is None:  # a random path may read nothing at all
         raise ValueError(
@@ -70,12 +73,14 @@ def _precision(state: TrainingState) -> AbstractContextManager:
     return torch.autocast(state.device.type, getattr(torch, state.recipe.amp))
 
 
-def _backward(state: TrainingState, loss: Tensor) -> None:
-    """Gradients of the whole batch's loss: the mean over ranks, each weighted by its share."""
-    batch_size = state.recipe.batch_size
-    weight = world_size() * share(batch_size)[1] / batch_size
+def _backward(state: TrainingState, loss: Tensor, weight: float) -> None:
+    """Gradients of the whole batch's loss: the mean over ranks of the losses, each times its ``weight``."""
     state.scaler.scale(loss if weight == 1 else loss * weight).backward()
     drop_unread(state.layers)
+    if weight == 0:  # the mean over no targets has no gradient
+        for parameter in state.parameters:
+            if parameter.grad is not None:
+                parameter.grad.zero_()
     if not state.averages_itself:
         sync_gradients(state.model)
 
@@ -88,16 +93,21 @@ def _update(state: TrainingState) -> None:
     state.scaler.update()
 
 
-def _of_whole_batch(forward: Callable[[], Outcome], batch_size: int) -> Outcome:
-    """Loss and accuracy of all ranks' shares together. Only several processes read them on the host."""
+def _of_whole_batch(forward: Callable[[], tuple[Outcome, Callable[[], int]]], batch_size: int) -> tuple[Outcome, float]:
+    """Loss and accuracy of all ranks' shares together, and the weight of this rank's loss in the mean over ranks.
+
+    A share counts by its targets, of which ``forward`` returns a function besides loss and accuracy. Only several
+    processes read them on the host.
+    """
     if world_size() == 1:
-        return forward()
+        return forward()[0], 1.0
 
     def own() -> tuple[float, float, int]:
-        loss, right = forward()
-        return float(loss), math.nan if right is None else float(right), share(batch_size)[1]
+        (loss, right), targets = forward()
+        counted = targets() if share(batch_size)[1] else 0
+        return float(loss) if counted else 0.0, math.nan if right is None else float(right) if counted else 0.0, counted
 
     shares = gather(own)
-    samples = sum(each[2] for each in shares)
-    loss, right = (sum(each[i] * each[2] for each in shares) / samples for i in (0, 1))
-    return loss, right
+    targets = sum(each[2] for each in shares)
+    loss, right = (sum(each[i] * each[2] for each in shares) / max(targets, 1) for i in (0, 1))
+    return (loss, right), world_size() * shares[process_rank()][2] / max(targets, 1)

@@ -12,11 +12,10 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 from ..config import PathConfig
 from ..dataset import Collate, reading
 from ..distributed import holds_shards
-from ..evaluation import count, loader_of
+from ..evaluation import count
 from ..objective import Metrics, Objective
 from ..paths import using_paths
 from ..processes import from_first, together, world_size
-from .batches import drawing_from
 from .state import TrainingState
 
 
@@ -50,12 +49,10 @@ class Validation:
     @property
     def is_due(self) -> bool:
         """Whether the step just taken was the last, or that an epoch ended with."""
-        step, samples, size = self._state.step, self._state.samples, self._state.recipe.batch_size
+        step, rate = self._state.step, self._state.epochs_per_step
         if self._read is None:
             return False
-        return step == self._state.recipe.steps or (
-            bool(samples) and step * size // samples > (step - 1) * size // samples  # type: ignore[operator]
-        )
+        return step == self._state.recipe.steps or (rate is not None and step * rate // 1 > (step - 1) * rate // 1)
 
     def run(self) -> None:
         """Score the model, on rank 0; if its parameters are sharded, on every rank, which all have to take part."""
@@ -65,8 +62,8 @@ class Validation:
     def _score(self) -> Metrics:
         assert self._read is not None  # is_due
         model: Any = self._state.inner if world_size() > 1 else self._state.model
-        with drawing_from(0), _under(self._state.inner, self._paths):
-            return count(model, loader_of(self._read), self._objective, "validation").means
+        with _under(self._state.inner, self._paths):
+            return count(model, self._read, self._objective, "validation").means
 
 
 def _under(model: nn.Module, paths: Mapping[str, PathConfig]) -> AbstractContextManager:

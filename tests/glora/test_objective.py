@@ -1,6 +1,7 @@
 """Models that return more than a tensor, data that come as dictionaries, losses of a model's own: one rule for all."""
 
 import math
+import warnings
 from types import SimpleNamespace
 
 import pytest
@@ -8,13 +9,14 @@ import torch
 import transformers
 from torch import nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, Dataset, SubsetRandomSampler, TensorDataset
 
 import glora
 from glora import Recipe, SearchSettings, SearchSpace
 from glora.dataset import require_batch
 from glora.objective import Objective
-from tests.glora.toys import generator
+from tests.glora.toys import generator, on_ranks
 
 VOCABULARY, TOKENS = 32, 10
 RECIPE = Recipe(steps=4, batch_size=4, lr=1e-2, seed=3)
@@ -480,3 +482,339 @@ def test_data_sets_of_hugging_face():
     assert glora.evaluate(model, data) == glora.evaluate(model, data.with_format("torch")) == expected
     one = glora.train(filled(llama()), data, RECIPE, space=SPACE, progress=False)
     assert one.losses == glora.train(filled(llama()), Rows(rows), RECIPE, space=SPACE, progress=False).losses
+
+
+# -- what an independent review found ------------------------------------------------------------------
+
+
+def length_buckets():
+    """Two batches of other lengths, which nothing but this loader can join."""
+    rows = [{"input_ids": torch.arange(2, 2 + n), "labels": torch.arange(2, 2 + n)} for n in (3, 3, 5, 5)]
+    return DataLoader(Rows(rows), batch_sampler=[[0, 1], [2, 3]]), Rows(rows)
+
+
+def test_a_loader_is_read_as_it_is():
+    loader, rows = length_buckets()
+    model = filled(llama())
+    expected = glora.evaluate(model, rows, 1)
+    assert glora.evaluate(model, loader).loss == pytest.approx(expected.loss, rel=1e-6)
+    found = glora.search(model, SPACE, loader, metric="loss", settings=SHORT, progress=False)
+    truth = glora.evaluate_merged(model, found.best.paths, loader)
+    assert found.best.score == pytest.approx(-truth.loss, rel=1e-6)
+    x, y = points()
+    model = filled(Returning(lambda y: y))
+    batches = [(x[:7], y[:7]), (x[7:], y[7:])]  # a data set of batches
+    assert tuple(glora.evaluate(model, DataLoader(batches, batch_size=None))) == pytest.approx(
+        tuple(glora.evaluate(model, TensorDataset(x, y)))
+    )
+    dropped = glora.evaluate(model, DataLoader(TensorDataset(x, y), 5, drop_last=True))
+    assert dropped == glora.evaluate(model, TensorDataset(x[:10], y[:10]), 5)
+
+
+def test_a_random_loader_gives_the_same_scores_and_a_journal_that_is_continued(tmp_path):
+    data, model = TensorDataset(*points()), filled(Returning(lambda y: y))
+    torch.manual_seed(1)
+    state = torch.get_rng_state()
+    for own in (None, torch.Generator().manual_seed(5)):
+        loader = DataLoader(data, 3, sampler=SubsetRandomSampler([3, 5, 1, 7, 8], generator=own))
+        before = None if own is None else own.get_state()
+        journal = tmp_path / f"journal-{own is None}"
+        options = {"metric": "loss", "settings": SHORT, "journal": journal, "progress": False}
+        found = glora.search(model, SPACE, loader, **options)
+        again = glora.search(model, SPACE, loader, **options)
+        assert (again.evaluated, again.history) == (0, found.history)
+        assert glora.evaluate(model, loader) == glora.evaluate(model, loader)
+        assert before is None or torch.equal(own.get_state(), before)
+    assert torch.equal(torch.get_rng_state(), state)
+    with pytest.raises(ValueError, match=r"^settings.halving: expected \(\) with a DataLoader"):
+        glora.search(model, SPACE, loader, settings=SearchSettings(halving=(0.5, 1)), progress=False)
+
+
+@pytest.mark.parametrize("shape", [(3,), (4, 4)])
+def test_targets_in_pairs_are_as_torch_has_them_where_shapes_leave_a_choice(shape):
+    """As many classes as rows: the classes come first, as in cross_entropy."""
+    logits = torch.randn(5, shape[0], *shape, generator=generator(3))
+    target = torch.randint(0, shape[0], (5, *shape), generator=generator(4))
+    objective = Objective(nn.Identity())
+    assert objective.loss(logits, target) == pytest.approx(float(F.cross_entropy(logits, target)))
+    assert float(objective.accuracy(logits, target)) == pytest.approx(
+        float((logits.argmax(1) == target).float().mean())
+    )
+    if len(shape) == 1:
+        named = objective.loss(logits, target, named=True)
+        assert named == pytest.approx(float(F.cross_entropy(logits.flatten(0, 1), target.flatten())))
+
+
+@pytest.mark.parametrize("named", [False, True])
+@pytest.mark.parametrize("wrap", [lambda y: {"loss": y.sum() * 0 + 7, "logits": y}, lambda y: (y.sum() * 0 + 7, y)])
+def test_a_loss_of_a_model_that_was_given_no_labels_is_none_of_its_targets(wrap, named):
+    data = Rows([{"values": x, "labels": int(y)} for x, y in zip(*points())]) if named else TensorDataset(*points())
+    model, plain = filled(Returning(wrap)), filled(Returning(lambda y: y))
+    expected = TensorDataset(*points())
+    assert glora.evaluate(model, data) == glora.evaluate(plain, expected)
+    one = glora.train(model, data, RECIPE, progress=False)
+    assert one.losses == glora.train(plain, expected, RECIPE, progress=False).losses
+
+
+def bart():
+    torch.manual_seed(0)
+    config = transformers.BartConfig(
+        vocab_size=VOCABULARY,
+        d_model=16,
+        decoder_layers=1,
+        decoder_attention_heads=2,
+        decoder_ffn_dim=16,
+        encoder_layers=1,
+        encoder_attention_heads=2,
+        encoder_ffn_dim=16,
+        max_position_embeddings=32,
+    )
+    return transformers.BartForCausalLM(config)
+
+
+@pytest.mark.parametrize(("make", "moved"), [(llama, True), (bart, False), (t5, False)])
+def test_whether_targets_are_moved_is_what_the_model_says(make, moved):
+    """Not what its class is called: BartForCausalLM does not move them."""
+    model = make().eval()
+    found, (loss, accuracy) = glora.evaluate(model, texts()), true_loss(model, texts(), moved)
+    assert (found.loss, found.accuracy) == (pytest.approx(loss, rel=1e-5), pytest.approx(accuracy, abs=1e-12))
+    for loss_fn in (F.cross_entropy, nn.CrossEntropyLoss()):
+        assert glora.evaluate(model, texts(), 100, loss_fn=loss_fn).loss == pytest.approx(loss, rel=1e-5)
+    smoothed = Objective(model, label_smoothing=1e-9)
+    batch = require_batch("dataset", {name: torch.tensor([row[name] for row in texts()]) for name in texts()[0]})
+    assert float(smoothed.loss(smoothed.output(model, batch), batch.target, True).detach()) == pytest.approx(
+        loss, rel=1e-5
+    )
+
+
+def test_a_language_model_within_peft():
+    peft = pytest.importorskip("peft")
+    expected = glora.evaluate(llama(), texts())
+    model = peft.get_peft_model(llama(), peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    assert tuple(glora.evaluate(model, texts())) == pytest.approx(tuple(expected), rel=1e-6)
+
+
+def test_processes_weigh_their_shares_by_the_tokens_that_count(tmp_path):
+    recipe = Recipe(steps=3, batch_size=4, lr=1e-2)
+    one = glora.train(filled(llama().double()), texts(), recipe, space=SPACE, progress=False)
+    two = on_ranks(2, tmp_path / "ranks", train_texts, recipe)
+    for losses, _ in two:
+        assert losses == pytest.approx(one.losses, rel=1e-6)  # the loss of Transformers is fp32
+    assert torch.equal(two[0][1], two[1][1])
+    alone = train_texts(recipe)
+    torch.testing.assert_close(two[0][1], alone[1], rtol=0, atol=1e-5)
+
+
+def train_texts(recipe):
+    model = filled(llama().double())
+    losses = glora.train(model, texts(), recipe, space=SPACE, progress=False).losses
+    return losses, torch.cat([p.detach().flatten() for p in model.parameters() if p.requires_grad])
+
+
+def weighted(value):
+    return nn.CrossEntropyLoss(weight=torch.tensor([1.0, value, 1.0]))
+
+
+def scaled(value):
+    return lambda output, target: value * F.cross_entropy(output, target)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (weighted(1.0), weighted(2.0)),
+        (F.cross_entropy, scaled(2.0)),
+        (nn.CrossEntropyLoss(), nn.CrossEntropyLoss(ignore_index=1)),
+    ],
+)
+def test_a_journal_knows_the_loss(tmp_path, one, other):
+    data, model = TensorDataset(*points()), filled(Returning(lambda y: y))
+    options = {"metric": "loss", "settings": SHORT, "journal": tmp_path / "journal", "progress": False}
+    found = glora.search(model, SPACE, data, loss_fn=one, **options)
+    assert glora.search(model, SPACE, data, loss_fn=one, **options).evaluated == 0 < found.evaluated
+    with pytest.raises(ValueError, match="another search"):
+        glora.search(model, SPACE, data, loss_fn=other, **options)
+
+
+def test_targets_that_a_loss_ignores_do_not_count():
+    x, y = points()
+    y = torch.where(torch.arange(12) < 5, torch.tensor(255), y)
+    model = filled(Returning(lambda y: y))
+    found = glora.evaluate(model, TensorDataset(x, y), 5, loss_fn=nn.CrossEntropyLoss(ignore_index=255))
+    expected = glora.evaluate(model, TensorDataset(x[5:], y[5:]))
+    assert (found.loss, found.accuracy) == (pytest.approx(expected.loss, rel=1e-6), expected.accuracy)
+
+
+class Counted(torch.utils.data.IterableDataset):
+    """Says how many samples it has; two processes read each of them twice."""
+
+    def __len__(self):
+        return 8
+
+    def __iter__(self):
+        return iter(zip(*points(8)))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: DataLoader(Noisy(), 4, sampler=torch.utils.data.RandomSampler(range(10), generator=torch.Generator())),
+        lambda: DataLoader(Noisy(), 4, sampler=torch.utils.data.WeightedRandomSampler([1.0, 2.0] * 5, 10)),
+        lambda: DataLoader(Counted(), 3, num_workers=2),
+        lambda: DataLoader(
+            Noisy(), 2, sampler=torch.utils.data.DistributedSampler(range(10), num_replicas=2, rank=1, seed=3)
+        ),
+    ],
+    ids=["random", "weighted", "iterable", "distributed"],
+)
+def test_loaders_of_all_kinds_resume(tmp_path, make):
+    def run(stop=None):
+        def halt(step, _):
+            if step == stop:
+                raise InterruptedError
+
+        recipe = Recipe(steps=9, lr=1e-2, checkpoint_every=1)
+        model = filled(Returning(lambda y: y))
+        file = tmp_path / f"{stop is None}.pt" if not list(tmp_path.glob("False.pt")) else tmp_path / "False.pt"
+        return glora.train(model, make(), recipe, checkpoint=file, progress=False, on_step=halt).losses
+
+    whole = run()
+    with pytest.raises(InterruptedError):
+        run(5)
+    assert run() == whole
+
+
+def test_the_epochs_of_a_loader_are_its_passes(tmp_path):
+    data = TensorDataset(*points(22))
+    validation = TensorDataset(*points())
+    log = tmp_path / "log.csv"
+    found = glora.train(
+        filled(Returning(lambda y: y)),
+        DataLoader(data, 5),
+        Recipe(steps=11),
+        validation=validation,
+        log=log,
+        progress=False,
+    )
+    assert sorted(found.validations) == [5, 10, 11]
+    assert [line.split(",")[1] for line in log.read_text().splitlines()[1:]][4] == "1.0000"
+    assert found.images_per_second * found.seconds == pytest.approx(22 + 22 + 5)
+
+
+def test_a_traced_model_is_evaluated():
+    model, x = Returning(lambda y: y), points()[0]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        traced = torch.jit.trace(model, x)
+    assert glora.evaluate(traced, TensorDataset(*points())) == glora.evaluate(model, TensorDataset(*points()))
+
+
+def test_the_accuracy_of_a_step_copies_no_logits():
+    """Those of a language model are the largest tensor of a step."""
+    objective, model = Objective(llama()), llama()
+    rows = texts()
+    batch = require_batch("dataset", {name: torch.tensor([row[name] for row in rows]) for name in rows[0]})
+    output = objective.output(model, batch)
+    objective.accuracy(output, batch.target, True)  # the first one looks at the loss
+    largest = []
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            if isinstance(result, torch.Tensor) and not result._is_view():
+                largest.append(result.numel())
+            return result
+
+    with Sizes():
+        objective.accuracy(output, batch.target, True)
+    assert 0 < max(largest) <= batch.target.numel() < output.logits.numel()
+
+
+RAGGED = [(torch.ones(3), 1), (torch.ones(4), 1)]
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([{"values": points()[0][0], "mask": None, "labels": 1}], "got NoneType under 'mask'; remove such a column"),
+        ([{"values": object(), "labels": 1}], "got object under 'values'"),
+        ([{"values": points()[0][0], "labels": 1}, {"values": points()[0][0]}], "with the same keys"),
+        ([{"values": points()[0][0]}, {"values": points()[0][0], "labels": 1}], "with the same keys"),
+        (RAGGED, "expected inputs of one shape and targets of one shape, got others"),
+    ],
+)
+def test_samples_that_cannot_be_joined(rows, message):
+    with pytest.raises(TypeError, match=f"^dataset: .*{message}"):
+        glora.evaluate(filled(Returning(lambda y: y)), Rows(rows))
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        (torch.zeros(12, 1, dtype=torch.long), r"got torch.int64 \(\d+, 1\)"),
+        (torch.zeros(12, 4), r"got torch.float32 \(\d+, 4\)"),
+    ],
+)
+def test_targets_that_do_not_fit_the_logits(target, message):
+    for call in (glora.evaluate, lambda *args: glora.train(*args, RECIPE, progress=False)):
+        with pytest.raises(ValueError, match=rf"^dataset: expected targets of the cross-entropy .*{message}"):
+            call(filled(Returning(lambda y: y)), TensorDataset(points()[0], target))
+
+
+def test_classes_of_any_integers_and_one_logit():
+    x, y = points()
+    model = filled(Returning(lambda y: y))
+    expected = glora.evaluate(model, TensorDataset(x, y))
+    assert glora.evaluate(model, TensorDataset(x, y.int())) == expected
+    binary = glora.evaluate(
+        filled(Returning(lambda y: y[:, :1])),
+        TensorDataset(x, y > 0),
+        loss_fn=lambda output, target: F.binary_cross_entropy_with_logits(output[:, 0], target.float()),
+    )
+    assert math.isnan(binary.accuracy)
+
+
+def test_labels_by_the_name_that_the_model_has():
+    class Named(Returning):
+        def forward(self, values, label):
+            logits = super().forward(values)
+            return {"loss": F.cross_entropy(logits, label), "logits": logits}
+
+    rows = Rows([{"values": x, "label": int(y)} for x, y in zip(*points())])
+    expected = glora.evaluate(filled(Returning(lambda y: y)), TensorDataset(*points()))
+    assert tuple(glora.evaluate(filled(Named(lambda y: y)), rows)) == pytest.approx(tuple(expected), rel=1e-6)
+
+
+def test_losses_of_torch_get_the_logits():
+    rows = Rows([{"input_ids": row["input_ids"], "label": index % 3} for index, row in enumerate(texts())])
+    model = filled(bert(num_labels=3))
+    assert glora.evaluate(model, rows, loss_fn=nn.CrossEntropyLoss()) == pytest.approx(
+        tuple(glora.evaluate(model, rows))
+    )
+
+
+@pytest.mark.parametrize(
+    ("sample", "message"),
+    [
+        ((torch.ones(2, 6),), "expected a tensor, or a dictionary of tensors .*, got tuple"),
+        ("abc", "got str"),
+        ({"values": [1, 2]}, "got {'values': 'list'}"),
+        ({}, "got an empty one"),
+        (
+            {"values": points()[0], "more": points()[0]},
+            r"expected the arguments of the model's forward.*got \['more'\]",
+        ),
+    ],
+)
+def test_samples_that_merge_does_not_take(sample, message):
+    model = filled(Returning(lambda y: y))
+    with pytest.raises(TypeError, match=f"^sample: .*{message}"):
+        glora.merge(model, sample)
+    assert glora.glora_layers(model)
+
+
+def test_a_collate_that_is_no_function():
+    data, model = TensorDataset(*points()), filled(Returning(lambda y: y))
+    for call in (glora.evaluate, lambda *args, **options: glora.search(args[0], SPACE, args[1], **options)):
+        with pytest.raises(TypeError, match=r"^collate: expected a function of a list of samples"):
+            call(model, data, collate="x")
