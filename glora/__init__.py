@@ -20,13 +20,14 @@ else:
 
     def __getattr__(name):
         """A module of this package, or a public name (PEP 562)."""
-        hidden = name.startswith("_") and name != "__all__"
+        hidden = not name.isidentifier() or (name.startswith("_") and name != "__all__")
         if not hidden and find_spec(f"{__name__}.{name}") is not None:
             return import_module(f"{__name__}.{name}")
         api = None if hidden else import_module(f"{__name__}.api")
         if api is None or name not in ("__all__", *api.__all__):
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}", name=name, obj=sys.modules[__name__])
-        globals().update({public: getattr(api, public) for public in api.__all__}, __all__=api.__all__)
+        for public in ("__all__", *api.__all__):
+            globals().setdefault(public, getattr(api, public))  # what a user has set before stays
         return globals()[name]
 
     def __dir__():

@@ -6,7 +6,8 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-FILE = (str, os.PathLike, type(None))
+PATH = (str, os.PathLike)
+FILE = (*PATH, type(None))
 
 
 def require_type(argument: str, value: object, kind: type | tuple[type, ...], expected: str) -> None:

@@ -15,6 +15,8 @@ import torch
 
 from glora_kernels.terms import SLOTS
 
+# Of each tensor what its layers hold: the factors of a low rank; a vector or a constant reads the first of them.
+STORAGES = {"A": ("Ad", "Au"), "B": ("Bd", "Bu"), "C": ("Cd", "Cu"), "D": ("D",), "E": ("E",)}
 KINDS = {
     "A": ("lora", "vector", "constant", "none"),
     "B": ("lora", "vector", "constant", "none"),
@@ -88,6 +90,12 @@ class PathConfig:
     @cached_property
     def choices(self) -> dict[str, Choice]:
         return {slot: parse_choice(slot, getattr(self, slot)) for slot in SLOTS}
+
+    @cached_property
+    def read(self) -> tuple[tuple[str, Choice, tuple[str, ...]], ...]:
+        """The slots that are not none, their choices and the names of the storages that they read."""
+        active = [(slot, choice) for slot, choice in self.choices.items() if choice.kind != "none"]
+        return tuple([(slot, c, STORAGES[slot] if c.kind == "lora" else STORAGES[slot][:1]) for slot, c in active])
 
     @cached_property
     def rank(self) -> int:

@@ -24,6 +24,8 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from .arguments import PATH, require_type
+
 _LONGEST = 200  # bytes of the target's name in the temporary's name, which may have 255
 _STALE = 60.0  # seconds by the file system's own clock: they protect writers on machines that its locks do not reach
 
@@ -92,9 +94,11 @@ def require_file(argument: str, file: str | os.PathLike) -> Path:
     """Where to write ``file``: the path that it names, or that its links lead to. Call it before any long work.
 
     Raises:
+        TypeError: ``file`` is no path.
         ValueError: naming the argument, if its folder does not exist or cannot be written to, or something stands
             there that is no regular file (a folder, a device, a pipe).
     """
+    require_type(argument, file, PATH, "the path of a file")
     require_folder(argument, file)
     target = Path(os.path.realpath(file))
     if target.is_dir():
@@ -133,8 +137,10 @@ def require_new_folder(argument: str, folder: str | os.PathLike, files: Iterable
     """Where to write ``folder``; a former one that a killed writer has put aside is put back.
 
     Raises:
+        TypeError: ``folder`` is no path.
         ValueError: there is no folder to put it in, or it holds other things than ``files``, which would be lost.
     """
+    require_type(argument, folder, PATH, "the path of a folder")
     target = Path(folder).resolve()
     require_folder(argument, target)
     _put_back(target)

@@ -78,7 +78,8 @@ def inject(
     needed = None if wanted is None else wanted.product
     if needed is not None and product not in (None, needed):
         raise ValueError(f"product: expected {needed!r} for the preset {preset!r}, got {product!r}")
-    product = product or needed or "hadamard"
+    if product is None:
+        product = "hadamard" if needed is None else needed
     require_model(model)
     targets = None if targets is None else _checked_names("targets", targets)
     excluded = _checked_names("exclude", exclude)

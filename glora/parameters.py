@@ -35,6 +35,15 @@ def trainable_parameters(
     return [p for p in model.parameters() if p.requires_grad and id(p) not in left_out]
 
 
+def require_something_read(model: nn.Module, remedy: str) -> None:
+    """Raise ValueError if under its paths nothing of ``model`` would train; ``remedy`` says what else to do."""
+    if not trainable_parameters(model, get_paths(model)):
+        raise ValueError(
+            "model: expected paths that read a support tensor, or something else to train, got neither; call "
+            f"glora.set_paths(model, glora.PathConfig(B='lora_8')), say, or {remedy}"
+        )
+
+
 def support_ids(layers: Mapping[str, GLoRALayer]) -> set[int]:
     """The ids of all support tensors of ``layers``."""
     return {id(p) for layer in layers.values() for p in layer.support_parameters()}

@@ -11,7 +11,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-from .arguments import require_type
+from .arguments import listed, require_type
 from .config import PathConfig, SearchSpace
 from .layers.base import GLoRALayer, take_paths
 from .models.modules import glora_layers, require_layers
@@ -44,8 +44,8 @@ def set_paths(model: nn.Module, paths: Mapping[str, PathConfig] | PathConfig, *,
         partial: ``paths`` names some layers; the others keep theirs.
 
     Raises:
-        ValueError: names missing from or unknown to the model, or a rank above a layer's storage;
-            no path is changed then.
+        ValueError: names missing from or unknown to the model, or given twice, with and without those of wrappers; a
+            rank above a layer's storage. No path is changed then.
         TypeError: neither a path nor a mapping of them.
         RuntimeError: during a backward pass, or while another thread is within :func:`using_paths` of this model.
 
@@ -55,9 +55,24 @@ def set_paths(model: nn.Module, paths: Mapping[str, PathConfig] | PathConfig, *,
     """
     layers = require_layers(model)
     if partial and isinstance(paths, Mapping):
-        own = {name: layer.path for name, layer in layers.items()}
-        paths = own | {name_in(layers, name): path for name, path in paths.items()}
+        paths = {name: layer.path for name, layer in layers.items()} | _some_paths(layers, paths)
     set_layer_paths(layers, paths_of(layers, paths))
+
+
+def _some_paths(layers: Mapping[str, GLoRALayer], paths: Mapping[str, PathConfig]) -> Paths:
+    """``paths`` of some of the ``layers``, by their names there. Raises ValueError for names unknown or given twice."""
+    unknown = [name for name in paths if name_in(layers, name) not in layers]
+    if unknown:
+        raise ValueError(
+            f"paths: expected names of adapted layers, unknown to the model are {listed(unknown)}; "
+            "glora.get_paths(model) lists them"
+        )
+    named = {name_in(layers, name): path for name, path in paths.items()}
+    if len(named) < len(paths):
+        raise ValueError(
+            f"paths: expected each layer once, got some with and without the names of wrappers: {listed(paths)}"
+        )
+    return named
 
 
 def set_layer_paths(layers: Mapping[str, GLoRALayer], paths: Paths) -> None:

@@ -28,17 +28,24 @@ def progress_bar(
     Args:
         iterable: what the bar counts, if it is iterated over.
         total: by default the length of ``iterable``.
-        shown: False for nothing at all.
+        shown: False for nothing at all, as where there is no standard error (``pythonw``).
     """
     options: dict[str, Any] = {"total": total, "initial": initial, "desc": desc, "unit": unit}
-    if shown and not sys.stderr.isatty() and not issubclass(tqdm, tqdm_notebook):
+    shown = shown and sys.stderr is not None
+    if shown and not _is_terminal(sys.stderr) and not issubclass(tqdm, tqdm_notebook):
         return Lines(iterable, **options)
     return tqdm(iterable, disable=not shown, **options)
 
 
+def _is_terminal(stream: Any) -> bool:
+    """Whether ``stream`` is a terminal; one that can only be written to is none."""
+    return hasattr(stream, "isatty") and stream.isatty()
+
+
 def say(line: str) -> None:
     """Print a line on standard error, above a bar."""
-    tqdm.write(line, file=sys.stderr)
+    if sys.stderr is not None:
+        tqdm.write(line, file=sys.stderr)
 
 
 class Lines:

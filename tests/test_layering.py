@@ -163,6 +163,7 @@ import importlib, pickle, pydoc, sys
 import glora, glora.cli
 assert isinstance(glora.__version__, str)
 assert not hasattr(glora, "__wrapped__") and not hasattr(glora, "_private")
+assert not any(hasattr(glora, name) for name in ("x.y", "config.y", "", "a name"))
 assert not {{"torch", "numpy", "glora_kernels", "glora.api"}} & set(sys.modules)
 modules = {sorted(file.stem for file in (ROOT / "glora").glob("[!_]*.py"))}
 for name in modules:
@@ -184,8 +185,26 @@ else:
 """
 
 
-def test_names_are_loaded_when_they_are_used():
-    done = subprocess.run([sys.executable, "-c", PACKAGE], cwd=ROOT, capture_output=True, text=True, check=False)
+SET_BEFORE = """
+import glora
+fake = glora.search = object()
+assert callable(glora.inject) and glora.search is fake
+"""
+WITHOUT_TRANSFORMERS = """
+import sys
+sys.modules["transformers"] = None
+try:
+    import glora.trainer
+except ModuleNotFoundError as error:
+    assert "pip install 'glora[peft]'" in str(error) and error.name == "transformers", error
+else:
+    raise AssertionError
+"""
+
+
+@pytest.mark.parametrize("code", [PACKAGE, SET_BEFORE, WITHOUT_TRANSFORMERS], ids=["names", "set before", "no package"])
+def test_names_are_loaded_when_they_are_used(code):
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
 

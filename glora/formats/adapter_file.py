@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from glora_kernels.terms import PRODUCTS
 
-from ..arguments import listed
+from ..arguments import PATH, listed, require_type
 from ..config import PathConfig
 from ..distributed import require_whole
 from ..files import checksum, parts, require_file, write_atomically
@@ -36,6 +36,7 @@ from ..models.wrappers import modules_by_name, name_in, named_parameters, tensor
 from ..parameters import support_ids, trained_beside
 from ..paths import Paths, require_unused, set_paths
 
+ADAPTER = "adapter.safetensors"  # in a checkpoint folder of transformers.Trainer (glora.trainer)
 FORMAT, COMPACT = 2, 3
 READABLE = (1, 2, 3)
 
@@ -131,12 +132,12 @@ def load_adapter(model: nn.Module, file: str | os.PathLike) -> nn.Module:
         ``model`` itself.
 
     Raises:
-        FileNotFoundError: there is no such file.
+        FileNotFoundError: there is no such file, or it is a folder.
         ValueError: not an adapter file, damaged, of a later format, or made for another model; the
             names and shapes that differ are listed. Values that are not finite, or would not be in the dtype of the
             model's tensor; integers where that is floating, and the like. A model whose parameters are sharded.
-        TypeError: a plain ``model`` within data parallelism or of PEFT, or a layer that cannot be replaced; see
-            :func:`glora.inject`.
+        TypeError: ``file`` is no path; a plain ``model`` within data parallelism or of PEFT, or a layer that cannot be
+            replaced; see :func:`glora.inject`.
 
     Warns:
         UserWarning: the file holds nothing for norm statistics (format 1), or for other persistent buffers; the frozen
@@ -235,6 +236,10 @@ class Description(NamedTuple):
 def _read(file: str | os.PathLike) -> tuple[Description, dict[str, Tensor]]:
     from safetensors import SafetensorError, safe_open
 
+    require_type("file", file, PATH, "the path of a file")
+    within = os.path.join(file, ADAPTER)
+    if os.path.isfile(within):
+        raise FileNotFoundError(f"file: expected an adapter file, got the folder of one: pass {within!r}")
     if not os.path.isfile(file):
         raise FileNotFoundError(f"file: expected an adapter file, found none at {os.fspath(file)!r}")
     try:

@@ -21,12 +21,12 @@ from glora_kernels import (
     reference,
     takes_operator,
 )
+from glora_kernels.terms import Term
 
-from ..config import Choice, LayerShape, PathConfig
+from ..config import STORAGES, Choice, LayerShape, PathConfig
 from .path_history import PathHistory, next_start
 from .plain import Plain
 
-STORAGES = {"A": ("Ad", "Au"), "B": ("Bd", "Bu"), "C": ("Cd", "Cu"), "D": ("D",), "E": ("E",)}
 PROBE_TOKENS = 16
 SUPPORT_NAMES = tuple(name for names in STORAGES.values() for name in names)
 _NO_PATHS = (
@@ -189,6 +189,7 @@ class GLoRALayer(nn.Module):
     def _encode_path(self) -> None:
         """Encode the path as data for compiled graphs. It is no buffer: it stays on the CPU and out of state dicts."""
         history = self._history
+        _ = history.now.read  # cached now: a graph that is being traced cannot do it
         # Past nn.Module.__setattr__, which looks for parameters, modules and buffers first.
         self.__dict__["_config"] = encode(history.now.choices, history.since)
 
@@ -203,9 +204,9 @@ class GLoRALayer(nn.Module):
 
     def terms(self, path: PathConfig | None = None) -> Terms:
         """The storages and how much of each ``path`` (default: :attr:`path`) reads."""
-        choices = (self.path if path is None else path).choices
-        active = {slot: choice for slot, choice in choices.items() if choice.kind != "none"}
-        terms: dict[str, Any] = {slot: self._term(slot, choice) for slot, choice in active.items()}
+        terms: dict[str, Any] = {}
+        for slot, choice, names in (self.path if path is None else path).read:
+            terms[slot] = term_of(choice, *[getattr(self, name) for name in names])
         return Terms(**terms, product=self.product)
 
     def parts_read(self, path: PathConfig | None = None) -> dict[str, Tensor]:
@@ -216,13 +217,6 @@ class GLoRALayer(nn.Module):
     def _terms_in_force(self) -> Terms:
         """The terms of this forward pass, or of its first run if a checkpoint runs it again (:mod:`.path_history`)."""
         return self.terms(self._history.in_force())
-
-    def _term(self, slot: str, choice: Choice) -> LowRank | Vector | Constant:
-        names = STORAGES[slot]
-        storage = getattr(self, names[0])
-        if choice.kind == "lora":
-            return LowRank(storage, getattr(self, names[1]), choice.rank)
-        return Vector(storage) if choice.kind == "vector" else Constant(storage)
 
     def _fill(self, plain: Plain, weight: Tensor, bias: Tensor | None) -> Plain:
         """``plain`` with these parameters, frozen, in this layer's mode."""
@@ -317,28 +311,32 @@ def _write_path(layer: Any, _state: dict, _prefix: str, local_metadata: dict[str
     local_metadata["path"] = layer.path.to_dict()
 
 
+def term_of(choice: Choice, storage: Tensor, up: Tensor | None = None) -> Term:
+    """What ``choice``, which is not none, reads of the storages that :attr:`PathConfig.read` names."""
+    if up is not None:
+        return LowRank(storage, up, choice.rank)
+    return Vector(storage) if choice.kind == "vector" else Constant(storage)
+
+
+def parts_of(term: Term) -> tuple[Tensor, ...]:
+    """Views of what is read of the storages of a term: of a vector ``(length,)``, of a constant ``()``."""
+    if isinstance(term, LowRank):
+        return term.factors
+    return (term.entries if isinstance(term, Vector) else term.entry,)
+
+
 def parts_read(storages: Mapping[str, Tensor], path: PathConfig, has_bias: bool) -> dict[str, Tensor]:
-    """Views of what ``path`` reads of ``storages``: of a vector ``(length,)``, of a constant ``()``."""
+    """Views of what ``path`` reads of ``storages`` (:func:`parts_of`), by name."""
     parts: dict[str, Tensor] = {}
-    for slot, choice in path.choices.items():
-        first, *others = STORAGES[slot]
-        if choice.kind == "none" or (slot == "D" and not has_bias):
-            continue
-        if choice.kind == "lora":
-            parts |= dict(zip(STORAGES[slot], LowRank(storages[first], storages[others[0]], choice.rank).factors))
-        else:
-            term = Vector(storages[first]) if choice.kind == "vector" else Constant(storages[first])
-            parts[first] = term.entries if isinstance(term, Vector) else term.entry
+    for slot, choice, names in path.read:
+        if has_bias or slot != "D":
+            parts.update(zip(names, parts_of(term_of(choice, *[storages[name] for name in names]))))
     return parts
 
 
 def names_read(path: PathConfig, has_bias: bool) -> list[str]:
     """The support tensors that ``path`` reads; D scales the bias, so it is read only where there is one."""
-    names: list[str] = []
-    for slot, choice in path.choices.items():
-        if choice.kind != "none" and (slot != "D" or has_bias):
-            names += STORAGES[slot] if choice.kind == "lora" else STORAGES[slot][:1]
-    return names
+    return [name for slot, _, names in path.read if has_bias or slot != "D" for name in names]
 
 
 def support_shapes(features: tuple[int, int], rank: int, product: str) -> dict[str, tuple[int, ...]]:

@@ -22,8 +22,6 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from glora_kernels.terms import LowRank, Vector
-
 from ..config import PathConfig
 from ..layers.base import GLoRALayer
 
@@ -66,9 +64,7 @@ def _stored(slot: str, kind: str, rank: int, rows: int, columns: int) -> dict[st
 def read_parts(layer: GLoRALayer, path: PathConfig) -> dict[str, Tensor]:
     """Views of what ``path`` reads of the layer's storages, by PEFT's names."""
     parts: dict[str, Tensor] = {}
-    for slot, term in layer.terms(path).active:
-        if isinstance(term, LowRank):
-            parts[f"glora_{slot}.Xd"], parts[f"glora_{slot}.Xu"] = term.factors
-        else:
-            parts[f"glora_{slot}.X"] = term.entries if isinstance(term, Vector) else term.entry
+    for name, part in layer.parts_read(path).items():
+        slot, factor = name[:1], name[1:]  # of "Ad": what a vector or a constant reads of it is PEFT's X alone
+        parts[f"glora_{slot}.X{factor if path.choices[slot].kind == 'lora' else ''}"] = part
     return parts

@@ -10,12 +10,12 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor, nn
 
-from glora_kernels import Constant, LowRank, Terms, Vector, reference
+from glora_kernels import LowRank, Terms, Vector, reference
 
 from ..arguments import listed, require_integer, require_type
 from ..distributed import require_whole
 from ..files import require_new_folder
-from ..layers.base import GLoRALayer, support_dtype
+from ..layers.base import GLoRALayer, parts_of, support_dtype
 from ..layers.conv1d import GLoRAConv1D
 from ..layers.conv2d import GLoRAConv2d
 from ..models.contents import check_written, warn_of_buffers
@@ -134,7 +134,7 @@ def export_lora(
         The rank, and the errors of each layer.
 
     Raises:
-        TypeError: ``model`` is no module, or ``bias`` no bool.
+        TypeError: ``model`` is no module, ``folder`` no path, or ``bias`` no bool.
         ValueError: a wrong rank or tolerance; no GLoRA layer, or a model that is one itself; what PEFT's LoRA cannot
             express, by layer (convolutions with groups, dilation or a padding other than zeros; ``Conv1D`` among other
             layers); without ``rank``, an update of full rank; with it, an error above the tolerance; without ``bias``,
@@ -265,15 +265,8 @@ def _smallest_rank(layers: Mapping[str, GLoRALayer]) -> int:
 def _weight_terms(layer: GLoRALayer) -> Terms:
     """A and B in fp64, without those that are zero, as after ``inject``."""
     terms = layer.terms(layer.path.without_bias()).map(lambda storage: storage.double())
-    kept = {slot: term for slot, term in terms.active if all(part.any() for part in _parts(term))}
+    kept = {slot: term for slot, term in terms.active if all(part.any() for part in parts_of(term))}
     return Terms(**kept, product=layer.product)  # type: ignore[arg-type]
-
-
-def _parts(term: LowRank | Vector | Constant) -> tuple[Tensor, ...]:
-    """What is read of a term; it is zero if one of these is."""
-    if isinstance(term, LowRank):
-        return term.factors
-    return (term.entries if isinstance(term, Vector) else term.entry,)
 
 
 def _is_low_rank(terms: Terms) -> bool:
@@ -335,7 +328,7 @@ def _full_update(layer: GLoRALayer, terms: Terms) -> Tensor:
     shape = layer.out_features, layer.in_features
     assert terms.A is not None
     diagonal = terms.product == "matmul" and isinstance(terms.A, Vector)
-    update = layer.matrix.double() * (_parts(terms.A)[0] if diagonal else reference.dense(terms.A, *shape))
+    update = layer.matrix.double() * (parts_of(terms.A)[0] if diagonal else reference.dense(terms.A, *shape))
     return update if terms.B is None else update + reference.dense(terms.B, *shape)
 
 

@@ -32,8 +32,8 @@ from ..files import require_file
 from ..layers.base import GLoRALayer
 from ..models.wrappers import is_compiled
 from ..objective import Loss, Metrics, Objective, Outputs
-from ..parameters import trainable_parameters
-from ..paths import get_paths, sampler_for, set_layer_paths, set_paths
+from ..parameters import require_something_read, trainable_parameters
+from ..paths import sampler_for, set_layer_paths, set_paths
 from ..processes import from_first, is_first, require_agreement, require_group, together, world_size
 from ..progress import progress_bar, say
 from ..sampling import PathSampler
@@ -253,11 +253,8 @@ def _prepare(
     parameters = trainable_parameters(model)
     if not parameters:
         raise ValueError("model: expected parameters that require grad, found none")
-    if space is None and not trainable_parameters(model, get_paths(model)):
-        raise ValueError(
-            "model: expected paths that read a support tensor, or something else to train, got neither; call "
-            "glora.set_paths(model, glora.PathConfig(B='lora_8')), say, or train over a space"
-        )
+    if space is None:
+        require_something_read(model, "train over a space")
     samples, rate = _count_samples(dataset), _epochs_per_step(dataset, recipe)
     if recipe.label_smoothing and loss_fn not in (None, F.cross_entropy):
         raise ValueError(

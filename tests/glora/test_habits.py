@@ -95,7 +95,7 @@ def test_paths_of_all_layers_and_of_some():
     wrapped = {f"_orig_mod.{name}": LORA for name in some}
     glora.set_paths(compiled, wrapped, partial=True)
     assert set(glora.get_paths(model).values()) == {LORA}
-    for paths, options in ((some, {}), ({"fc9": LORA}, {"partial": True}), (some, {"partial": False})):
+    for paths, options in ((some, {}), (some, {"partial": False})):
         with pytest.raises(ValueError, match=r"^paths: expected exactly .*; to change some of them: .*partial=True"):
             glora.set_paths(model, paths, **options)
     glora.set_paths(model, PathConfig(), partial=True)
@@ -239,3 +239,9 @@ def test_searched_winners_are_saved_compactly(tmp_path):
 )
 def test_the_input_by_name_as_of_the_plain_layer(layer, x):
     assert torch.equal(layer(input=x), layer(x))
+
+
+@pytest.mark.parametrize("product", ["", "hadamar"])
+def test_an_unknown_product(product):
+    with unchanged(model := mlp()), pytest.raises(ValueError, match=rf"^product: expected .*got '{product}'"):
+        glora.inject(model, 2, product=product)

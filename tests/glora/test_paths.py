@@ -238,3 +238,18 @@ def test_tasks_of_one_thread_are_told_apart():
     first, second = asyncio.run(both())
     assert first is None
     assert isinstance(second, RuntimeError)
+
+
+# -- of some layers --------------------------------------------------------------------------------
+
+
+def test_some_paths_of_unknown_layers(model):
+    message = r"^paths: expected names of adapted layers, unknown .* are 'fc8', 'module.fc9'; glora.get_paths\(model\)"
+    with unchanged(model), pytest.raises(ValueError, match=message):
+        set_paths(model, {"fc8": PathConfig(), "fc1": PathConfig(), "module.fc9": PathConfig()}, partial=True)
+
+
+def test_some_paths_with_a_layer_twice(model):
+    twice = {"fc1": PathConfig(), "_orig_mod.fc1": PathConfig("vector")}
+    with unchanged(model), pytest.raises(ValueError, match=r"^paths: expected each layer once, .*'_orig_mod.fc1'"):
+        set_paths(model, twice, partial=True)

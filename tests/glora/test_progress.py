@@ -98,3 +98,39 @@ def test_lines_between_are_lines(capsys):
         bar.update()
         say("search: about 1 min")
     assert lines(capsys) == ["search:   0% 0/2 []", "search:  50% 1/2 []", "search: about 1 min"]
+
+
+class OnlyWritten:
+    """What a program may put in the place of standard error."""
+
+    def __init__(self):
+        self.text = ""
+
+    def write(self, text):
+        self.text += text
+
+    def flush(self):
+        pass
+
+
+def test_a_stream_that_can_only_be_written_to_has_lines(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", OnlyWritten())
+    assert list(progress_bar(range(2), desc="test", unit="batch")) == [0, 1]
+    say("a line")
+    assert [line.split(" [")[0] for line in sys.stderr.text.splitlines()] == [
+        "test:   0% 0/2",
+        "test:  50% 1/2",
+        "test: 100% 2/2",
+        "a line",
+    ]
+
+
+def test_without_standard_error_nothing_is_shown(monkeypatch, capsys):
+    with monkeypatch.context() as patched:
+        patched.setattr(sys, "stderr", None)
+        assert list(progress_bar(range(2), desc="test", unit="batch")) == [0, 1]
+        with progress_bar(total=2, desc="test", unit="batch") as bar:
+            bar.update()
+            bar.set_postfix_str("best", refresh=False)
+        say("a line")
+    assert capsys.readouterr() == ("", "")

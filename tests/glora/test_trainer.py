@@ -15,8 +15,9 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 import glora
 from glora import PathConfig, SearchSpace
 from glora.dataset import joined
+from glora.random_numbers import mix
 from glora.trainer import ADAPTER, GLoRACallback, GLoRATrainer
-from glora.training.batches import StepSampler, mix
+from glora.training.batches import StepSampler
 from tests.glora.test_objective import Rows, images, llama, texts, vit
 from tests.glora.toys import same_bits, state
 
@@ -259,6 +260,7 @@ def test_a_base_in_4_bits(tmp_path):
         (adapted, {"space": SearchSpace(ranks=(4,))}, ValueError, r"^space: expected ranks up to 2"),
         (adapted, {"space": 3}, TypeError, r"^space: expected a glora.SearchSpace or None, got int"),
         (adapted, {"path_seed": -1}, ValueError, r"^seed: expected an integer from 0, got -1"),
+        (lambda: adapted().requires_grad_(False), {"space": SPACE}, ValueError, "^model: expected .* require grad"),
     ],
 )
 def test_refusals(tmp_path, make, options, error, message):
@@ -363,3 +365,144 @@ def test_a_wrapper_that_would_train_wrongly_is_refused(found, checkpointing, pro
     message = r"^args.ddp_find_unused_parameters: expected True"
     with pytest.raises(ValueError, match=message) if refused else nullcontext():
         GLoRACallback().on_train_begin(args, SimpleNamespace(global_step=0), None, model=model)
+
+
+def test_other_arguments_are_refused(tmp_path):
+    with pytest.raises(TypeError, match=r"^args: expected transformers.TrainingArguments or None, got dict"):
+        GLoRATrainer(adapted(), {"output_dir": tmp_path}, train_dataset=texts())
+
+
+BEFORE = PathConfig(B="lora_2")
+
+
+class Failing(TrainerCallback):
+    """Raises within one step, once."""
+
+    def __init__(self, error, step=2):
+        self.errors, self.step = [error], step
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        if state.global_step == self.step and self.errors:
+            raise self.errors.pop()
+
+
+def paths_in(model):
+    return set(glora.get_paths(model).values())
+
+
+def made(kind, model, folder, callbacks=(), **options):
+    """A trainer over SPACE, with ``callbacks`` after the others."""
+    glora.set_paths(model, BEFORE)
+    if kind is Trainer:
+        options["callbacks"] = [GLoRACallback(SPACE)]
+    else:
+        options["space"] = SPACE
+    given = arguments(folder, **options.pop("arguments", {}))
+    trainer = kind(model, given, train_dataset=texts(), eval_dataset=texts(8, ignored=False), **options)
+    for callback in callbacks:
+        trainer.add_callback(callback)
+    return trainer
+
+
+@pytest.mark.parametrize("kind", [GLoRATrainer, Trainer], ids=["GLoRATrainer", "callback"])
+def test_an_exception_in_a_step_does_not_lose_the_paths_before(tmp_path, kind):
+    model = adapted()
+    trainer = made(kind, model, tmp_path, [Failing(KeyboardInterrupt())])
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert (paths_in(model) == {BEFORE}) is (kind is GLoRATrainer)
+    trainer.train()
+    assert paths_in(model) == {BEFORE}
+
+
+def test_paths_set_after_an_exception_stay(tmp_path):
+    other = PathConfig(A="vector")
+    trainer = made(Trainer, model := adapted(), tmp_path, [Failing(KeyboardInterrupt())])
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    glora.set_paths(model, other)
+    trainer.train()
+    assert paths_in(model) == {other}
+
+
+@pytest.mark.parametrize("kind", [GLoRATrainer, Trainer], ids=["GLoRATrainer", "callback"])
+def test_a_batch_size_that_is_found(tmp_path, kind):
+    error = RuntimeError("CUDA out of memory. Tried to allocate")
+    options = {"auto_find_batch_size": True}
+    trainer = made(kind, model := adapted(), tmp_path, [failing := Failing(error)], arguments=options)
+    trainer.train()
+    assert not failing.errors and trainer.state.global_step == STEPS
+    assert paths_in(model) == {BEFORE}
+
+
+class Watching(TrainerCallback):
+    """The paths of every evaluation, and what callbacks of loggers get."""
+
+    def __init__(self):
+        self.paths, self.logs = [], []
+
+    def on_prediction_step(self, args, state, control, model=None, **kwargs):
+        self.paths.append(paths_in(model))
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        self.logs.append(dict(logs))
+
+
+@pytest.mark.parametrize("accumulated", [1, 2])
+@pytest.mark.parametrize("kind", [GLoRATrainer, Trainer], ids=["GLoRATrainer", "callback"])
+def test_every_evaluation_is_of_the_paths_before(tmp_path, kind, accumulated):
+    options = {"eval_strategy": "steps", "eval_steps": 2, "gradient_accumulation_steps": accumulated}
+    trainer = made(kind, adapted(), tmp_path, [watching := Watching()], arguments=options)
+    trainer.train()
+    assert watching.paths and all(paths == {BEFORE} for paths in watching.paths)
+
+
+class Saving(TrainerCallback):
+    """Saves within a step, as callbacks do that are told of the end of a job."""
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        self.trainer.save_model(self.folder)
+
+
+def test_what_is_saved_within_a_step_has_the_paths_before(tmp_path):
+    trainer = made(GLoRATrainer, adapted(), tmp_path, [saving := Saving()])
+    saving.trainer, saving.folder = trainer, tmp_path / "own"
+    trainer.train()
+    assert paths_in(glora.load_adapter(llama(), tmp_path / "own" / ADAPTER)) == {BEFORE}
+
+
+def test_loggers_get_the_size_of_the_paths(tmp_path):
+    """GLoRATrainer's own callback comes after them."""
+    trainer = GLoRATrainer(
+        adapted(), arguments(tmp_path), train_dataset=texts(), space=SPACE, callbacks=[watching := Watching()]
+    )
+    trainer.train()
+    sizes = [logs["glora_parameters"] for logs in watching.logs if "loss" in logs]
+    assert len(sizes) == STEPS
+    assert sizes == [entry["glora_parameters"] for entry in trainer.state.log_history if "loss" in entry]
+    assert not any("glora_parameters" in logs for logs in watching.logs if "loss" not in logs)
+
+
+def test_the_bare_callback_adds_the_size_to_the_history(tmp_path):
+    trainer = made(Trainer, adapted(), tmp_path)
+    trainer.train()
+    assert all(entry["glora_parameters"] > 0 for entry in trainer.state.log_history if "loss" in entry)
+
+
+def test_a_function_that_makes_the_model(tmp_path):
+    options = {"args": arguments(tmp_path), "train_dataset": texts(), "space": SPACE}
+    trainer = GLoRATrainer(model_init=lambda: adapted(llama), **options)
+    trainer.train()
+    assert losses(trainer) == losses(trained(adapted(), tmp_path)[0])
+    trainer.train()
+    assert paths_in(trainer.model) == paths_in(adapted())
+    with pytest.raises(ValueError, match="at least one adapted layer"):
+        GLoRATrainer(model_init=lambda: llama().train(), **options).train()
+
+
+def test_a_space_trains_what_the_paths_before_leave_out(tmp_path):
+    model = adapted(heads=())
+    glora.set_paths(model, PathConfig())
+    trained(model, tmp_path)
+    assert paths_in(model) == {PathConfig()}
+    assert any(bool(layer.Bd.any()) for layer in glora.glora_layers(model).values())

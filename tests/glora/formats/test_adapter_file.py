@@ -273,6 +273,21 @@ def test_refuses_a_missing_file(make, file):
 
 
 @both_models
+def test_refuses_no_path(make):
+    assert_refused(make(), None, "^file: expected the path of a file, got NoneType", TypeError)
+    with pytest.raises(TypeError, match=r"^file: expected the path of a file, got NoneType"):
+        save_adapter(trained_mlp(), None)
+
+
+@both_models
+def test_refuses_a_folder_and_names_the_file_in_it(make, tmp_path):
+    assert_refused(make(), tmp_path, "expected an adapter file, found none at", FileNotFoundError)
+    save_adapter(trained_mlp(), tmp_path / "adapter.safetensors")
+    message = r"^file: expected an adapter file, got the folder of one: pass '.*adapter\.safetensors'$"
+    assert_refused(make(), tmp_path, message, FileNotFoundError)
+
+
+@both_models
 @pytest.mark.parametrize("share", [0, 0.02, 0.5, 0.99])
 def test_refuses_a_truncated_file(make, saved, share):
     content = saved.read_bytes()

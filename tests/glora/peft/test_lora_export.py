@@ -556,6 +556,11 @@ def test_wrong_arguments(tmp_path, options, error, message):
     assert_refused(on_paths(LORA), tmp_path / "adapter", message, error, **options)
 
 
+def test_no_folder():
+    with pytest.raises(TypeError, match=r"^folder: expected the path of a folder, got NoneType"):
+        export_lora(on_paths(LORA), None)
+
+
 def test_wrong_models(tmp_path):
     with pytest.raises(ValueError, match="model: expected at least one adapted layer, found none"):
         export_lora(mlp(), tmp_path / "adapter")
