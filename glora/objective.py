@@ -218,7 +218,9 @@ class Objective:
             if isinstance(self.loss_fn, nn.CrossEntropyLoss):
                 return self.loss_fn(logits, target)
             return F.cross_entropy(logits, target, **options)
-        except (RuntimeError, ValueError) as error:
+        except torch.OutOfMemoryError:
+            raise
+        except (IndexError, RuntimeError, ValueError) as error:
             raise ValueError(
                 f"dataset: expected targets of the cross-entropy of logits {tuple(logits.shape)}, classes or "
                 f"probabilities, got {target.dtype} {tuple(target.shape)} ({error}); loss_fn= takes another loss"

@@ -753,6 +753,7 @@ def test_samples_that_cannot_be_joined(rows, message):
     [
         (torch.zeros(12, 1, dtype=torch.long), r"got torch.int64 \(\d+, 1\)"),
         (torch.zeros(12, 4), r"got torch.float32 \(\d+, 4\)"),
+        (torch.full((12,), 3), r"got torch.int64 \(\d+,\) \(Target 3 is out of bounds"),
     ],
 )
 def test_targets_that_do_not_fit_the_logits(target, message):
