@@ -152,3 +152,33 @@ def test_a_batch_is_indexed_on_the_gpu():
     found = list(batches_of(data, recipe, 0, device=device))
     assert all(part.device == device for batch in found for part in batch)
     assert all(torch.equal(x.cpu(), y) for batch, own in zip(found, expected, strict=True) for x, y in zip(batch, own))
+
+
+class Named(nn.Module):
+    """Takes its inputs by name, and forms its own loss, as models of Transformers do."""
+
+    def __init__(self, body):
+        super().__init__()
+        self.body = body
+
+    def forward(self, values, labels):
+        logits = self.body(values)
+        return {"loss": F.cross_entropy(logits, labels), "logits": logits}
+
+
+def test_samples_as_dictionaries():
+    """Batches of named inputs and the model's own loss, in pieces, as without graphs."""
+    gen = generator(5)
+    rows = [
+        {"values": torch.randn(SIZE, generator=gen, dtype=torch.float64), "labels": index % CLASSES}
+        for index in range(64)
+    ]
+    recipe = glora.Recipe(steps=20, batch_size=16, lr=5e-3)
+    losses, models = {}, {}
+    for graphs in ("auto", "off"):
+        models[graphs] = Named(make("hadamard", torch.float64))
+        found = glora.train(models[graphs], rows, recipe, space=SPACE, graphs=graphs, progress=False)
+        losses[found.graphs] = found.losses
+    assert losses["piecewise"] == pytest.approx(losses["off"], rel=1e-9)
+    for one, other in zip(models["auto"].parameters(), models["off"].parameters()):
+        torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-8)
