@@ -12,8 +12,10 @@ from torch.utils.data import TensorDataset
 
 import glora
 from glora import SearchSpace
+from glora.dataset import reading
 from glora.evaluation import evaluate
 from glora.evolution.scoring import CandidateScorer
+from glora.objective import Objective
 
 from ..entrants import Field, make_field
 from ..entrants.names import OFFICIAL, OURS
@@ -53,7 +55,8 @@ def _measured(name: str, title: str, field: Field, data: TensorDataset, settings
         raise ValueError(f"search: not timed, refused: {field.refused}")
     ours, official = field.models[OURS], field.models[OFFICIAL]
     space, generator = SearchSpace((field.rank,)), torch.Generator().manual_seed(SEED)
-    scorer, samples, candidate = CandidateScorer(ours, data, "loss", BATCH), len(data), {}
+    scorer = CandidateScorer(ours, reading("validation", data, BATCH), "loss", Objective(ours))
+    samples, candidate = len(data), {}
 
     def draw() -> None:
         candidate.update(glora.sample_paths(ours, space, generator))

@@ -77,12 +77,13 @@ def _backward(state: TrainingState, loss: Tensor, weight: float) -> None:
     """Gradients of the whole batch's loss: the mean over ranks of the losses, each times its ``weight``."""
     state.scaler.scale(loss if weight == 1 else loss * weight).backward()
     drop_unread(state.layers)
+    if state.averages_itself:
+        return
     if weight == 0:  # the mean over no targets has no gradient
         for parameter in state.parameters:
             if parameter.grad is not None:
                 parameter.grad.zero_()
-    if not state.averages_itself:
-        sync_gradients(state.model)
+    sync_gradients(state.model)
 
 
 def _update(state: TrainingState) -> None:
