@@ -110,8 +110,8 @@ def using_paths(model: nn.Module, paths: Mapping[str, PathConfig] | PathConfig) 
 def disabled(model: nn.Module) -> AbstractContextManager[nn.Module]:
     """A ``with`` block in which every adapted layer computes ``W0 x + b0``, as before :func:`glora.inject`.
 
-    It sets the path of no support tensor, and restores the paths at its end (:func:`using_paths`). Heads that train in
-    full, and statistics of norms, stay as they are: the frozen model had others.
+    Within it no support tensor is read; at its end the paths are as before (:func:`using_paths`). Heads that train in
+    full, and statistics of norms, stay as they are trained.
 
     Raises:
         ValueError, RuntimeError: as :func:`using_paths`.
