@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from glora.files import require_file, write_atomically, write_folder_atomically
+from glora.files import replacing_folder, require_file, write_atomically, write_folder_atomically
 from tests.glora.toys import at_once, exit_code, kill_while_writing
 from tests.tiers import at
 
@@ -501,3 +501,19 @@ def test_a_folder_keeps_its_permissions(folder):
 def test_where_a_file_will_be_written_is_known_before(file):
     assert require_file("file", file) == file
     assert not file.exists()
+
+
+def test_a_folder_that_is_filled_in_a_block_takes_the_place_of_the_former_or_leaves_it(tmp_path):
+    """As a merged model of texts does, in place of that of another winner."""
+    target = tmp_path / "merged"
+    for content in ("one", "other"):
+        with replacing_folder(target) as new:
+            (new / "config.json").write_text(content)
+            (new / content).mkdir()
+        assert (target / "config.json").read_text() == content
+        assert sorted(file.name for file in target.iterdir()) == ["config.json", content]
+    with pytest.raises(InterruptedError), replacing_folder(target) as new:
+        (new / "config.json").write_text("half")
+        raise InterruptedError
+    assert (target / "config.json").read_text() == "other"
+    assert [file.name for file in tmp_path.iterdir()] == ["merged"]

@@ -9,7 +9,7 @@ from safetensors import safe_open
 
 import glora
 from glora import PathConfig, SearchSpace
-from tests.glora.test_objective import bert, gpt2, llama, vit
+from tests.glora.hugging_face import bert, gpt2, llama, vit
 from tests.glora.toys import generator, mlp, same_bits, state, unchanged
 
 LORA = PathConfig(B="lora_2")

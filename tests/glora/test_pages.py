@@ -20,7 +20,7 @@ from transformers import Trainer
 
 import glora
 from glora.trainer import GLoRATrainer
-from tests.glora.test_objective import Rows, llama, texts, vit
+from tests.glora.hugging_face import Rows, llama, texts, vit
 from tests.glora.test_trainer import arguments, losses
 from tests.glora.toys import generator, same_bits, seeded, state
 

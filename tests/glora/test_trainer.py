@@ -18,7 +18,7 @@ from glora.dataset import joined
 from glora.random_numbers import mix
 from glora.trainer import ADAPTER, GLoRACallback, GLoRATrainer
 from glora.training.batches import StepSampler
-from tests.glora.test_objective import Rows, images, llama, texts, vit
+from tests.glora.hugging_face import Rows, images, llama, texts, vit
 from tests.glora.toys import same_bits, state
 
 SPACE = SearchSpace(ranks=(2,), bias_free=True)

@@ -11,7 +11,7 @@ import pytest
 from safetensors.torch import load_file
 
 from glora.cli import main
-from tests.glora.runs.own_data import IMAGE_RECIPE, write_images, write_texts
+from tests.glora.runs.own_data import IMAGE_RECIPE, write_images, write_recipe, write_texts
 from tests.glora.toys import same_bits
 
 MODEL = "vit_tiny_patch16_224"
@@ -25,9 +25,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory):
-    file = tmp_path_factory.mktemp("recipe") / "tiny.toml"
-    file.write_text(IMAGE_RECIPE)
-    return file
+    return write_recipe(tmp_path_factory.mktemp("recipe"), IMAGE_RECIPE)
 
 
 def train_command(folder, recipe, out):

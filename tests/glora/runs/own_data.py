@@ -28,6 +28,15 @@ WORDS = [
     "dull",
 ]
 
+SEARCH = """
+[search]
+population = 4
+top = 2
+crossover = 2
+mutation = 2
+generations = 2
+"""
+
 IMAGE_RECIPE = """
 [model.options]
 img_size = 32
@@ -40,12 +49,6 @@ epochs = 3
 batch_size = 8
 lr = 1e-2
 workers = 0
-[search]
-population = 4
-top = 2
-crossover = 2
-mutation = 2
-generations = 2
 """
 
 TEXT_RECIPE = """
@@ -53,13 +56,14 @@ TEXT_RECIPE = """
 epochs = 4
 batch_size = 8
 lr = 1e-2
-[search]
-population = 4
-top = 2
-crossover = 2
-mutation = 2
-generations = 2
 """
+
+
+def write_recipe(folder: Path, own: str) -> Path:
+    """A TOML file of ``own`` settings and a short search."""
+    file = folder / "tiny.toml"
+    file.write_text(own + SEARCH)
+    return file
 
 
 def write_images(folder: Path, each: int = 12, classes: tuple[str, ...] = CLASSES) -> Path:

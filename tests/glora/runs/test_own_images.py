@@ -18,7 +18,7 @@ from glora.protocols.own import own_data_from_dict, read_own_data
 from glora.runs import RunFolder, find_runs, load_own_recipe, plan_own_runs
 from glora.runs.models import make_model
 from glora.runs.spec import spec_from_dict
-from tests.glora.runs.own_data import CLASSES, IMAGE_RECIPE, write_images
+from tests.glora.runs.own_data import CLASSES, IMAGE_RECIPE, write_images, write_recipe
 
 MODEL = "vit_tiny_patch16_224"
 
@@ -36,9 +36,7 @@ def own(folder, tmp_path):
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory):
-    file = tmp_path_factory.mktemp("recipe") / "tiny.toml"
-    file.write_text(IMAGE_RECIPE)
-    return file
+    return write_recipe(tmp_path_factory.mktemp("recipe"), IMAGE_RECIPE)
 
 
 def command(folder, recipe, out, *more):

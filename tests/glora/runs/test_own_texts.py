@@ -17,7 +17,7 @@ from glora.runs import find_runs, load_own_recipe, plan_own_runs
 from glora.runs.models import make_backbone
 from glora.runs.samples import in_memory
 from glora.runs.spec import spec_from_dict
-from tests.glora.runs.own_data import LABELS, TEXT_RECIPE, write_bert, write_texts
+from tests.glora.runs.own_data import LABELS, TEXT_RECIPE, write_bert, write_recipe, write_texts
 from tests.glora.toys import same_bits, state
 
 transformers = pytest.importorskip("transformers")
@@ -35,9 +35,7 @@ def bert(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory):
-    path = tmp_path_factory.mktemp("recipe") / "tiny.toml"
-    path.write_text(TEXT_RECIPE)
-    return path
+    return write_recipe(tmp_path_factory.mktemp("recipe"), TEXT_RECIPE)
 
 
 def command(file, bert, recipe, out, *more):

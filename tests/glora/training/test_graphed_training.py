@@ -14,7 +14,7 @@ import glora
 from glora import Recipe, SearchSpace, glora_layers, inject, set_paths, train
 from glora.dataset import joined
 from glora.training.results import Results
-from tests.glora.test_objective import llama, texts
+from tests.glora.hugging_face import llama, texts
 from tests.glora.toys import CLASSES, IN_FEATURES, adapted_mlp, generator, points, same_bits, seeded, state, tiny_vit
 from tests.graph_emulation import emulate
 
