@@ -123,12 +123,19 @@ def reading(argument: str, dataset: Any, batch_size: int, workers: int = 0, coll
     Raises:
         TypeError, ValueError: as :func:`require_data`; TypeError also for a ``collate`` that is no function.
     """
-    if collate is not None:
-        require_function("collate", collate, "a function of a list of samples, or None")
+    join = collate_or_joined(collate)
     if isinstance(dataset, DataLoader):
-        return Reading(dataset.dataset, None, 0, joined, dataset)
+        return Reading(dataset.dataset, None, 0, join, dataset)
     require_data(argument, dataset)
-    return Reading(dataset, batch_size, workers, joined if collate is None else collate)
+    return Reading(dataset, batch_size, workers, join)
+
+
+def collate_or_joined(collate: Collate | None) -> Collate:
+    """``collate``, or :func:`joined` for None. Raises TypeError if it is no function."""
+    if collate is None:
+        return joined
+    require_function("collate", collate, "a function of a list of samples, or None")
+    return collate
 
 
 class Unjoined(NamedTuple):

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from .arguments import require_integer
 from .config import PathConfig
-from .dataset import Collate, Reading, joined, reading, require_batch
+from .dataset import Collate, Reading, collate_or_joined, reading, require_batch
 from .distributed import require_whole
 from .layers.base import GLoRALayer
 from .merging import require_mergeable
@@ -60,7 +60,7 @@ def evaluate(
     require_integer("batch_size", batch_size, 1)
     require_integer("workers", workers, 0)
     if isinstance(dataset, IterableDataset):
-        read = Reading(dataset, batch_size, workers, joined if collate is None else collate)
+        read = Reading(dataset, batch_size, workers, collate_or_joined(collate))
     else:
         read = reading("dataset", dataset, batch_size, workers, collate)
     return count(model, read, Objective(model, loss_fn, outputs), shown=progress).means

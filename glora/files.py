@@ -75,12 +75,22 @@ def write_folder_atomically(argument: str, folder: str | os.PathLike, files: Map
         ValueError: as :func:`require_new_folder`.
     """
     target = require_new_folder(argument, folder, files)
+    with replacing_folder(target) as new:
+        for name, content in files.items():
+            write_atomically(new / name, partial(_write, content))
+            _keep_mode(target / name, new / name)
+
+
+@contextlib.contextmanager
+def replacing_folder(target: Path) -> Iterator[Path]:
+    """A block that fills a new folder, which then takes the place of ``target`` as in :func:`write_folder_atomically`.
+
+    Whatever ``target`` held is gone then: call :func:`require_new_folder` first if it may be somebody's.
+    """
     new = _temporary(target, "tmp")
     try:
         with _new_folder(new):
-            for name, content in files.items():
-                write_atomically(new / name, partial(_write, content))
-                _keep_mode(target / name, new / name)
+            yield new
             _keep_mode(target, new)
             _swap(new, target)
     except BaseException:

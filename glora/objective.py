@@ -143,13 +143,8 @@ class Objective:
 
     def accuracy(self, output: Any, target: Tensor | None, named: bool = False) -> Tensor | None:
         """The share of targets that the logits choose, on their device; None if targets are no classes."""
-        found = self._answers(output, target, named)
-        return None if found is None else found[0].sum() / found[1].sum()
-
-    def targets(self, output: Any, batch: Batch) -> int:
-        """How many targets a mean loss is over: those that count, or samples without classes."""
-        found = self._answers(output, batch.target, batch.named)
-        return batch.size if found is None else int(found[1].sum())
+        found = self.answers(output, target, named)
+        return None if found is None else found[0] / found[1]
 
     def totals(self, output: Any, batch: Batch) -> Totals:
         """Sums for a score. The loss of a batch, if it is given as a mean, counts once for each target.
@@ -157,8 +152,8 @@ class Objective:
         Raises:
             TypeError, ValueError: as :meth:`loss`.
         """
-        found = self._answers(output, batch.target, batch.named)
-        right, targets = (math.nan, batch.size) if found is None else (int(each.sum()) for each in found)
+        found = self.answers(output, batch.target, batch.named)
+        right, targets = (math.nan, batch.size) if found is None else map(int, found)
         summed = self.loss_fn in (None, F.cross_entropy)
         if summed and self._own_loss(output, batch.target, batch.named) is None:
             loss = float(self._cross_entropy(output, batch.target, batch.named, "sum"))
@@ -227,8 +222,8 @@ class Objective:
             ) from None
 
     @torch.no_grad()
-    def _answers(self, output: Any, target: Tensor | None, named: bool) -> tuple[Tensor, Tensor] | None:
-        """Which targets the logits choose, and which of them count; None if targets are no classes."""
+    def answers(self, output: Any, target: Tensor | None, named: bool = False) -> tuple[Tensor, Tensor] | None:
+        """How many targets the logits choose, and how many count, on their device; None if targets are no classes."""
         if not isinstance(target, Tensor) or target.is_floating_point():
             return None
         try:
@@ -241,7 +236,7 @@ class Objective:
         chosen = logits.argmax(axis)
         if self._is_moved(output, logits, target, named, axis):
             chosen, target = chosen[:, :-1], target[:, 1:]
-        return chosen == target, target != self._ignored
+        return (chosen == target).sum(), (target != self._ignored).sum()
 
     @torch.no_grad()
     def _is_moved(self, output: Any, logits: Tensor, target: Tensor, named: bool, axis: int) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 
 import torch
 from torch import nn
@@ -19,10 +20,29 @@ from ..objective import Objective
 METRICS = ("accuracy", "loss", "perplexity")
 
 
-class CandidateScorer:
-    """Scores candidates one after another; each has the bits that it would have alone.
+class _Candidates:
+    """Candidates of a model, one after another; each has the bits that it would have alone.
 
     Merged layers are kept from one candidate to the next, where a layer's path is the same.
+
+    Args:
+        model: its weights may not change meanwhile.
+
+    Raises:
+        ValueError: see :func:`glora.evaluation.mergeable_layers`.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.model, self.layers = model, mergeable_layers(model)
+        self._merged: dict[str, MergedLayer] = {}
+
+    def merged(self, paths: Mapping[str, PathConfig]) -> AbstractContextManager[nn.Module]:
+        """A block with the model of plain layers under ``paths``."""
+        return merged_under(self.model, self.layers, paths, self._merged)
+
+
+class CandidateScorer(_Candidates):
+    """Scores candidates on samples.
 
     Args:
         model: its weights may not change meanwhile.
@@ -43,10 +63,8 @@ class CandidateScorer:
         objective: Objective,
         order: Sequence[int] | None = None,
     ):
-        self.model, self.validation, self.metric = model, validation, metric
-        self.objective, self.order = objective, order
-        self.layers = mergeable_layers(model)
-        self._merged: dict[str, MergedLayer] = {}
+        super().__init__(model)
+        self.validation, self.metric, self.objective, self.order = validation, metric, objective, order
 
     def __call__(self, paths: Mapping[str, PathConfig], start: int = 0, stop: int | None = None) -> float:
         """The sum of the scores of samples ``start`` to ``stop`` of ``order``; of all samples without an order.
@@ -60,7 +78,7 @@ class CandidateScorer:
         read = self.validation
         if self.order is not None:
             read = read._replace(dataset=Subset(read.dataset, self.order[start:stop]))
-        with merged_under(self.model, self.layers, paths, self._merged) as merged:
+        with self.merged(paths) as merged:
             totals = count(merged, read, self.objective, "validation")
         if math.isnan(totals.right) and self.metric == "accuracy":
             raise ValueError("metric: expected 'loss' where targets are no classes that logits choose, got 'accuracy'")
@@ -69,7 +87,7 @@ class CandidateScorer:
         return float(score) * (samples / max(totals.targets, 1))
 
 
-class OwnScorer:
+class OwnScorer(_Candidates):
     """Scores candidates by a function of the merged model.
 
     Args:
@@ -77,14 +95,13 @@ class OwnScorer:
     """
 
     def __init__(self, model: nn.Module, score: Callable[[nn.Module], float]):
-        self.model, self.score = model, score
-        self.layers = mergeable_layers(model)
-        self._merged: dict[str, MergedLayer] = {}
+        super().__init__(model)
+        self.score = score
 
     @torch.no_grad()
     def __call__(self, paths: Mapping[str, PathConfig]) -> float:
         """Raises TypeError for a score that is no number."""
-        with merged_under(self.model, self.layers, paths, self._merged) as merged, evaluating(merged):
+        with self.merged(paths) as merged, evaluating(merged):
             score = self.score(merged)
         try:
             return float(score)

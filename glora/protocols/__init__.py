@@ -10,13 +10,24 @@ from .fewshot import FewShot
 from .imagenet import TARGETS, AmongClasses, ImageNet, imagenet_synsets, subset_classes
 from .images import ImageList, ImageSettings, preload, transform_for
 from .lists import read_list
-from .own import OWN_IMAGES, OWN_TEXTS, OwnData, OwnSplit, own_data_from_dict, own_protocol, split_images, split_texts
+from .own import (
+    OWN,
+    OWN_IMAGES,
+    OWN_TEXTS,
+    OwnData,
+    OwnSplit,
+    own_data_from_dict,
+    own_protocol,
+    split_images,
+    split_texts,
+)
 from .sources import DataSet, Missing
 from .texts import TextList, TextSettings
 from .vtab import GROUPS, VTAB, average, group_averages
 
 __all__ = [
     "GROUPS",
+    "OWN",
     "OWN_IMAGES",
     "OWN_TEXTS",
     "PROTOCOLS",

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..arguments import differences
-from ..files import make_folder, write_atomically
+from ..files import make_folder, write_text_atomically
 from .base import Layout, Protocol
 from .images import ImageSettings
 from .lists import Entry, read_list
@@ -23,7 +23,7 @@ from .sources import DataSet, ListSource, Source
 from .splitting import SHARES, checked_shares, split_by_class
 from .texts import Columns, RowSource, TextList, read_rows, sorted_classes
 
-OWN_IMAGES, OWN_TEXTS = "own_images", "own_texts"
+OWN = OWN_IMAGES, OWN_TEXTS = "own_images", "own_texts"
 DESCRIPTION = "data.json"
 _FORMAT = 1
 _GIVEN = {"train": ("train",), "validation": ("val", "validation"), "test": ("test",)}  # names of folders
@@ -128,8 +128,7 @@ class OwnSplit:
         }
         contents[DESCRIPTION] = json.dumps(self.data.to_dict(), indent=1)  # last: with it the split is complete
         for name, text in contents.items():
-            encoded = text.encode()
-            write_atomically(folder / name, lambda stream: stream.write(encoded))  # noqa: B023
+            write_text_atomically(folder / name, text)
 
 
 def read_own_data(folder: Path) -> OwnData:

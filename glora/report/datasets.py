@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from ..protocols import OWN_IMAGES, OWN_TEXTS, DataSet, protocol
+from ..protocols import OWN, DataSet, protocol
 
 
 def data_sets(name: str) -> Mapping[str, DataSet]:
@@ -14,7 +14,7 @@ def data_sets(name: str) -> Mapping[str, DataSet]:
 
 def title_of(protocol_name: str, name: str) -> str:
     """The name of a data set in tables; own data have the name of their folder or file."""
-    return name if protocol_name in (OWN_IMAGES, OWN_TEXTS) else data_sets(protocol_name)[name].title
+    return name if protocol_name in OWN else data_sets(protocol_name)[name].title
 
 
 def group_of(group: str) -> list[str]:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from ..files import make_folder
 from ..progress import progress_bar
-from ..protocols import OWN_IMAGES, OWN_TEXTS
+from ..protocols import OWN
 from .drawing import NotDrawn, distinct, file_stem, save_figure, write_text
 from .figures.distribution import distribution_figure
 from .figures.features import features_figure
@@ -101,7 +101,7 @@ def _tables(protocol: str, backbone: str, settings: Settings) -> list[Table]:
     if protocol == "imagenet":
         shots = sorted({task.shots for tasks in settings.values() for task in tasks}, key=lambda shots: shots or 0)
         return [imagenet_table(backbone, each, settings) for each in shots]
-    if protocol in (OWN_IMAGES, OWN_TEXTS):
+    if protocol in OWN:
         return [own_table(protocol, backbone, settings)]
     return [{"vtab1k": vtab_table, "fewshot": few_shot_table}[protocol](backbone, settings)]
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from ..dataset import LABELS
+from ..files import replacing_folder
 from ..protocols import TextList
 
 
@@ -94,13 +93,9 @@ def require_length(model: Any, name: str, max_length: int) -> None:
 
 def save_text_classifier(model: Any, name: str, folder: Path) -> None:
     """Write a plain model and the tokenizer of the model ``name`` for ``from_pretrained``, in place of ``folder``."""
-    new = folder.with_name(f"{folder.name}.tmp")
-    shutil.rmtree(new, ignore_errors=True)
-    with _quiet():
+    with replacing_folder(folder) as new, _quiet():
         model.save_pretrained(new)
         load_tokenizer(name).save_pretrained(new)
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(new, folder)
 
 
 def _transformers() -> Any:

@@ -15,7 +15,6 @@ from ..graphs.capture import graphs_for
 from ..graphs.step_body import Outcome
 from ..layers.base import GLoRALayer
 from ..objective import Objective
-from ..paths import Paths
 from .state import TrainingState
 
 GRAPHS = ("auto", "piecewise", "whole", "off")
@@ -107,10 +106,10 @@ class StepGraphs:
         if self._choice != "off" and self._parameters != self._found():
             self._make()
 
-    def take(self, batch: Batch, paths: Paths | None) -> Outcome | None:
+    def take(self, batch: Batch) -> Outcome | None:
         """Take the step of ``batch`` and return its loss and accuracy; None: that is left to the ordinary loop.
 
-        The first batch is the one that is captured. Without a space, ``paths`` are None: those of the layers.
+        The first batch is the one that is captured.
         """
         if self._step is None:
             return None
@@ -126,6 +125,8 @@ class StepGraphs:
                 return None
             self._captured = True
         if self._step.replays(x, target):
+            state = self._state
+            paths = None if state.space is None else {name: layer.path for name, layer in state.layers.items()}
             return self._step(x, target, paths), self._step.measured
         if not self._told_of_shapes:
             shape = tuple(x.shape) if isinstance(x, Tensor) else {name: tuple(each.shape) for name, each in x.items()}

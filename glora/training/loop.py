@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from ..arguments import FILE, require_function, require_integer, require_type
 from ..config import SearchSpace
-from ..dataset import Collate, joined, require_data
+from ..dataset import Collate, collate_or_joined, require_data
 from ..distributed import copy_from_first, require_trainable, unwrapped
 from ..files import require_file
 from ..layers.base import GLoRALayer
@@ -156,16 +156,18 @@ def train(
     require_group()
     shown = progress and is_first()
     tell = say if shown else _say_nothing
-    together(lambda: _check_types(recipe, space, checkpoint, log, on_step, collate))
-    if isinstance(dataset, DataLoader) and dataset.batch_size is not None and isinstance(recipe, Recipe):
-        recipe = replace(recipe, batch_size=dataset.batch_size)
+    together(lambda: _check_types(recipe, space, checkpoint, log, on_step))
+    join = together(lambda: collate_or_joined(collate))
+    loader = dataset if isinstance(dataset, DataLoader) else None
+    if loader is not None and loader.batch_size is not None:
+        recipe = replace(recipe, batch_size=loader.batch_size)
     objective = together(lambda: Objective(model, loss_fn, outputs, recipe.label_smoothing))
     state, sampler = together(lambda: _prepare(model, dataset, recipe, space, loss_fn, log, workers, graphs))
     paths_before = {name: layer.path for name, layer in state.layers.items()}
     scoring = together(lambda: Validation(state, validation, objective, paths_before, workers, collate))
     if world_size() > 1:
         _start_alike(state, checkpoint is not None, validation is not None)
-    if checkpoint is not None and isinstance(dataset, DataLoader) and dataset.persistent_workers:
+    if checkpoint is not None and loader is not None and loader.persistent_workers:
         warnings.warn(
             "dataset: a DataLoader with persistent_workers does not seed them anew in each pass; if they draw at "
             "random, a run that is cut goes on with other numbers",
@@ -182,10 +184,9 @@ def train(
     step_graphs = StepGraphs(state, objective, graphs, tell)
     watched = {} if is_compiled(model) else state.layers  # a graph that was compiled before calls no new hooks
     results = Results(state.records, late=state.device.type == "cuda" and on_step is None)
-    steps = batches(dataset, recipe, state.step, workers, state.device, joined if collate is None else collate)
+    steps = batches(dataset, recipe, state.step, workers, state.device, join)
     bar = progress_bar(total=recipe.steps, initial=state.step, desc="train", unit="step", shown=shown)
-    several_sizes = isinstance(dataset, DataLoader) and dataset.batch_size is None
-    meter = Meter(None if several_sizes else recipe.batch_size)
+    meter = Meter(None if loader is not None and loader.batch_size is None else recipe.batch_size)
     try:
         while state.step < recipe.steps:
             if sampler is not None:
@@ -227,7 +228,6 @@ def _check_types(
     checkpoint: str | os.PathLike | None,
     log: str | os.PathLike | None,
     on_step: Callable[[int, float], object] | None,
-    collate: Collate | None,
 ) -> None:
     require_type("recipe", recipe, Recipe, "a glora.Recipe")
     require_type("space", space, (SearchSpace, type(None)), "a glora.SearchSpace or None")
@@ -235,8 +235,6 @@ def _check_types(
     require_type("log", log, FILE, "the path of a file or None")
     if on_step is not None:
         require_function("on_step", on_step, "a function of the step and its loss")
-    if collate is not None:
-        require_function("collate", collate, "a function of a list of samples, or None")
 
 
 def _prepare(

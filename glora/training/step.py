@@ -19,7 +19,8 @@ from .graphing import StepGraphs
 from .results import Results
 from .state import StepRecord, TrainingState
 
-Outcome = tuple[Tensor | float, Tensor | float | None]  # loss and accuracy, which is None without classes
+Value = Tensor | float
+Counted = tuple[Value, Value | None, Value]  # loss, accuracy (None without classes), and of how many targets
 
 
 def take_step(
@@ -38,22 +39,24 @@ def take_step(
     lr = state.optimizer.param_groups[0]["lr"]
     own: list[Tensor] = []
 
-    def forward() -> tuple[Outcome, Callable[[], int]]:
+    def forward() -> Counted:
         batch = require_batch("dataset", next(batches)).to(state.device)
         state.seen += batch.size
-        paths = None if state.space is None else {name: layer.path for name, layer in state.layers.items()}
-        graphed = graphs.take(batch, paths)
+        graphed = graphs.take(batch)
         if graphed is not None:  # it also went backward and updated
-            return graphed, lambda: batch.size
+            return *graphed, batch.size
         state.optimizer.zero_grad(set_to_none=True)
         with _precision(state):
             output = objective.output(state.model, batch)
             own.append(objective.loss(output, batch.target, batch.named))
-        outcome = own[0].detach(), objective.accuracy(output, batch.target, batch.named)
-        return outcome, lambda: objective.targets(output, batch)
+        found = objective.answers(output, batch.target, batch.named)
+        if found is None:
+            return own[0].detach(), None, batch.size
+        right, targets = found
+        return own[0].detach(), right / targets, targets
 
-    outcome, weight = _of_whole_batch(forward, state.recipe.batch_size)
-    results.add(lr, *outcome)
+    loss, right, weight = _of_whole_batch(forward, state.recipe.batch_size)
+    results.add(lr, loss, right)
     records = results.read()
     if own and own[0].requires_grad:
         _backward(state, own[0], weight)
@@ -94,21 +97,20 @@ def _update(state: TrainingState) -> None:
     state.scaler.update()
 
 
-def _of_whole_batch(forward: Callable[[], tuple[Outcome, Callable[[], int]]], batch_size: int) -> tuple[Outcome, float]:
+def _of_whole_batch(forward: Callable[[], Counted], batch_size: int) -> tuple[Value, Value | None, float]:
     """Loss and accuracy of all ranks' shares together, and the weight of this rank's loss in the mean over ranks.
 
-    A share counts by its targets, of which ``forward`` returns a function besides loss and accuracy. Only several
-    processes read them on the host.
+    A share counts by its targets. Only several processes read them on the host.
     """
     if world_size() == 1:
-        return forward()[0], 1.0
+        return *forward()[:2], 1.0
 
     def own() -> tuple[float, float, int]:
-        (loss, right), targets = forward()
-        counted = targets() if share(batch_size)[1] else 0
+        loss, right, targets = forward()
+        counted = int(targets) if share(batch_size)[1] else 0
         return float(loss) if counted else 0.0, math.nan if right is None else float(right) if counted else 0.0, counted
 
     shares = gather(own)
-    targets = sum(each[2] for each in shares)
-    loss, right = (sum(each[i] * each[2] for each in shares) / max(targets, 1) for i in (0, 1))
-    return (loss, right), world_size() * shares[process_rank()][2] / max(targets, 1)
+    targets = max(sum(each[2] for each in shares), 1)
+    loss, right = (sum(each[i] * each[2] for each in shares) / targets for i in (0, 1))
+    return loss, right, world_size() * shares[process_rank()][2] / targets
