@@ -92,11 +92,11 @@ def evaluate_merged(
 ) -> Metrics:
     """As :func:`evaluate`, with every layer merged under ``paths`` for the time of the call.
 
-    Args:
-        how: the other arguments of :func:`evaluate`.
-
     Each W_eff is assembled once, not once per batch; layers with a quantised base are used unmerged. The
     model and its paths are left as they are.
+
+    Args:
+        how: the other arguments of :func:`evaluate`.
 
     Raises:
         ValueError: an empty data set, paths of another model, or sharded parameters.
