@@ -2,6 +2,7 @@
 
 from . import peft
 from .backbones import features, load_backbone
+from .balancing import Balance, balance, fold_scales
 from .config import LayerShape, PathConfig, SearchSpace
 from .distributed import sync_gradients
 from .evaluation import Metrics, evaluate, evaluate_merged
@@ -25,11 +26,14 @@ from .parameters import count_parameters, drop_unread_gradients, trainable_param
 from .paths import disabled, get_paths, sample_paths, set_paths, using_paths
 from .peft import export_lora
 from .presets import PRESETS, Preset, apply_preset, preset_path
+from .refitting import refit
+from .scales import Scales
 from .training import Recipe, TrainSummary, train
 from .version import __version__
 
 __all__ = [
     "PRESETS",
+    "Balance",
     "Candidate",
     "GLoRAConv1D",
     "GLoRAConv2d",
@@ -43,6 +47,7 @@ __all__ = [
     "PathConfig",
     "Preset",
     "Recipe",
+    "Scales",
     "SearchResult",
     "SearchSettings",
     "SearchSpace",
@@ -50,6 +55,7 @@ __all__ = [
     "TrainSummary",
     "__version__",
     "apply_preset",
+    "balance",
     "count_parameters",
     "disabled",
     "drop_unread_gradients",
@@ -58,6 +64,7 @@ __all__ = [
     "evolve",
     "export_lora",
     "features",
+    "fold_scales",
     "get_paths",
     "glora_layers",
     "inject",
@@ -70,6 +77,7 @@ __all__ = [
     "peft",
     "preset_path",
     "print_trainable_parameters",
+    "refit",
     "sample_paths",
     "save_adapter",
     "save_lycoris",

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cache, cached_property
 from operator import getitem, mul
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -159,9 +159,13 @@ class SearchSpace:
         A, B, C, D, E: the kinds allowed, out of those the tensor has.
         bias_free: in layers without a bias, C, D and E are ``"none"`` whatever is allowed elsewhere. Merging then
             creates no bias: the model's own file format or class may have no place for one (:func:`glora.merge`).
+        shares: how often a kind is drawn while a supernet trains, such as ``{"lora": 0.5}``: each tensor that has the
+            kind and others is of it in this share of the draws; the rest goes to its other kinds and ranks evenly.
+            Empty: every kind and rank alike, the paper. The search does not read it.
 
     Raises:
-        ValueError: no rank, a rank below 1 or given twice, no kind, or one the tensor does not have.
+        ValueError: no rank, a rank below 1 or given twice, no kind, or one the tensor does not have; shares of unknown
+            kinds, or that are not above 0 and together below 1.
         TypeError: ``bias_free`` is not a bool.
     """
 
@@ -172,6 +176,7 @@ class SearchSpace:
     D: tuple[str, ...] = field(default=KINDS["D"])
     E: tuple[str, ...] = field(default=KINDS["E"])
     bias_free: bool = False
+    shares: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not isinstance(self.ranks, Iterable):
@@ -187,6 +192,10 @@ class SearchSpace:
             object.__setattr__(self, slot, kinds)
         if not isinstance(self.bias_free, bool):
             raise TypeError(f"bias_free: expected True or False, got {self.bias_free!r}")
+        object.__setattr__(self, "shares", _checked_shares(self.shares))
+
+    def __hash__(self) -> int:
+        return hash((self.ranks, self.A, self.B, self.C, self.D, self.E, self.bias_free, *sorted(self.shares.items())))
 
     @cached_property
     def options(self) -> dict[str, tuple[str, ...]]:
@@ -220,14 +229,25 @@ class SearchSpace:
         return [known[tuple(map(int, map(mul, sizes, row)))] for row in draws]
 
     def to_dict(self) -> dict:
-        """Plain data for JSON; ``bias_free`` is left out if False, as journals and checkpoints always had it."""
-        kinds = {name: list(getattr(self, name)) for name in ("ranks", *SLOTS)}
-        return {**kinds, "bias_free": True} if self.bias_free else kinds
+        """Plain data for JSON, without ``bias_free`` and ``shares`` where they are as in the paper."""
+        kinds: dict[str, Any] = {name: list(getattr(self, name)) for name in ("ranks", *SLOTS)}
+        free = {"bias_free": True} if self.bias_free else {}
+        return {**kinds, **free, **({"shares": dict(self.shares)} if self.shares else {})}
 
     @staticmethod
     def from_dict(data: Mapping) -> SearchSpace:
         """The inverse of :meth:`to_dict`."""
         return SearchSpace(**data)
+
+
+def _checked_shares(shares: Mapping[str, float]) -> dict[str, float]:
+    known = ("lora", "vector", "constant", "none")
+    numbers = isinstance(shares, Mapping) and all(type(share) in (int, float) for share in shares.values())
+    if not numbers or not set(shares) <= set(known):
+        raise ValueError(f"shares: expected numbers by kinds out of {known}, got {shares!r}")
+    if any(not share > 0 for share in shares.values()) or not sum(shares.values()) < 1:
+        raise ValueError(f"shares: expected numbers above 0 and together below 1, got {dict(shares)}")
+    return {kind: float(shares[kind]) for kind in known if kind in shares}
 
 
 @cache

@@ -161,24 +161,24 @@ def require_unused(layers: Iterable[GLoRALayer]) -> None:
 def sample_paths(model: nn.Module, space: SearchSpace, generator: torch.Generator, limit: int | None = None) -> Paths:
     """A random path for every adapted layer; the model is not changed.
 
-    Without ``limit`` the draw is uniform; with it the paths together read at most ``limit``
-    parameters (see :class:`glora.sampling.PathSampler`).
+    Without ``limit`` the draw is that of a supernet's training: uniform, or by the space's ``shares``. With it the
+    paths together read at most ``limit`` parameters (see :class:`glora.sampling.PathSampler`).
 
     Raises:
         ValueError: a rank of ``space`` above a layer's storage, or a limit no path meets.
     """
     require_type("generator", generator, (torch.Generator, type(None)), "a torch.Generator")
-    return sampler_for(model, space, limit).sample(generator)
+    return sampler_for(model, space, limit, training=limit is None).sample(generator)
 
 
-def sampler_for(model: nn.Module, space: SearchSpace, limit: int | None = None) -> PathSampler:
-    """The sampler of :func:`sample_paths`, to be kept where many paths are drawn."""
+def sampler_for(model: nn.Module, space: SearchSpace, limit: int | None = None, training: bool = False) -> PathSampler:
+    """The sampler of :func:`sample_paths`, to be kept where many paths are drawn; ``training`` as for PathSampler."""
     layers = require_layers(model)
     require_type("space", space, SearchSpace, "a glora.SearchSpace")
     for name, layer in layers.items():
         if max(space.ranks) > layer.rank and any("lora" in getattr(space, slot) for slot in "ABC"):
             raise ValueError(f"space: expected ranks up to {layer.rank} (storage of layer {name!r}), got {space.ranks}")
-    return PathSampler({name: layer.shape for name, layer in layers.items()}, space, limit)
+    return PathSampler({name: layer.shape for name, layer in layers.items()}, space, limit, training)
 
 
 def paths_of(layers: Mapping[str, object], paths: Mapping[str, PathConfig] | PathConfig) -> Paths:

@@ -21,6 +21,7 @@ from .distributed import require_whole
 from .layers.base import GLoRALayer
 from .models.modules import require_layers
 from .paths import Paths, set_paths
+from .scales import Scales
 
 Initialiser = Callable[[Tensor], object]
 _AS_LINEAR: Initialiser = partial(nn.init.kaiming_uniform_, a=math.sqrt(5))  # uniform within 1/sqrt(K)
@@ -160,7 +161,7 @@ def apply_preset(model: nn.Module, name: str, rank: int = 8, *, bias_free: bool 
 
     Every adapted layer takes the path. The parts of the storages that it reads start afresh, so outputs become those of
     the frozen model: left factors and vectors are zero, right factors are drawn from torch's global generator as the
-    method draws them. Everything else stays as it is, the classifier head and its flags included.
+    method draws them, and scales are 1. Everything else stays as it is, the classifier head and its flags included.
 
     Args:
         model: after :func:`glora.inject`, with the preset's product.
@@ -225,6 +226,7 @@ def _fitting_paths(preset: Preset, rank: int, layers: Mapping[str, GLoRALayer], 
 
 def _start_afresh(layer: GLoRALayer, preset: Preset) -> None:
     """Initialise exactly what the layer's path reads, so that it computes what the frozen layer does."""
+    layer.scales = Scales()
     for _, term in layer.terms().active:
         if isinstance(term, LowRank):
             left, right = term.factors

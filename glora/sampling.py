@@ -28,12 +28,15 @@ class PathSampler:
         layers: shapes by name.
         space: what each tensor may be.
         limit: the largest count allowed, or None.
+        training: draw kinds by the space's ``shares``, as a supernet is trained; without a limit alone.
 
     Raises:
         ValueError: no path of the space is within the limit; the smallest count is named.
     """
 
-    def __init__(self, layers: Mapping[str, LayerShape], space: SearchSpace, limit: int | None = None):
+    def __init__(
+        self, layers: Mapping[str, LayerShape], space: SearchSpace, limit: int | None = None, training: bool = False
+    ):
         require_type("layers", layers, Mapping, "a mapping of names to glora.LayerShape")
         require_type("space", space, SearchSpace, "a glora.SearchSpace")
         if limit is not None and type(limit) is not int:
@@ -50,8 +53,13 @@ class PathSampler:
             raise ValueError(
                 f"limit: expected at least {self.smallest:,} parameters (the space's smallest path), got {limit:,}"
             )
+        if training and limit is not None:
+            raise ValueError(f"limit: expected None for the paths of training, got {limit}")
         temperature = 0.0 if limit is None else self._temperature(limit)
-        self._bounds = {shape: self._distributions(shape, temperature) for shape in self._counts}
+        self._bounds = {
+            shape: self._shared(shape) if training and space.shares else self._distributions(shape, temperature)
+            for shape in self._counts
+        }
         self._paths = {shape: path_table(options) for shape, options in self._options.items()}
 
     @property
@@ -83,6 +91,11 @@ class PathSampler:
     def _distributions(self, shape: LayerShape, temperature: float) -> list[list[float]]:
         """Of each tensor, where the draw of one option ends and that of the next begins."""
         return [list(accumulate(_weights(counts, temperature)))[:-1] for counts in self._counts[shape]]
+
+    def _shared(self, shape: LayerShape) -> list[list[float]]:
+        """:meth:`_distributions` by the shares of the space."""
+        drawn = [_weights_by_share(texts, self.space.shares) for texts in self._options[shape]]
+        return [list(accumulate(weights))[:-1] for weights in drawn]
 
     def sample(self, generator: torch.Generator) -> dict[str, PathConfig]:
         """Paths for all layers, by name, drawn from ``generator`` alone."""
@@ -127,6 +140,18 @@ class PathSampler:
                 choices[index] = text
                 repaired[name] = make_path(*choices)
         return repaired
+
+
+def _weights_by_share(texts: Sequence[str], shares: Mapping[str, float]) -> list[float]:
+    """Probabilities of the options of a tensor: a kind that has a share divides it among its ranks.
+
+    The options of the other kinds divide the rest evenly. A tensor without such other options is drawn in proportion.
+    """
+    kinds = [text.partition("_")[0] for text in texts]
+    rest = 1 - sum(share for kind, share in shares.items() if kind in kinds)
+    others = sum(kind not in shares for kind in kinds)
+    raw = [shares[kind] / kinds.count(kind) if kind in shares else rest / others for kind in kinds]
+    return [weight / sum(raw) for weight in raw]
 
 
 def _weights(counts: list[int], temperature: float) -> list[float]:

@@ -85,7 +85,7 @@ class GLoRACallback(TrainerCallback):
         require_trained(model, self.space is not None)
         _require_unused_found(args, model, self.space is not None)
         self._layers, self.before, self._drawn, self._counts = require_layers(model), get_paths(model), {}, []
-        self._sampler = None if self.space is None else sampler_for(model, self.space)
+        self._sampler = None if self.space is None else sampler_for(model, self.space, training=True)
         if self._sampler is not None:
             self._generator.manual_seed(mix(args.seed if self.seed is None else self.seed, -1))
             for _ in range(state.global_step):

@@ -17,11 +17,12 @@ from functools import partial
 from itertools import islice
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from ..arguments import FILE, require_function, require_integer, require_type
-from ..config import LayerShape, SearchSpace
+from ..config import KINDS, LayerShape, SearchSpace
 from ..dataset import Collate, Reading, reading, require_batch, tensors_at, tensors_of_batch
 from ..distributed import holds_replica, require_whole
 from ..files import checksum
@@ -194,7 +195,9 @@ def _scored_by(model: nn.Module, read: Reading, metric: str, objective: Objectiv
 
 
 def _weights(model: nn.Module) -> int:
-    return checksum([*model.parameters(), *model.buffers()])
+    scaled = [layer.scales for layer in require_layers(model).values() if layer.scales.factors]
+    factors = [torch.tensor([scales.of(slot, kind) for slot in KINDS for kind in KINDS[slot]]) for scales in scaled]
+    return checksum([*model.parameters(), *model.buffers(), *factors])
 
 
 def _identity_of(value: Any) -> str:

@@ -6,7 +6,9 @@ changed although they are not trained (the statistics of batch norm). Names are 
 wrappers (``models/wrappers.py``). The header entry ``glora`` holds a JSON object: format, product, for each layer its
 rank and path, and for each parameter that the file does not hold a checksum of some of its values. Files of format 1
 had no buffers and no checksums. A compact file (format 3) holds of each support tensor what the path reads alone: of a
-low rank r its columns ``(N, r)`` and rows ``(r, K)``, of a vector its values ``(N,)``, of a constant one number ``()``.
+low rank r its columns ``(N, r)`` and rows ``(r, K)``, of a vector its values ``(N,)``, of a constant one number ``()``,
+with the scales of kinds multiplied in. A whole file has the scales in its description; if they are not 1, it is of
+format 4.
 """
 
 from __future__ import annotations
@@ -35,10 +37,11 @@ from ..models.modules import glora_layers, require_layers, require_real
 from ..models.wrappers import modules_by_name, name_in, named_parameters, tensors_in, tensors_of
 from ..parameters import support_ids, trained_beside
 from ..paths import Paths, require_unused, set_paths
+from ..scales import Scales
 
 ADAPTER = "adapter.safetensors"  # in a checkpoint folder of transformers.Trainer (glora.trainer)
-FORMAT, COMPACT = 2, 3
-READABLE = (1, 2, 3)
+FORMAT, COMPACT, SCALED = 2, 3, 4
+READABLE = (1, 2, 3, 4)
 
 
 def save_adapter(model: nn.Module, file: str | os.PathLike, *, compact: bool = False) -> None:
@@ -77,11 +80,13 @@ def save_adapter(model: nn.Module, file: str | os.PathLike, *, compact: bool = F
     if compact:
         tensors = _without_support(tensors, layers) | _parts_read(layers)
     ranks = {name: max(1, layer.path.rank) if compact else layer.rank for name, layer in layers.items()}
+    scales = {name: layer.scales.to_dict() for name, layer in layers.items() if layer.scales.factors and not compact}
     description = {
-        "format": COMPACT if compact else FORMAT,
+        "format": COMPACT if compact else SCALED if scales else FORMAT,
         "product": products[0],
         "base": marks,
         "layers": {name: {"rank": ranks[name], "path": layer.path.to_dict()} for name, layer in layers.items()},
+        **({"scales": scales} if scales else {}),
     }
     copies = {name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
     content = save(copies, metadata={"glora": json.dumps(description)})
@@ -94,7 +99,7 @@ def _without_support(tensors: Mapping[str, Tensor], layers: Mapping[str, GLoRALa
 
 
 def _parts_read(layers: Mapping[str, GLoRALayer], paths: Paths | None = None) -> dict[str, Tensor]:
-    """Views of what ``paths`` (default: the current ones) read, by the names of the storages."""
+    """What ``paths`` (default: the current ones) read, by the names of the storages: views where scales are 1."""
     return {
         f"{name}.{own}": part
         for name, layer in layers.items()
@@ -168,6 +173,8 @@ def apply_adapter(
         chosen = {modules[name]: rank for name, rank in description.ranks.items()}
         kept = {id(tensor) for name, tensor in tensors_of(model).items() if name in tensors}
         adapt(model, chosen, description.product, kept)
+    for name, layer in glora_layers(model).items():
+        layer.scales = description.scales.get(name, Scales())
     targets = tensors_of(model)
     if description.compact:
         targets |= _parts_read(glora_layers(model), description.paths)
@@ -213,6 +220,8 @@ def _warn_of_buffers(
 class Description(NamedTuple):
     """What a file says of its layers: product; rank and path by layer (``paths`` is None if none are given).
 
+    Layers that are not in ``scales`` have none but 1.
+
     Attributes:
         complete: whether it holds all statistics, as files from format 2 on do.
         base: marks of the parameters that it does not hold, by name; empty for older files and other formats.
@@ -225,12 +234,14 @@ class Description(NamedTuple):
     complete: bool = False
     base: Mapping[str, str] = MappingProxyType({})
     compact: bool = False
+    scales: Mapping[str, Scales] = MappingProxyType({})
 
     def named_as_in(self, modules: Container[str]) -> Description:
         """This description with the layers' names in a model of these ``modules``."""
         ranks = {name_in(modules, name): rank for name, rank in self.ranks.items()}
         paths = None if self.paths is None else {name_in(modules, name): path for name, path in self.paths.items()}
-        return self._replace(ranks=ranks, paths=paths)
+        scales = {name_in(modules, name): scale for name, scale in self.scales.items()}
+        return self._replace(ranks=ranks, paths=paths, scales=scales)
 
 
 def _read(file: str | os.PathLike) -> tuple[Description, dict[str, Tensor]]:
@@ -253,7 +264,7 @@ def _read(file: str | os.PathLike) -> tuple[Description, dict[str, Tensor]]:
     except (KeyError, TypeError, json.JSONDecodeError):
         raise ValueError(f"{file}: expected a GLoRA adapter, got a safetensors file without its description") from None
     if version not in READABLE:
-        raise ValueError(f"{file}: expected adapter format 1 to {COMPACT}, got {version!r}; a newer glora may read it")
+        raise ValueError(f"{file}: expected adapter format 1 to {SCALED}, got {version!r}; a newer glora may read it")
     try:
         return _parse(content), tensors
     except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -269,8 +280,11 @@ def _parse(content: dict[str, Any]) -> Description:
         if not isinstance(rank, int) or not 1 <= max(rank, paths[name].rank) <= rank:
             raise ValueError(f"layer {name!r} of rank {rank!r} with {paths[name]}")
     base = {str(name): str(mark) for name, mark in content.get("base", {}).items()}
+    scales = {name: Scales.from_dict(factors) for name, factors in content.get("scales", {}).items()}
+    if not scales.keys() <= ranks.keys():
+        raise ValueError(f"scales of {list(scales)} for layers {list(ranks)}")
     version = content["format"]
-    return Description(content["product"], ranks, paths, complete=version > 1, base=base, compact=version == COMPACT)
+    return Description(content["product"], ranks, paths, version > 1, base, version == COMPACT, scales)
 
 
 def _expected(

@@ -248,7 +248,8 @@ def _inexpressible(layer: GLoRALayer, layout: str) -> str:
 def _alike_everywhere(layer: GLoRALayer, positions: int) -> bool:
     """Whether A mixes channels in the same way at every position, and so comes from factors without positions."""
     rank = layer.path.choices["A"].rank
-    factors = layer.Ad.detach()[:, :rank], layer.Au.detach()[:rank]
+    storages = layer.folded()
+    factors = storages["Ad"].detach()[:, :rank], storages["Au"].detach()[:rank]
     return rank % positions == 0 and all(
         torch.equal(factor, _everywhere(factor[::positions, ::positions], positions)) for factor in factors
     )
@@ -280,7 +281,8 @@ def _key(prefix: str, name: str) -> str:
 def _entries(layer: GLoRALayer, layout: str) -> dict[str, Tensor]:
     form, choices = _form(layer), layer.path.choices
     step, read_A, read_B = form.positions, choices["A"].rank, choices["B"].rank
-    read = [layer.Ad[::step, :read_A:step], layer.Au[:read_A:step, ::step], layer.Bd[:, :read_B], layer.Bu[:read_B]]
+    Ad, Au, Bd, Bu, *_ = layer.folded().values()
+    read = [Ad[::step, :read_A:step], Au[:read_A:step, ::step], Bd[:, :read_B], Bu[:read_B]]
     rank = max(read_A // step, read_B, 1)
     entries = {"alpha": torch.tensor(float(rank))}
     for name, part, shape in zip(LAYOUTS[layout], read, form.shapes(rank)):

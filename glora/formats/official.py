@@ -76,7 +76,9 @@ def load_official(
 def save_official(model: nn.Module, file: str | os.PathLike) -> None:
     """Write the support tensors and every other trained parameter so that the official ``load`` finds what it asks for.
 
-    That code adapts every linear layer but the head, all with one rank; :func:`official_paths` has the paths.
+    That code adapts every linear layer but the head, all with one rank; :func:`official_paths` has the paths. It knows
+    no scales (:class:`glora.Scales`): they are multiplied into what the current paths read, and the file is for these
+    paths.
 
     Raises:
         ValueError: no adapted layer, one that is not linear, another product than hadamard, several ranks, or other
@@ -114,7 +116,8 @@ def save_official(model: nn.Module, file: str | os.PathLike) -> None:
     }
     check_written(chosen)
     warn_of_buffers(model, layers.values())
-    tensors = {name: p.detach().cpu().clone() for name, p in chosen.items()}
+    folded = {f"{name}.{own}": tensor for name, layer in layers.items() for own, tensor in layer.folded().items()}
+    tensors = {name: folded.get(name, p).detach().cpu().clone() for name, p in chosen.items()}
     write_atomically(file, lambda stream: torch.save(tensors, stream))
 
 

@@ -86,7 +86,7 @@ class GraphedStep:
         layers = require_layers(model)
         check_model(model, layers)
         check_optimizer(model, optimizer, mode == "whole")
-        self._sampler = None if space is None else sampler_for(model, space)
+        self._sampler = None if space is None else sampler_for(model, space, training=True)
         self._generator = torch.Generator().manual_seed(0) if generator is None else generator
         forward = partial(_forward, model, loss_fn, measure)
         self._body = StepBody(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,10 +13,22 @@ from torch import Tensor, nn
 from glora_kernels import encode, masked_terms, path_masks, row_scaled_linear, row_scaled_terms, storages_read
 
 from ..config import PathConfig
-from ..layers.base import SUPPORT_NAMES, GLoRALayer
+from ..layers.base import GLoRALayer
 from ..layers.conv2d import GLoRAConv2d
 from ..paths import Paths, paths_of
 from ..transfers import upload
+
+
+class PathRow(NamedTuple):
+    """The path of one layer as data on its device.
+
+    Attributes:
+        masks: ``(5, 5, R)``, see :func:`glora_kernels.path_masks`.
+        factors: the scales of its kinds, ``(5,)``; None if all are 1.
+    """
+
+    masks: Tensor
+    factors: Tensor | None
 
 
 class PathData:
@@ -23,6 +36,7 @@ class PathData:
 
     Attributes:
         masks: see :func:`glora_kernels.path_masks`; it stays the same tensor, so that a CUDA graph can read it.
+        factors: of each layer the scales of the kinds of its path, ``(layers, 5)``, likewise; None if all scales are 1.
 
     Raises:
         ValueError: layers on several devices.
@@ -34,7 +48,9 @@ class PathData:
             raise ValueError(f"model: expected all adapted layers on one device, got {sorted(map(str, devices))}")
         self.layers = dict(layers)
         self._rank = max(layer.rank for layer in layers.values())
-        self.masks = self._masks(dict.fromkeys(layers, PathConfig())).to(devices.pop())
+        nothing = dict.fromkeys(layers, PathConfig())
+        self.masks = self._masks(nothing).to(device := devices.pop())
+        self.factors = self._factors(nothing).to(device) if self._scaled else None
 
     @property
     def device(self) -> torch.device:
@@ -53,13 +69,25 @@ class PathData:
     def set(self, paths: Mapping[str, PathConfig]) -> None:
         """Write checked paths into :attr:`masks`, without waiting for the device."""
         self.masks.copy_(upload(self._masks(paths), self.device))
+        if self._scaled and self.factors is None:
+            raise RuntimeError("model: expected scales of 1, as when this step was made, got others; make a new step")
+        if self.factors is not None:
+            self.factors.copy_(upload(self._factors(paths), self.device))
+
+    @property
+    def _scaled(self) -> bool:
+        return any(layer.scales.factors for layer in self.layers.values())
 
     def _masks(self, paths: Mapping[str, PathConfig]) -> Tensor:
         return torch.stack([_masks_of(paths[name], self._rank) for name in self.layers])
 
-    def rows(self) -> dict[str, Tensor]:
-        """The part of :attr:`masks` that belongs to each layer: views."""
-        return dict(zip(self.layers, self.masks))
+    def _factors(self, paths: Mapping[str, PathConfig]) -> Tensor:
+        return torch.stack([layer.scales.of_path(paths[name]) for name, layer in self.layers.items()])
+
+    def rows(self) -> dict[str, PathRow]:
+        """The part of :attr:`masks` and :attr:`factors` that belongs to each layer: views."""
+        factors = [None] * len(self.layers) if self.factors is None else self.factors
+        return {name: PathRow(*row) for name, row in zip(self.layers, zip(self.masks, factors))}
 
     def read(self) -> Tensor:
         """Which support tensors the paths read, ``(layers, 8)`` in the order of ``SUPPORT_NAMES``, on the device."""
@@ -72,19 +100,19 @@ def _masks_of(path: PathConfig, rank: int) -> Tensor:
 
 
 class PathAsData(nn.Module):
-    """What ``layer`` computes under the path in ``masks``, ``(5, 5, R)`` on its device, whatever that path is."""
+    """What ``layer`` computes under the path in ``row``, on its device, whatever that path is."""
 
-    def __init__(self, layer: GLoRALayer, masks: Tensor):
+    def __init__(self, layer: GLoRALayer, row: PathRow):
         super().__init__()
-        self.layer, self.masks = layer, masks
+        self.layer, self.row = layer, row
 
     @property
     def storages(self) -> list[Tensor]:
-        return [getattr(self.layer, name) for name in SUPPORT_NAMES]
+        return self.layer.storages_times(self.row.factors)
 
     def forward(self, x: Tensor) -> Tensor:
         layer = self.layer
-        return layer.compute(x, masked_terms(layer.matrix, layer.bias, self.storages, self.masks, layer.product))
+        return layer.compute(x, masked_terms(layer.matrix, layer.bias, self.storages, self.row.masks, layer.product))
 
 
 class RowScaledPathAsData(PathAsData):
@@ -95,13 +123,13 @@ class RowScaledPathAsData(PathAsData):
 
     def forward(self, x: Tensor) -> Tensor:
         matrix, bias = self.layer.matrix, self.layer.bias
-        return row_scaled_linear(x, matrix, bias, row_scaled_terms(matrix, bias, self.storages, self.masks))
+        return row_scaled_linear(x, matrix, bias, row_scaled_terms(matrix, bias, self.storages, self.row.masks))
 
 
-def cheapest(layer: GLoRALayer, masks: Tensor, kinds: Collection[str]) -> PathAsData:
+def cheapest(layer: GLoRALayer, row: PathRow, kinds: Collection[str]) -> PathAsData:
     """What computes ``layer`` with the fewest dense products under every path whose A is of one of ``kinds``."""
     row_scaled = layer.product == "hadamard" and not isinstance(layer, GLoRAConv2d) and "lora" not in kinds
-    return (RowScaledPathAsData if row_scaled else PathAsData)(layer, masks)
+    return (RowScaledPathAsData if row_scaled else PathAsData)(layer, row)
 
 
 @contextmanager

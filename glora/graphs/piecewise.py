@@ -68,7 +68,7 @@ class PiecewiseStep:
             return
         inputs = self._inputs(x, target)
         needed = {self._piece(name, kind): inputs[name] for name in inputs for kind in sorted(self._kinds[name])}
-        graphed = {piece: type(piece)(piece.layer, piece.masks) for piece in needed}
+        graphed = {piece: type(piece)(piece.layer, piece.row) for piece in needed}
         with self._body.autocast():
             self._graphs.capture_pieces(list(graphed.values()), list(needed.values()))
         captured: dict[nn.Module, _Replayed] = {

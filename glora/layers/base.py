@@ -24,11 +24,13 @@ from glora_kernels import (
 from glora_kernels.terms import Term
 
 from ..config import STORAGES, Choice, LayerShape, PathConfig
+from ..scales import Scales
 from .path_history import PathHistory, next_start
 from .plain import Plain
 
 PROBE_TOKENS = 16
 SUPPORT_NAMES = tuple(name for names in STORAGES.values() for name in names)
+_LEFT = {names[0]: index for index, names in enumerate(STORAGES.values())}  # of every tensor the storage that is scaled
 _NO_PATHS = (
     "load_state_dict: expected the paths of the support tensors too, which a state dict carries in its metadata; got "
     "none, as from a plain dict, a safetensors file or an older glora. Every layer keeps the path that it has: set the "
@@ -75,6 +77,8 @@ class GLoRALayer(nn.Module):
     D: nn.Parameter
     E: nn.Parameter
     _config: Tensor
+    _scales: Scales = Scales()
+    _factors: Tensor | None = None
 
     @classmethod
     def _around(cls: type[Layer], base: nn.Module, rank: int, product: str) -> Layer:
@@ -114,9 +118,16 @@ class GLoRALayer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``(..., K) -> (..., N)``. Under ``torch.compile`` the path is data: one graph serves every path."""
         if takes_operator():
-            storages = [getattr(self, name) for name in SUPPORT_NAMES]
+            storages = self.storages_times(self._factors)
             return configured_linear(x, self.matrix, self.bias, storages, self._config, self.product)
         return self.compute(x, self._terms_in_force())
+
+    def storages_times(self, factors: Tensor | None) -> list[Tensor]:
+        """All storages, where the path is data: the left one of each tensor times its factor, ``(5,)``; None for 1."""
+        storages = {name: getattr(self, name) for name in SUPPORT_NAMES}
+        if factors is not None:
+            storages |= {name: storages[name] * factors[index] for name, index in _LEFT.items()}
+        return list(storages.values())
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """As ``nn.Module.compile``; merging the model compiles the plain layer too. Copies are not compiled."""
@@ -150,7 +161,8 @@ class GLoRALayer(nn.Module):
         return reference.glora_linear(x.double(), self.matrix.double(), bias, self.terms())
 
     def reset_support(self) -> None:
-        """Reset to the identity as the official code initialises: right factors Xavier-uniform, all else zero."""
+        """Reset to the identity as the official code does: right factors Xavier-uniform, all else zero; scales 1."""
+        self.scales = Scales()
         with torch.no_grad():
             for name in SUPPORT_NAMES:
                 parameter = getattr(self, name)
@@ -173,6 +185,28 @@ class GLoRALayer(nn.Module):
         self.require_takes(path)
         take_paths([(self, path)])
 
+    @property
+    def scales(self) -> Scales:
+        """What each kind is multiplied by when it is read (:func:`glora.balance`); all 1 unless they were set.
+
+        Other scales change what a trained layer computes. :func:`glora.fold_scales` makes them 1 without that.
+
+        Raises:
+            TypeError: set to anything but :class:`glora.Scales`.
+        """
+        return self._scales
+
+    @scales.setter
+    def scales(self, scales: Scales) -> None:
+        if not isinstance(scales, Scales):
+            raise TypeError(f"scales: expected glora.Scales, got {type(scales).__name__}")
+        self._take_scales(scales)
+
+    def _take_scales(self, scales: Scales) -> None:
+        self.__dict__["_scales"] = scales
+        with _trainable():
+            self._encode_path()
+
     def require_takes(self, path: PathConfig) -> None:
         """Raise TypeError or ValueError for what :attr:`path` cannot be set to."""
         if not isinstance(path, PathConfig):
@@ -192,6 +226,8 @@ class GLoRALayer(nn.Module):
         _ = history.now.read  # cached now: a graph that is being traced cannot do it
         # Past nn.Module.__setattr__, which looks for parameters, modules and buffers first.
         self.__dict__["_config"] = encode(history.now.choices, history.since)
+        if self._scales.factors or self._factors is not None:
+            self.__dict__["_factors"] = self._scales.of_path(history.now) if self._scales.factors else None
 
     @property
     def shape(self) -> LayerShape:
@@ -205,14 +241,25 @@ class GLoRALayer(nn.Module):
     def terms(self, path: PathConfig | None = None) -> Terms:
         """The storages and how much of each ``path`` (default: :attr:`path`) reads."""
         terms: dict[str, Any] = {}
+        scales = self._scales
         for slot, choice, names in (self.path if path is None else path).read:
-            terms[slot] = term_of(choice, *[getattr(self, name) for name in names])
+            left, *right = [getattr(self, name) for name in names]
+            terms[slot] = term_of(choice, scales.apply(slot, choice.kind, left), *right)
         return Terms(**terms, product=self.product)
 
+    def folded(self, path: PathConfig | None = None) -> dict[str, Tensor]:
+        """All storages by name, as they are under ``path`` (default: :attr:`path`) if no kind had a scale.
+
+        A storage without a scale is the parameter itself.
+        """
+        storages: dict[str, Tensor] = {name: getattr(self, name) for name in SUPPORT_NAMES}
+        for slot, choice, (left, *_) in (self.path if path is None else path).read:
+            storages[left] = self._scales.apply(slot, choice.kind, storages[left])
+        return storages
+
     def parts_read(self, path: PathConfig | None = None) -> dict[str, Tensor]:
-        """Views of what ``path`` (default: :attr:`path`) reads, by the names of the storages."""
-        storages = {name: getattr(self, name) for name in SUPPORT_NAMES}
-        return parts_read(storages, self.path if path is None else path, self.bias is not None)
+        """What ``path`` (default: :attr:`path`) reads, by the names of the storages: views where the scale is 1."""
+        return parts_read(self.folded(path), self.path if path is None else path, self.bias is not None)
 
     def _terms_in_force(self) -> Terms:
         """The terms of this forward pass, or of its first run if a checkpoint runs it again (:mod:`.path_history`)."""
@@ -230,16 +277,18 @@ class GLoRALayer(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, unexpected, errors)
         support = [prefix + name for name in SUPPORT_NAMES]
         if any(name in state_dict for name in support) and len(errors) == faults:
-            self._load_path(local_metadata.get("path"), prefix, errors)
+            self._load_path(local_metadata, prefix, errors)
         elif prefix + "weight" in state_dict:
             missing[before:] = [name for name in missing[before:] if name not in support]
 
-    def _load_path(self, path: dict[str, str] | None, prefix: str, errors: list[str]) -> None:
-        if path is None:
+    def _load_path(self, metadata: Mapping[str, Any], prefix: str, errors: list[str]) -> None:
+        if metadata.get("path") is None:
             warnings.warn(_NO_PATHS, stacklevel=2)
             return
         try:
-            self.path = PathConfig.from_dict(path)
+            scales = Scales.from_dict(metadata.get("scales", {}))
+            self.path = PathConfig.from_dict(metadata["path"])
+            self.scales = scales
         except ValueError as error:
             errors.append(f"{prefix}path: {error}")
 
@@ -281,7 +330,11 @@ class GLoRALayer(nn.Module):
         """Geometry, rank and what the path reads; ``bias=False`` and ``product=matmul`` where that is so."""
         others = [] if self.bias is not None else ["bias=False"]
         others += [] if self.product == "hadamard" else [f"product={self.product}"]
-        path = [f"{slot}={text}" for slot, text in self.path.to_dict().items() if text != "none"]
+        path = [
+            f"{slot}={getattr(self.path, slot)}"
+            + (f" * {scale:.3g}" if (scale := self.scales.of(slot, kind)) != 1 else "")
+            for slot, (kind, _), _ in self.path.read
+        ]
         return ", ".join([self._geometry(), *others, f"rank={self.rank}", *path])
 
     def _geometry(self) -> str:
@@ -307,8 +360,10 @@ def _trainable() -> AbstractContextManager[object]:
 
 
 def _write_path(layer: Any, _state: dict, _prefix: str, local_metadata: dict[str, Any]) -> None:
-    """Put the path into the metadata of a state dict, where nobody takes it for a tensor."""
+    """Put path and scales into the metadata of a state dict, where nobody takes them for tensors."""
     local_metadata["path"] = layer.path.to_dict()
+    if layer.scales.factors:
+        local_metadata["scales"] = layer.scales.to_dict()
 
 
 def term_of(choice: Choice, storage: Tensor, up: Tensor | None = None) -> Term:

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from glora_kernels import Terms, configured_conv2d, glora_conv2d, glora_merge, reference, takes_operator
 
 from ..config import PathConfig
-from .base import SUPPORT_NAMES, GLoRALayer
+from .base import GLoRALayer
 from .plain import require_plain, unfilled
 
 _PROBE_IMAGES = 2
@@ -92,7 +92,7 @@ class GLoRAConv2d(GLoRALayer):
         """``(M, in_channels, height, width) -> (M, N, ...)``, or without M; compiled, one graph serves every path."""
         if takes_operator():
             x, padding = self._padded(input)
-            storages = [getattr(self, name) for name in SUPPORT_NAMES]
+            storages = self.storages_times(self._factors)
             geometry = (self.stride, padding, self.dilation, self.groups)
             return configured_conv2d(x, self.weight, self.bias, storages, self._config, self.product, *geometry)
         return self.compute(input, self._terms_in_force())

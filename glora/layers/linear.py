@@ -11,6 +11,7 @@ from glora_kernels import PreparedLinear, can_prepare, glora_linear, glora_merge
 from glora_kernels.torch_private import held_parameters
 
 from ..config import PathConfig
+from ..scales import Scales
 from .base import SUPPORT_NAMES, GLoRALayer
 from .plain import qualified_name, require_plain, unfilled
 from .quantised_formats import is_quantised
@@ -94,8 +95,13 @@ class GLoRALinear(GLoRALayer):
         plain = all(type(operand) is nn.Parameter for operand in operands.values() if operand is not None)
         if plain and tuple(operands) == PARAMETER_NAMES and can_prepare(x):
             weight, bias, *storages = operands.values()
-            self._prepared = PreparedLinear(x, weight, bias, tuple(storages), self.product)
+            scales = self.scales.factors
+            self._prepared = PreparedLinear(x, weight, bias, tuple(storages), self.product, scales)
         return y
+
+    def _take_scales(self, scales: Scales) -> None:
+        super()._take_scales(scales)
+        self._prepared = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles do not hold the prepared layer."""

@@ -62,7 +62,7 @@ def _stored(slot: str, kind: str, rank: int, rows: int, columns: int) -> dict[st
 
 
 def read_parts(layer: GLoRALayer, path: PathConfig) -> dict[str, Tensor]:
-    """Views of what ``path`` reads of the layer's storages, by PEFT's names."""
+    """What ``path`` reads of the layer's storages, by PEFT's names: views where the scale is 1."""
     parts: dict[str, Tensor] = {}
     for name, part in layer.parts_read(path).items():
         slot, factor = name[:1], name[1:]  # of "Ad": what a vector or a constant reads of it is PEFT's X alone

@@ -20,6 +20,7 @@ from ..models.contents import Slot, require_fit, require_same_layers, slots
 from ..models.modules import glora_layers, require_real
 from ..models.wrappers import modules_by_name, tensors_in, tensors_of
 from ..paths import require_unused, set_paths
+from ..scales import Scales
 from .form import CONFIG, FIELDS, PREFIX, TENSORS, Form, read_parts
 
 
@@ -137,6 +138,7 @@ def _check_tensors(
 def _load(model: nn.Module, layers: Mapping[str, GLoRALayer], tensors: Mapping[str, Tensor], form: Form) -> None:
     paths = {name: form.path(layer.bias is not None) for name, layer in layers.items()}
     for name, layer in layers.items():
+        layer.scales = Scales()
         for key, part in read_parts(layer, paths[name]).items():
             part.copy_(tensors[f"{name}.{key}"].reshape(part.shape))
     own = tensors_of(model)

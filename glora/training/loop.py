@@ -25,11 +25,13 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from ..arguments import FILE, require_function, require_integer, require_type
+from ..balancing import Kind, kinds_of, measure, set_scales
 from ..config import SearchSpace
-from ..dataset import Collate, collate_or_joined, require_data
-from ..distributed import copy_from_first, require_trainable, unwrapped
+from ..dataset import Collate, collate_or_joined, require_batch, require_data
+from ..distributed import copy_from_first, require_trainable, require_whole, unwrapped
 from ..files import require_file
 from ..layers.base import GLoRALayer
+from ..models.modules import require_layers
 from ..models.wrappers import is_compiled
 from ..objective import Loss, Metrics, Objective, Outputs
 from ..parameters import require_something_read, trainable_parameters
@@ -176,6 +178,8 @@ def train(
     if checkpoint is not None:
         state.data = from_first(lambda: fingerprint(dataset))
     if checkpoint is None or not state.load(checkpoint):
+        if recipe.balance is not None:
+            _balance(state, dataset, objective, join, recipe.balance)
         torch.manual_seed(recipe.seed)
     else:
         tell(f"train: continues from {os.fspath(checkpoint)}, step {state.step} of {recipe.steps}")
@@ -253,6 +257,9 @@ def _prepare(
         raise ValueError("model: expected parameters that require grad, found none")
     if space is None:
         require_something_read(model, "train over a space")
+    if recipe.balance is not None:
+        require_whole(unwrapped(model))
+        require_layers(unwrapped(model))
     samples, rate = _count_samples(dataset), _epochs_per_step(dataset, recipe)
     if recipe.label_smoothing and loss_fn not in (None, F.cross_entropy):
         raise ValueError(
@@ -265,7 +272,7 @@ def _prepare(
     if log is not None:
         require_file("log", log)
     require_trainable(model, space is not None)
-    sampler = None if space is None else sampler_for(unwrapped(model), space)
+    sampler = None if space is None else sampler_for(unwrapped(model), space, training=True)
     return TrainingState(model, parameters, recipe, space, samples, rate, capturable=graphs == "whole"), sampler
 
 
@@ -290,9 +297,22 @@ def _epochs_per_step(dataset: Dataset | DataLoader, recipe: Recipe) -> Fraction 
 def _start_alike(state: TrainingState, saves: bool, validates: bool) -> None:
     """Make sure that all ranks train the same, from the same tensors, and save and validate at the same steps."""
     stops = {"checkpoint": saves, "checkpoint_every": state.recipe.checkpoint_every, "validation": validates}
-    require_agreement("arguments", {**state.arguments(), **stops})
+    require_agreement("arguments", {**state.arguments(), **stops, "scales": state.scales()})
     if not state.averages_itself:
         copy_from_first(state.inner)
+
+
+def _balance(
+    state: TrainingState, dataset: Dataset | DataLoader, objective: Objective, join: Collate, target: float
+) -> None:
+    """Set the scales of the kinds that are trained by the first batch, of which rank 0 takes its share."""
+    kinds = kinds_of([layer.path for layer in state.layers.values()] if state.space is None else state.space)
+
+    def measured() -> dict[str, dict[Kind, float]]:
+        batch = require_batch("dataset", next(batches(dataset, state.recipe, 0, 0, state.device, join)))
+        return measure(state.inner, batch.to(state.device), objective, kinds)
+
+    set_scales(state.inner, from_first(measured), target)
 
 
 def _save(state: TrainingState, checkpoint: str | os.PathLike | None, log: str | os.PathLike | None) -> None:

@@ -26,6 +26,8 @@ class Recipe:
             GPUs only and scales the loss. None computes in the parameters' own types.
         seed: of batches, paths, dropout and augmentation.
         checkpoint_every: steps between checkpoints.
+        balance: measure the scales of kinds before the first step (:func:`glora.balance`, of which this is the
+            ``target``); None leaves the scales as they are: 1, the paper, unless they were set.
 
     Raises:
         ValueError: a value out of range.
@@ -43,6 +45,7 @@ class Recipe:
     amp: str | None = None
     seed: int = 0
     checkpoint_every: int = 100
+    balance: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "checkpoint_every"):
@@ -52,11 +55,12 @@ class Recipe:
             raise ValueError(f"seed: expected an integer, got {self.seed!r}")
         for name in ("lr", "weight_decay", "warmup", "min_lr", "label_smoothing"):
             _require_number(name, getattr(self, name))
-        for name in ("clip_norm", "warmup_lr"):
+        for name in ("clip_norm", "warmup_lr", "balance"):
             if getattr(self, name) is not None:
                 _require_number(name, getattr(self, name))
-        if self.clip_norm is not None and not self.clip_norm > 0:
-            raise ValueError(f"clip_norm: expected a number above 0 or None, got {self.clip_norm}")
+        for name in ("clip_norm", "balance"):
+            if getattr(self, name) is not None and not getattr(self, name) > 0:
+                raise ValueError(f"{name}: expected a number above 0 or None, got {getattr(self, name)}")
         if not self.lr > 0 or not self.weight_decay >= 0 or not 0 <= self.warmup < 1:
             raise ValueError(
                 "recipe: expected lr > 0, weight_decay >= 0 and 0 <= warmup < 1, got "

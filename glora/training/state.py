@@ -25,10 +25,11 @@ from ..models.wrappers import modules_by_name, name_in, named_buffers, named_par
 from ..objective import Metrics
 from ..processes import from_first
 from ..random_numbers import mix
+from ..scales import Scales
 from .recipe import Recipe
 
-CHECKPOINT_FORMAT = 3
-READABLE = (2, 3)  # format 2: neither products nor data are compared
+CHECKPOINT_FORMAT, SCALED = 3, 4  # the second has scales of kinds other than 1
+READABLE = (2, 3, 4)  # format 2: neither products nor data are compared
 # Names of the entries of an identity in messages.
 _NAMES = {"samples": "samples in the data set", "frozen": "checksum of the frozen weights", "data": "data set"}
 _ENTRIES = (
@@ -121,6 +122,8 @@ class TrainingState:
     def arguments(self) -> dict[str, Any]:
         """What is trained and how, apart from the tensors."""
         recipe = {name: value for name, value in asdict(self.recipe).items() if name != "checkpoint_every"}
+        if self.recipe.balance is None:
+            del recipe["balance"]  # as in checkpoints of releases that did not have it
         common: dict[str, Any] = {"recipe": recipe, "samples": self.samples}
         if self.layers:
             common["products"] = {name: layer.product for name, layer in self.layers.items()}
@@ -150,6 +153,10 @@ class TrainingState:
                 f"{file}: checkpoint of another run: {differing}; go on as it was, or give another file to begin anew"
             )
 
+    def scales(self) -> dict[str, dict[str, dict[str, float]]]:
+        """The scales of kinds that are not 1, by layer, as plain data."""
+        return {name: layer.scales.to_dict() for name, layer in self.layers.items() if layer.scales.factors}
+
     def _trained(self) -> dict[str, Tensor]:
         trained = {id(parameter) for parameter in self.parameters}
         return {name: p.detach() for name, p in named_parameters(self.inner) if id(p) in trained}
@@ -162,8 +169,10 @@ class TrainingState:
         trained = {name: whole(tensor) for name, tensor in self._trained().items()}
         if not all(bool(torch.isfinite(tensor).all()) for tensor in trained.values()):
             raise ValueError(f"parameters: expected finite values, not so at step {self.step}; try a smaller lr")
+        scales = self.scales()
         state = {
-            "format": CHECKPOINT_FORMAT,
+            "format": SCALED if scales else CHECKPOINT_FORMAT,
+            "scales": scales,
             "identity": self._identity(),
             "step": self.step,
             "records": [tuple(record) for record in self.records],
@@ -192,7 +201,9 @@ class TrainingState:
         expected = {name: slot for name, slot in slots(self.inner).items() if name in own}
         trained = self._trained()
         require_fit(file, tensors, {n: slot._replace(infinite=n not in trained) for n, slot in expected.items()})
-        self._load_own(state, file)
+        scales = self._load_own(state, file)
+        for name, layer in self.layers.items():
+            layer.scales = scales.get(name, Scales())
         with torch.no_grad():
             for name, tensor in tensors.items():
                 own[name].copy_(sharded_like(tensor, own[name]))
@@ -203,8 +214,12 @@ class TrainingState:
         self._seconds, self._started = state["seconds"], time.perf_counter()
         return True
 
-    def _load_own(self, state: dict[str, Any], file: str | os.PathLike) -> None:
-        """Load what belongs to this run and not to the model. Raises ValueError if it is damaged."""
+    def _load_own(self, state: dict[str, Any], file: str | os.PathLike) -> dict[str, Scales]:
+        """Load what belongs to this run and not to the model; return the scales by layer.
+
+        Raises:
+            ValueError: it is damaged.
+        """
         try:
             self.optimizer.load_state_dict(self._with_own_options(_each_moment(state["optimizer"], self._part)))
             self.scaler.load_state_dict(state["scaler"])
@@ -213,6 +228,8 @@ class TrainingState:
             self.records = [StepRecord(*record) for record in state["records"]]
             found = state.get("validations", {})  # earlier releases had none
             self.validations = {step: Metrics(*metrics) for step, metrics in found.items()}
+            scales = state.get("scales", {}).items()
+            return {name_in(self.layers, name): Scales.from_dict(factors) for name, factors in scales}
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
             raise ValueError(f"{file}: expected a training checkpoint, it is damaged ({error!r})") from None
 
@@ -264,7 +281,7 @@ def _read_checkpoint(file: str | os.PathLike, mmap: bool = False) -> dict[str, A
     except Exception as error:
         raise ValueError(f"{file}: expected a training checkpoint, it is damaged or something else ({error})") from None
     if version not in READABLE:
-        raise ValueError(f"{file}: expected checkpoint format 2 or {CHECKPOINT_FORMAT}, got {version!r}")
+        raise ValueError(f"{file}: expected checkpoint format {READABLE[0]} to {READABLE[-1]}, got {version!r}")
     absent = [entry for entry in _ENTRIES if entry not in state]
     if absent:
         raise ValueError(f"{file}: expected a training checkpoint, it is damaged: it has no {absent}")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from operator import is_
+from types import MappingProxyType
 from typing import NamedTuple
 from weakref import WeakValueDictionary
 
@@ -39,6 +40,7 @@ class _Use(NamedTuple):
 
     choices: Choices  # kept alive, so that no others get their identity
     storages: tuple[Tensor, ...]
+    factors: tuple[float, ...] | None  # of the storages; None if all are 1
     run: _Run
 
 
@@ -53,9 +55,18 @@ class PreparedLinear:
         weight, bias: as there; plain tensors or parameters.
         storages: Ad, Au, Bd, Bu, Cd, Cu, D, E: parameters, which live as long as their layer.
         product: ``"hadamard"`` or ``"matmul"``.
+        scales: what the first storage of a slot is multiplied by, by slot and kind; 1 where there is no entry.
     """
 
-    def __init__(self, x: Tensor, weight: Tensor, bias: Tensor | None, storages: tuple[Tensor, ...], product: str):
+    def __init__(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        storages: tuple[Tensor, ...],
+        product: str,
+        scales: Mapping[tuple[str, str], float] = MappingProxyType({}),
+    ):
         """Prepare for calls with inputs like ``x``, of any number of tokens.
 
         Raises:
@@ -63,6 +74,7 @@ class PreparedLinear:
         """
         check_call(x, weight, bias, Terms(product=product))
         self.weight, self.bias, self.storages, self.product = weight, bias, storages, product
+        self.scales = scales
         self._operands = (weight, bias, *storages)
         self._tensors = tuple(operand for operand in self._operands if operand is not None)
         self._unchanged = guard(x, self._tensors)
@@ -92,7 +104,9 @@ class PreparedLinear:
         ):
             return None
         use = self._uses.get(id(choices)) or self._first_use(choices)
-        _, storages, run = use
+        _, storages, factors, run = use
+        if factors is not None:
+            storages = tuple([s if factor == 1 else s * factor for s, factor in zip(storages, factors)])
         if chosen_backend() is not None or variable_is_set():
             return compute(x, self.weight, self.bias, run.terms(storages))
         if torch.is_grad_enabled():
@@ -110,8 +124,16 @@ class PreparedLinear:
             run = _runs[key] = _Run(call)
         if len(self._uses) >= MAX_USES:
             del self._uses[next(iter(self._uses))]
-        use = self._uses[id(choices)] = _Use(choices, terms.storages, run)
+        use = self._uses[id(choices)] = _Use(choices, terms.storages, self._factors(choices, terms), run)
         return use
+
+    def _factors(self, choices: Choices, terms: Terms) -> tuple[float, ...] | None:
+        factors = [
+            self.scales.get((slot, choices[slot][0]), 1.0) if first else 1.0
+            for slot, term in terms.active
+            for first in (True, *[False] * (len(term.storages) - 1))
+        ]
+        return None if all(factor == 1 for factor in factors) else tuple(factors)
 
     def _term(self, slot: str, kind: str, rank: int) -> Term:
         """The term, made and checked at its first use."""

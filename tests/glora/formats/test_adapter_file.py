@@ -319,10 +319,10 @@ def edited(file, change):
 
 
 @both_models
-@pytest.mark.parametrize("version", [4, 0, "1", None])
+@pytest.mark.parametrize("version", [5, 0, "1", None])
 def test_refuses_another_format(make, saved, version):
     edited(saved, lambda description: description.update(format=version))
-    assert_refused(make(), saved, f"expected adapter format 1 to 3, got {version!r}; a newer glora may read it")
+    assert_refused(make(), saved, f"expected adapter format 1 to 4, got {version!r}; a newer glora may read it")
 
 
 @pytest.mark.parametrize(

@@ -775,9 +775,9 @@ def test_refuses_another_torch_file(file, content):
 
 
 def test_refuses_another_format(file):
-    torch.save({"format": 4}, file)
+    torch.save({"format": 5}, file)
     model = adapted_mlp()
-    with unchanged(model), pytest.raises(ValueError, match="expected checkpoint format 2 or 3, got 4"):
+    with unchanged(model), pytest.raises(ValueError, match="expected checkpoint format 2 to 4, got 5"):
         run(model, space=SPACE, checkpoint=file)
 
 
