@@ -14,8 +14,8 @@ from __future__ import annotations
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 
@@ -28,7 +28,7 @@ from ..arguments import FILE, require_function, require_integer, require_type
 from ..balancing import Kind, kinds_of, measure, set_scales
 from ..config import SearchSpace
 from ..dataset import Collate, collate_or_joined, require_batch, require_data
-from ..distributed import copy_from_first, require_trainable, require_whole, unwrapped
+from ..distributed import copy_from_first, holds_shards, require_trainable, require_whole, unwrapped
 from ..files import require_file
 from ..layers.base import GLoRALayer
 from ..models.modules import require_layers
@@ -40,6 +40,7 @@ from ..processes import from_first, is_first, require_agreement, require_group, 
 from ..progress import progress_bar, say
 from ..sampling import PathSampler
 from .batches import batches, batches_in, fingerprint
+from .first_step import first_step
 from .graphing import StepGraphs, require_graphs
 from .log import Meter, save_log
 from .recipe import Recipe
@@ -195,7 +196,7 @@ def train(
         while state.step < recipe.steps:
             if sampler is not None:
                 set_layer_paths(state.layers, sampler.sample(state.generator))
-            with _all_layers_run(watched) if state.step == resumed_from else nullcontext():
+            with _first_step(state, watched, step_graphs.used) if state.step == resumed_from else nullcontext():
                 records = take_step(state, steps, objective, step_graphs, results)
             if scoring.is_due:
                 scoring.run()
@@ -302,6 +303,13 @@ def _start_alike(state: TrainingState, saves: bool, validates: bool) -> None:
         copy_from_first(state.inner)
 
 
+def _first_step(state: TrainingState, layers: Mapping[str, GLoRALayer], graphs: str) -> AbstractContextManager[None]:
+    """A block for the first step of this call; what it changes is compared if it is that of the run."""
+    whole = graphs == "whole" or holds_shards(state.inner)  # within one graph, or in parts, nothing can be read
+    compare, group = state.step == 0 and not whole, state.optimizer.param_groups[0]
+    return first_step(layers, state.recipe.lr, lambda: float(group["lr"]), compare)
+
+
 def _balance(
     state: TrainingState, dataset: Dataset | DataLoader, objective: Objective, join: Collate, target: float
 ) -> None:
@@ -321,25 +329,3 @@ def _save(state: TrainingState, checkpoint: str | os.PathLike | None, log: str |
         save_log(state, log)
     if checkpoint is not None:
         state.save(checkpoint)
-
-
-@contextmanager
-def _all_layers_run(layers: Mapping[str, GLoRALayer]) -> Iterator[None]:
-    """Warn of adapted layers whose forward is not called in the block: they have no effect."""
-    idle: dict[nn.Module, str] = {layer: name for name, layer in layers.items()}
-
-    def ran(layer: nn.Module, *_: object) -> None:
-        idle.pop(layer, None)
-
-    hooks = [layer.register_forward_hook(ran) for layer in idle]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-    if idle:
-        warnings.warn(
-            f"these layers did not run in the first step: {sorted(idle.values())}; if the model reads their weight "
-            "instead of calling them, GLoRA has no effect there: exclude them in glora.inject",
-            stacklevel=3,
-        )
