@@ -12,6 +12,7 @@ from .doctor import add_doctor
 from .interrupts import raising_on_signals, stopped
 from .merge import add_merge
 from .quickstart import add_quickstart
+from .refit import add_refit
 from .report import add_report
 from .search import add_search
 from .train import add_train
@@ -54,7 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"glora {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="command")
-    for add in (add_quickstart, add_train, add_search, add_merge, add_report, add_bench, add_doctor):
+    for add in (add_quickstart, add_train, add_search, add_refit, add_merge, add_report, add_bench, add_doctor):
         add(commands)
     parser.set_defaults(parser=parser)
     for command in commands.choices.values():

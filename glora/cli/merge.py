@@ -16,8 +16,9 @@ def add_merge(commands) -> None:
         help="merge the winners into plain models; --test reads the test split, once",
         description=(
             "Merge the searched path (or the preset) of one run, or of every run of a folder, into a model of plain "
-            "layers: merged.safetensors, for timm.create_model(...).load_state_dict. With --test that model is tested, "
-            "once: a second time prints the first result."
+            "layers: merged.safetensors, for timm.create_model(...).load_state_dict; and its refit, if there is one, "
+            "into another, in the folder refit/ of the run. With --test each is tested, once: a second time prints the "
+            "first result."
         ),
     )
     command.add_argument("folder", type=Path, help="a run, or a folder of runs")
@@ -28,19 +29,17 @@ def add_merge(commands) -> None:
 
 
 def _merge(options: argparse.Namespace) -> int:
-    from ..runs import choose_device, evaluate_run, find_runs, merge_run, require_winner
+    from ..runs import choose_device, evaluate_run, find_runs, merge_run, winners
     from ..runs.texts import describe_merges
 
-    runs = find_runs(options.folder)
-    for run in runs:
-        require_winner(run)
+    found = [winner for run in find_runs(options.folder) for winner in winners(run)]
     device = choose_device(options.device)
     merged: list[dict[str, Any]] = []
-    options.saved = lambda: f"done: {len(merged)} of {len(runs)} runs; the same command line continues"
-    for run in runs:
-        model, summary = merge_run(run, device)
+    options.saved = lambda: f"done: {len(merged)} of {len(found)} winners; the same command line continues"
+    for winner in found:
+        model, summary = merge_run(winner, device)
         if options.test:
-            summary["test"] = evaluate_run(run, model, device, progress=not options.json)
+            summary["test"] = evaluate_run(winner, model, device, progress=not options.json)
         merged.append(summary)
     print(json.dumps(merged) if options.json else describe_merges(merged))
     if not options.json:

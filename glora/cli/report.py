@@ -14,7 +14,7 @@ def add_report(commands) -> None:
         description=(
             "Of a run, or a folder of runs: the paper's figures (parameters by layer type, paths, t-SNE, progress"
             " of the search, few-shot curves) and tables, as PNG, SVG, markdown and CSV, beside the published "
-            "numbers, marked as such. Of quickstart.json: its table and pictures again."
+            "numbers, marked as such; refits in columns of their own. Of quickstart.json: its table and pictures again."
         ),
     )
     command.add_argument("folder", type=Path, help="a run, a folder of runs, or quickstart.json")

@@ -20,6 +20,7 @@ def add_search(commands) -> None:
             " disk as soon as it is known: a search that was cut goes on with the identical history. The test "
             "split is not read."
         ),
+        epilog="Then: glora refit FOLDER, which the paper goes without, or glora merge FOLDER --test.",
     )
     command.add_argument("folder", type=Path, help="a run, or a folder of runs")
     command.add_argument("--limit", type=int, metavar="N", help="support parameters; default: that of the run's size")
@@ -42,6 +43,7 @@ def add_search(commands) -> None:
 def _search(options: argparse.Namespace) -> int:
     from ..evolution.settings import QUICK
     from ..runs import find_runs, process_group, search_run, search_settings
+    from ..runs.folder import JOURNAL
     from ..runs.saved import saved_searches, unfinished_search
     from ..runs.texts import describe_searches
 
@@ -55,7 +57,11 @@ def _search(options: argparse.Namespace) -> int:
         options.changes.append("search.halving=[0.25, 0.5, 1]")
     settings = [search_settings(run, options.changes, options.limit) for run in runs]
     folders = [run.path for run in runs]
-    options.saved = _saved_again(folders) if options.again else lambda: said(saved_searches(folders))
+    options.saved = (
+        saved_again(folders, JOURNAL, saved_searches, "searches")
+        if options.again
+        else lambda: said(saved_searches(folders))
+    )
     with process_group(options.device) as process:
         tell = process.first and not options.json
         found = []
@@ -66,26 +72,29 @@ def _search(options: argparse.Namespace) -> int:
     if process.first:
         print(json.dumps(found) if options.json else describe_searches(found))
         if tell:
-            print(next_step("merge", options.folder, "--test"))
+            print(next_step("refit", options.folder))
     return 0
 
 
-def _saved_again(folders: Sequence[Path]) -> Callable[[], str]:
-    """What to say of searches with --again, which would also put aside the search that has just begun."""
-    from ..runs.folder import JOURNAL
-    from ..runs.saved import saved_searches
+def saved_again(
+    folders: Sequence[Path], first: str, saved: Callable[[Sequence[Path]], str | None], what: str
+) -> Callable[[], str]:
+    """What to say of searches, or ``what``, with --again, which would also put aside the one that has just begun.
 
-    def journal(folder: Path) -> int | None:
-        return (folder / JOURNAL).stat().st_ino if (folder / JOURNAL).is_file() else None
+    Each begins by writing a file ``first`` of its run; ``saved`` says what there is.
+    """
 
-    before = {folder: journal(folder) for folder in folders}
+    def written(folder: Path) -> int | None:
+        return (folder / first).stat().st_ino if (folder / first).is_file() else None
 
-    def saved() -> str:
-        begun = [folder for folder in folders if journal(folder) != before[folder]]
+    before = {folder: written(folder) for folder in folders}
+
+    def say() -> str:
+        begun = [folder for folder in folders if written(folder) != before[folder]]
         if not begun:
-            return "earlier searches are where they were; the same command line starts again"
+            return f"earlier {what} are where they were; the same command line starts again"
         rest = [str(folder) for folder in folders if folder not in begun]
         then = f"; then --again for {', '.join(rest)}" if rest else ""
-        return said(saved_searches(begun), "without --again, the same command line") + then
+        return said(saved(begun), "without --again, the same command line") + then
 
-    return saved
+    return say

@@ -35,8 +35,8 @@ def add_train(commands) -> None:
             " a run that was cut goes on where it was, a finished one is left as it is. Under torchrun the "
             "processes share each batch."
         ),
-        epilog="Then: glora search OUT, glora merge OUT --test, glora report OUT. More: docs/own-data.md, "
-        "docs/protocols.md",
+        epilog="Then: glora search OUT, glora refit OUT, glora merge OUT --test, glora report OUT. More: "
+        "docs/own-data.md, docs/protocols.md",
     )
     protocol = command.add_argument_group("a protocol", "needs --recipe, --data and --weights")
     protocol.add_argument("--data", type=Path, metavar="FOLDER", help="where the protocol's data are")
@@ -73,6 +73,15 @@ def add_train(commands) -> None:
         "data), 'none' for random numbers",
     )
     command.add_argument(
+        "--balance",
+        nargs="?",
+        type=float,
+        const=0.01,
+        metavar="SHARE",
+        help="measure the scales of kinds first, so that a step of any kind moves a layer's output by this share of it "
+        "at a rate of 0.01 (default without a number: 0.01); it stands for --set training.balance=SHARE",
+    )
+    command.add_argument(
         "--set", action="append", default=[], dest="changes", metavar="KEY=VALUE", help="as training.epochs=10"
     )
     command.add_argument("--out", type=Path, help="the study's folder; default: runs/<recipe, folder or file>")
@@ -95,6 +104,8 @@ def _train(options: argparse.Namespace) -> int:
     from ..runs.texts import describe_plan, describe_training
 
     _require_one_kind_of_data(options)
+    if options.balance is not None:
+        options.changes.append(f"training.balance={options.balance}")
     out = options.out or Path("runs") / _name(options)
     split = None if options.data is not None else _find_split(options)
     specs = _plan(options) if split is None else _plan_own(options, split, out / SPLIT)

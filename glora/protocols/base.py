@@ -41,7 +41,8 @@ class Splits:
     Args:
         train: the images (or texts) that a supernet is trained on; candidates are scored on ``validation``.
         validation: the images that the search scores candidates on, without those in ``train``.
-        train_and_validation: the images for a last training before the test: in few-shot protocols only the shots.
+        train_and_validation: the images for a last training before the test, augmented as ``train``: in few-shot
+            protocols only the shots.
         test: opens the test split.
         targets: opens other data sets to test on, by name.
     """
@@ -55,22 +56,20 @@ class Splits:
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the splits of one data set lie; a target comes with the classes among which the model chooses."""
+    """Where the splits of one data set lie; a target comes with the classes among which the model chooses.
+
+    ``train_and_validation`` is None where it has no list of its own: it is the two lists, one after the other.
+    """
 
     train: Source
     validation: Source
-    train_and_validation: Source
+    train_and_validation: Source | None
     test: Source
     targets: Mapping[str, tuple[Source, tuple[int, ...] | None]] = field(default_factory=dict)
 
     def sources(self) -> tuple[Source, ...]:
-        return (
-            self.train,
-            self.validation,
-            self.train_and_validation,
-            self.test,
-            *(source for source, _ in self.targets.values()),
-        )
+        both = () if self.train_and_validation is None else (self.train_and_validation,)
+        return (self.train, self.validation, *both, self.test, *(source for source, _ in self.targets.values()))
 
 
 class Protocol(ABC):
@@ -78,6 +77,7 @@ class Protocol(ABC):
 
     ``shots`` are the numbers of images per class for which lists exist, or only None if there is no choice. ``seeds``
     are their draws, empty if the data do not depend on a seed. ``images`` are the settings of the original.
+    ``trains_last_on`` says in words what :attr:`Splits.train_and_validation` is.
     """
 
     name: ClassVar[str]
@@ -85,6 +85,7 @@ class Protocol(ABC):
     shots: ClassVar[tuple[int | None, ...]]
     seeds: ClassVar[tuple[int, ...]]
     images: ClassVar[ImageSettings]
+    trains_last_on: ClassVar[str] = "train+val"
 
     @property
     def datasets(self) -> tuple[str, ...]:
@@ -152,10 +153,13 @@ class Protocol(ABC):
             raise TypeError(f"images: expected ImageSettings or None, got {type(images).__name__}")
         layout = self.layout(root, dataset, shots, seed)
         train = self._samples(layout.train, settings, train=True)
+        validation, both = _without(self._samples(layout.validation, settings), train), layout.train_and_validation
         return Splits(
             train=train,
-            validation=_without(self._samples(layout.validation, settings), train),
-            train_and_validation=self._samples(layout.train_and_validation, settings, train=True),
+            validation=validation,
+            train_and_validation=train.of([*train.entries, *validation.entries])
+            if both is None
+            else self._samples(both, settings, train=True),
             test=lambda: self._samples(layout.test, settings),
             targets={
                 name: self._target(source, classes, settings) for name, (source, classes) in layout.targets.items()

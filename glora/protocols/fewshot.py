@@ -52,6 +52,7 @@ class FewShot(Protocol):
     shots = (1, 2, 4, 8, 16)
     seeds = (0, 1, 2)
     images = ImageSettings(augment=True, resize="squash_crop")
+    trains_last_on = "train"
 
     def _layout(self, root: Path, about: DataSet, shots: int | None, seed: int) -> Layout:
         home = root / about.name

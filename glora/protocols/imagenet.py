@@ -65,6 +65,7 @@ class ImageNet(Protocol):
     shots = (16,)
     seeds = (0, 1, 2)
     images = ImageSettings(augment=True, resize="squash_crop")
+    trains_last_on = "train"
 
     def _layout(self, root: Path, about: DataSet, shots: int | None, seed: int) -> Layout:
         home, synsets = root / about.name, imagenet_synsets()

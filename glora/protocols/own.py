@@ -238,7 +238,7 @@ class OwnImages(Protocol):
 
     def _layout(self, root: Path, about: DataSet, shots: int | None, seed: int) -> Layout:
         train, validation, test = (self._source(about, root / f"{part}.txt") for part in SHARES)
-        return Layout(train, validation, train, test)
+        return Layout(train, validation, None, test)
 
     def _source(self, about: DataSet, file: Path) -> Source:
         source = Path(self.data.source)

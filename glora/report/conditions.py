@@ -32,8 +32,8 @@ def conditions(run: Run) -> Conditions:
     """What two runs must share for a mean over their seeds and data sets, as text.
 
     That is the weights, and the recipe without the entries that choose runs (seeds, shots, other sizes). A search
-    adds its own settings, limit and metric, which may differ from the recipe's; a run without a search has none. Names
-    are those of ``glora train --set``; entries of training and search come without the name of their table.
+    adds its own settings, limit and metric, which may differ from the recipe's, and so does a refit; a run without has
+    none. Names are those of ``--set``; entries of training and search come without the name of their table.
     """
     spec, search = run.spec, run.search
     recipe = asdict(spec.recipe)
@@ -46,6 +46,8 @@ def conditions(run: Run) -> Conditions:
     if search is not None:
         found |= {"limit": search.limit, "metric": search.metric}
         found |= {name: value for name, value in search.settings.items() if name != "seed"}
+    if run.refit is not None:
+        found |= {f"refit.{name}": value for name, value in run.refit.settings.items()}
     return {name: _text(value) for name, value in found.items()}
 
 

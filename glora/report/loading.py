@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from ..config import LayerShape
 from ..presets import PRESETS
-from ..runs.folder import DESCRIPTION, MERGED, SEARCHED, TESTED, TRAINED, RunFolder, find_runs
+from ..runs.folder import ADAPTER, DESCRIPTION, MERGED, REFITTED, SEARCHED, TESTED, TRAINED, RunFolder, find_runs
 from ..runs.spec import RunSpec
 from .checked import Entries
 from .conditions import tell_apart
-from .records import Layers, read_merged, read_search, read_test, read_training
+from .records import Layers, read_merged, read_refit, read_search, read_test, read_training
 from .runs import Run, Setting
 
 
 def load_runs(folder: str | os.PathLike) -> list[Run]:
-    """The run in ``folder``, or the runs in its folders, in the order of their protocol's data sets.
+    """The run in ``folder``, or the runs in its folders, in the order of their protocol's data sets; and their refits.
 
     Unfinished runs are allowed. Runs that were made differently get different settings
     (:func:`glora.report.conditions.tell_apart`).
@@ -26,7 +27,7 @@ def load_runs(folder: str | os.PathLike) -> list[Run]:
         ValueError: no run there; a file that is damaged, of another format, or that belongs to another run; two runs
             with the same data set, seed and method, of which a mean would count one twice.
     """
-    runs = tell_apart([_load_run(each) for each in find_runs(folder)])
+    runs = tell_apart([run for each in find_runs(folder) for run in _with_refit(_load_run(each))])
     _refuse_doubles(runs)
     return sorted(runs, key=_order)
 
@@ -46,6 +47,24 @@ def _load_run(folder: RunFolder) -> Run:
         merged=read_merged(_file(folder, MERGED), layers),
         test=read_test(_file(folder, TESTED)),
     )
+
+
+def _with_refit(run: Run) -> Iterator[Run]:
+    """The run, and its refit if there is one, as a run of another method."""
+    yield run
+    folder = run.folder.refit
+    if folder.has(REFITTED):
+        refit = read_refit(folder / REFITTED, run.folder.winner if run.folder.has(ADAPTER) else None)
+        method = f"{run.setting.method}, searched, refit on {run.spec.protocol.trains_last_on}"
+        yield replace(
+            run,
+            folder=folder,
+            setting=run.setting._replace(method=method),
+            training=refit.training,
+            merged=read_merged(_file(folder, MERGED), run.layers),
+            test=read_test(_file(folder, TESTED)),
+            refit=refit,
+        )
 
 
 def _file(folder: RunFolder, name: str) -> Path | None:

@@ -15,7 +15,16 @@ def our_notes(runs: Iterable[Run]) -> list[str]:
     found = list(runs)
     random = list(dict.fromkeys(run.setting.method for run in found if run.spec.weights is None))
     about = [f"Weights: none, the backbone was randomly initialised ({'; '.join(random)})."] if random else []
-    return [_split_note(found), *about]
+    return [_split_note(found), *_refit_notes(found), *about]
+
+
+def _refit_notes(found: Sequence[Run]) -> list[str]:
+    if not any(run.refit for run in found):
+        return []
+    return [
+        "Refit: the searched path was trained some steps more on the data that are named, from the weights that it "
+        "inherits; the paper goes without. Such columns compare with no published number, and count as runs here."
+    ]
 
 
 def _split_note(found: Sequence[Run]) -> str:
@@ -31,6 +40,7 @@ def _split_note(found: Sequence[Run]) -> str:
 
 def origin_notes(runs: Sequence[Run]) -> list[str]:
     """The backbone's weights, and the packages that trained it, each with its number of runs."""
+    runs = [run for run in runs if not run.refit]
     origins = Counter("none, randomly initialised" if run.spec.weights is None else weights(run) for run in runs)
     versions = Counter(", ".join(f"{name} {version}" for name, version in run.versions.items()) for run in runs)
     return [f"Weights: {_counted(origins)}.", f"Versions: {_counted(versions)}."]

@@ -31,7 +31,7 @@ def overview_rows(runs: Sequence[Run]) -> list[list[str]]:
 
 
 def _row(run: Run) -> list[str]:
-    search = run.search
+    search = None if run.refit else run.search  # in the row of the run itself
     accuracy = test_accuracy(run)
     hours = run.training.seconds / 3600 if run.training else None
     return [
@@ -39,7 +39,7 @@ def _row(run: Run) -> list[str]:
         run.setting.method,
         _or_dash(run.parameters, "{:,}"),
         _or_dash(run.limit, "{:,}"),
-        _score(run),
+        "-" if search is None else describe_score(search.metric, search.best.score),
         _or_dash(accuracy, "{:.2f}%"),
         _or_dash(hours, "{:.2f}"),
         _or_dash(search.hours if search else None, "{:.2f}"),
@@ -51,10 +51,6 @@ def _row(run: Run) -> list[str]:
 
 def _or_dash(value: float | None, form: str) -> str:
     return "-" if value is None else form.format(value)
-
-
-def _score(run: Run) -> str:
-    return "-" if run.search is None else describe_score(run.search.metric, run.search.best.score)
 
 
 def overview_markdown(runs: Sequence[Run]) -> list[str]:

@@ -53,6 +53,21 @@ class Search:
 
 
 @dataclass(frozen=True)
+class Refit:
+    """``refit.json``.
+
+    Attributes:
+        is_of_another: whether it began with another winner than that of the run.
+        settings: how it was made.
+        training: None if it was cut.
+    """
+
+    is_of_another: bool
+    settings: Mapping[str, Any]
+    training: Training | None
+
+
+@dataclass(frozen=True)
 class Merged:
     """``merge.json``; ``largest_error`` is that of a merged layer's output against the formula in fp64."""
 
@@ -72,6 +87,14 @@ class Test:
 
 def read_training(file: Path | None) -> Training | None:
     return None if file is None else Training(Entries.read(file).number("seconds"))
+
+
+def read_refit(file: Path, winner: str | None) -> Refit:
+    """The record of a refit; ``winner`` is that of the run, if it has one."""
+    entries = Entries.read(file)
+    seconds = entries.optional("seconds", Entries.number)
+    training = None if seconds is None else Training(seconds)
+    return Refit(winner not in (None, entries.text("winner")), entries.table("settings").content, training)
 
 
 def read_search(file: Path | None, layers: Layers) -> Search | None:

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from ..runs.folder import FEATURES, LOG, RunFolder
+from ..runs.folder import ADAPTER, FEATURES, LOG, RunFolder
 from ..runs.spec import RunSpec
 from .datasets import title_of
-from .records import Layers, Merged, Paths, Search, Test, Training
+from .records import Layers, Merged, Paths, Refit, Search, Test, Training
 
 
 class Setting(NamedTuple):
@@ -30,11 +30,13 @@ class Task(NamedTuple):
 
 @dataclass(frozen=True)
 class Run:
-    """A run folder.
+    """A run folder, or the refit in it, which counts as a run of a method of its own.
 
     Attributes:
         versions: the versions of the packages that trained it; empty if ``run.json`` does not say.
-        training, search, merged, test: the records of each stage; None if it has not been run.
+        training, search, merged, test: the records of each stage; None if it has not been run. Those of a refit are its
+            own, but for the search that it continues.
+        refit: the record of the refit; None for a run itself.
     """
 
     folder: RunFolder
@@ -45,10 +47,12 @@ class Run:
     search: Search | None
     merged: Merged | None
     test: Test | None
+    refit: Refit | None = None
 
     @property
     def name(self) -> str:
-        return self.folder.path.resolve().name
+        path = self.folder.path.resolve()
+        return f"{path.parent.name}-{path.name}" if self.refit else path.name
 
     @property
     def spec(self) -> RunSpec:
@@ -104,6 +108,8 @@ class Run:
         found = [f"not {stage}" for stage, done in {**stages, "tested": self.test}.items() if done is None]
         if self.merged and self.search and self.merged.paths != self.search.paths:
             found.append("merge.json has other paths than the winner of search.json")
+        if self.refit and self.refit.is_of_another:
+            found.append(f"refit of another winner than {ADAPTER}")
         return found
 
 

@@ -112,18 +112,25 @@ def _study_drawings(protocol: str, backbone: str, settings: Settings) -> Iterabl
         caption = f"Test accuracy, {backbone}"
         yield _Drawing(file_stem("accuracy", protocol, backbone), caption, partial(whole[protocol], backbone, settings))
     for setting, tasks in settings.items():
+        if any(run.refit for runs in tasks.values() for run in runs):
+            continue  # the paths are those of the searched runs
         caption = f"Share of trained parameters, {setting.method}, {backbone} (the paper's Figure 3)"
         yield _Drawing(file_stem("parameters", *setting), caption, partial(distribution_figure, setting, tasks))
 
 
 def _run_drawings(run: Run) -> list[_Drawing]:
+    """The figures of a run; a refit has the path and the search of its run."""
     kinds = {
         "paths": ("Path of every layer (the paper's Figure 4)", path_figure),
         "search": ("Search: progress, and quality against parameters", search_figure),
         "training": ("Training", training_figure),
         "features": ("Features by t-SNE (the paper's Figure 5)", features_figure),
     }
-    return [_Drawing(file_stem(run.name, kind), caption, partial(draw, run)) for kind, (caption, draw) in kinds.items()]
+    return [
+        _Drawing(file_stem(run.name, kind), caption, partial(draw, run))
+        for kind, (caption, draw) in kinds.items()
+        if not run.refit or kind not in ("paths", "search")
+    ]
 
 
 def _with_distinct_stems(sections: Sequence[_Section]) -> list[_Section]:

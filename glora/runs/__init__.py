@@ -9,7 +9,7 @@ from .devices import choose_device, process_group
 from .folder import RunFolder, find_runs
 from .recipes import RunRecipe, change_recipe, known_recipes, load_own_recipe, load_recipe, recipe_from_dict
 from .spec import RunSpec, plan_own_runs, plan_runs
-from .stages import SearchPlan, merge_run, require_winner, search_run, search_settings, train_run
+from .stages import SearchPlan, merge_run, refit_run, refit_settings, search_run, search_settings, train_run, winners
 from .testing import evaluate_run
 
 __all__ = [
@@ -30,8 +30,10 @@ __all__ = [
     "plan_runs",
     "process_group",
     "recipe_from_dict",
-    "require_winner",
+    "refit_run",
+    "refit_settings",
     "search_run",
     "search_settings",
     "train_run",
+    "winners",
 ]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from copy import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,9 @@ CHECKPOINT, LOG, SUPERNET, TRAINED = "checkpoint.pt", "log.csv", "supernet.safet
 JOURNAL, SEARCHED, ADAPTER = "search.jsonl", "search.json", "adapter.safetensors"
 MERGED, WEIGHTS, PRETRAINED = "merge.json", "merged.safetensors", "merged"
 TESTED, FEATURES = "test.json", "features.npz"
+REFIT, REFITTED = "refit", "refit.json"  # a folder, with files of the names above; and its description
 # in the order of writing: each file was made from files before it
-AFTER_TRAINING = (JOURNAL, SEARCHED, ADAPTER, WEIGHTS, PRETRAINED, MERGED, FEATURES, TESTED)
+AFTER_TRAINING = (JOURNAL, SEARCHED, ADAPTER, WEIGHTS, PRETRAINED, MERGED, FEATURES, TESTED, REFIT)
 
 
 class RunFolder:
@@ -29,10 +31,13 @@ class RunFolder:
     Attributes:
         spec: the description of the run.
         fingerprint: that of weights and lists when the run was made (:mod:`glora.runs.fingerprint`).
+        is_refit: whether these are the files of a run's refit (:attr:`refit`).
 
     Raises:
         ValueError: a description that is damaged or of another format.
     """
+
+    is_refit = False
 
     def __init__(self, path: Path):
         self.path = path
@@ -58,13 +63,30 @@ class RunFolder:
         return self.path / name
 
     @property
+    def refit(self) -> RunFolder:
+        """The same run, with the files of its refit, which have the same names in a folder of their own."""
+        folder = copy(self)
+        folder.path, folder.is_refit = self.path / REFIT, True
+        return folder
+
+    @property
+    def maker(self) -> str:
+        """The command that makes the winner."""
+        return "refit" if self.is_refit else "train" if self.spec.preset else "search"
+
+    @property
+    def marks(self) -> dict[str, Any]:
+        """The entries of each result that tell the run's from those of its refit."""
+        return {"run": self.spec.name, **({"refit": True} if self.is_refit else {})}
+
+    @property
     def winner(self) -> str:
         """SHA-256 of the winner's adapter file (paths and numbers). It identifies the winner."""
         return hashlib.sha256((self.path / ADAPTER).read_bytes()).hexdigest()
 
-    def put_aside(self) -> Path | None:
-        """Move all results after training into a folder ``earlier-<n>`` of the run; None if there are none."""
-        found = [name for name in AFTER_TRAINING if self.has(name)]
+    def put_aside(self, names: Sequence[str] = AFTER_TRAINING) -> Path | None:
+        """Move results, by default all after training, into a folder ``earlier-<n>`` of the run; None if none are."""
+        found = [name for name in names if self.has(name)]
         if not found:
             return None
         number = next(n for n in range(1, 10**6) if not (self.path / f"earlier-{n}").exists())

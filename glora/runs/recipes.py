@@ -69,7 +69,8 @@ class TrainingSettings:
         batch_size: samples per step.
         lr, warmup_lr, min_lr: peak, first and last learning rate.
         lr_of: the peak for single data sets, by name.
-        weight_decay, label_smoothing, clip_norm, amp: as in :class:`glora.Recipe`.
+        weight_decay, label_smoothing, clip_norm, amp, balance: as in :class:`glora.Recipe`.
+        shares: how often the kinds of a supernet are drawn, as in :class:`glora.SearchSpace`.
         checkpoint_epochs: epochs between checkpoints.
         workers: processes that load images if these are not kept in memory.
         validate: score the model on the validation split after every epoch.
@@ -86,6 +87,8 @@ class TrainingSettings:
     label_smoothing: float = 0.0
     clip_norm: float | None = None
     amp: str | None = None
+    balance: float | None = None
+    shares: Mapping[str, float] = field(default_factory=dict)
     checkpoint_epochs: int = 5
     workers: int = 4
     validate: bool = False
@@ -93,6 +96,7 @@ class TrainingSettings:
     def __post_init__(self) -> None:
         if not isinstance(self.lr_of, Mapping):
             raise ValueError(f"lr_of: expected learning rates by data set, got {self.lr_of!r}")
+        SearchSpace(shares=self.shares)
         for name, least in (("batch_size", 1), ("checkpoint_epochs", 1), ("workers", 0)):
             value = getattr(self, name)
             if type(value) is not int or value < least:
@@ -102,6 +106,10 @@ class TrainingSettings:
         for dataset in (None, *self.lr_of):
             self.recipe(dataset, samples=self.batch_size, seed=0)
 
+    def rate(self, dataset: str | None) -> float:
+        """The peak learning rate for a data set."""
+        return self.lr_of.get(dataset, self.lr) if dataset else self.lr
+
     def recipe(self, dataset: str | None, samples: int, seed: int) -> Recipe:
         """The recipe in steps, for a training split of ``samples`` samples."""
         steps_an_epoch = max(1, round(samples / self.batch_size))
@@ -110,15 +118,49 @@ class TrainingSettings:
             samples,
             self.batch_size,
             warmup_epochs=self.warmup_epochs,
-            lr=self.lr_of.get(dataset, self.lr) if dataset else self.lr,
+            lr=self.rate(dataset),
             warmup_lr=self.warmup_lr,
             min_lr=self.min_lr,
             weight_decay=self.weight_decay,
             label_smoothing=self.label_smoothing,
             clip_norm=self.clip_norm,
             amp=self.amp,
+            balance=self.balance,
             seed=seed,
             checkpoint_every=self.checkpoint_epochs * steps_an_epoch,
+        )
+
+
+@dataclass(frozen=True)
+class RefitSettings:
+    """How the searched path is trained some steps more; the rest is as :class:`TrainingSettings` has it.
+
+    Args:
+        steps: optimiser steps, with a linear warm-up and a cosine decay to 0.
+        lr: peak learning rate; None for that of the training, for the data set.
+        warmup: the share of the steps that the warm-up takes.
+    """
+
+    steps: int = 200
+    lr: float | None = None
+    warmup: float = 0.1
+
+    def __post_init__(self) -> None:
+        Recipe(self.steps, lr=Recipe.lr if self.lr is None else self.lr, warmup=self.warmup)
+
+    def recipe(self, training: TrainingSettings, dataset: str, seed: int) -> Recipe:
+        """The recipe in steps, which saves a checkpoint ten times."""
+        return Recipe(
+            self.steps,
+            training.batch_size,
+            lr=training.rate(dataset) if self.lr is None else self.lr,
+            weight_decay=training.weight_decay,
+            warmup=self.warmup,
+            label_smoothing=training.label_smoothing,
+            clip_norm=training.clip_norm,
+            amp=training.amp,
+            seed=seed,
+            checkpoint_every=max(1, self.steps // 10),
         )
 
 
@@ -144,7 +186,7 @@ class RunRecipe:
 
     Args:
         protocol: a name for :func:`glora.protocols.protocol`, ``"own_images"`` or ``"own_texts"``.
-        model, training, search: one table each; and ``images`` or ``texts``, as the protocol has them.
+        model, training, search, refit: one table each; and ``images`` or ``texts``, as the protocol has them.
         sizes: the sizes by name, the default first.
         metric: how candidates are ranked on the validation split, by ``"accuracy"`` or ``"loss"``.
         seeds: one run each; in a few-shot protocol also the draw of the training images.
@@ -158,6 +200,7 @@ class RunRecipe:
     images: ImageSettings | None = None
     texts: TextSettings | None = None
     search: SearchSettings = field(default_factory=SearchSettings)
+    refit: RefitSettings = field(default_factory=RefitSettings)
     metric: str = "accuracy"
     seeds: tuple[int, ...] = (0,)
     shots: tuple[int, ...] = ()
@@ -208,6 +251,7 @@ _TABLES = {
     "texts": TextSettings,
     "training": TrainingSettings,
     "search": SearchSettings,
+    "refit": RefitSettings,
 }
 
 

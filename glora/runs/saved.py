@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..evolution.journal import count_scores
 from ..training.state import checkpoint_steps
-from .folder import CHECKPOINT, JOURNAL, SEARCHED, TRAINED
+from .folder import ADAPTER, CHECKPOINT, JOURNAL, REFIT, SEARCHED, TRAINED
 
 
 def saved_checkpoint(file: Path) -> str | None:
@@ -35,6 +35,14 @@ def saved_trainings(folders: Sequence[Path]) -> str | None:
 def saved_searches(folders: Sequence[Path]) -> str | None:
     """As :func:`saved_trainings`, for searches."""
     return _saved(folders, SEARCHED, unfinished_search)
+
+
+def saved_refits(folders: Sequence[Path]) -> str | None:
+    """As :func:`saved_trainings`, for refits."""
+    refits = [folder / REFIT for folder in folders]
+    return _saved(
+        refits, ADAPTER, lambda refit: None if (refit / ADAPTER).is_file() else saved_checkpoint(refit / CHECKPOINT)
+    )
 
 
 def _saved(folders: Sequence[Path], last: str, unfinished: Callable[[Path], str | None]) -> str | None:

@@ -67,7 +67,10 @@ class RunSpec:
         """The search space; None for a preset."""
         if self.preset:
             return None
-        return SearchSpace(self.recipe.sizes[self.size].ranks, bias_free=self.recipe.model.bias_free)
+        recipe = self.recipe
+        return SearchSpace(
+            recipe.sizes[self.size].ranks, bias_free=recipe.model.bias_free, shares=recipe.training.shares
+        )
 
     @property
     def limit(self) -> int | str | None:

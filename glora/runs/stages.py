@@ -1,8 +1,8 @@
-"""The stages of a run: train, search, merge. Each reads the files of the one before; after a cut, call it again."""
+"""The stages of a run: train, search, refit, merge. Each reads files of those before; after a cut, call it again."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from importlib.metadata import version
@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..arguments import differences
 from ..config import LayerShape
 from ..evolution.loop import SearchSettings, check_search, search
-from ..files import write_atomically
+from ..files import make_folder, write_atomically
 from ..formats.adapter_file import load_adapter, save_adapter
 from ..merging import merge
 from ..models.modules import glora_layers, module_types
@@ -22,10 +23,12 @@ from ..parameters import count_parameters
 from ..paths import get_paths, set_paths
 from ..processes import from_first, is_first
 from ..progress import say
+from ..refitting import refit
 from ..sampling import PathSampler
 from ..training.graphing import require_graphs
-from ..training.loop import train
-from .fingerprint import fingerprint, require_unchanged
+from ..training.loop import TrainSummary, train
+from ..training.recipe import Recipe
+from .fingerprint import fingerprint, list_checksum, require_unchanged
 from .folder import (
     ADAPTER,
     CHECKPOINT,
@@ -34,6 +37,8 @@ from .folder import (
     LOG,
     MERGED,
     PRETRAINED,
+    REFIT,
+    REFITTED,
     SEARCHED,
     SUPERNET,
     TRAINED,
@@ -44,7 +49,7 @@ from .folder import (
     write_json,
 )
 from .models import largest_paths, make_backbone, make_model
-from .recipes import MEAN, change_recipe
+from .recipes import MEAN, RefitSettings, change_recipe
 from .samples import first_inputs, in_memory, loading_processes, open_splits, ready
 from .spec import RunSpec
 from .text_models import load_tokenizer, save_text_classifier
@@ -109,9 +114,17 @@ def train_run(
         progress=progress,
         graphs=graphs,
     )
+    trained = {"run": spec.name, **_told(summary, recipe, spec)}
+    if is_first():
+        save_adapter(model, folder / (ADAPTER if spec.preset else SUPERNET))
+        write_json(folder / TRAINED, trained)
+    return trained
+
+
+def _told(summary: TrainSummary, recipe: Recipe, spec: RunSpec) -> dict[str, Any]:
+    """What a run's folder says of a training."""
     seconds = summary.total_seconds
-    trained = {
-        "run": spec.name,
+    return {
         "steps": summary.steps,
         "seconds": seconds,
         f"{spec.recipe.samples}_per_second": summary.steps * recipe.batch_size / seconds if seconds else 0.0,
@@ -120,10 +133,6 @@ def train_run(
         "graphs": summary.graphs,
         "recipe": asdict(recipe),
     }
-    if is_first():
-        save_adapter(model, folder / (ADAPTER if spec.preset else SUPERNET))
-        write_json(folder / TRAINED, trained)
-    return trained
 
 
 def search_settings(run: RunFolder, changes: Sequence[str] = (), limit: int | None = None) -> SearchPlan:
@@ -187,8 +196,113 @@ def search_run(
     return found
 
 
+def refit_settings(run: RunFolder, changes: Sequence[str] = ()) -> RefitSettings:
+    """The settings of a refit: those of the run's recipe with ``changes`` (``"refit.steps=300"``).
+
+    Raises:
+        ValueError: a run of a preset, whose path was trained itself, or one that is not searched yet; a change outside
+            of the refit's settings.
+    """
+    if run.spec.preset is not None:
+        raise ValueError(
+            f"{run.path}: expected a searched run, got the preset {run.spec.preset!r}, whose path was trained itself: "
+            "nothing to refit"
+        )
+    require_winner(run)
+    return change_recipe(run.spec.recipe, changes, only=("refit",)).refit
+
+
+def refit_run(
+    run: RunFolder,
+    settings: RefitSettings,
+    device: torch.device,
+    *,
+    again: bool = False,
+    progress: bool = True,
+    graphs: str = "auto",
+) -> dict[str, Any]:
+    """Train the searched path of a run some steps more, before the test; return the content of ``refit.json``.
+
+    It begins with the winner's weights, on the protocol's data for a last training, in which those of validation are
+    (:class:`glora.protocols.Splits`). Its files are in a folder of their own (:attr:`RunFolder.refit`); those of the
+    winner stay as they are. A refit that was cut is continued, a finished one is left as it is.
+
+    Args:
+        again: first move an earlier refit into a folder of its own.
+        graphs: as for :func:`train_run`.
+
+    Raises:
+        ValueError: not searched yet; other weights or lists of images than the run was trained with; a refit of
+            another winner or with other settings is there; see :func:`glora.train` for the rest.
+    """
+    require_graphs(graphs, device)
+    spec, folder = run.spec, run.refit
+    adapter = require_winner(run)
+    splits = open_splits(spec)
+    require_unchanged(run, splits)
+    data, recipe = splits.train_and_validation, settings.recipe(spec.recipe.training, spec.dataset, spec.seed)
+    described = {
+        **folder.marks,
+        "winner": run.winner,
+        "settings": asdict(replace(settings, lr=recipe.lr)),
+        "samples": len(data),
+        "fingerprint": list_checksum(data),
+    }
+    if again:
+        from_first(lambda: run.put_aside((REFIT,)))
+    from_first(lambda: _begin_refit(folder, described))
+    if folder.has(ADAPTER):
+        return read_json(folder / REFITTED)
+    model = load_adapter(make_model(spec), adapter).to(device)
+    summary = refit(
+        model,
+        get_paths(model),
+        in_memory(data, spec, progress),
+        recipe,
+        checkpoint=folder / CHECKPOINT,
+        log=folder / LOG,
+        workers=loading_processes(spec),
+        progress=progress,
+        graphs=graphs,
+    )
+    told = {**described, **_told(summary, recipe, spec)}
+    if is_first():
+        write_json(folder / REFITTED, told)
+        save_adapter(model, folder / ADAPTER)  # last: with it the refit is complete
+    return told
+
+
+def _begin_refit(folder: RunFolder, described: Mapping[str, Any]) -> None:
+    """Write the description of a refit; raise ValueError if the folder holds another one."""
+    found = read_json(folder / REFITTED) if folder.has(REFITTED) else {}
+    if found or folder.has(CHECKPOINT) or folder.has(ADAPTER):
+        differing = differences({name: found.get(name) for name in described}, described)
+        if differing:
+            raise ValueError(f"{folder.path}: holds another refit: {differing}; `glora refit --again` puts it aside")
+    else:
+        make_folder("refit", folder.path)
+        write_json(folder / REFITTED, described)
+
+
+def winners(run: RunFolder) -> list[RunFolder]:
+    """The folders of a run that hold a winner to be merged and tested: its own, and that of its refit if there is one.
+
+    Raises:
+        ValueError: no preset and not searched yet; a refit of another winner than the run's.
+    """
+    require_winner(run)
+    if not run.refit.has(ADAPTER):
+        return [run]
+    if read_json(run.refit / REFITTED).get("winner") != run.winner:
+        raise ValueError(
+            f"{run.refit.path}: expected a refit of {run / ADAPTER}, got one of another winner; `glora refit --again` "
+            "puts it aside"
+        )
+    return [run, run.refit]
+
+
 def merge_run(run: RunFolder, device: torch.device) -> tuple[nn.Module, dict[str, Any]]:
-    """Merge a run's winner into a plain model, and write it to disk; a classifier of texts as ``save_pretrained`` does.
+    """Merge the winner of a run or of its refit into a plain model on disk; one of texts as ``save_pretrained`` does.
 
     Files of the same winner are left as they are: another machine may round the last bits differently.
 
@@ -213,7 +327,7 @@ def merge_run(run: RunFolder, device: torch.device) -> tuple[nn.Module, dict[str
         return model, read_json(run / MERGED)
     plain = make_backbone(spec)
     summary = {
-        "run": spec.name,
+        **run.marks,
         "winner": run.winner,
         "parameters": parameters,
         "head_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
@@ -237,7 +351,7 @@ def merge_run(run: RunFolder, device: torch.device) -> tuple[nn.Module, dict[str
 
 def require_winner(run: RunFolder) -> Path:
     """The adapter to merge. If it is missing, raises ValueError with the command that makes it."""
-    return run.require(ADAPTER, "train" if run.spec.preset else "search")
+    return run.require(ADAPTER, run.maker)
 
 
 def now() -> str:

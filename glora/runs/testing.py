@@ -37,7 +37,7 @@ def evaluate_run(run: RunFolder, model: nn.Module, device: torch.device, progres
         if tested.get("winner") != winner:
             raise ValueError(
                 f"{run / TESTED}: the test split has been read for another winner of this run; "
-                "`glora search --again` puts that one's files aside"
+                f"`glora {'refit' if run.is_refit else 'search'} --again` puts that one's files aside"
             )
         return tested
     splits, workers = open_splits(run.spec), loading_processes(run.spec)
@@ -49,14 +49,7 @@ def evaluate_run(run: RunFolder, model: nn.Module, device: torch.device, progres
         targets[name] = evaluate(chooser, ready(target(), run.spec), workers=workers, progress=progress)._asdict()
     if run.spec.recipe.images:
         _save_features(run, model, make_backbone(run.spec).to(device), test)
-    tested = {
-        "run": run.spec.name,
-        "split": "test",
-        **metrics._asdict(),
-        "targets": targets,
-        "winner": winner,
-        "date": now(),
-    }
+    tested = {**run.marks, "split": "test", **metrics._asdict(), "targets": targets, "winner": winner, "date": now()}
     write_json(run / TESTED, tested)
     return tested
 

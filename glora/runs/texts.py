@@ -70,6 +70,7 @@ def _front(result: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
 
 
 def describe_merges(merged: Sequence[Mapping[str, Any]]) -> str:
+    """One line for each winner; those of refits say so."""
     lines = [f"{'run':<34} {'parameters':>11} {'difference':>11} {'test':>8}  targets"]
     for summary in merged:
         test = summary.get("test")
@@ -77,5 +78,6 @@ def describe_merges(merged: Sequence[Mapping[str, Any]]) -> str:
         targets = {} if test is None else test["targets"]
         told = ", ".join(f"{name} {metrics['accuracy']:.2%}" for name, metrics in targets.items())
         figures = f"{summary['parameters']:>11,} {summary['model_difference']:>11.2e} {accuracy:>8}"
-        lines.append(f"{summary['run']:<34} {figures}  {told}")
+        name = f"{summary['run']}, refit" if summary.get("refit") else summary["run"]
+        lines.append(f"{name:<34} {figures}  {told}")
     return "\n".join(lines)

@@ -65,7 +65,7 @@ def test_usage_errors(arguments, prog, capsys):
     assert printed.startswith(f"usage: {prog} [-h]") and f"\n{prog}: error: " in printed
 
 
-COMMANDS = ("quickstart", "train", "search", "merge", "report", "bench", "doctor")
+COMMANDS = ("quickstart", "train", "search", "refit", "merge", "report", "bench", "doctor")
 
 
 @pytest.mark.parametrize("command", [None, *COMMANDS])
@@ -130,9 +130,11 @@ def test_each_command_ends_with_the_next_one(data, uncut, tmp_path, capsys):
     out = told(*train_command(data, study))
     assert out.endswith(f"\n\nNext: glora search '{study}'\n")
     assert told(*train_command(data, preset, "--preset", "bitfit")).endswith(f"\n\nNext: glora merge {preset} --test\n")
-    assert told("search", study).endswith(f"\n\nNext: glora merge '{study}' --test\n")
+    assert told("search", study).endswith(f"\n\nNext: glora refit '{study}'\n")
+    refit = ["refit", study, "--set", "refit.steps=2"]
+    assert told(*refit).endswith(f"\n\nNext: glora merge '{study}' --test\n")
     assert told("merge", study).endswith(f"\n\nNext: glora report '{study}'\n")
-    for arguments in (train_command(data, study), ["search", study], ["merge", study]):
+    for arguments in (train_command(data, study), ["search", study], refit, ["merge", study]):
         assert isinstance(json.loads(told(*arguments, "--json")), list)
 
 

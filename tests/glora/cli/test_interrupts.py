@@ -164,10 +164,43 @@ def test_searching_again(uncut, trained, tmp_path, times):
     assert winner(trained / "a") == winner(uncut)
 
 
+REFIT = ("--set", "refit.steps=20")
+
+
+@pytest.fixture
+def searched(uncut, tmp_path):
+    """Two runs to be refitted."""
+    for name in "ab":
+        shutil.copytree(uncut, tmp_path / "study" / name)
+    return tmp_path / "study"
+
+
+def test_refitting(searched, tmp_path, capsys):
+    """In the second of two runs; with --again, the very same line would put aside what has begun."""
+    command, begun = ["refit", str(searched), *REFIT], searched / "b" / "refit" / "checkpoint.pt"
+    code, _, err = cut([*command, "--json"], tmp_path, SAVED, 10 + 3)
+    held = f"saved: 1 of 2 runs; {begun}, step 6 of 20"
+    assert (code, err[-1]) == (130, f"glora refit: interrupted; {held}; the same command line continues")
+    assert main(command) == 0
+    out, err = capsys.readouterr()
+    assert out.startswith("svhn-seed0\nsvhn-seed0\nrun ")
+    assert f"train: continues from {begun}, step 6 of 20\n" in err
+    one, other = (searched / name / "refit" for name in "ab")  # of the same run
+    assert same_bits(*(load_file(each / "adapter.safetensors") for each in (one, other)))
+    assert (one / "log.csv").read_bytes() == (other / "log.csv").read_bytes()
+
+    code, _, err = cut([*command, "--json", "--again"], tmp_path, SAVED, 2)
+    held = f"saved: {one / 'checkpoint.pt'}, step 4 of 20; without --again, the same command line continues"
+    assert (code, err[-1]) == (130, f"glora refit: interrupted; {held}; then --again for {searched / 'b'}")
+    code, _, err = cut([*command, "--json", "--again"], tmp_path, ("glora.runs.stages", "open_splits"))
+    kept = "earlier refits are where they were; the same command line starts again"
+    assert (code, err[-1]) == (130, f"glora refit: interrupted; {kept}")
+
+
 def test_merging(trained, tmp_path):
     (trained / "a").rename(tmp_path / "a")
     code, _, err = cut(["merge", str(trained), "--json"], tmp_path, ("glora.runs.stages", "merge"))
-    line = "glora merge: interrupted; done: 0 of 1 runs; the same command line continues"
+    line = "glora merge: interrupted; done: 0 of 1 winners; the same command line continues"
     assert (code, err) == (130, [line])
     assert not list((trained / "b").glob("merge*"))
 

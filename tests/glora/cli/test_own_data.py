@@ -79,7 +79,8 @@ def test_from_a_folder_of_images_to_a_report_with_ctrl_c_in_the_middle(folder, r
 
     capsys.readouterr()
     for command, then in (
-        (["search", str(study)], f"Next: glora merge {study} --test"),
+        (["search", str(study)], f"Next: glora refit {study}"),
+        (["refit", str(study), "--set", "refit.steps=10"], f"Next: glora merge {study} --test"),
         (["merge", str(study), "--test"], f"Next: glora report {study}"),
         (["report", str(study)], "100.00%"),
     ):
@@ -87,7 +88,7 @@ def test_from_a_folder_of_images_to_a_report_with_ctrl_c_in_the_middle(folder, r
         assert then in capsys.readouterr().out
     tested = json.loads((run / "test.json").read_text())
     assert tested["samples"] == 6 and tested["accuracy"] == 1  # three colours
-    assert "| animals | 100.0 (1 seed) |" in (study / "report" / "report.md").read_text()
+    assert "| animals | 100.0 (1 seed) | 100.0 (1 seed) |" in (study / "report" / "report.md").read_text()
 
 
 def test_the_study_is_named_after_the_data_by_default(folder, recipe, tmp_path, monkeypatch, capsys):

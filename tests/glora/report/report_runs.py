@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -82,6 +84,24 @@ def write_run(
         test = {"split": "test", "samples": 1000, "accuracy": accuracy, "loss": 0.9, "targets": found, "date": date}
         write(folder / "test.json", test)
         write_features(folder / "features.npz", features, dimensions, classes)
+    return folder
+
+
+def write_refit(run: Path, accuracy: float | None = 0.8, **settings) -> Path:
+    """The refit of a run: of its winner, with settings of its own; with ``accuracy`` None, one that was cut."""
+    folder = run / "refit"
+    folder.mkdir()
+    if not (run / "adapter.safetensors").exists():
+        (run / "adapter.safetensors").write_bytes(b"the winner")
+    winner = hashlib.sha256((run / "adapter.safetensors").read_bytes()).hexdigest()
+    told = {"winner": winner, "settings": {"steps": 200, "lr": 1e-4, "warmup": 0.1, **settings}}
+    write_log(folder / "log.csv", 10)
+    if accuracy is not None:
+        told["seconds"] = 1800.0
+        for name in ("merge.json", "features.npz", "test.json"):
+            shutil.copy(run / name, folder)
+        change(folder / "test.json", accuracy=accuracy)
+    write(folder / "refit.json", told)
     return folder
 
 

@@ -34,7 +34,7 @@ from glora.report.seeds import by_setting
 from glora.report.tables.fewshot import few_shot_table
 from glora.report.tables.imagenet import imagenet_table
 from glora.report.tables.vtab import vtab_table
-from tests.glora.report.report_runs import SMALL, SWIN_B, VIT_B, change, vit_layers, write, write_run
+from tests.glora.report.report_runs import SMALL, SWIN_B, VIT_B, change, vit_layers, write, write_refit, write_run
 
 STAGES = ("train.json", "log.csv", "search.json", "merge.json", "test.json", "features.npz")
 
@@ -133,6 +133,70 @@ def test_one_line_a_run(written):
     assert lines["cifar-seed0"][7:] == ["24", "1.0e-06", ""]
     remarks = "not searched; not merged; not tested"
     assert lines["dtd-seed0"] == ["GLoRA 0.86M", "-", "3,000", "-", "-", "2.00", "-", "-", "-", remarks]
+
+
+REFIT = "GLoRA 0.86M, searched, refit on train+val"
+
+
+def test_refits_have_rows_columns_and_figures_of_their_own(tmp_path):
+    vtab_study(tmp_path, ("cifar", "svhn"), seeds=(0, 1), limit=3000)
+    without = settings_of(tmp_path)
+    for seed in (0, 1):
+        write_refit(tmp_path / f"cifar-seed{seed}", 0.8 + 0.1 * seed)
+    runs = load_runs(tmp_path)
+    rows = {row[0]: row[1:] for row in overview_rows(runs)}
+    assert list(rows) == [
+        *("cifar-seed0", "cifar-seed1", "svhn-seed0", "svhn-seed1"),
+        *("cifar-seed0-refit", "cifar-seed1-refit"),
+    ]
+    found, first = rows["cifar-seed0-refit"], rows["cifar-seed0"]
+    assert found == [REFIT, first[1], "3,000", "-", "80.00%", "0.50", "-", "-", "1.0e-06", ""]
+    table = vtab_table(VIT_B, by_setting(runs))
+    row = "CIFAR-100 (Natural)"
+    before, after = csv_rows(vtab_table(VIT_B, without)), csv_rows(table)
+    assert [entry for entry in after if entry["method"] != REFIT] == before
+    [cell] = [entry for entry in after if (entry["method"], entry["row"]) == (REFIT, row)]
+    assert (float(cell["value"]), cell["seeds"], cell["source"]) == (pytest.approx(85), "2", "this study")
+    assert markdown_cell(table, row, REFIT).startswith("85.0 ± 7.1 (2 seeds)")
+    assert any(note.startswith("Refit: ") for note in table.notes)
+    assert not any(note.startswith("Refit: ") for note in vtab_table(VIT_B, without).notes)
+    assert "(4 runs)" in overview_markdown(runs)[-3]
+
+    names = {file.name for file in write_report(tmp_path, progress=False).files}
+    assert {"cifar-seed0-refit-training.png", "cifar-seed0-refit-features.png"} <= names
+    assert not {"cifar-seed0-refit-paths.png", "cifar-seed0-refit-search.png"} & names
+    assert sum(name.startswith("parameters-") and name.endswith(".png") for name in names) == 1
+
+
+def test_refits_that_were_made_differently_are_not_averaged(tmp_path):
+    for seed, steps in enumerate((200, 300)):
+        write_refit(write_run(tmp_path / f"cifar-seed{seed}", "cifar", seed), steps=steps)
+    methods = [run.setting.method for run in load_runs(tmp_path)]
+    assert methods == ["GLoRA 0.86M", "GLoRA 0.86M", f"{REFIT}, refit.steps 200", f"{REFIT}, refit.steps 300"]
+
+
+def test_refits_that_are_not_finished_or_of_another_winner_say_so(tmp_path):
+    run = write_run(tmp_path / "cifar-seed0")
+    refit = write_refit(run, None)
+    assert overview_rows(load_runs(tmp_path))[1][-1] == "not trained; not merged; not tested"
+    shutil.rmtree(refit)
+    write_refit(run)
+    (run / "adapter.safetensors").write_bytes(b"another")
+    assert [row[-1] for row in overview_rows(load_runs(run))] == [
+        "",
+        "refit of another winner than adapter.safetensors",
+    ]
+    change(refit / "refit.json", winner=...)
+    with pytest.raises(ValueError, match=r"refit.json: winner: expected a text, got nothing"):
+        load_runs(run)
+
+
+def test_shots_are_refitted_on_the_shots_alone(tmp_path):
+    write_refit(write_run(tmp_path / "a", "food-101", protocol="fewshot", shots=4))
+    assert [run.setting.method for run in load_runs(tmp_path)] == [
+        "GLoRA 0.86M",
+        "GLoRA 0.86M, searched, refit on train",
+    ]
 
 
 def test_the_overview_says_what_the_runs_were_made_from(tmp_path):

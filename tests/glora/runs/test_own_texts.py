@@ -52,6 +52,22 @@ def finished(file, bert, recipe, tmp_path_factory):
     return study
 
 
+def test_a_refit_is_a_model_for_from_pretrained_too(finished, tmp_path, capsys):
+    study = shutil.copytree(finished, tmp_path / "study")
+    [found] = find_runs(study)
+    assert main(["refit", str(study), "--set", "refit.steps=4", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)[0]["samples"] == 28 + 6
+    assert main(["merge", str(study), "--test", "--json"]) == 0
+    first, second = json.loads(capsys.readouterr().out)
+    assert (second["refit"], second["paths"]) == (True, first["paths"])
+    models = [
+        transformers.AutoModelForSequenceClassification.from_pretrained(f / "merged") for f in (found, found.refit)
+    ]
+    assert models[1].config.id2label == models[0].config.id2label
+    assert not same_bits(*map(state, models))
+    assert transformers.AutoTokenizer.from_pretrained(found.refit / "merged").pad_token == "[PAD]"
+
+
 def rows_of(file):
     with open(file, newline="", encoding="utf-8") as stream:
         return list(csv.DictReader(stream))
