@@ -8,10 +8,13 @@ from typing import Any
 
 from ..config import PathConfig
 from ..report.figures.path_map import add_kind_legend, draw_paths
+from .domain import Domain
+from .domains import domain_of
 from .methods import SEARCHED
 
-# Colour-blind safe (Okabe and Ito); one colour per method, the same in every picture.
+# Colour-blind safe (Okabe and Ito); one colour and marker per row, the same in every picture of a study.
 _COLOURS = ("#999999", "#E69F00", "#56B4E9", "#009E73", "#117733", "#000000", "#CC79A7", "#D55E00", "#882255")
+_MARKERS = "os^"
 
 
 def save_figures(study: dict[str, Any], folder: str | Path) -> list[Path]:
@@ -19,48 +22,50 @@ def save_figures(study: dict[str, Any], folder: str | Path) -> list[Path]:
     import matplotlib
 
     matplotlib.use("Agg")
+    domain = domain_of(study["settings"]["tasks"])
     files = []
     for summary in study["summary"]:
         stem = f"{summary['task']}-{summary['shots']}shots"
-        files.append(_save_accuracy(summary, Path(folder) / f"accuracy-{stem}.png"))
+        title = f"{domain.title}, {summary['task']}, {summary['shots']} {domain.samples} a class"
+        files.append(_save_accuracy(summary, title, Path(folder) / f"accuracy-{stem}.png"))
         runs = [r for r in study["runs"] if (r["task"], r["shots"]) == (summary["task"], summary["shots"])]
-        files.append(_save_paths(runs, Path(folder) / f"paths-{stem}.png"))
+        files.append(_save_paths(runs, title, Path(folder) / f"paths-{stem}.png"))
     for task in study["settings"]["tasks"]:
         curve = [summary for summary in study["summary"] if summary["task"] == task]
         if len(curve) > 1:
-            files.append(_save_curve(curve, Path(folder) / f"shots-{task}.png"))
+            files.append(_save_curve(curve, domain, Path(folder) / f"shots-{task}.png"))
     return files
 
 
-def _save_accuracy(summary: dict[str, Any], file: Path) -> Path:
+def _save_accuracy(summary: dict[str, Any], title: str, file: Path) -> Path:
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
-    for row, colour in zip(summary["rows"], _COLOURS):
-        searched = row["method"] == SEARCHED
+    for index, row in enumerate(summary["rows"]):
+        searched, (colour, marker) = row["method"] == SEARCHED, _look(index)
         axes.errorbar(
             max(row["parameters"], 1),
             100 * row["test"],
             yerr=None if row["test_std"] is None else 100 * row["test_std"],
-            fmt="*" if searched else "o",
+            fmt="*" if searched else marker,
             markersize=16 if searched else 9,
             capsize=4,
             color=colour,
             label=row["method"],
         )
     axes.set_xscale("symlog", linthresh=1000, linscale=0.5)
-    axes.set_xlim(-100, 4e5)
-    axes.set_xticks([0, 1e3, 1e4, 1e5], ["0", "1k", "10k", "100k"])
+    axes.set_xticks([0, 1e3, 1e4, 1e5, 1e6], ["0", "1k", "10k", "100k", "1M"])
+    axes.set_xlim(-100, 2 * max(row["parameters"] for row in summary["rows"]))
     axes.set_xlabel("trained parameters beside the head")
     axes.set_ylabel("test accuracy, %")
     seeds = summary["rows"][0]["seeds"]
-    axes.set_title(f"Digits, {summary['task']}, {summary['shots']} images a class (mean ± std over {seeds} seeds)")
+    axes.set_title(f"{title} (mean ± std over {seeds} seeds)")
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right", fontsize=9)
     return _save(figure, file)
 
 
-def _save_paths(runs: Sequence[dict[str, Any]], file: Path) -> Path:
+def _save_paths(runs: Sequence[dict[str, Any]], title: str, file: Path) -> Path:
     """One panel per seed: layers down, support tensors across, the colour is the kind."""
     from matplotlib import pyplot as plt
 
@@ -73,23 +78,22 @@ def _save_paths(runs: Sequence[dict[str, Any]], file: Path) -> Path:
         draw_paths(axes, paths)
         axes.set_title(f"seed {run['seed']}", fontsize=10)
     add_kind_legend(figure)
-    figure.suptitle(f"Paths chosen by the search: {runs[0]['task']}, {runs[0]['shots']} images a class")
+    figure.suptitle(f"Paths chosen by the search: {title}")
     return _save(figure, file)
 
 
-def _save_curve(curve: Sequence[dict[str, Any]], file: Path) -> Path:
-    """Accuracy against the number of training images per class."""
+def _save_curve(curve: Sequence[dict[str, Any]], domain: Domain, file: Path) -> Path:
+    """Accuracy against the number of training samples per class."""
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
     shots = [summary["shots"] for summary in curve]
-    for index, colour in enumerate(_COLOURS):
-        rows = [summary["rows"][index] for summary in curve]
-        searched = rows[0]["method"] == SEARCHED
+    for index, rows in enumerate(zip(*(summary["rows"] for summary in curve))):
+        searched, (colour, marker) = rows[0]["method"] == SEARCHED, _look(index)
         axes.plot(
             shots,
             [100 * row["test"] for row in rows],
-            marker="*" if searched else "o",
+            marker="*" if searched else marker,
             markersize=12 if searched else 6,
             linewidth=2.5 if searched else 1.5,
             color=colour,
@@ -97,12 +101,17 @@ def _save_curve(curve: Sequence[dict[str, Any]], file: Path) -> Path:
         )
     axes.set_xscale("log", base=2)
     axes.set_xticks(shots, [str(shot) for shot in shots])
-    axes.set_xlabel("training images a class")
+    axes.set_xlabel(f"training {domain.samples} a class")
     axes.set_ylabel("test accuracy, %")
-    axes.set_title(f"Digits, {curve[0]['task']} (mean over {curve[0]['rows'][0]['seeds']} seeds)")
+    axes.set_title(f"{domain.title}, {curve[0]['task']} (mean over {curve[0]['rows'][0]['seeds']} seeds)")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=9)
     return _save(figure, file)
+
+
+def _look(index: int) -> tuple[str, str]:
+    """Colour and marker of a row."""
+    return _COLOURS[index % len(_COLOURS)], _MARKERS[index // len(_COLOURS)]
 
 
 def _save(figure: Any, file: Path) -> Path:

@@ -23,10 +23,11 @@ from ..files import make_folder, write_atomically
 from ..progress import progress_bar
 from ..training.loop import train
 from ..training.recipe import Recipe
-from .digits import CLASSES, TASKS, draw_few_shot, load_source
-from .methods import SEARCHED, Conditions, run_methods, units_of_work
+from .digits import DIGITS
+from .domain import Domain
+from .domains import domain_of, named_tasks
+from .methods import METHODS, SEARCHED, Conditions, chosen, run_methods, units_of_work
 
-FEW_SHOT_CURVE = (1, 2, 4, 8, 16)
 _TICK = 20
 STUDY_FORMAT = 1
 T = TypeVar("T")
@@ -34,37 +35,61 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class StudySettings:
-    """What to run.
+    """What to run. None and an empty tuple stand for what the domain of the tasks has by default.
 
     Args:
-        tasks: target tasks, out of ``inverted`` and ``rotated90``.
-        shots: images per class to train on, one run for each entry.
+        tasks: target tasks of one domain (:func:`glora.quickstart.domains.named_tasks`); its name is its first task.
+        shots: samples per class to train on, one run for each entry.
         seeds: few-shot draws (and fresh heads, supernets, searches) for each task and entry.
         seed: the first of the seeds; pre-training uses it too.
         steps, pretraining_steps: optimiser steps of every method, and of pre-training.
         workers: processes, one thread each; None for one per core.
+        rows: the methods of the table, out of ``METHODS``; ``"all"`` for every one. GLoRA's are always in it.
 
     Raises:
-        ValueError: no or unknown tasks, or a number below 1.
+        ValueError: no or unknown tasks, tasks of several domains, an unknown method, or a number below 1.
     """
 
     tasks: tuple[str, ...] = ("inverted",)
-    shots: tuple[int, ...] = (16,)
-    seeds: int = 3
+    shots: tuple[int, ...] = ()
+    seeds: int | None = None
     seed: int = 0
-    steps: int = 500
-    pretraining_steps: int = 1000
+    steps: int | None = None
+    pretraining_steps: int | None = None
     workers: int | None = None
+    rows: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if not self.tasks or not set(self.tasks) <= set(TASKS) or len(set(self.tasks)) != len(self.tasks):
-            raise ValueError(f"tasks: expected distinct names out of {sorted(TASKS)}, got {list(self.tasks)}")
-        if not self.shots or len(set(self.shots)) != len(self.shots):
+        object.__setattr__(self, "tasks", named_tasks(self.tasks))
+        domain = self.domain
+        if domain.source is None and self.pretraining_steps is not None:
+            raise ValueError(
+                f"pretraining_steps: expected none, the backbone of {domain.name} comes pre-trained; "
+                f"got {self.pretraining_steps}"
+            )
+        self._default("shots", (domain.shots,))
+        self._default("seeds", domain.seeds)
+        self._default("steps", domain.steps)
+        self._default("pretraining_steps", domain.pretraining_steps)
+        self._default("rows", domain.rows)
+        if len(set(self.shots)) != len(self.shots):
             raise ValueError(f"shots: expected distinct numbers, got {list(self.shots)}")
+        rows = tuple(METHODS) if self.rows == ("all",) else self.rows
+        if not set(rows) <= set(METHODS):
+            raise ValueError(f"rows: expected 'all' or names out of {list(METHODS)}, got {list(self.rows)}")
+        object.__setattr__(self, "rows", tuple(chosen(rows)))
         for name in ("seeds", "steps", "pretraining_steps", "workers"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}: expected at least 1, got {value}")
+
+    @property
+    def domain(self) -> Domain:
+        return domain_of(self.tasks)
+
+    def _default(self, name: str, value: object) -> None:
+        if getattr(self, name) in (None, ()):
+            object.__setattr__(self, name, value)
 
 
 @dataclass(frozen=True)
@@ -75,15 +100,6 @@ class _Job:
     steps: int
 
 
-def make_backbone() -> nn.Module:
-    """A ViT of 201,536 parameters without its head, with 16 linear layers to adapt."""
-    from timm.models.vision_transformer import VisionTransformer
-
-    return VisionTransformer(
-        img_size=8, patch_size=4, in_chans=1, embed_dim=64, depth=4, num_heads=4, num_classes=CLASSES
-    )
-
-
 def run_study(settings: StudySettings, folder: str | os.PathLike, progress: bool = True) -> dict[str, Any]:
     """Run the demonstration and return its figures as plain data for JSON.
 
@@ -91,19 +107,19 @@ def run_study(settings: StudySettings, folder: str | os.PathLike, progress: bool
         folder: where the pre-trained backbone is kept; an interrupted pre-training continues.
         progress: show progress bars.
     """
+    domain = settings.domain
     for task in settings.tasks:  # bad arguments fail here, before any work
         for shots in settings.shots:
-            draw_few_shot(task, shots, settings.seed)
+            domain.draw(task, shots, settings.seed)
     started = time.perf_counter()
     file = backbone_file(folder, settings)
     make_folder("folder", file.parent)
     with _threads(1):
         backbone, pretraining = pretrain(settings, file, progress)
-    seeds = range(settings.seed, settings.seed + settings.seeds)
-    jobs = [
-        _Job(task, shots, seed, settings.steps) for task in settings.tasks for shots in settings.shots for seed in seeds
-    ]
-    runs = _run_jobs(jobs, backbone, settings.workers or os.cpu_count() or 1, progress)
+    seeds = range(settings.seed, settings.seed + (settings.seeds or domain.seeds))
+    steps = settings.steps or domain.steps
+    jobs = [_Job(task, shots, seed, steps) for task in settings.tasks for shots in settings.shots for seed in seeds]
+    runs = _run_jobs(jobs, settings.rows, backbone, settings.workers or os.cpu_count() or 1, progress)
     return {
         "format": STUDY_FORMAT,
         "settings": asdict(settings),
@@ -115,8 +131,9 @@ def run_study(settings: StudySettings, folder: str | os.PathLike, progress: bool
 
 
 def backbone_file(folder: str | os.PathLike, settings: StudySettings) -> Path:
-    """Where the pre-trained backbone is kept."""
-    return Path(folder) / f"backbone-seed{settings.seed}.pt"
+    """Where the backbone is kept that is pre-trained here."""
+    own = "" if settings.domain is DIGITS else f"{settings.domain.name}-"
+    return Path(folder) / f"backbone-{own}seed{settings.seed}.pt"
 
 
 def save_study(study: dict[str, Any], folder: str | os.PathLike) -> Path:
@@ -143,28 +160,36 @@ def load_study(file: str | os.PathLike) -> dict[str, Any]:
 
 def pretrain(settings: StudySettings, file: Path, progress: bool) -> tuple[nn.Module, dict[str, Any]]:
     """The backbone, from ``file`` if it is trained already, and its figures for the report."""
+    domain = settings.domain
     torch.manual_seed(settings.seed)
-    model = make_backbone()
-    source, upright = load_source()
-    recipe = Recipe(settings.pretraining_steps, batch_size=64, lr=2e-3, weight_decay=0.05, seed=settings.seed)
-    summary = train(model, source, recipe, checkpoint=file, progress=progress)
-    accuracy = evaluate(model, upright).accuracy
-    backbone = sum(p.numel() for name, p in model.named_parameters() if not name.startswith("head."))
-    return model, {"seconds": summary.seconds, "accuracy": accuracy, "parameters": backbone}
+    model = domain.make_backbone()
+    figures: dict[str, Any] = {"seconds": 0.0, "accuracy": None}
+    if domain.source is not None:
+        source = domain.source()
+        steps = settings.pretraining_steps or domain.pretraining_steps
+        assert steps is not None
+        recipe = Recipe(steps, batch_size=64, lr=2e-3, weight_decay=0.05, seed=settings.seed)
+        summary = train(model, source.train, recipe, checkpoint=file, progress=progress)
+        figures = {"seconds": summary.seconds, "accuracy": evaluate(model, source.unseen).accuracy}
+    parameters = sum(p.numel() for name, p in model.named_parameters() if not name.startswith("head."))
+    return model, {**figures, "parameters": parameters}
 
 
-def _run_jobs(jobs: Sequence[_Job], backbone: nn.Module, workers: int, progress: bool) -> dict[_Job, list[dict]]:
+def _run_jobs(
+    jobs: Sequence[_Job], methods: Sequence[str], backbone: nn.Module, workers: int, progress: bool
+) -> dict[_Job, list[dict]]:
     """The rows of every job; one process per worker, so that each has its own core."""
     state = {name: tensor.clone() for name, tensor in backbone.state_dict().items()}
     context = get_context("spawn")
     runs: dict[_Job, list[dict]] = {}
+    total = len(jobs) * units_of_work(domain_of([jobs[0].task]), jobs[0].steps, methods)
     with (
         _deaf_to_interrupts(context.Manager) as manager,
         _stopped_at_once(ProcessPoolExecutor(min(workers, len(jobs)), mp_context=context)) as pool,
-        progress_bar(total=units_of_work(jobs[0].steps) * len(jobs), desc="adapt", unit="step", shown=progress) as bar,
+        progress_bar(total=total, desc="adapt", unit="step", shown=progress) as bar,
     ):
         ticks = manager.Queue()
-        futures = _deaf_to_interrupts(lambda: {pool.submit(_run_job, job, state, ticks): job for job in jobs})
+        futures = _deaf_to_interrupts(lambda: {pool.submit(_run_job, job, methods, state, ticks): job for job in jobs})
         pending = set(futures)
         while pending:
             done = {future for future in pending if future.done()}
@@ -211,9 +236,10 @@ def _drain(ticks: Any, bar: Any) -> None:
         return
 
 
-def _run_job(job: _Job, state: dict[str, torch.Tensor], ticks: Any) -> list[dict]:
+def _run_job(job: _Job, methods: Sequence[str], state: dict[str, torch.Tensor], ticks: Any) -> list[dict]:
     torch.set_num_threads(1)
-    backbone = make_backbone()
+    domain = domain_of([job.task])
+    backbone = domain.make_backbone()
     backbone.load_state_dict(state)
     waiting = 0
 
@@ -224,7 +250,8 @@ def _run_job(job: _Job, state: dict[str, torch.Tensor], ticks: Any) -> list[dict
             ticks.put(waiting)
             waiting = 0
 
-    rows = run_methods(Conditions(backbone, draw_few_shot(job.task, job.shots, job.seed), job.seed, job.steps, tick))
+    data = domain.few_shot(job.task, job.shots, job.seed)
+    rows = run_methods(Conditions(backbone, data, job.seed, job.steps, tick, domain), methods)
     return [asdict(row) for row in rows]
 
 
@@ -249,12 +276,18 @@ def _summarise_method(rows: Sequence[dict], searched: Sequence[float]) -> dict[s
         "parameters": fmean(row["parameters"] for row in rows),
         "test": fmean(accuracies),
         "test_std": stdev(accuracies) if len(accuracies) > 1 else None,
-        "generalisation": fmean(row["generalisation"] for row in rows),
+        "generalisation": _mean([row["generalisation"] for row in rows]),
         "seconds": fmean(row["seconds"] for row in rows),
         "glora_minus": fmean(differences),
         "glora_wins": sum(difference > 0 for difference in differences),
         "seeds": len(rows),
     }
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    """None where the domain has no such figure."""
+    known = [value for value in values if value is not None]
+    return fmean(known) if known else None
 
 
 def _summarise_merge(proofs: Sequence[dict]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from .domains import domain_of
 from .methods import SEARCHED
 
 _HEADER = ("method", "parameters", "test accuracy", "generalisation", "s per run", "GLoRA minus it")
@@ -11,20 +12,24 @@ _HEADER = ("method", "parameters", "test accuracy", "generalisation", "s per run
 
 def format_study(study: dict[str, Any]) -> str:
     """Tables, the proof of the merge and what may be concluded, as printed by ``glora quickstart``."""
-    pre = study["pretraining"]
+    domain, pre = domain_of(study["settings"]["tasks"]), study["pretraining"]
+    reached = (
+        "" if pre["accuracy"] is None else f", {pre['accuracy']:.1%} on {domain.samples} like those it has not seen"
+    )
     lines = [
-        f"Backbone: {pre['parameters']:,} parameters, {pre['accuracy']:.1%} on upright digits it has not seen.",
+        f"Backbone: {domain.model}, {pre['parameters']:,} parameters{reached}.",
+        *(f"Used: {origin}." for origin in domain.origins),
         "",
     ]
     for summary in study["summary"]:
-        lines += [*_format_summary(summary), ""]
+        lines += [*_format_summary(summary, domain.samples), ""]
     lines += [*_conclusions(study), f"Took {study['seconds']:.0f} s."]
     return "\n".join(lines)
 
 
-def _format_summary(summary: dict[str, Any]) -> list[str]:
+def _format_summary(summary: dict[str, Any], samples: str) -> list[str]:
     seeds = summary["rows"][0]["seeds"]
-    title = f"Task {summary['task']}, {summary['shots']} images a class, {seeds} seed{'s' if seeds > 1 else ''}"
+    title = f"Task {summary['task']}, {summary['shots']} {samples} a class, {seeds} seed{'s' if seeds > 1 else ''}"
     table = [_HEADER, *(_cells(row) for row in summary["rows"])]
     widths = [max(len(line[column]) for line in table) for column in range(len(_HEADER))]
     rule = "  ".join("-" * width for width in widths)
@@ -45,7 +50,7 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
         row["method"],
         "0 (+ head)" if not row["parameters"] else f"{row['parameters']:,.0f}",
         f"{100 * row['test']:.1f}{spread}",
-        f"{100 * row['generalisation']:.1f}",
+        "" if row["generalisation"] is None else f"{100 * row['generalisation']:.1f}",
         f"{row['seconds']:.1f}",
         difference,
     )
@@ -68,9 +73,9 @@ def _conclusions(study: dict[str, Any]) -> list[str]:
         rows = [row for summary in study["summary"] for row in summary["rows"] if row["method"] == method]
         mean = sum(row["glora_minus"] * row["seeds"] for row in rows) / sum(row["seeds"] for row in rows)
         wins, seeds = sum(row["glora_wins"] for row in rows), sum(row["seeds"] for row in rows)
-        lines.append(f"  {method:<38} {100 * mean:+5.1f} points, ahead in {wins} of {seeds}")
+        lines.append(f"  {method:<54} {100 * mean:+5.1f} points, ahead in {wins} of {seeds}")
     lines += [
-        "The search also used the validation images; the rows '(train+val)' show what training on them gives.",
+        "The search also used the validation samples; the rows '(train+val)' show what training on them gives.",
         "This is a small demonstration: the paper's gain over LoRA is claimed for VTAB-1K, not shown here.",
     ]
     return lines

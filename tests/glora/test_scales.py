@@ -226,7 +226,7 @@ def test_lycoris_files_have_them_folded(tmp_path):
 
 def test_peft_adapters_have_them_folded(tmp_path):
     model = scaled()
-    glora.set_paths(model, PathConfig("lora_2", "lora_2", "vector", "vector", "constant"))
+    glora.set_paths(model, PathConfig("lora_2", "lora_2", "vector", "constant", "constant"))
     glora.peft.export_peft(model, tmp_path)
     other = glora.peft.import_peft(scaled(POWERS, seed=3), tmp_path)
     torch.testing.assert_close(other(inputs()), model(inputs()), rtol=1e-5, atol=1e-6)

@@ -1,5 +1,6 @@
 """The demonstration, in small: same structure, same files, figures that repeat."""
 
+import copy
 import json
 from dataclasses import replace
 
@@ -23,7 +24,7 @@ METHODS = [
     "full fine-tuning",
     "random path of the supernet",
     "GLoRA, searched",
-    "GLoRA, searched and tuned (train+val)",
+    "GLoRA, searched and refit (train+val)",
 ]
 
 
@@ -104,6 +105,7 @@ def test_anything_else_is_not_a_study(content, tmp_path):
         ({"tasks": ("mirrored",)}, "tasks: expected distinct names"),
         ({"tasks": ()}, "tasks: expected distinct names"),
         ({"shots": (4, 4)}, "shots: expected distinct numbers"),
+        ({"rows": ("lora", "dora")}, "rows: expected 'all' or names out of"),
         ({"seeds": 0}, "seeds: expected at least 1, got 0"),
         ({"workers": 0}, "workers: expected at least 1, got 0"),
     ],
@@ -117,6 +119,24 @@ def test_too_many_shots_fail_before_any_work(tmp_path):
     with pytest.raises(ValueError, match="shots: expected 1 to"):
         run_study(StudySettings(shots=(500,)), tmp_path / "out", progress=False)
     assert not (tmp_path / "out").exists()
+
+
+def test_pictures_have_room_for_all_rows(study, tmp_path):
+    many = copy.deepcopy(study)
+    for summary in many["summary"]:
+        summary["rows"] *= 3
+    assert all(figure.exists() for figure in save_figures(many, tmp_path))
+
+
+def test_table_without_pre_training_and_generalisation(study):
+    texts = copy.deepcopy(study)
+    texts["settings"]["tasks"], texts["pretraining"]["accuracy"] = ["plots"], None
+    for summary in texts["summary"]:
+        summary["rows"] = [{**row, "generalisation": None} for row in summary["rows"]]
+    text = format_study(texts)
+    assert "Backbone: the top 2 of the 6 layers of all-MiniLM-L6-v2, 201,536 parameters.\n" in text
+    assert "Used: all-MiniLM-L6-v2 (Apache-2.0)" in text
+    assert "2 texts a class" in text
 
 
 def test_splits_are_disjoint_and_complete():

@@ -1,0 +1,318 @@
+"""Does the method earn its place? Every method at its own rate, on equal data, over fresh few-shot draws.
+
+    python -m bench.quality rates digits --seeds 100 101      # which rate suits each method
+    python -m bench.quality rows digits --seeds 20 21 22 23 24 25
+    python -m bench.quality curve digits --seeds 20 21 22 23 24 25
+    python -m bench.quality table digits                      # table.md and curve.png of what has been measured
+
+Each line that is measured is appended to ``FOLDER/DOMAIN/<part>.jsonl`` at once; what is there is not measured again. A
+rate is chosen without the samples that a row is tested on: of draws of their own, a quarter of the training samples is
+held out. All methods choose from the same rates. A draw is a task and a seed; its methods share the samples, the
+backbone and the schedule, so differences are paired.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import math
+import time
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import TensorDataset
+
+from glora import count_parameters, evaluate, evaluate_merged, inject
+from glora.presets import apply_preset
+from glora.quickstart.domain import Domain, FewShot
+from glora.quickstart.domains import DOMAINS
+from glora.quickstart.methods import (
+    ALWAYS,
+    METHODS,
+    REFIT,
+    Conditions,
+    Row,
+    lora_parameters,
+    refit_path,
+    search_supernet,
+    train_supernet,
+)
+from glora.quickstart.study import StudySettings, backbone_file, pretrain
+
+from .environment import environment
+
+RATES = (5e-3, 1e-2, 2e-2, 4e-2)
+FULL_RATES = (3e-4, 1e-3, 2e-3, 4e-3)  # of all weights
+RANKS = (1, 2, 4, 8)  # of LoRA, and of the limits that GLoRA is searched under, on a curve
+PARTS = ("rates", "rows", "curve")
+BASE = "LoRA r{rank} (train+val)"
+
+
+class Study:
+    """The lines that have been measured of one domain, in a folder."""
+
+    def __init__(self, domain: Domain, folder: Path):
+        self.domain, self.folder = domain, folder / domain.name
+        self.folder.mkdir(parents=True, exist_ok=True)
+
+    def lines(self, part: str) -> list[dict[str, Any]]:
+        file = self.folder / f"{part}.jsonl"
+        return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+    def measure(self, part: str, key: dict[str, Any], make: Callable[[], Iterable[Row]]) -> None:
+        """Append the rows that ``make`` returns, unless there are some of this ``key``."""
+        if any(all(line.get(name) == value for name, value in key.items()) for line in self.lines(part)):
+            return
+        started = time.process_time()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "lr: expected steps that move")  # the rates are tried out
+            rows = list(make())
+        cpu, where = time.process_time() - started, environment("cpu")
+        with open(self.folder / f"{part}.jsonl", "a", encoding="utf-8") as stream:
+            for row in rows:
+                figures = {"parameters": row.parameters, "test": row.test, "generalisation": row.generalisation}
+                details = {k: v for k, v in row.details.items() if k in ("validation_loss", "paths")}
+                about = {"row": row.method, **figures, "seconds": row.seconds, "cpu": cpu, **details}
+                stream.write(json.dumps({**key, **about, "date": where["date"], "commit": where["commit"]}) + "\n")
+                print(json.dumps({**key, **about, "paths": None}), flush=True)
+
+    def rates(self) -> dict[str, float]:
+        """The rate of each method: the best mean accuracy on held-out samples; the domain's where none was tried."""
+        found: dict[str, dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
+        for line in self.lines("rates"):
+            if line["method"] != ALWAYS or line["row"] == REFIT:
+                found[line["method"]][line["lr"]].append(line["test"])
+        best = {method: max(by_rate, key=lambda lr: fmean(by_rate[lr])) for method, by_rate in found.items()}
+        return {**self.domain.rates, **best}
+
+
+def conditions_of(domain: Domain, backbone: nn.Module, task: str, seed: int) -> Conditions:
+    data = domain.few_shot(task, domain.shots, seed)
+    return Conditions(backbone, data, seed, domain.steps, lambda units: None, domain)
+
+
+def held_out(conditions: Conditions) -> Conditions:
+    """The same draw without its test: the last quarter of each class's training samples is tested on instead."""
+    x, y = conditions.data.train.tensors
+    places = torch.zeros(len(y), dtype=torch.long)
+    for label in y.unique():
+        members = (y == label).nonzero().squeeze(1)
+        places[members] = torch.arange(len(members))
+    kept = places < 3 * int(y.bincount().min()) // 4
+    train, test = TensorDataset(x[kept], y[kept]), TensorDataset(x[~kept], y[~kept])
+    return replace(conditions, data=FewShot(train, conditions.data.validation, test, {}))
+
+
+def tune(study: Study, backbone: nn.Module, tasks: Sequence[str], seeds: Sequence[int], methods: Sequence[str]) -> None:
+    for seed in seeds:
+        for task in tasks:
+            conditions = held_out(conditions_of(study.domain, backbone, task, seed))
+            for method in methods:
+                for lr in FULL_RATES if method == "full" else RATES:
+                    key = {"task": task, "seed": seed, "method": method, "lr": lr}
+                    study.measure("rates", key, partial(METHODS[method].rows, conditions, lr))
+
+
+def compare(
+    study: Study, backbone: nn.Module, tasks: Sequence[str], seeds: Sequence[int], methods: Sequence[str]
+) -> None:
+    rates = study.rates()
+    for seed in seeds:
+        for task in tasks:
+            conditions = conditions_of(study.domain, backbone, task, seed)
+            for method in methods:
+                key = {"task": task, "seed": seed, "method": method, "lr": rates[method]}
+                study.measure("rows", key, partial(METHODS[method].rows, conditions, rates[method]))
+
+
+def trace(study: Study, backbone: nn.Module, tasks: Sequence[str], seeds: Sequence[int]) -> None:
+    """Accuracy against parameters: LoRA of several ranks; one supernet, searched under the limits of these ranks."""
+    rates = study.rates()
+    for seed in seeds:
+        for task in tasks:
+            conditions = conditions_of(study.domain, backbone, task, seed)
+            for rank in RANKS:
+                key = {"task": task, "seed": seed, "method": "lora", "rank": rank, "lr": rates["lora"]}
+                study.measure("curve", key, partial(_lora_of, conditions, rank, rates["lora"]))
+            key = {"task": task, "seed": seed, "method": ALWAYS, "lr": rates[ALWAYS]}
+            study.measure("curve", key, partial(_glora_of_all_limits, conditions, rates[ALWAYS]))
+
+
+def _lora_of(conditions: Conditions, rank: int, lr: float) -> list[Row]:
+    both = conditions.with_validation()
+    model = apply_preset(inject(conditions.model(), rank), "lora", rank)
+    return [both.trained(f"LoRA r{rank}", model, count_parameters(model), conditions.recipe(lr))]
+
+
+def _glora_of_all_limits(conditions: Conditions, lr: float) -> list[Row]:
+    model, seconds = train_supernet(conditions, lr)
+    rows = []
+    for rank in RANKS:
+        domain = replace(conditions.domain, lora_rank=rank)
+        limit = lora_parameters(replace(conditions, domain=domain), model)
+        result = search_supernet(conditions, model, limit)
+        paths, parameters, spent = result.best.paths, result.best.parameters, seconds + result.seconds
+        searched = evaluate_merged(model, paths, conditions.data.test).accuracy
+        details = {"validation_loss": -result.best.score}
+        rows.append(Row(f"searched, at LoRA r{rank}'s size", parameters, searched, None, spent, details))
+        tuned = copy.deepcopy(model)
+        spent += refit_path(conditions, tuned, paths, lr)
+        refitted = evaluate(tuned, conditions.data.test).accuracy
+        rows.append(Row(f"searched and refit, at LoRA r{rank}'s size", parameters, refitted, None, spent))
+    return rows
+
+
+# -- tables ------------------------------------------------------------------------------------------
+
+# The 97.5% quantile of Student's t by degrees of freedom; 1.96 beyond.
+_T = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2.16, 2.14, 2.13, 2.12, 2.11, 2.10, 2.09)
+
+
+def interval(values: Sequence[float]) -> float:
+    """Half of the 95% interval of the mean; NaN of one value."""
+    if len(values) < 2:
+        return math.nan
+    degrees = len(values) - 1
+    return (_T[degrees - 1] if degrees <= len(_T) else 1.96) * stdev(values) / math.sqrt(len(values))
+
+
+def by_row(lines: Iterable[dict[str, Any]]) -> dict[str, dict[tuple[str, int], dict[str, Any]]]:
+    found: dict[str, dict[tuple[str, int], dict[str, Any]]] = defaultdict(dict)
+    for line in lines:
+        found[line["row"]][line["task"], line["seed"]] = line
+    return found
+
+
+def table(study: Study) -> str:
+    """The rows of all draws, and what each is above LoRA on the same samples."""
+    domain, rows = study.domain, by_row(study.lines("rows"))
+    base = rows[BASE.format(rank=domain.lora_rank)]
+    tasks = sorted({task for draws in rows.values() for task, _ in draws}, key=domain.tasks.index)
+    head = ["method", "rate", "parameters", *tasks, "mean", "minus LoRA (train+val), 95% interval", "ahead", "s"]
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for name, draws in rows.items():
+        paired = [100 * (draws[key]["test"] - base[key]["test"]) for key in draws if key in base]
+        means = [
+            fmean([100 * line["test"] for (t, _), line in draws.items() if t == task] or [math.nan]) for task in tasks
+        ]
+        rates = sorted({f"{line['lr']:g}" for line in draws.values()})
+        same = draws is base
+        cells = [
+            name,
+            ", ".join(rates),
+            f"{fmean(line['parameters'] for line in draws.values()):,.0f}",
+            *(f"{mean:.1f}" for mean in means),
+            f"{fmean(means):.1f} ± {interval([100 * line['test'] for line in draws.values()]):.1f}",
+            "" if same else f"{fmean(paired):+.1f} ± {interval(paired):.1f}",
+            "" if same else f"{sum(d > 0 for d in paired)}/{len(paired)}",
+            f"{fmean(line['seconds'] for line in draws.values()):.0f}",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def curve_table(study: Study) -> str:
+    rows = by_row(study.lines("curve"))
+    lines = ["| rank of LoRA | LoRA: parameters, test | searched | searched and refit: parameters, test | minus LoRA |"]
+    lines.append("|---" * 5 + "|")
+    for rank in RANKS:
+        lora = rows.get(f"LoRA r{rank}", {})
+        searched = rows.get(f"searched, at LoRA r{rank}'s size", {})
+        refitted = rows.get(f"searched and refit, at LoRA r{rank}'s size", {})
+        if not lora or not refitted:
+            continue
+        paired = [100 * (refitted[key]["test"] - lora[key]["test"]) for key in refitted if key in lora]
+        cells = [f"{rank}", *(f"{_size(found)}, {_accuracy(found):.1f}" for found in (lora, searched, refitted))]
+        lines.append("| " + " | ".join([*cells, f"{fmean(paired):+.1f} ± {interval(paired):.1f}"]) + " |")
+    return "\n".join(lines)
+
+
+def _size(draws: dict) -> str:
+    return f"{fmean(line['parameters'] for line in draws.values()):,.0f}"
+
+
+def _accuracy(draws: dict) -> float:
+    return 100 * fmean(line["test"] for line in draws.values())
+
+
+def draw_curve(study: Study, file: Path) -> None:
+    """Test accuracy against parameters, with 95% intervals of the mean over draws."""
+    from matplotlib import pyplot
+
+    rows = by_row(study.lines("curve"))
+    figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
+    names = {"LoRA r{}": "LoRA (train+val)", "searched, at LoRA r{}'s size": "GLoRA, searched (no retraining)"}
+    names["searched and refit, at LoRA r{}'s size"] = "GLoRA, searched and refit (train+val)"
+    for form, title in names.items():
+        found = [rows[form.format(rank)] for rank in RANKS if form.format(rank) in rows]
+        sizes = [fmean(line["parameters"] for line in draws.values()) for draws in found]
+        bars = [interval([100 * line["test"] for line in draws.values()]) for draws in found]
+        axes.errorbar(sizes, [*map(_accuracy, found)], bars, marker="o", capsize=3, label=title)
+    draws = len(next(iter(rows.values())))
+    axes.set_xscale("log")
+    axes.set(xlabel="trained parameters without the head", ylabel=f"test accuracy, %, mean over {draws} draws")
+    axes.set_title(f"{study.domain.title}: {', '.join(sorted({line['task'] for line in study.lines('curve')}))}")
+    axes.legend()
+    figure.savefig(file, dpi=150)
+    pyplot.close(figure)
+
+
+def write_tables(study: Study) -> str:
+    """Write ``table.md`` and ``curve.png`` of what there is; return the text."""
+    where, domain = environment("cpu"), study.domain
+    parts = [
+        f"# {domain.title}: methods at their own rates on equal data\n\n{domain.model}; {domain.shots} "
+        f"{domain.samples} a class to train, {domain.validation} to validate; {domain.steps} steps, refit "
+        f"{domain.refit_steps}. `(train+val)`: trained on both. Rates from {RATES} ({FULL_RATES} for all weights) "
+        "by accuracy on held-out training samples of other draws. Seconds: one thread, of training and search."
+    ]
+    if study.lines("rows"):
+        parts.append(table(study))
+    if study.lines("curve"):
+        parts.append(f"## Accuracy against parameters\n\nBoth trained on train+val at last.\n\n{curve_table(study)}")
+        draw_curve(study, study.folder / "curve.png")
+    parts.append(
+        f"{where['device']}, one thread, torch {where['versions']['torch']}, {where['date'][:10]}. Raw figures: "
+        "`rates.jsonl`, `rows.jsonl`, `curve.jsonl`."
+    )
+    text = "\n\n".join(parts) + "\n"
+    (study.folder / "table.md").write_text(text)
+    return text
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.quality", description=__doc__.split("\n", 1)[0])
+    parser.add_argument("part", choices=(*PARTS, "table"))
+    parser.add_argument("domain", choices=list(DOMAINS))
+    parser.add_argument("--tasks", nargs="+", help="default: all of the domain")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="of few-shot draws, heads and supernets")
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
+    parser.add_argument("--out", type=Path, default=Path("bench/results/quality"), help="folder for what is written")
+    parser.add_argument("--backbone", type=Path, default=Path("runs/quality"), help="where pre-trained ones are kept")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    domain = DOMAINS[options.domain]
+    study, tasks = Study(domain, options.out), options.tasks or list(domain.tasks)
+    if options.part == "table":
+        print(write_tables(study))
+        return
+    options.backbone.mkdir(parents=True, exist_ok=True)
+    settings = StudySettings(tasks=(domain.tasks[0],))
+    backbone, _ = pretrain(settings, backbone_file(options.backbone, settings), progress=False)
+    if options.part == "curve":
+        trace(study, backbone, tasks, options.seeds)
+    else:
+        (tune if options.part == "rates" else compare)(study, backbone, tasks, options.seeds, options.methods)
+
+
+if __name__ == "__main__":
+    main()
