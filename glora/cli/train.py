@@ -76,10 +76,10 @@ def add_train(commands) -> None:
         "--balance",
         nargs="?",
         type=float,
-        const=0.01,
+        const=0.02,
         metavar="SHARE",
         help="measure the scales of kinds first, so that a step of any kind moves a layer's output by this share of it "
-        "at a rate of 0.01 (default without a number: 0.01); it stands for --set training.balance=SHARE",
+        "at a rate of 0.01 (without a number: 0.02); it stands for --set training.balance=SHARE",
     )
     command.add_argument(
         "--set", action="append", default=[], dest="changes", metavar="KEY=VALUE", help="as training.epochs=10"

@@ -91,8 +91,8 @@ def _warn_of_large(runs: Mapping[str, tuple[GLoRALayer, _Run]], lr: float, taken
         kinds = [f"{kind} by {fmean(c.values()):.0%} in {listed(c, 2)}" for kind, c in sorted(found.items())]
         warnings.warn(
             f"lr: expected steps that move a layer's output by at most {LARGE:.0%}; one step at lr={lr:g} moves it, as "
-            f"the first step shows: {'; '.join(kinds)}. Training may be unstable; have the scales of kinds measured, "
-            "glora.Recipe(balance=0.01), or take a smaller rate",
+            f"the first step shows: {'; '.join(kinds)}. Training may be unstable; take a smaller rate, or have the "
+            "scales of kinds measured before the training, glora.Recipe(balance=0.02)",
             stacklevel=5,
         )
 

@@ -315,3 +315,12 @@ def balanced_in_a_process():
 def test_two_processes_have_the_same_scales(tmp_path):
     (scales, one), (others, other) = on_ranks(2, tmp_path / "ranks", balanced_in_a_process)
     assert scales == others and scales["fc1"].factors and same_bits(one, other)
+
+
+def test_a_refit_does_not_measure_again():
+    supernet = adapted_mlp()
+    glora.train(supernet, points(), RECIPE, space=SPACE, progress=False)
+    models = [copy.deepcopy(supernet) for _ in range(2)]
+    for model, balance in zip(models, (0.01, None)):
+        glora.refit(model, PathConfig(B="lora_2"), points(), Recipe(steps=3, balance=balance), progress=False)
+    assert same_bits(*map(state, models)) and models[0].fc1.scales == supernet.fc1.scales
