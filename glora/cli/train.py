@@ -105,6 +105,10 @@ def _train(options: argparse.Namespace) -> int:
 
     _require_one_kind_of_data(options)
     if options.balance is not None:
+        if options.preset:
+            raise ValueError(
+                f"balance: expected a supernet, got the preset {options.preset!r}, which has its own scales"
+            )
         options.changes.append(f"training.balance={options.balance}")
     out = options.out or Path("runs") / _name(options)
     split = None if options.data is not None else _find_split(options)

@@ -69,7 +69,8 @@ class TrainingSettings:
         batch_size: samples per step.
         lr, warmup_lr, min_lr: peak, first and last learning rate.
         lr_of: the peak for single data sets, by name.
-        weight_decay, label_smoothing, clip_norm, amp, balance: as in :class:`glora.Recipe`.
+        weight_decay, label_smoothing, clip_norm, amp: as in :class:`glora.Recipe`.
+        balance: of a supernet, as there; presets have the scales of their methods.
         shares: how often the kinds of a supernet are drawn, as in :class:`glora.SearchSpace`.
         checkpoint_epochs: epochs between checkpoints.
         workers: processes that load images if these are not kept in memory.

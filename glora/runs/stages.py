@@ -102,6 +102,8 @@ def train_run(
     if progress and spec.recipe.texts:
         load_tokenizer(spec.recipe.model.name, say)
     recipe = spec.recipe.training.recipe(spec.dataset, len(splits.train), spec.seed)
+    if spec.preset:
+        recipe = replace(recipe, balance=None)  # a preset has the scales of its method
     summary = train(
         model.to(device),
         in_memory(splits.train, spec, progress),

@@ -84,6 +84,7 @@ def test_the_ten_lines_of_the_readme_on_digits(capsys):
     assert lines(code) <= 10
     small = {
         "steps=10_000, batch_size=64, lr=5e-4": "steps=150, batch_size=64, lr=1e-2",
+        "steps=500, batch_size=64, lr=5e-4": "steps=30, batch_size=64, lr=1e-2",
         "limit=860_000, ": "limit=12_000, settings=SHORT, ",
         "num_classes=100": "num_classes=10",
         "224, 224)": "32, 32)",

@@ -49,6 +49,17 @@ def test_the_supernet_has_scales_and_the_merged_winner_its_outputs(study, capsys
         torch.testing.assert_close(model(images), expected, rtol=1e-4, atol=1e-5)
 
 
+def test_a_preset_has_the_scales_of_its_method(study, tmp_path, capsys):
+    (supernet,) = find_runs(study)
+    command = train_command(supernet.spec.data, tmp_path / "preset", "--preset", "lora", changes=CHANGES)
+    assert main([*command, "--balance"]) == 2
+    assert "balance: expected a supernet, got the preset 'lora'" in capsys.readouterr().err
+    assert main([*command, "--set", "training.balance=0.02"]) == 0
+    (preset,) = find_runs(tmp_path / "preset")
+    model = glora.load_adapter(make_model(preset.spec), preset / "adapter.safetensors")
+    assert not any(layer.scales.factors for layer in glora.glora_layers(model).values())
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
