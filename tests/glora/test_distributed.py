@@ -81,11 +81,24 @@ def sharded(model):
     return fully_shard(model)
 
 
-MODELS = {"mlp": (own_mlp, points, 1e-6), "seeded-mlp": (trained_mlp, points, 1e-6), "vit": (vit, images, 1e-5)}
+def scaled_mlp():
+    model = trained_mlp()
+    for layer in glora.glora_layers(model).values():
+        layer.scales = glora.Scales(A={"lora": 4.0}, B={"vector": 0.25, "constant": 0.5}, E={"vector": 2.0})
+    return model
+
+
+MODELS = {
+    "mlp": (own_mlp, points, 1e-6),
+    "seeded-mlp": (trained_mlp, points, 1e-6),
+    "scaled-mlp": (scaled_mlp, points, 1e-6),
+    "vit": (vit, images, 1e-5),
+}
 WRAPPERS = {"plain": lambda model: model, "replicated": replicated, "sharded": sharded}
 CASES = [
     *[("mlp", "plain", batch_size) for batch_size in (6, 5, 2, 1)],
     *[("seeded-mlp", wrapper, batch_size) for wrapper in ("replicated", "sharded") for batch_size in (6, 5, 1)],
+    *[("scaled-mlp", wrapper, 5) for wrapper in WRAPPERS],
     *[("vit", wrapper, 5) for wrapper in WRAPPERS],
 ]
 
