@@ -6,9 +6,9 @@
     python -m bench.quality table digits                      # table.md and curve.png of what has been measured
 
 Each line that is measured is appended to ``FOLDER/DOMAIN/<part>.jsonl`` at once; what is there is not measured again. A
-rate is chosen without the samples that a row is tested on: of draws of their own, a quarter of the training samples is
-held out. All methods choose from the same rates. A draw is a task and a seed; its methods share the samples, the
-backbone and the schedule, so differences are paired.
+rate is chosen on draws of other seeds, of which a quarter of the training samples is held out; all methods that train
+adapters choose from the same rates. (Digits are few: what is held out of one draw may be tested in another.) A draw is
+a task and a seed; its methods share the samples, the backbone and the schedule, so differences are paired.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ import json
 import math
 import time
 import warnings
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -38,7 +38,6 @@ from glora.quickstart.domains import DOMAINS
 from glora.quickstart.methods import (
     ALWAYS,
     METHODS,
-    REFIT,
     Conditions,
     Row,
     lora_parameters,
@@ -54,7 +53,10 @@ RATES = (5e-3, 1e-2, 2e-2, 4e-2)
 FULL_RATES = (3e-4, 1e-3, 2e-3, 4e-3)  # of all weights
 RANKS = (1, 2, 4, 8)  # of LoRA, and of the limits that GLoRA is searched under, on a curve
 PARTS = ("rates", "rows", "curve")
-BASE = "LoRA r{rank} (train+val)"
+Draw = tuple[str, int]  # task and seed
+Draws = dict[Draw, dict[str, Any]]
+BOTH = "(train+val)"  # how the names of rows end that were trained on both
+BASE = f"LoRA r{{rank}} {BOTH}"
 
 
 class Study:
@@ -77,19 +79,26 @@ class Study:
             warnings.filterwarnings("ignore", "lr: expected steps that move")  # the rates are tried out
             rows = list(make())
         cpu, where = time.process_time() - started, environment("cpu")
+        lines = []
+        for row in rows:
+            figures = {"parameters": row.parameters, "test": row.test, "generalisation": row.generalisation}
+            details = {k: v for k, v in row.details.items() if k in ("validation_loss", "paths")}
+            about = {"row": row.method, **figures, "seconds": row.seconds, "cpu": cpu, **details}
+            lines.append(json.dumps({**key, **about, "date": where["date"], "commit": where["commit"]}) + "\n")
+            print(json.dumps({**key, **about, "paths": None}), flush=True)
         with open(self.folder / f"{part}.jsonl", "a", encoding="utf-8") as stream:
-            for row in rows:
-                figures = {"parameters": row.parameters, "test": row.test, "generalisation": row.generalisation}
-                details = {k: v for k, v in row.details.items() if k in ("validation_loss", "paths")}
-                about = {"row": row.method, **figures, "seconds": row.seconds, "cpu": cpu, **details}
-                stream.write(json.dumps({**key, **about, "date": where["date"], "commit": where["commit"]}) + "\n")
-                print(json.dumps({**key, **about, "paths": None}), flush=True)
+            stream.write("".join(lines))
 
     def rates(self) -> dict[str, float]:
-        """The rate of each method: the best mean accuracy on held-out samples; the domain's where none was tried."""
+        """The rate of each method: the best mean accuracy on held-out samples; the domain's where none was tried.
+
+        Of a method with several rows, that which was trained on train+val counts, by which methods are compared.
+        """
         found: dict[str, dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
-        for line in self.lines("rates"):
-            if line["method"] != ALWAYS or line["row"] == REFIT:
+        lines = self.lines("rates")
+        with_both = {line["method"] for line in lines if line["row"].endswith(BOTH)}
+        for line in lines:
+            if line["method"] not in with_both or line["row"].endswith(BOTH):
                 found[line["method"]][line["lr"]].append(line["test"])
         best = {method: max(by_rate, key=lambda lr: fmean(by_rate[lr])) for method, by_rate in found.items()}
         return {**self.domain.rates, **best}
@@ -126,6 +135,7 @@ def compare(
     study: Study, backbone: nn.Module, tasks: Sequence[str], seeds: Sequence[int], methods: Sequence[str]
 ) -> None:
     rates = study.rates()
+    _require_others(study, seeds)
     for seed in seeds:
         for task in tasks:
             conditions = conditions_of(study.domain, backbone, task, seed)
@@ -137,6 +147,7 @@ def compare(
 def trace(study: Study, backbone: nn.Module, tasks: Sequence[str], seeds: Sequence[int]) -> None:
     """Accuracy against parameters: LoRA of several ranks; one supernet, searched under the limits of these ranks."""
     rates = study.rates()
+    _require_others(study, seeds)
     for seed in seeds:
         for task in tasks:
             conditions = conditions_of(study.domain, backbone, task, seed)
@@ -145,6 +156,13 @@ def trace(study: Study, backbone: nn.Module, tasks: Sequence[str], seeds: Sequen
                 study.measure("curve", key, partial(_lora_of, conditions, rank, rates["lora"]))
             key = {"task": task, "seed": seed, "method": ALWAYS, "lr": rates[ALWAYS]}
             study.measure("curve", key, partial(_glora_of_all_limits, conditions, rates[ALWAYS]))
+
+
+def _require_others(study: Study, seeds: Sequence[int]) -> None:
+    """Raise ValueError for draws that rates were chosen on."""
+    used = sorted({line["seed"] for line in study.lines("rates")} & set(seeds))
+    if used:
+        raise ValueError(f"seeds: expected others than those that rates were chosen on, got {used}")
 
 
 def _lora_of(conditions: Conditions, rank: int, lr: float) -> list[Row]:
@@ -173,23 +191,48 @@ def _glora_of_all_limits(conditions: Conditions, lr: float) -> list[Row]:
 
 # -- tables ------------------------------------------------------------------------------------------
 
-# The 97.5% quantile of Student's t by degrees of freedom; 1.96 beyond.
-_T = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2.16, 2.14, 2.13, 2.12, 2.11, 2.10, 2.09)
+# The 97.5% quantile of Student's t by degrees of freedom.
+_T = (
+    *(12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2.16, 2.14, 2.13),
+    *(2.12, 2.11, 2.10, 2.09, 2.09, 2.08, 2.07, 2.07, 2.06, 2.06, 2.06, 2.05, 2.05, 2.05, 2.04),
+)
 
 
-def interval(values: Sequence[float]) -> float:
-    """Half of the 95% interval of the mean; NaN of one value."""
-    if len(values) < 2:
+def interval(values: Mapping[Draw, float]) -> float:
+    """Half of the 95% interval of the mean over draws; NaN where there is one of each task.
+
+    Tasks are given: only the spread within each counts.
+    """
+    tasks = Counter(task for task, _ in values)
+    degrees = len(values) - len(tasks)
+    if degrees < 1:
         return math.nan
-    degrees = len(values) - 1
-    return (_T[degrees - 1] if degrees <= len(_T) else 1.96) * stdev(values) / math.sqrt(len(values))
+    means = {task: fmean(value for (of, _), value in values.items() if of == task) for task in tasks}
+    variance = sum((value - means[task]) ** 2 for (task, _), value in values.items()) / degrees
+    return _T[min(degrees, len(_T)) - 1] * math.sqrt(variance / len(values))
 
 
-def by_row(lines: Iterable[dict[str, Any]]) -> dict[str, dict[tuple[str, int], dict[str, Any]]]:
-    found: dict[str, dict[tuple[str, int], dict[str, Any]]] = defaultdict(dict)
+def by_row(lines: Iterable[dict[str, Any]]) -> dict[str, Draws]:
+    found: dict[str, Draws] = defaultdict(dict)
     for line in lines:
         found[line["row"]][line["task"], line["seed"]] = line
     return found
+
+
+def accuracies(draws: Draws, base: Draws | None = None) -> dict[Draw, float]:
+    """In %; above those of ``base``, on the draws that both have."""
+    if base is None:
+        return {draw: 100 * line["test"] for draw, line in draws.items()}
+    return {draw: 100 * (line["test"] - base[draw]["test"]) for draw, line in draws.items() if draw in base}
+
+
+def cell(values: Mapping[Draw, float], sign: str = "") -> str:
+    """The mean and its interval."""
+    return f"{fmean(values.values()):{sign}.1f} ± {interval(values):.1f}" if values else ""
+
+
+def size(draws: Draws) -> str:
+    return f"{fmean(line['parameters'] for line in draws.values()):,.0f}"
 
 
 def table(study: Study) -> str:
@@ -200,48 +243,42 @@ def table(study: Study) -> str:
     head = ["method", "rate", "parameters", *tasks, "mean", "minus LoRA (train+val), 95% interval", "ahead", "s"]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for name, draws in rows.items():
-        paired = [100 * (draws[key]["test"] - base[key]["test"]) for key in draws if key in base]
-        means = [
-            fmean([100 * line["test"] for (t, _), line in draws.items() if t == task] or [math.nan]) for task in tasks
-        ]
-        rates = sorted({f"{line['lr']:g}" for line in draws.values()})
-        same = draws is base
+        paired = {} if draws is base else accuracies(draws, base)
+        found = [[value for (of, _), value in accuracies(draws).items() if of == task] for task in tasks]
         cells = [
             name,
-            ", ".join(rates),
-            f"{fmean(line['parameters'] for line in draws.values()):,.0f}",
-            *(f"{mean:.1f}" for mean in means),
-            f"{fmean(means):.1f} ± {interval([100 * line['test'] for line in draws.values()]):.1f}",
-            "" if same else f"{fmean(paired):+.1f} ± {interval(paired):.1f}",
-            "" if same else f"{sum(d > 0 for d in paired)}/{len(paired)}",
+            ", ".join(sorted({f"{line['lr']:g}" for line in draws.values()})),
+            size(draws),
+            *(f"{fmean(values):.1f}" if values else "" for values in found),
+            cell(accuracies(draws)),
+            cell(paired, "+"),
+            f"{sum(value > 0 for value in paired.values())}/{len(paired)}" if paired else "",
             f"{fmean(line['seconds'] for line in draws.values()):.0f}",
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
+_CURVES = {
+    BASE: "LoRA (train+val)",
+    "searched, at LoRA r{rank}'s size": "GLoRA, searched (no retraining)",
+    "searched and refit, at LoRA r{rank}'s size": "GLoRA, searched and refit (train+val)",
+}
+
+
 def curve_table(study: Study) -> str:
     rows = by_row(study.lines("curve"))
-    lines = ["| rank of LoRA | LoRA: parameters, test | searched | searched and refit: parameters, test | minus LoRA |"]
-    lines.append("|---" * 5 + "|")
+    lines = [
+        "| limit | " + " | ".join(f"{title}: parameters, test" for title in _CURVES.values()) + " | refit minus LoRA |"
+    ]
+    lines.append("|---" * (len(_CURVES) + 2) + "|")
     for rank in RANKS:
-        lora = rows.get(f"LoRA r{rank}", {})
-        searched = rows.get(f"searched, at LoRA r{rank}'s size", {})
-        refitted = rows.get(f"searched and refit, at LoRA r{rank}'s size", {})
-        if not lora or not refitted:
-            continue
-        paired = [100 * (refitted[key]["test"] - lora[key]["test"]) for key in refitted if key in lora]
-        cells = [f"{rank}", *(f"{_size(found)}, {_accuracy(found):.1f}" for found in (lora, searched, refitted))]
-        lines.append("| " + " | ".join([*cells, f"{fmean(paired):+.1f} ± {interval(paired):.1f}"]) + " |")
+        lora, searched, refitted = (rows.get(form.format(rank=rank), {}) for form in _CURVES)
+        if lora and refitted:
+            cells = [f"{size(draws)}, {cell(accuracies(draws))}" for draws in (lora, searched, refitted)]
+            cells = [f"LoRA r{rank}", *cells, cell(accuracies(refitted, lora), "+")]
+            lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
-
-
-def _size(draws: dict) -> str:
-    return f"{fmean(line['parameters'] for line in draws.values()):,.0f}"
-
-
-def _accuracy(draws: dict) -> float:
-    return 100 * fmean(line["test"] for line in draws.values())
 
 
 def draw_curve(study: Study, file: Path) -> None:
@@ -250,13 +287,12 @@ def draw_curve(study: Study, file: Path) -> None:
 
     rows = by_row(study.lines("curve"))
     figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
-    names = {"LoRA r{}": "LoRA (train+val)", "searched, at LoRA r{}'s size": "GLoRA, searched (no retraining)"}
-    names["searched and refit, at LoRA r{}'s size"] = "GLoRA, searched and refit (train+val)"
-    for form, title in names.items():
-        found = [rows[form.format(rank)] for rank in RANKS if form.format(rank) in rows]
+    for form, title in _CURVES.items():
+        found = [rows[name] for rank in RANKS if (name := form.format(rank=rank)) in rows]
         sizes = [fmean(line["parameters"] for line in draws.values()) for draws in found]
-        bars = [interval([100 * line["test"] for line in draws.values()]) for draws in found]
-        axes.errorbar(sizes, [*map(_accuracy, found)], bars, marker="o", capsize=3, label=title)
+        means = [fmean(accuracies(draws).values()) for draws in found]
+        bars = [interval(accuracies(draws)) for draws in found]
+        axes.errorbar(sizes, means, bars, marker="o", capsize=3, label=title)
     draws = len(next(iter(rows.values())))
     axes.set_xscale("log")
     axes.set(xlabel="trained parameters without the head", ylabel=f"test accuracy, %, mean over {draws} draws")

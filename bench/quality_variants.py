@@ -29,7 +29,7 @@ from glora.quickstart.digits import DIGITS
 from glora.quickstart.methods import METHODS, Conditions, Row, lora_parameters, search_supernet
 from glora.quickstart.study import StudySettings, backbone_file, pretrain
 
-from .quality import Study, by_row, conditions_of, interval
+from .quality import Study, accuracies, by_row, cell, conditions_of, size
 
 HALF = {"lora": 0.5}
 BASE = "LoRA r3 (train+val)"
@@ -80,7 +80,10 @@ def rounded(factors: Mapping[tuple[str, str], float], largest: int = 5) -> Scale
 
 
 def predicted(layer: Any, lr: float = 1e-2) -> dict[tuple[str, str], float]:
-    """The closed form of docs/quality.md: the relative change of a layer's output by one step of each kind."""
+    """The closed form of docs/quality.md: the relative change of a layer's output by one step of each kind.
+
+    C is taken to move it by ``1 / 0.35`` as much, since its signs follow the gradient.
+    """
     rows, columns, rank = layer.out_features, layer.in_features, layer.rank
     norm = float(layer.matrix.norm()) / math.sqrt(rows)
     product = math.sqrt(2 * rank / (rank + columns))
@@ -205,17 +208,11 @@ def table(study: Study) -> str:
     for name in dict.fromkeys(line["variant"] for line in lines if line["variant"] != BASE):
         rows, cells = by_row(line for line in lines if line["variant"] == name), []
         for row in ("searched", "searched and refit"):
-            paired = [100 * (line["test"] - base[draw]["test"]) for draw, line in rows[row].items() if draw in base]
-            cells += [_mean(rows[row]), f"{fmean(paired):+.1f} ± {interval(paired):.1f}"]
-        size = fmean(line["parameters"] for line in rows["searched"].values())
-        text.append(
-            f"| {name} | {len(rows['searched'])} | {_mean(rows['random'])} | {' | '.join(cells)} | {size:,.0f} |"
-        )
-    return "\n".join([*text, "", f"{BASE}: {_mean(base)} over {len(base)} draws. Accuracies in %, 95% intervals.", ""])
-
-
-def _mean(draws: Mapping[Any, Mapping[str, float]]) -> str:
-    return f"{100 * fmean(line['test'] for line in draws.values()):.1f}"
+            cells += [cell(accuracies(rows[row])), cell(accuracies(rows[row], base), "+")]
+        cells = [name, str(len(rows["searched"])), cell(accuracies(rows["random"])), *cells, size(rows["searched"])]
+        text.append("| " + " | ".join(cells) + " |")
+    told = f"{BASE}: {cell(accuracies(base))} over {len(base)} draws. Accuracies in %, 95% intervals."
+    return "\n".join([*text, "", told, ""])
 
 
 def main(arguments: list[str] | None = None) -> None:
