@@ -29,11 +29,12 @@ from .arguments import listed, require_type
 from .config import KINDS, STORAGES, Choice, PathConfig, SearchSpace
 from .dataset import Batch, require_batch
 from .distributed import require_whole, unwrapped
-from .layers.base import GLoRALayer, term_of
+from .layers.base import GLoRALayer, as_layer, term_of
 from .models.modules import evaluating, require_layers
 from .models.wrappers import is_compiled
 from .objective import Loss, Objective, Outputs
 from .paths import using_paths
+from .random_numbers import drawing_from
 from .scales import Scales
 
 Kind = tuple[str, str]  # slot and kind
@@ -168,17 +169,31 @@ def measure(
         )
     runs: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in layers}
     eager = torch.compiler.set_stance("force_eager") if is_compiled(model) else nullcontext()
-    plain = using_paths(model, PathConfig())
-    with eager, plain, evaluating(model), torch.enable_grad(), _recorded(layers, runs) as token:
+    plain, devices = using_paths(model, PathConfig()), list(range(torch.cuda.device_count()))
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    draws = drawing_from(0), torch.random.fork_rng(devices)
+    with eager, plain, draws[0], draws[1], evaluating(model), torch.enable_grad(), _recorded(layers, runs) as token:
         output = objective.output(model, batch)
-        torch.autograd.grad(objective.loss(output, batch.target, batch.named), token)
+        torch.autograd.grad(objective.loss(output, batch.target, batch.named), token, allow_unused=True)
+    with torch.no_grad():
+        for buffer, before in buffers:
+            buffer.copy_(before)
     idle = [name for name, own in runs.items() if not own]
     if idle:
         raise ValueError(
             f"model: expected a loss that depends on every adapted layer, which it does not on {listed(idle)}; leave "
-            "them out (glora.inject(..., exclude=...))"
+            "them out (glora.inject(..., exclude=...)), or, within a checkpoint, take use_reentrant=False"
         )
-    return {name: {kind: lr * _change(layer, kind, runs[name]) for kind in kinds} for name, layer in layers.items()}
+    changes = {n: {kind: lr * _change(layer, kind, runs[n]) for kind in kinds} for n, layer in layers.items()}
+    infinite = [
+        f"{' '.join(kind)} of {n}" for n, own in changes.items() for kind, c in own.items() if not math.isfinite(c)
+    ]
+    if infinite:
+        raise ValueError(
+            f"model: expected outputs and gradients that are finite, got others for {listed(infinite)}; look at the "
+            "batch, the weights and the loss"
+        )
+    return changes
 
 
 @contextmanager
@@ -192,9 +207,10 @@ def _recorded(layers: Mapping[str, GLoRALayer], runs: Mapping[str, list[tuple[Te
     def hook(name: str) -> Callable[..., Tensor]:
         def record(_: nn.Module, inputs: tuple[Tensor, ...], keywords: dict[str, Tensor], output: Tensor) -> Tensor:
             (x,) = (*inputs, *keywords.values())
-            x = x.detach().clone()  # what comes later may change it in place
+            x = as_layer(layers[name], x.detach()).clone()  # what comes later may change it in place
             output = output + token.to(output.device, output.dtype)
-            output.register_hook(lambda grad: runs[name].append((x, grad)))
+            if output.requires_grad:  # not in a pass that a checkpoint runs again
+                output.register_hook(lambda grad: runs[name].append((x, grad)))
             return output
 
         return record
@@ -221,9 +237,11 @@ def _change(layer: GLoRALayer, kind: Kind, runs: list[tuple[Tensor, Tensor]]) ->
 
     start = left.clone().requires_grad_()
     with torch.enable_grad():
-        (gradient,) = torch.autograd.grad(outputs(start), start, [grad for _, grad in runs])
+        found = outputs(start)
+        (gradient,) = torch.autograd.grad(found, start, [grad.to(y.dtype) for y, (_, grad) in zip(found, runs)])
+    gradient = gradient.to(torch.promote_types(gradient.dtype, torch.float32))  # in fp16, eps would be 0
     with torch.no_grad():
-        before, after = outputs(None), outputs(-gradient / (gradient.abs() + _EPS))
+        before, after = outputs(None), outputs((-gradient / (gradient.abs() + _EPS)).to(left.dtype))
         moved = math.sqrt(sum(float((b.double() - a.double()).square().sum()) for a, b in zip(before, after)))
         size = math.sqrt(sum(float(y.double().square().sum()) for y in before))
     return moved / size if size else 0.0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from functools import cached_property
@@ -11,6 +10,8 @@ import torch
 from torch import Tensor
 
 from .config import KINDS, PathConfig
+
+_LARGEST = 1e30
 
 
 @dataclass(frozen=True)
@@ -45,10 +46,13 @@ class Scales:
                 raise ValueError(f"{slot}: expected factors by kinds out of {known}, got {given!r}")
             for kind, factor in given.items():
                 number = isinstance(factor, (int, float)) and not isinstance(factor, bool)
-                if not number or not math.isfinite(factor) or factor == 0:
+                if not number or not 0 < abs(factor) < _LARGEST:  # also false for NaN
                     raise ValueError(f"{slot}: expected a finite factor other than 0 for {kind!r}, got {factor!r}")
             kept = {kind: float(given[kind]) for kind in known if given.get(kind, 1) != 1}
             object.__setattr__(self, slot, kept)
+
+    def __reduce__(self):
+        return Scales.from_dict, (self.to_dict(),)  # without the tensors that are kept for paths
 
     def __hash__(self) -> int:
         return hash(tuple(self.factors.items()))
@@ -71,7 +75,8 @@ class Scales:
         """The factors of the kinds of a path, A to E, on the CPU: ``(5,)``; 1 where a tensor is none."""
         known = self._of_paths.get(path)
         if known is None:
-            known = torch.tensor([self.of(slot, choice.kind) for slot, choice in path.choices.items()])
+            factors = [self.of(slot, choice.kind) for slot, choice in path.choices.items()]
+            known = torch.tensor(factors, dtype=torch.float64, device="cpu")
             self._of_paths[path] = known
         return known
 

@@ -54,7 +54,7 @@ class GLoRACallback(TrainerCallback):
     from before, unless others were set since; :class:`GLoRATrainer` sets them at once.
 
     Args:
-        space: what paths are drawn from, uniformly; None keeps the paths that the layers have.
+        space: what paths are drawn from, evenly or by its shares; None keeps the paths that the layers have.
         seed: of the paths; None takes ``args.seed``.
 
     Raises:

@@ -30,6 +30,7 @@ def add_merge(commands) -> None:
 
 def _merge(options: argparse.Namespace) -> int:
     from ..runs import choose_device, evaluate_run, find_runs, merge_run, winners
+    from ..runs.saved import unfinished_refit
     from ..runs.texts import describe_merges
 
     found = [winner for run in find_runs(options.folder) for winner in winners(run)]
@@ -43,5 +44,7 @@ def _merge(options: argparse.Namespace) -> int:
         merged.append(summary)
     print(json.dumps(merged) if options.json else describe_merges(merged))
     if not options.json:
+        for begun in filter(None, (unfinished_refit(run.path) for run in find_runs(options.folder))):
+            print(f"not merged: an unfinished refit, {begun}; `glora refit` continues it")
         print(next_step("report", options.folder))
     return 0

@@ -13,6 +13,7 @@ import os
 import time
 import zlib
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -195,9 +196,10 @@ def _scored_by(model: nn.Module, read: Reading, metric: str, objective: Objectiv
 
 
 def _weights(model: nn.Module) -> int:
-    scaled = [layer.scales for layer in require_layers(model).values() if layer.scales.factors]
-    factors = [torch.tensor([scales.of(slot, kind) for slot in KINDS for kind in KINDS[slot]]) for scales in scaled]
-    return checksum([*model.parameters(), *model.buffers(), *factors])
+    scales = [layer.scales for layer in require_layers(model).values()]
+    factors = [torch.tensor([scale.of(slot, kind) for slot in KINDS for kind in KINDS[slot]]) for scale in scales]
+    scaled = any(scale.factors for scale in scales)
+    return checksum([*model.parameters(), *model.buffers(), *(factors if scaled else [])])
 
 
 def _identity_of(value: Any) -> str:
@@ -268,7 +270,7 @@ def evolve(
     ends = together(lambda: _rung_ends(settings, samples))
     description = {
         "layers": [[name, *shape] for name, shape in layers.items()],
-        "space": space.to_dict(),
+        "space": replace(space, shares={}).to_dict(),  # a search does not read them
         "settings": settings.to_dict(),
         "limit": limit,
         "samples": samples,

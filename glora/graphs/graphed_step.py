@@ -46,7 +46,7 @@ class GraphedStep:
         optimizer: over every parameter that requires grad. On a GPU in the mode ``"whole"`` with ``capturable=True``,
             if it has the option. A learning rate may change between steps (:mod:`glora.graphs.hyperparameters`).
         loss_fn: ``(output, target) -> scalar``, without synchronisation.
-        space: what paths are drawn from, uniformly; None takes those that the layers have at each step.
+        space: what paths are drawn from, evenly or by its shares; None takes those that the layers have at each step.
         mode: ``"whole"`` or ``"piecewise"``.
         clip_norm: scale gradients down to this norm over all parameters; None leaves them.
         amp: ``"bfloat16"``: autocast of forward and loss; None computes in the parameters' own types.

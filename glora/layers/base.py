@@ -33,8 +33,9 @@ SUPPORT_NAMES = tuple(name for names in STORAGES.values() for name in names)
 _LEFT = {names[0]: index for index, names in enumerate(STORAGES.values())}  # of every tensor the storage that is scaled
 _NO_PATHS = (
     "load_state_dict: expected the paths of the support tensors too, which a state dict carries in its metadata; got "
-    "none, as from a plain dict, a safetensors file or an older glora. Every layer keeps the path that it has: set the "
-    "right ones by glora.set_paths(model, paths). glora.save_adapter and load_adapter keep paths and tensors together"
+    "none, as from a plain dict, a safetensors file or an older glora. Every layer keeps the path and the scales that "
+    "it has: set the right ones by glora.set_paths(model, paths) and layer.scales. glora.save_adapter and load_adapter "
+    "keep them and the tensors together"
 )
 Layer = TypeVar("Layer", bound="GLoRALayer")
 
@@ -371,6 +372,11 @@ def term_of(choice: Choice, storage: Tensor, up: Tensor | None = None) -> Term:
     if up is not None:
         return LowRank(storage, up, choice.rank)
     return Vector(storage) if choice.kind == "vector" else Constant(storage)
+
+
+def as_layer(layer: GLoRALayer, x: Tensor) -> Tensor:
+    """``x`` in the type that the layer computes in outside of autocast; a quantised base takes any."""
+    return x.to(layer.weight.dtype) if layer.weight.is_floating_point() and layer.merges_exactly else x
 
 
 def parts_of(term: Term) -> tuple[Tensor, ...]:

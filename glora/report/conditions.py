@@ -41,7 +41,9 @@ def conditions(run: Run) -> Conditions:
     tables = ("model", spec.recipe.samples)
     found |= {f"{table}.{name}": value for table in tables for name, value in recipe[table].items()}
     found |= {name: value for name, value in recipe["training"].items() if name not in _WITHOUT_EFFECT}
-    if spec.preset is None:
+    if spec.preset is not None:  # which have neither
+        found = {name: value for name, value in found.items() if name not in ("balance", "shares")}
+    else:
         found["ranks"] = spec.recipe.sizes[spec.size].ranks
     if search is not None:
         found |= {"limit": search.limit, "metric": search.metric}

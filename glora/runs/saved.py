@@ -27,6 +27,12 @@ def unfinished_search(folder: Path) -> str | None:
     return f"{folder / JOURNAL}, {scores} evaluations" if scores else None
 
 
+def unfinished_refit(folder: Path) -> str | None:
+    """``"<folder>/refit/checkpoint.pt, step 40 of 200"``; None for a run without a refit, or with a finished one."""
+    refit = folder / REFIT
+    return None if (refit / ADAPTER).is_file() else saved_checkpoint(refit / CHECKPOINT)
+
+
 def saved_trainings(folders: Sequence[Path]) -> str | None:
     """``"2 of 5 runs; <folder>/checkpoint.pt, step 300 of 1000"``: finished runs and others; None if there are none."""
     return _saved(folders, TRAINED, unfinished_training)
@@ -39,10 +45,7 @@ def saved_searches(folders: Sequence[Path]) -> str | None:
 
 def saved_refits(folders: Sequence[Path]) -> str | None:
     """As :func:`saved_trainings`, for refits."""
-    refits = [folder / REFIT for folder in folders]
-    return _saved(
-        refits, ADAPTER, lambda refit: None if (refit / ADAPTER).is_file() else saved_checkpoint(refit / CHECKPOINT)
-    )
+    return _saved(folders, f"{REFIT}/{ADAPTER}", unfinished_refit)
 
 
 def _saved(folders: Sequence[Path], last: str, unfinished: Callable[[Path], str | None]) -> str | None:

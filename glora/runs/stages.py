@@ -246,7 +246,7 @@ def refit_run(
     described = {
         **folder.marks,
         "winner": run.winner,
-        "settings": asdict(replace(settings, lr=recipe.lr)),
+        "settings": asdict(settings),
         "samples": len(data),
         "fingerprint": list_checksum(data),
     }
@@ -276,8 +276,8 @@ def refit_run(
 
 def _begin_refit(folder: RunFolder, described: Mapping[str, Any]) -> None:
     """Write the description of a refit; raise ValueError if the folder holds another one."""
-    found = read_json(folder / REFITTED) if folder.has(REFITTED) else {}
-    if found or folder.has(CHECKPOINT) or folder.has(ADAPTER):
+    if folder.has(CHECKPOINT) or folder.has(ADAPTER):  # without, nothing is lost
+        found = read_json(folder / REFITTED) if folder.has(REFITTED) else {}
         differing = differences({name: found.get(name) for name in described}, described)
         if differing:
             raise ValueError(f"{folder.path}: holds another refit: {differing}; `glora refit --again` puts it aside")

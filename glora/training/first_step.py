@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from statistics import fmean
 from typing import NamedTuple
 
@@ -12,10 +12,12 @@ import torch
 from torch import Tensor
 
 from glora_kernels import Terms
+from glora_kernels.torch_private import is_batched
 
 from ..arguments import listed
 from ..config import PathConfig
-from ..layers.base import GLoRALayer, term_of
+from ..layers.base import GLoRALayer, as_layer, term_of
+from ..layers.conv2d import GLoRAConv2d
 from ..processes import is_first
 
 LARGE = 0.1  # the relative change of a layer's output that is warned of
@@ -46,10 +48,10 @@ def first_step(
     def note(name: str, layer: GLoRALayer, inputs: tuple[Tensor, ...], keywords: Mapping[str, Tensor]) -> None:
         if name not in runs:
             runs[name] = None
-            if compare:
-                (x,) = (*inputs, *keywords.values())
+            (x,) = (*inputs, *keywords.values())
+            if compare and not is_batched(x):
                 read = {own: getattr(layer, own).detach().clone() for _, _, names in layer.path.read for own in names}
-                runs[name] = _Run(_some(x.detach()), layer.path, read)
+                runs[name] = _Run(_some(layer, x), layer.path, read)
 
     hooks = [
         layer.register_forward_hook(
@@ -73,26 +75,33 @@ def first_step(
         _warn_of_large({name: (layers[name], run) for name, run in runs.items() if run is not None}, lr, taken())
 
 
-def _some(x: Tensor) -> Tensor:
-    """A copy of the first samples of an input, two or more."""
-    tokens = max(1, x[:1].numel() // x.shape[-1])
-    return x[: max(2, _TOKENS // tokens)].clone()
+def _some(layer: GLoRALayer, x: Tensor) -> Tensor:
+    """A copy of the first samples of an input, two or more, in the layer's own type (autocast may have changed it)."""
+    if x.dim() > (3 if isinstance(layer, GLoRAConv2d) else 1):
+        tokens = max(1, x[:1].numel() // x.shape[-1])
+        x = x[: max(2, _TOKENS // tokens)]
+    return as_layer(layer, x.detach()).clone()
 
 
 def _warn_of_large(runs: Mapping[str, tuple[GLoRALayer, _Run]], lr: float, taken: float) -> None:
     found: dict[str, dict[str, float]] = {}
     for name, (layer, run) in runs.items():
-        with torch.no_grad():
+        changes = {}
+        with torch.no_grad(), suppress(RuntimeError, TypeError, ValueError):  # a look at a layer does not end a run
             changes = _changes(layer, run)
         for kind, change in changes.items():
             if change * lr > LARGE * taken:
                 found.setdefault(kind, {})[name] = change * lr / taken
     if found:
+        fresh = all(
+            not layer.scales.factors and not any(bool(run.storages[left].any()) for _, _, (left, *_) in run.path.read)
+            for layer, run in runs.values()
+        )
+        advice = ", or have the scales of kinds measured first, glora.Recipe(balance=0.02)" if fresh else ""
         kinds = [f"{kind} by {fmean(c.values()):.0%} in {listed(c, 2)}" for kind, c in sorted(found.items())]
         warnings.warn(
             f"lr: expected steps that move a layer's output by at most {LARGE:.0%}; one step at lr={lr:g} moves it, as "
-            f"the first step shows: {'; '.join(kinds)}. Training may be unstable; take a smaller rate, or have the "
-            "scales of kinds measured before the training, glora.Recipe(balance=0.02)",
+            f"the first step shows: {'; '.join(kinds)}. Training may be unstable; take a smaller rate{advice}",
             stacklevel=5,
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +28,8 @@ class Recipe:
         seed: of batches, paths, dropout and augmentation.
         checkpoint_every: steps between checkpoints.
         balance: measure the scales of kinds before the first step (:func:`glora.balance`, of which this is the
-            ``target``); None leaves the scales as they are: 1, the paper, unless they were set.
+            ``target``); None leaves the scales as they are: 1, the paper, unless they were set. The first batch is read
+            for it, once more than otherwise. Copies of the model from before (averages of weights) do not get them.
 
     Raises:
         ValueError: a value out of range.
@@ -59,7 +61,7 @@ class Recipe:
             if getattr(self, name) is not None:
                 _require_number(name, getattr(self, name))
         for name in ("clip_norm", "balance"):
-            if getattr(self, name) is not None and not getattr(self, name) > 0:
+            if getattr(self, name) is not None and not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name}: expected a number above 0 or None, got {getattr(self, name)}")
         if not self.lr > 0 or not self.weight_decay >= 0 or not 0 <= self.warmup < 1:
             raise ValueError(

@@ -265,8 +265,9 @@ def test_random_augmentation_and_a_loader():
 
 
 def test_training_with_a_balance_refuses():
-    with pytest.raises(ValueError, match="balance: expected a number above 0 or None, got 0"):
-        Recipe(balance=0)
+    for bad in (0, float("inf"), float("nan")):
+        with pytest.raises(ValueError, match=f"balance: expected a number above 0 or None, got {bad}"):
+            Recipe(balance=bad)
     with pytest.raises(ValueError, match="at least one adapted layer"):
         glora.train(nn.Linear(6, 3), points(), RECIPE, progress=False)
     with pytest.raises(ValueError, match="expected one that is not trained yet"):
@@ -315,6 +316,89 @@ def balanced_in_a_process():
 def test_two_processes_have_the_same_scales(tmp_path):
     (scales, one), (others, other) = on_ranks(2, tmp_path / "ranks", balanced_in_a_process)
     assert scales == others and scales["fc1"].factors and same_bits(one, other)
+
+
+@pytest.mark.parametrize("options", [{"amp": "bfloat16"}, {"amp": "bfloat16", "balance": 0.02}])
+def test_autocast(options):
+    model = adapted_mlp()
+    recipe = Recipe(steps=3, batch_size=6, lr=0.1, **options)
+    assert len(glora.train(model, points(), recipe, space=SPACE, progress=False).losses) == 3
+
+
+class Wrapped(nn.Module):
+    """Runs an adapted model in a way of its own."""
+
+    def __init__(self, run):
+        super().__init__()
+        self.inner, self.run = adapted_mlp(), run
+
+    def forward(self, x):
+        return self.run(self.inner, x)
+
+
+def in_half_precision(model, x):
+    with torch.autocast("cpu", torch.bfloat16):
+        return model(x)
+
+
+UNUSUAL = {
+    "autocast": in_half_precision,
+    "rows": lambda model, x: torch.stack([model(row) for row in x]),
+    "vmap": lambda model, x: torch.func.vmap(model)(x),
+    "keywords": lambda model, x: model.head(model.fc2(input=model.act(model.fc1(input=x)))),
+}
+
+
+@pytest.mark.parametrize("run", UNUSUAL.values(), ids=UNUSUAL)
+def test_the_look_at_the_first_step_ends_no_run(run):
+    recipe = Recipe(steps=2, batch_size=6, lr=0.5)
+    assert len(glora.train(Wrapped(run), points(), recipe, space=SPACE, progress=False).losses) == 2
+
+
+@pytest.mark.parametrize("name", ["autocast", "rows", "keywords"])
+def test_unusual_models_are_measured(name):
+    found = glora.balance(Wrapped(UNUSUAL[name]), points()[:]).changes["inner.fc1"]
+    plain = glora.balance(Wrapped(lambda model, x: model(x)), points()[:]).changes["inner.fc1"]
+    for kind, change in plain.items():
+        assert math.isclose(found[kind], change, rel_tol=0.05), kind
+
+
+def test_buffers_and_generators_are_left_alone():
+    class Noisy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = adapted_mlp()
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, x):
+            self.calls += 1
+            return self.inner(x + torch.randn_like(x))
+
+    model, before = Noisy(), torch.get_rng_state()
+    glora.balance(model, points()[:])
+    assert float(model.calls) == 0 and torch.equal(torch.get_rng_state(), before)
+
+
+def test_what_is_not_finite_is_refused():
+    x, y = points()[:]
+    with pytest.raises(
+        ValueError, match="expected outputs and gradients that are finite, got others for 'A lora of fc1'"
+    ):
+        glora.balance(adapted_mlp(), (x * math.nan, y))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_checkpoint(reentrant):
+    checkpoint = torch.utils.checkpoint.checkpoint
+
+    def run(model, x):
+        return checkpoint(model, x.requires_grad_(), use_reentrant=reentrant)
+
+    if not reentrant:
+        assert glora.balance(Wrapped(run), points()[:]).changes["inner.fc1"]["A", "lora"] > 0
+        return
+    with pytest.raises((ValueError, RuntimeError), match="use_reentrant"):
+        glora.balance(Wrapped(run), points()[:])
 
 
 def test_a_refit_does_not_measure_again():

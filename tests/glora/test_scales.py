@@ -255,8 +255,15 @@ def test_data_parallel_replicas_have_them():
 def test_a_search_tells_them_apart(tmp_path):
     options = {"settings": glora.SearchSettings(4, 2, 2, 2, generations=1), "progress": False, "metric": "loss"}
     glora.search(scaled(), SPACE, points(), journal=tmp_path / "j", **options)
-    with pytest.raises(ValueError, match="journal of another search"):
-        glora.search(scaled(POWERS), SPACE, points(), journal=tmp_path / "j", **options)
+    shares = SearchSpace((2, 1), shares={"lora": 0.5})  # which a search does not read
+    assert glora.search(scaled(), shares, points(), journal=tmp_path / "j", **options).evaluated == 0
+    swapped = scaled(Scales())
+    swapped.fc1.scales, other = ALL, scaled(Scales())
+    other.fc2.scales = ALL
+    glora.search(swapped, SPACE, points(), journal=tmp_path / "k", **options)
+    for file, model in (("j", scaled(POWERS)), ("k", other)):
+        with pytest.raises(ValueError, match="journal of another search"):
+            glora.search(model, SPACE, points(), journal=tmp_path / file, **options)
 
 
 def test_the_repr_shows_those_of_the_path():
@@ -275,6 +282,7 @@ def test_the_repr_shows_those_of_the_path():
         ({"B": {"lora": float("inf")}}, "B: expected a finite factor"),
         ({"B": {"lora": True}}, "B: expected a finite factor"),
         ({"B": {"lora": "2"}}, "B: expected a finite factor"),
+        ({"B": {"lora": 10**400}}, "B: expected a finite factor"),
     ],
 )
 def test_bad_scales(arguments, message):
@@ -376,3 +384,18 @@ def test_graphs_read_them_as_data():
 
 def test_kinds_are_complete():
     assert set(itertools.chain.from_iterable(KINDS.values())) == {"lora", "vector", "constant", "none"}
+
+
+def test_copies_do_not_carry_what_is_kept_for_paths():
+    model, before = scaled(), len(pickle.dumps(scaled()))
+    for path in every_path(2):
+        glora.set_paths(model, path)
+    glora.set_paths(model, glora.get_paths(scaled()))
+    assert len(pickle.dumps(model)) < before + 200
+
+
+def test_factors_are_on_the_cpu_whatever_the_defaults():
+    model = adapted_mlp()
+    with torch.device("meta"):
+        model.fc1.scales = ALL
+    assert model.fc1._factors.device.type == "cpu" and model.fc1._factors.dtype == torch.float64

@@ -87,7 +87,7 @@ def test_the_description(finished):
     folder = finished / "svhn-seed0"
     told = read(folder / "refit" / "refit.json")
     assert (told["run"], told["refit"], told["samples"], told["steps"]) == ("svhn-seed0", True, 40, 10)
-    assert told["settings"] == {"steps": 10, "lr": 1e-2, "warmup": 0.1}
+    assert told["settings"] == {"steps": 10, "lr": None, "warmup": 0.1}
     assert told["winner"] == RunFolder(folder).winner
     kept = {"batch_size": 8, "weight_decay": 1e-4, "clip_norm": 1.0, "amp": None, "seed": 0, "min_lr": 0}
     assert {name: told["recipe"][name] for name in kept} == kept
@@ -153,7 +153,7 @@ def test_another_refit_needs_to_be_asked_for(study, capsys):
     command = ["refit", str(folder), "--set", "refit.steps=4", "--set", "refit.lr=1e-3"]
     assert main(command) == 2
     err = capsys.readouterr().err
-    assert "refit: holds another refit: settings steps 10, expected 4; settings lr 0.01, expected 0.001" in err
+    assert "refit: holds another refit: settings steps 10, expected 4; settings lr None, expected 0.001" in err
     assert contents(folder) == before
     [told] = run(capsys, *command, "--again")
     assert (told["steps"], told["settings"]["lr"]) == (4, 1e-3)
