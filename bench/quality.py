@@ -107,6 +107,13 @@ class Study:
         return {**self.domain.rates, **best}
 
 
+def backbone_of(domain: Domain, folder: Path) -> nn.Module:
+    """The pre-trained backbone, which is kept in ``folder``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = StudySettings(tasks=(domain.tasks[0],))
+    return pretrain(settings, backbone_file(folder, settings), progress=False)[0]
+
+
 def conditions_of(domain: Domain, backbone: nn.Module, task: str, seed: int) -> Conditions:
     data = domain.few_shot(task, domain.shots, seed)
     return Conditions(backbone, data, seed, domain.steps, lambda units: None, domain)
@@ -344,9 +351,7 @@ def main(arguments: list[str] | None = None) -> None:
     if options.part == "table":
         print(write_tables(study))
         return
-    options.backbone.mkdir(parents=True, exist_ok=True)
-    settings = StudySettings(tasks=(domain.tasks[0],))
-    backbone, _ = pretrain(settings, backbone_file(options.backbone, settings), progress=False)
+    backbone = backbone_of(domain, options.backbone)
     if options.part == "curve":
         trace(study, backbone, tasks, options.seeds)
     else:

@@ -1,6 +1,7 @@
 """What was tried on supernets, one thing at a time: scales, shares, rates, sampling of paths. Digits, equal steps.
 
     python -m bench.quality_variants --seeds 0 1 2
+    python -m bench.quality_variants --steps digits text    # one step of each kind, measured and by the closed form
 
 Each variant trains one supernet of each draw in 500 steps, searches it under LoRA's size, and refits the winner in 200
 steps at a rate of 0.01. The lines go to ``variants.jsonl``; what is there is not measured again. ``variants.md`` has
@@ -26,10 +27,11 @@ import glora.training.loop as training
 from glora import PathConfig, Scales, SearchSpace, balance, evaluate, evaluate_merged, glora_layers, inject, refit
 from glora.paths import sampler_for
 from glora.quickstart.digits import DIGITS
+from glora.quickstart.domain import Domain
+from glora.quickstart.domains import DOMAINS
 from glora.quickstart.methods import METHODS, Conditions, Row, lora_parameters, search_supernet
-from glora.quickstart.study import StudySettings, backbone_file, pretrain
 
-from .quality import Study, accuracies, by_row, cell, conditions_of, size
+from .quality import Study, accuracies, backbone_of, by_row, cell, conditions_of, size
 
 HALF = {"lora": 0.5}
 BASE = "LoRA r3 (train+val)"
@@ -176,6 +178,23 @@ def drawing(draw: Any) -> Iterator[None]:
         training.sampler_for = sampler_for
 
 
+def steps_table(domain: Domain, backbone: nn.Module) -> str:
+    """What one step of each kind does to the layers of a domain's first task, measured and by the closed form."""
+    data = domain.few_shot(domain.tasks[0], 16, 0)
+    model = inject(Conditions(backbone, data, 0, 1, lambda units: None, domain).model(), domain.rank)
+    changes, layers = balance(model, tuple(tensor[:64] for tensor in data.train.tensors)).changes, glora_layers(model)
+    head = ["kind", "measured: mean", "smallest to largest", "closed form: mean", "measured / closed form, by layer"]
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for kind in next(iter(changes.values())):
+        found = [own[kind] for own in changes.values()]
+        form = [predicted(layer)[kind] for layer in layers.values()]
+        ratios = [one / other for one, other in zip(found, form) if other]
+        cells = [" ".join(kind), f"{fmean(found):.2%}", f"{min(found):.2%} to {max(found):.2%}", f"{fmean(form):.2%}"]
+        lines.append("| " + " | ".join([*cells, f"{min(ratios):.2f} to {max(ratios):.2f}"]) + " |")
+    about = f"{domain.model}: {len(layers)} layers, rank {domain.rank}, task {domain.tasks[0]}"
+    return f"# One step of each kind, at a rate of 0.01 and scale 1\n\n{about}.\n\n" + "\n".join(lines) + "\n"
+
+
 def rows_of(variant: Variant, conditions: Conditions) -> list[Row]:
     model = inject(conditions.model(), conditions.domain.rank)
     torch.manual_seed(conditions.seed)
@@ -218,14 +237,20 @@ def table(study: Study) -> str:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.quality_variants", description=__doc__.split("\n", 1)[0])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="of few-shot draws, heads and supernets")
+    parser.add_argument("--steps", nargs="+", choices=list(DOMAINS), default=[], help="only these domains' steps")
     parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS))
     parser.add_argument("--out", type=Path, default=Path("bench/results/quality"), help="folder for what is written")
     parser.add_argument("--backbone", type=Path, default=Path("runs/quality"), help="where the pre-trained one is kept")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    study, settings = Study(DIGITS, options.out), StudySettings()
-    options.backbone.mkdir(parents=True, exist_ok=True)
-    backbone, _ = pretrain(settings, backbone_file(options.backbone, settings), progress=False)
+    for name in options.steps:
+        domain = DOMAINS[name]
+        text = steps_table(domain, backbone_of(domain, options.backbone))
+        (Study(domain, options.out).folder / "steps.md").write_text(text)
+        print(text)
+    if options.steps:
+        return
+    study, backbone = Study(DIGITS, options.out), backbone_of(DIGITS, options.backbone)
     for seed in options.seeds:
         for task in DIGITS.tasks:
             conditions = conditions_of(DIGITS, backbone, task, seed)
