@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
@@ -38,6 +38,7 @@ from .random_numbers import drawing_from
 from .scales import Scales
 
 Kind = tuple[str, str]  # slot and kind
+Runs = list[tuple[Tensor, Tensor]]  # of one layer: input, and gradient of the output
 RATE = 1e-2  # the learning rate that targets refer to
 TARGET = 0.02  # measured: docs/quality.md
 _EPS = 1e-8  # AdamW's
@@ -167,23 +168,7 @@ def measure(
             f"model: expected one that is not trained yet, whose outputs scales do not change; {listed(trained)} have "
             "left factors or vectors other than zero. Call glora.balance after glora.inject"
         )
-    runs: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in layers}
-    eager = torch.compiler.set_stance("force_eager") if is_compiled(model) else nullcontext()
-    plain, devices = using_paths(model, PathConfig()), list(range(torch.cuda.device_count()))
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    draws = drawing_from(0), torch.random.fork_rng(devices)
-    with eager, plain, draws[0], draws[1], evaluating(model), torch.enable_grad(), _recorded(layers, runs) as token:
-        output = objective.output(model, batch)
-        torch.autograd.grad(objective.loss(output, batch.target, batch.named), token, allow_unused=True)
-    with torch.no_grad():
-        for buffer, before in buffers:
-            buffer.copy_(before)
-    idle = [name for name, own in runs.items() if not own]
-    if idle:
-        raise ValueError(
-            f"model: expected a loss that depends on every adapted layer, which it does not on {listed(idle)}; leave "
-            "them out (glora.inject(..., exclude=...)), or, within a checkpoint, take use_reentrant=False"
-        )
+    runs = _run(model, layers, batch, objective)
     changes = {n: {kind: lr * _change(layer, kind, runs[n]) for kind in kinds} for n, layer in layers.items()}
     infinite = [
         f"{' '.join(kind)} of {n}" for n, own in changes.items() for kind, c in own.items() if not math.isfinite(c)
@@ -196,11 +181,41 @@ def measure(
     return changes
 
 
-@contextmanager
-def _recorded(layers: Mapping[str, GLoRALayer], runs: Mapping[str, list[tuple[Tensor, Tensor]]]) -> Iterator[Tensor]:
-    """Record of each run of each layer the input, and in a backward pass to the tensor given the output's gradient.
+def _run(model: nn.Module, layers: Mapping[str, GLoRALayer], batch: Batch, objective: Objective) -> dict[str, Runs]:
+    """Of each run of each layer its input and the gradient of its output, in eval mode and without adapters.
 
-    Nothing of the model needs to require grad: that tensor, a zero, is added to every output.
+    Buffers and generators are as before afterwards.
+    """
+    runs: dict[str, Runs] = {name: [] for name in layers}
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    with ExitStack() as stack:
+        if is_compiled(model):
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(drawing_from(0))
+        stack.enter_context(torch.random.fork_rng(range(torch.cuda.device_count())))
+        stack.enter_context(using_paths(model, PathConfig()))
+        stack.enter_context(evaluating(model))
+        stack.enter_context(torch.enable_grad())
+        token = stack.enter_context(_recorded(layers, runs))
+        output = objective.output(model, batch)
+        torch.autograd.grad(objective.loss(output, batch.target, batch.named), token, allow_unused=True)
+    with torch.no_grad():
+        for buffer, before in buffers:
+            buffer.copy_(before)
+    idle = [name for name, own in runs.items() if not own]
+    if idle:
+        raise ValueError(
+            f"model: expected a loss that depends on every adapted layer, which it does not on {listed(idle)}; leave "
+            "them out (glora.inject(..., exclude=...)), or, within a checkpoint, take use_reentrant=False"
+        )
+    return runs
+
+
+@contextmanager
+def _recorded(layers: Mapping[str, GLoRALayer], runs: Mapping[str, Runs]) -> Iterator[Tensor]:
+    """Fill ``runs`` in a forward pass and a backward pass to the tensor given.
+
+    Nothing of the model needs to require grad: that tensor, a zero, is added to the output of every layer.
     """
     token = torch.zeros((), device=next(iter(layers.values())).E.device, requires_grad=True)
 
@@ -223,13 +238,13 @@ def _recorded(layers: Mapping[str, GLoRALayer], runs: Mapping[str, list[tuple[Te
             handle.remove()
 
 
-def _change(layer: GLoRALayer, kind: Kind, runs: list[tuple[Tensor, Tensor]]) -> float:
+def _change(layer: GLoRALayer, kind: Kind, runs: Runs) -> float:
     """The relative change of the output by one step of the rate 1; 0 for D of a layer without a bias."""
-    slot, (left, *right) = kind[0], [getattr(layer, name).detach() for name in STORAGES[kind[0]]]
+    slot, form = kind
     if slot == "D" and layer.bias is None:
         return 0.0
-    choice = Choice(kind[1], layer.rank if kind[1] == "lora" else 0)
-    right = right if kind[1] == "lora" else []
+    left, *others = [getattr(layer, name).detach() for name in STORAGES[slot]]
+    choice, right = (Choice(form, layer.rank), others) if form == "lora" else (Choice(form), [])
 
     def outputs(storage: Tensor | None) -> list[Tensor]:
         terms: dict[str, Any] = {} if storage is None else {slot: term_of(choice, storage, *right)}

@@ -239,12 +239,12 @@ class GLoRALayer(nn.Module):
         names = SUPPORT_NAMES if path is None else names_read(path, self.bias is not None)
         return iter([getattr(self, name) for name in names])
 
-    def terms(self, path: PathConfig | None = None) -> Terms:
-        """The storages and how much of each ``path`` (default: :attr:`path`) reads."""
+    def terms(self, path: PathConfig | None = None, storages: Mapping[str, Tensor] | None = None) -> Terms:
+        """The storages, or others by their names, times the scales, and how much ``path`` (default: its own) reads."""
         terms: dict[str, Any] = {}
         scales = self._scales
         for slot, choice, names in (self.path if path is None else path).read:
-            left, *right = [getattr(self, name) for name in names]
+            left, *right = [getattr(self, name) if storages is None else storages[name] for name in names]
             terms[slot] = term_of(choice, scales.apply(slot, choice.kind, left), *right)
         return Terms(**terms, product=self.product)
 

@@ -11,12 +11,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from glora_kernels import Terms
 from glora_kernels.torch_private import is_batched
 
 from ..arguments import listed
 from ..config import PathConfig
-from ..layers.base import GLoRALayer, as_layer, term_of
+from ..layers.base import GLoRALayer, as_layer
 from ..layers.conv2d import GLoRAConv2d
 from ..processes import is_first
 
@@ -109,19 +108,11 @@ def _warn_of_large(runs: Mapping[str, tuple[GLoRALayer, _Run]], lr: float, taken
 def _changes(layer: GLoRALayer, run: _Run) -> dict[str, float]:
     """The relative change of the output by what happened to each tensor alone since the run, by slot and kind."""
     now = {name: getattr(layer, name).detach() for name in run.storages}
-    before = layer.compute(run.x, _terms(layer, run.path, run.storages))
+    before = layer.compute(run.x, layer.terms(run.path, run.storages))
     size = float(before.double().norm())
     changes = {}
     for slot, choice, names in run.path.read:
         storages = {**run.storages, **{name: now[name] for name in names}}
-        after = layer.compute(run.x, _terms(layer, run.path, storages))
+        after = layer.compute(run.x, layer.terms(run.path, storages))
         changes[f"{slot} as {choice.kind}"] = float((after.double() - before.double()).norm()) / size if size else 0.0
     return changes
-
-
-def _terms(layer: GLoRALayer, path: PathConfig, storages: Mapping[str, Tensor]) -> Terms:
-    terms = {}
-    for slot, choice, (left, *right) in path.read:
-        scaled = layer.scales.apply(slot, choice.kind, storages[left])
-        terms[slot] = term_of(choice, scaled, *(storages[name] for name in right))
-    return Terms(**terms, product=layer.product)  # type: ignore[arg-type]
