@@ -37,6 +37,7 @@ from glora.quickstart.domain import Domain, FewShot
 from glora.quickstart.domains import DOMAINS
 from glora.quickstart.methods import (
     ALWAYS,
+    BOTH,
     METHODS,
     Conditions,
     Row,
@@ -55,7 +56,6 @@ RANKS = (1, 2, 4, 8)  # of LoRA, and of the limits that GLoRA is searched under,
 PARTS = ("rates", "rows", "curve")
 Draw = tuple[str, int]  # task and seed
 Draws = dict[Draw, dict[str, Any]]
-BOTH = "(train+val)"  # how the names of rows end that were trained on both
 BASE = f"LoRA r{{rank}} {BOTH}"
 
 

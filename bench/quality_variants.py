@@ -46,20 +46,22 @@ class Variant:
 
     Args:
         lr, warmup: as in :class:`glora.Recipe`.
+        balance: as in :class:`glora.Recipe`.
         shares: as in :class:`glora.SearchSpace`.
-        scale: sets the scales of a model, which may be measured on the batch; None leaves them 1.
+        scale: sets the scales of a model in another way, which may measure a batch.
         draw: the paths of a step, of the step, the ordinary draw for given shares, and those of the step before.
     """
 
     lr: float = 2e-2
     warmup: float = 0.02
+    balance: float | None = None
     shares: Mapping[str, float] = field(default_factory=dict)
     scale: Callable[[nn.Module, Any], None] | None = None
     draw: Callable[[int, Callable[[Mapping[str, float]], Paths], Paths | None, torch.Generator], Paths] | None = None
 
 
 def measured(target: float, largest: int = 5, per_model: bool = False) -> Callable[[nn.Module, Any], None]:
-    """:func:`glora.balance`; scales up to ``2 ** largest``; one for all layers if ``per_model``."""
+    """As :func:`glora.balance`, with scales up to ``2 ** largest``, or one for all layers (``per_model``)."""
 
     def scale(model: nn.Module, batch: Any) -> None:
         changes = balance(model, batch, target=target).changes
@@ -138,19 +140,19 @@ def partly(step: int, drawn: Callable[..., Paths], before: Paths | None, generat
 
 VARIANTS = {
     "plain, 1e-2": Variant(lr=1e-2),
-    "balanced 0.02": Variant(scale=measured(0.02)),
-    "balanced 0.02, half": Variant(shares=HALF, scale=measured(0.02)),
-    "balanced 0.01, half": Variant(shares=HALF, scale=measured(0.01)),
-    "balanced 0.04, half": Variant(shares=HALF, scale=measured(0.04)),
+    "balanced 0.02": Variant(balance=0.02),
+    "balanced 0.02, half": Variant(balance=0.02, shares=HALF),
+    "balanced 0.01, half": Variant(balance=0.01, shares=HALF),
+    "balanced 0.04, half": Variant(balance=0.04, shares=HALF),
     "balanced 0.02, half, one scale for all layers": Variant(shares=HALF, scale=measured(0.02, per_model=True)),
     "closed form 0.02, half": Variant(shares=HALF, scale=closed_form(0.02)),
     "B vector, constant / sqrt(K), half": Variant(shares=HALF, scale=square_root),
     "balanced 0.02, scales up to 1, half": Variant(shares=HALF, scale=measured(0.02, largest=0)),
     "balanced 0.02, scales up to 4, half": Variant(shares=HALF, scale=measured(0.02, largest=2)),
-    "balanced 0.02, half, warm-up 0.2": Variant(warmup=0.2, shares=HALF, scale=measured(0.02)),
-    "balanced 0.01, half, 4e-2, warm-up 0.1": Variant(lr=4e-2, warmup=0.1, shares=HALF, scale=measured(0.01)),
-    "balanced 0.02, gradual shrinking": Variant(shares=HALF, scale=measured(0.02), draw=shrinking),
-    "balanced 0.02, half, layers keep their path in 0.75": Variant(shares=HALF, scale=measured(0.02), draw=partly),
+    "balanced 0.02, half, warm-up 0.2": Variant(balance=0.02, shares=HALF, warmup=0.2),
+    "balanced 0.01, half, 4e-2, warm-up 0.1": Variant(lr=4e-2, warmup=0.1, balance=0.01, shares=HALF),
+    "balanced 0.02, gradual shrinking": Variant(balance=0.02, shares=HALF, draw=shrinking),
+    "balanced 0.02, half, layers keep their path in 0.75": Variant(balance=0.02, shares=HALF, draw=partly),
 }
 
 
@@ -202,7 +204,8 @@ def rows_of(variant: Variant, conditions: Conditions) -> list[Row]:
         variant.scale(model, tuple(tensor[:32] for tensor in conditions.data.train.tensors))
     space = replace(conditions.domain.space, shares=variant.shares)
     with drawing(variant.draw):
-        seconds = conditions.train(model, replace(conditions.recipe(variant.lr), warmup=variant.warmup), space)
+        recipe = replace(conditions.recipe(variant.lr, balance=variant.balance), warmup=variant.warmup)
+        seconds = conditions.train(model, recipe, space)
     result = search_supernet(conditions, model, lora_parameters(conditions, model))
     paths, parameters, test = result.best.paths, result.best.parameters, conditions.data.test
     generator, sampler = torch.Generator().manual_seed(conditions.seed), sampler_for(model, space, result.limit)

@@ -33,7 +33,8 @@ from .digits import DIGITS
 from .domain import Domain, FewShot
 
 SEARCHED = "GLoRA, searched"
-REFIT = "GLoRA, searched and refit (train+val)"
+BOTH = "(train+val)"  # how the names of rows end that were trained on the validation samples too
+REFIT = f"GLoRA, searched and refit {BOTH}"
 PAPER = "GLoRA as in the paper (unbalanced, uniform, no refit)"
 ALWAYS = "glora"
 BALANCE = 0.02
@@ -111,7 +112,7 @@ class Conditions:
     def trained(self, method: str, model: nn.Module, parameters: float, recipe: Recipe) -> Row:
         """The row of a method that trains once and is tested once."""
         seconds = self.train(model, recipe)
-        return self.row(method + (" (train+val)" if self.also_validation else ""), model, parameters, seconds)
+        return self.row(method + (f" {BOTH}" if self.also_validation else ""), model, parameters, seconds)
 
     def row(self, method: str, model: nn.Module, parameters: float, seconds: float, **details) -> Row:
         """Test ``model``, once."""
@@ -283,6 +284,11 @@ METHODS: Mapping[str, Method] = {
     "glora-paper": Method(glora_paper, lambda domain, steps: steps + domain.evaluations),
     ALWAYS: Method(glora, lambda domain, steps: steps + refit_steps(domain, steps) + domain.evaluations),
 }
+
+
+def compared_with(method: str) -> str:
+    """The row of GLoRA that a row is compared with: that which was trained on the same samples."""
+    return REFIT if method.endswith(BOTH) else SEARCHED
 
 
 def chosen(names: Iterable[str]) -> list[str]:

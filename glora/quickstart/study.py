@@ -26,7 +26,7 @@ from ..training.recipe import Recipe
 from .digits import DIGITS
 from .domain import Domain
 from .domains import domain_of, named_tasks
-from .methods import METHODS, SEARCHED, Conditions, chosen, run_methods, units_of_work
+from .methods import METHODS, SEARCHED, Conditions, chosen, compared_with, run_methods, units_of_work
 
 _TICK = 20
 STUDY_FORMAT = 1
@@ -256,21 +256,20 @@ def _run_job(job: _Job, methods: Sequence[str], state: dict[str, torch.Tensor], 
 
 
 def _summarise(task: str, shots: int, jobs: Sequence[_Job], runs: dict[_Job, list[dict]]) -> dict[str, Any]:
-    """Means and sample standard deviations over the seeds, and differences to GLoRA for each seed."""
+    """Means and sample standard deviations over the seeds, and differences to GLoRA for each seed, on equal data."""
     per_seed = [runs[job] for job in jobs if (job.task, job.shots) == (task, shots)]
     by_method = {rows[0]["method"]: rows for rows in zip(*per_seed)}
-    searched = [row["test"] for row in by_method[SEARCHED]]
     return {
         "task": task,
         "shots": shots,
-        "rows": [_summarise_method(rows, searched) for rows in by_method.values()],
+        "rows": [_summarise_method(rows, by_method[compared_with(name)]) for name, rows in by_method.items()],
         "merge": _summarise_merge([row["details"]["merge"] for row in by_method[SEARCHED]]),
     }
 
 
-def _summarise_method(rows: Sequence[dict], searched: Sequence[float]) -> dict[str, Any]:
+def _summarise_method(rows: Sequence[dict], glora: Sequence[dict]) -> dict[str, Any]:
     accuracies = [row["test"] for row in rows]
-    differences = [glora - other for glora, other in zip(searched, accuracies)]
+    differences = [row["test"] - other for row, other in zip(glora, accuracies)]
     return {
         "method": rows[0]["method"],
         "parameters": fmean(row["parameters"] for row in rows),
