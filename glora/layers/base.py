@@ -201,12 +201,13 @@ class GLoRALayer(nn.Module):
     def scales(self, scales: Scales) -> None:
         if not isinstance(scales, Scales):
             raise TypeError(f"scales: expected glora.Scales, got {type(scales).__name__}")
-        self._take_scales(scales)
-
-    def _take_scales(self, scales: Scales) -> None:
         self.__dict__["_scales"] = scales
+        self._unprepare()
         with _trainable():
             self._encode_path()
+
+    def _unprepare(self) -> None:
+        """Forget what was prepared for calls under the scales of before."""
 
     def require_takes(self, path: PathConfig) -> None:
         """Raise TypeError or ValueError for what :attr:`path` cannot be set to."""

@@ -11,7 +11,6 @@ from glora_kernels import PreparedLinear, can_prepare, glora_linear, glora_merge
 from glora_kernels.torch_private import held_parameters
 
 from ..config import PathConfig
-from ..scales import Scales
 from .base import SUPPORT_NAMES, GLoRALayer
 from .plain import qualified_name, require_plain, unfilled
 from .quantised_formats import is_quantised
@@ -99,8 +98,7 @@ class GLoRALinear(GLoRALayer):
             self._prepared = PreparedLinear(x, weight, bias, tuple(storages), self.product, scales)
         return y
 
-    def _take_scales(self, scales: Scales) -> None:
-        super()._take_scales(scales)
+    def _unprepare(self) -> None:
         self._prepared = None
 
     def __getstate__(self) -> dict[str, Any]:
