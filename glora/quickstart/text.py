@@ -152,7 +152,7 @@ TEXT = Domain(
     shots=200,
     curve=(25, 50, 100, 200),
     attention=("q", "v"),
-    rates=rates(lora=1e-2, glora=1e-2, full=3e-4),
+    rates=rates(lora=5e-3, glora=5e-3, full=3e-4),  # bench/results/quality/text/table.md; full: not chosen so
     rows=("linear", "lora"),
     lora_rank=2,
     steps=150,
