@@ -55,7 +55,8 @@ FULL_RATES = (3e-4, 1e-3, 2e-3, 4e-3)  # of all weights
 RANKS = (1, 2, 4, 8)  # of LoRA, and of the limits that GLoRA is searched under, on a curve
 PARTS = ("rates", "rows", "curve")
 Draw = tuple[str, int]  # task and seed
-Draws = dict[Draw, dict[str, Any]]
+Lines = dict[Draw, dict[str, Any]]  # of one row, by draw
+Draws = Iterable[tuple[dict[str, Any], Conditions]]
 BASE = f"LoRA r{{rank}} {BOTH}"
 
 
@@ -114,6 +115,22 @@ def backbone_of(domain: Domain, folder: Path) -> nn.Module:
     return pretrain(settings, backbone_file(folder, settings), progress=False)[0]
 
 
+def draws_of(
+    study: Study, backbone: nn.Module, tasks: Sequence[str], seeds: Sequence[int], fresh: bool = True
+) -> Draws:
+    """Each task and seed, as the first entries of a line, with its conditions.
+
+    Raises:
+        ValueError: ``fresh`` draws that rates were chosen on.
+    """
+    used = sorted({line["seed"] for line in study.lines("rates")} & set(seeds))
+    if fresh and used:
+        raise ValueError(f"seeds: expected others than those that rates were chosen on, got {used}")
+    for seed in seeds:
+        for task in tasks:
+            yield {"task": task, "seed": seed}, conditions_of(study.domain, backbone, task, seed)
+
+
 def conditions_of(domain: Domain, backbone: nn.Module, task: str, seed: int) -> Conditions:
     data = domain.few_shot(task, domain.shots, seed)
     return Conditions(backbone, data, seed, domain.steps, lambda units: None, domain)
@@ -131,48 +148,32 @@ def held_out(conditions: Conditions) -> Conditions:
     return replace(conditions, data=FewShot(train, conditions.data.validation, test, {}))
 
 
-def tune(study: Study, backbone: nn.Module, tasks: Sequence[str], seeds: Sequence[int], methods: Sequence[str]) -> None:
-    for seed in seeds:
-        for task in tasks:
-            conditions = held_out(conditions_of(study.domain, backbone, task, seed))
-            for method in methods:
-                for lr in FULL_RATES if method == "full" else RATES:
-                    key = {"task": task, "seed": seed, "method": method, "lr": lr}
-                    study.measure("rates", key, partial(METHODS[method].rows, conditions, lr))
+def tune(study: Study, draws: Draws, methods: Sequence[str]) -> None:
+    for key, conditions in draws:
+        held = held_out(conditions)
+        for method in methods:
+            for lr in FULL_RATES if method == "full" else RATES:
+                own = {**key, "method": method, "lr": lr}
+                study.measure("rates", own, partial(METHODS[method].rows, held, lr))
 
 
-def compare(
-    study: Study, backbone: nn.Module, tasks: Sequence[str], seeds: Sequence[int], methods: Sequence[str]
-) -> None:
+def compare(study: Study, draws: Draws, methods: Sequence[str]) -> None:
     rates = study.rates()
-    _require_others(study, seeds)
-    for seed in seeds:
-        for task in tasks:
-            conditions = conditions_of(study.domain, backbone, task, seed)
-            for method in methods:
-                key = {"task": task, "seed": seed, "method": method, "lr": rates[method]}
-                study.measure("rows", key, partial(METHODS[method].rows, conditions, rates[method]))
+    for key, conditions in draws:
+        for method in methods:
+            own = {**key, "method": method, "lr": rates[method]}
+            study.measure("rows", own, partial(METHODS[method].rows, conditions, rates[method]))
 
 
-def trace(study: Study, backbone: nn.Module, tasks: Sequence[str], seeds: Sequence[int]) -> None:
+def trace(study: Study, draws: Draws) -> None:
     """Accuracy against parameters: LoRA of several ranks; one supernet, searched under the limits of these ranks."""
     rates = study.rates()
-    _require_others(study, seeds)
-    for seed in seeds:
-        for task in tasks:
-            conditions = conditions_of(study.domain, backbone, task, seed)
-            for rank in RANKS:
-                key = {"task": task, "seed": seed, "method": "lora", "rank": rank, "lr": rates["lora"]}
-                study.measure("curve", key, partial(_lora_of, conditions, rank, rates["lora"]))
-            key = {"task": task, "seed": seed, "method": ALWAYS, "lr": rates[ALWAYS]}
-            study.measure("curve", key, partial(_glora_of_all_limits, conditions, rates[ALWAYS]))
-
-
-def _require_others(study: Study, seeds: Sequence[int]) -> None:
-    """Raise ValueError for draws that rates were chosen on."""
-    used = sorted({line["seed"] for line in study.lines("rates")} & set(seeds))
-    if used:
-        raise ValueError(f"seeds: expected others than those that rates were chosen on, got {used}")
+    for key, conditions in draws:
+        for rank in RANKS:
+            own = {**key, "method": "lora", "rank": rank, "lr": rates["lora"]}
+            study.measure("curve", own, partial(_lora_of, conditions, rank, rates["lora"]))
+        own = {**key, "method": ALWAYS, "lr": rates[ALWAYS]}
+        study.measure("curve", own, partial(_glora_of_all_limits, conditions, rates[ALWAYS]))
 
 
 def _lora_of(conditions: Conditions, rank: int, lr: float) -> list[Row]:
@@ -222,14 +223,14 @@ def interval(values: Mapping[Draw, float]) -> float:
     return _T[min(degrees, len(_T)) - 1] * math.sqrt(variance / len(values))
 
 
-def by_row(lines: Iterable[dict[str, Any]]) -> dict[str, Draws]:
-    found: dict[str, Draws] = defaultdict(dict)
+def by_row(lines: Iterable[dict[str, Any]]) -> dict[str, Lines]:
+    found: dict[str, Lines] = defaultdict(dict)
     for line in lines:
         found[line["row"]][line["task"], line["seed"]] = line
     return found
 
 
-def accuracies(draws: Draws, base: Draws | None = None) -> dict[Draw, float]:
+def accuracies(draws: Lines, base: Lines | None = None) -> dict[Draw, float]:
     """In %; above those of ``base``, on the draws that both have."""
     if base is None:
         return {draw: 100 * line["test"] for draw, line in draws.items()}
@@ -241,7 +242,7 @@ def cell(values: Mapping[Draw, float], sign: str = "") -> str:
     return f"{fmean(values.values()):{sign}.1f} ± {interval(values):.1f}" if values else ""
 
 
-def size(draws: Draws) -> str:
+def size(draws: Lines) -> str:
     return f"{fmean(line['parameters'] for line in draws.values()):,.0f}"
 
 
@@ -352,10 +353,11 @@ def main(arguments: list[str] | None = None) -> None:
         print(write_tables(study))
         return
     backbone = backbone_of(domain, options.backbone)
+    draws = draws_of(study, backbone, tasks, options.seeds, fresh=options.part != "rates")
     if options.part == "curve":
-        trace(study, backbone, tasks, options.seeds)
+        trace(study, draws)
     else:
-        (tune if options.part == "rates" else compare)(study, backbone, tasks, options.seeds, options.methods)
+        (tune if options.part == "rates" else compare)(study, draws, options.methods)
 
 
 if __name__ == "__main__":

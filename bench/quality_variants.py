@@ -25,6 +25,7 @@ from torch import nn
 
 import glora.training.loop as training
 from glora import PathConfig, Scales, SearchSpace, balance, evaluate, evaluate_merged, glora_layers, inject, refit
+from glora.balancing import set_scales
 from glora.paths import sampler_for
 from glora.quickstart.digits import DIGITS
 from glora.quickstart.domain import Domain
@@ -60,27 +61,22 @@ class Variant:
     draw: Callable[[int, Callable[[Mapping[str, float]], Paths], Paths | None, torch.Generator], Paths] | None = None
 
 
-def measured(target: float, largest: int = 5, per_model: bool = False) -> Callable[[nn.Module, Any], None]:
-    """As :func:`glora.balance`, with scales up to ``2 ** largest``, or one for all layers (``per_model``)."""
+def measured(target: float, largest: float | None = None, per_model: bool = False) -> Callable[[nn.Module, Any], None]:
+    """As :func:`glora.balance`, with scales up to ``largest``, or one for all layers (``per_model``)."""
 
     def scale(model: nn.Module, batch: Any) -> None:
         changes = balance(model, batch, target=target).changes
-        kinds = {kind for own in changes.values() for kind in own}
-        mean = {kind: fmean(own[kind] for own in changes.values()) for kind in kinds}
-        for name, layer in glora_layers(model).items():
-            layer.scales = rounded(
-                {k: target / c for k, c in (mean if per_model else changes[name]).items() if c}, largest
-            )
+        if per_model:
+            kinds = {kind for own in changes.values() for kind in own}
+            mean = {kind: fmean(own[kind] for own in changes.values()) for kind in kinds}
+            changes = dict.fromkeys(changes, mean)
+        set_scales(model, changes, target)
+        if largest is not None:
+            for layer in glora_layers(model).values():
+                kept = layer.scales.to_dict().items()
+                layer.scales = Scales(**{slot: {k: min(f, largest) for k, f in kinds.items()} for slot, kinds in kept})
 
     return scale
-
-
-def rounded(factors: Mapping[tuple[str, str], float], largest: int = 5) -> Scales:
-    """Powers of two from ``2 ** -10``."""
-    slots: dict[str, dict[str, float]] = {}
-    for (slot, kind), factor in factors.items():
-        slots.setdefault(slot, {})[kind] = 2.0 ** min(max(round(math.log2(factor)), -10), largest)
-    return Scales(**slots)
 
 
 def predicted(layer: Any, lr: float = 1e-2) -> dict[tuple[str, str], float]:
@@ -111,17 +107,15 @@ def predicted(layer: Any, lr: float = 1e-2) -> dict[tuple[str, str], float]:
 
 def closed_form(target: float) -> Callable[[nn.Module, Any], None]:
     def scale(model: nn.Module, batch: Any) -> None:
-        for layer in glora_layers(model).values():
-            layer.scales = rounded({kind: target / change for kind, change in predicted(layer).items() if change})
+        set_scales(model, {name: predicted(layer) for name, layer in glora_layers(model).items()}, target)
 
     return scale
 
 
 def square_root(model: nn.Module, batch: Any) -> None:
     """B as a vector or constant times ``1 / sqrt(K)``, all else as it is."""
-    for layer in glora_layers(model).values():
-        factor = layer.in_features**-0.5
-        layer.scales = rounded({("B", "vector"): factor, ("B", "constant"): factor})
+    roots = {name: math.sqrt(layer.in_features) for name, layer in glora_layers(model).items()}
+    set_scales(model, {name: {("B", "vector"): root, ("B", "constant"): root} for name, root in roots.items()}, 1.0)
 
 
 def shrinking(step: int, drawn: Callable[[Mapping[str, float]], Paths], before: Any, generator: Any) -> Paths:
@@ -147,8 +141,8 @@ VARIANTS = {
     "balanced 0.02, half, one scale for all layers": Variant(shares=HALF, scale=measured(0.02, per_model=True)),
     "closed form 0.02, half": Variant(shares=HALF, scale=closed_form(0.02)),
     "B vector, constant / sqrt(K), half": Variant(shares=HALF, scale=square_root),
-    "balanced 0.02, scales up to 1, half": Variant(shares=HALF, scale=measured(0.02, largest=0)),
-    "balanced 0.02, scales up to 4, half": Variant(shares=HALF, scale=measured(0.02, largest=2)),
+    "balanced 0.02, scales up to 1, half": Variant(shares=HALF, scale=measured(0.02, largest=1)),
+    "balanced 0.02, scales up to 4, half": Variant(shares=HALF, scale=measured(0.02, largest=4)),
     "balanced 0.02, half, warm-up 0.2": Variant(balance=0.02, shares=HALF, warmup=0.2),
     "balanced 0.01, half, 4e-2, warm-up 0.1": Variant(lr=4e-2, warmup=0.1, balance=0.01, shares=HALF),
     "balanced 0.02, gradual shrinking": Variant(balance=0.02, shares=HALF, draw=shrinking),

